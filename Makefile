@@ -1,0 +1,39 @@
+# make demo | make test | make lint | make clean. Everything happens in .venv; nothing outside is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+demo: $(VENV)/.installed-demo
+	$(BIN)/python evaluate.py
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/mypy
+
+# A stamp per set of extras, renewed when pyproject.toml changes: a second run installs nothing.
+$(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[demo]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[demo,dev]'
+	@touch $@ $(VENV)/.installed-demo
+
+# Some systems ship venv without ensurepip; then the system's pip puts one in.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "metilr needs Python 3.10 or newer; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV) || \
+		{ $(PYTHON) -m venv --without-pip --clear $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
+	@echo "installing into $(VENV) (PyTorch and FAISS are several GB; this takes minutes)"
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache *.egg-info

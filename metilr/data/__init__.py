@@ -1,0 +1,1 @@
+"""From files to batches: ground truth, images, transforms, the demo museum."""

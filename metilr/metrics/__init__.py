@@ -1,0 +1,1 @@
+"""GAP, GAP⁻ and ACC: pure functions and torchmetrics classes side by side."""

@@ -1,0 +1,1 @@
+"""Backbones, pooling and the embedder that joins them."""
