@@ -1,0 +1,113 @@
+"""GAP, GAP⁻ and ACC as torchmetrics: the same figures whatever the batches, their order and the processes."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
+
+from metilr.metrics import functional
+
+
+class _AnswerMetric(Metric):
+    """Answers gathered from all batches and processes, scored at the end by one function.
+
+    Every query carries its position in the split. Answers are put in that order before they are scored, and a
+    position that occurs twice counts once (a DistributedSampler pads with repeats), so that the value is that
+    of the pure function on the whole split. The three metrics keep the same states: in a ``MetricCollection``
+    they form one compute group and store them once.
+
+    Args:
+        no_met: What ``compute`` gives if no query shows an exhibit, as in a batch or a sanity check of
+            distractors only: "nan", or "raise" a UserError.
+        kwargs: Those of ``torchmetrics.Metric``.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    log_confidence: list[Tensor] | Tensor
+    predicted: list[Tensor] | Tensor
+    target: list[Tensor] | Tensor
+    index: list[Tensor] | Tensor
+    _dtypes = {  # noqa: RUF012 (read only)
+        "log_confidence": torch.float64,
+        "predicted": torch.int64,
+        "target": torch.int64,
+        "index": torch.int64,
+    }
+    _score: Callable[[Any, Any, Any], float]
+
+    def __init__(self, no_met: Literal["nan", "raise"] = "nan", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.no_met = no_met
+        for name in self._dtypes:
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, log_confidence: Tensor, predicted: Tensor, target: Tensor, index: Tensor) -> None:
+        """Add a batch of answers.
+
+        Args:
+            log_confidence: Higher is surer, ``(B,)``.
+            predicted: Predicted labels, ``(B,)``.
+            target: True labels, ``(B,)``; DISTRACTOR where no exhibit is shown.
+            index: Position of each query in its split, ``(B,)``.
+
+        Raises:
+            ValueError: If shapes differ.
+        """
+        batch = {"log_confidence": log_confidence, "predicted": predicted, "target": target, "index": index}
+        if log_confidence.ndim != 1 or any(values.shape != log_confidence.shape for values in batch.values()):
+            shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in batch.items())
+            raise ValueError(f"answers of a batch must be 1-D and of one length, not {shapes}")
+        for name, values in batch.items():
+            getattr(self, name).append(values.detach().to(self.device, self._dtypes[name]))
+
+    def compute(self) -> Tensor:
+        """Return the metric over all distinct queries, a float64 scalar in [0, 1]."""
+        self._fill_empty_states()
+        index, log_confidence, predicted, target = (
+            dim_zero_cat(getattr(self, name)).cpu().numpy()
+            for name in ("index", "log_confidence", "predicted", "target")
+        )
+        _, first = np.unique(index, return_index=True)
+        target = target[first]
+        if self.no_met == "nan" and (target == functional.DISTRACTOR).all():
+            return torch.tensor(torch.nan, dtype=torch.float64, device=self.device)
+        score = type(self)._score(log_confidence[first], predicted[first], target)
+        return torch.tensor(score, dtype=torch.float64, device=self.device)
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the states of all processes."""
+        # From a process without a query torchmetrics gathers an empty float32 tensor, where the others send
+        # float64 and int64: the collective would fail or hang.
+        self._fill_empty_states()
+        super().sync(*args, **kwargs)
+
+    def _fill_empty_states(self) -> None:
+        for name, dtype in self._dtypes.items():
+            state = getattr(self, name)
+            if isinstance(state, list) and not state:
+                state.append(torch.empty(0, dtype=dtype, device=self.device))
+
+
+class GAP(_AnswerMetric):
+    """Global average precision over all queries; see ``functional.gap``."""
+
+    _score = staticmethod(functional.gap)
+
+
+class GAPMinus(_AnswerMetric):
+    """GAP over the queries that show an exhibit; see ``functional.gap_minus``."""
+
+    _score = staticmethod(functional.gap_minus)
+
+
+class ACC(_AnswerMetric):
+    """Share of right labels among the queries that show an exhibit; see ``functional.acc``."""
+
+    _score = staticmethod(functional.acc)

@@ -1,0 +1,129 @@
+"""GAP, GAP⁻ and ACC as pure functions of answers.
+
+All take the same three arrays, one entry a query, and are computed in float64. An answer is right if the
+query shows an exhibit and its label was predicted. Queries are ranked by log-confidence, surest first; equal
+ones keep their input order (``gap_bounds`` says how much that order can matter), and -inf comes last.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from metilr.errors import UserError
+
+DISTRACTOR = -1  # target of a query that shows no exhibit of the museum
+
+
+def gap(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike) -> float:
+    """Compute global average precision: (1/M) Σ p(i) r(i) over all queries ranked by confidence.
+
+    r(i) is 1 if the i-th answer is right, p(i) the share of right ones among the first i, M the number of
+    queries that show an exhibit. A distractor is never right, so it only lowers p.
+
+    Args:
+        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
+        predicted: Predicted labels, ``(Q,)``.
+        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
+
+    Returns:
+        Scalar in [0, 1].
+
+    Raises:
+        UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
+
+    Source: Weyand et al., Google Landmarks Dataset v2, CVPR 2020 (there µAP). Differs from scikit-learn's
+    ``average_precision_score`` in the denominator (met queries, not right answers) and in ties (kept in
+    order, not taken together).
+    """
+    confidence, right, is_met = _checked(log_confidence, predicted, target)
+    return _average_precision(right[np.argsort(-confidence, kind="stable")], is_met.sum())
+
+
+def gap_minus(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike) -> float:
+    """Compute GAP⁻: GAP over met queries alone, as if no distractor had been asked.
+
+    Args:
+        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
+        predicted: Predicted labels, ``(Q,)``.
+        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
+
+    Returns:
+        Scalar in [0, 1].
+
+    Raises:
+        UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
+
+    Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021.
+    """
+    confidence, right, is_met = _checked(log_confidence, predicted, target)
+    order = np.argsort(-confidence[is_met], kind="stable")
+    return _average_precision(right[is_met][order], is_met.sum())
+
+
+def acc(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike) -> float:
+    """Compute ACC: the share of met queries whose label is right.
+
+    Args:
+        log_confidence: Taken so that the three metrics are called alike; only checked, ``(Q,)``.
+        predicted: Predicted labels, ``(Q,)``.
+        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
+
+    Returns:
+        Scalar in [0, 1].
+
+    Raises:
+        UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
+
+    Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021.
+    """
+    _, right, is_met = _checked(log_confidence, predicted, target)
+    return float(right.sum() / is_met.sum())
+
+
+def gap_bounds(
+    log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike
+) -> tuple[float, float]:
+    """Compute the least and the greatest GAP that any order of equally confident answers allows.
+
+    Wrong answers first within each tie give the least, right ones first the greatest. The two are equal if no
+    right answer ties with a wrong one; a wide interval means that the confidence has saturated.
+
+    Args:
+        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
+        predicted: Predicted labels, ``(Q,)``.
+        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
+
+    Returns:
+        Least and greatest GAP, each in [0, 1].
+
+    Raises:
+        UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
+    """
+    confidence, right, is_met = _checked(log_confidence, predicted, target)
+    wrong_first, right_first = np.lexsort((right, -confidence)), np.lexsort((~right, -confidence))
+    n_met = is_met.sum()
+    return _average_precision(right[wrong_first], n_met), _average_precision(right[right_first], n_met)
+
+
+def _average_precision(right: np.ndarray, n_met: int) -> float:
+    """Return (1/M) Σ p(i) r(i) of right answers ``(Q,)`` in rank order."""
+    precision = np.cumsum(right) / np.arange(1, len(right) + 1)
+    return float(precision[right].sum() / n_met)
+
+
+def _checked(
+    log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the confidence in float64, and where an answer is right and a query met; all ``(Q,)``."""
+    confidence = np.asarray(log_confidence, dtype=np.float64)
+    answers, truth = np.asarray(predicted), np.asarray(target)
+    if confidence.ndim != 1 or not confidence.shape == answers.shape == truth.shape:
+        raise UserError(
+            "log_confidence, predicted and target must be 1-D and of one length, not "
+            f"{confidence.shape}, {answers.shape} and {truth.shape}"
+        )
+    if np.isnan(confidence).any():
+        raise UserError(f"the log-confidence of query {int(np.isnan(confidence).argmax())} is NaN")
+    is_met = truth != DISTRACTOR
+    if not is_met.any():
+        raise UserError("no query shows an exhibit, so GAP, GAP⁻ and ACC are undefined: add met queries")
+    return confidence, (answers == truth) & is_met, is_met

@@ -1,0 +1,171 @@
+"""Exact maximum inner product search: FAISS finds candidates, float64 decides their order."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import faiss
+import numpy as np
+
+from metilr.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+GPU_MAX_K = 2048  # FAISS's limit for selection on a GPU
+_MARGIN = 16  # candidates beyond k: enough that float32 rounding seldom leaves a query unsettled
+_QUERIES = 4096  # queries a chunk: FAISS's own block; shorter chunks would read the database more often
+_CANDIDATES = 2**21  # candidates a chunk: 16 MiB per int64 or float64 array, however wide the search
+_PRODUCTS = 2**17  # products a block: 1 MiB, stays in cache
+
+# Takes queries (C, D) and a width; returns float32 similarities and rows, both (C, width).
+_Candidates = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbours:
+    """The k most similar database descriptors of each query, most similar first.
+
+    Attributes:
+        similarities: Inner products, ``(Q, k)`` float64, descending.
+        rows: Database rows, ``(Q, k)`` int64; equal similarities: smaller row first.
+    """
+
+    similarities: np.ndarray
+    rows: np.ndarray
+
+
+def search(
+    database: np.ndarray, queries: np.ndarray, k: int, device: Literal["cpu", "gpu"] = "cpu"
+) -> Neighbours:
+    """Find each query's k largest inner products over the whole database.
+
+    FAISS proposes ``k`` and a few more candidates by float32 products; these are scored again in float64
+    by a sum whose order depends on ``D`` alone and sorted by (similarity descending, row ascending). Equal
+    rows of the database therefore tie exactly, and the result is the same for any chunk size, BLAS or
+    device. No row can be missed: a row that FAISS left out is at most as similar as its last candidate plus
+    the float32 rounding bound; where the k-th answer does not clear that (say, many copies of one image),
+    the search is widened for this query until it does. A database of nothing but (nearly) equal descriptors
+    thus costs a float64 product with every row.
+
+    Args:
+        database: Descriptors, ``(N, D)`` float32; may be memory-mapped, is not copied.
+        queries: Descriptors, ``(Q, D)`` float32.
+        k: Neighbours per query, 1 to N.
+        device: "cpu", or "gpu" for all GPUs, each of which holds a share of the database.
+
+    Returns:
+        Similarities and rows, ``(Q, k)`` each.
+
+    Raises:
+        UserError: If ``k`` does not fit the database (or the GPU), arrays are not 2-D of one width or not
+            finite, or no GPU is there.
+    """
+    largest_norm = _norms(database, "database").max(initial=0)
+    query_norms = _norms(queries, "query")
+    n, width = database.shape
+    if queries.shape[1] != width:
+        raise UserError(
+            f"query descriptors have width {queries.shape[1]}, database descriptors {width}: "
+            "take both from one model"
+        )
+    if not 1 <= k <= n:
+        raise UserError(f"--k {k}: the database has {n} images; choose k from 1 to {n}")
+    database = np.ascontiguousarray(database, dtype=np.float32)  # no copy if it is that already
+    queries = np.ascontiguousarray(queries, dtype=np.float32)
+    find = _on_gpus(database, k) if device == "gpu" else _on_cpu(database)
+
+    # |float32 dot product - exact| <= D u |q| |x| for any order of summation (Higham, Accuracy and Stability
+    # of Numerical Algorithms, 3.5), u = 2**-24. The 2% cover the norms' and float64's own rounding.
+    error = 1.02 * (width + 2) * 2.0**-24 * query_norms * largest_norm + width * np.finfo(np.float32).tiny
+
+    similarities = np.empty((len(queries), k))
+    rows = np.empty((len(queries), k), dtype=np.int64)
+    pending, n_candidates = np.arange(len(queries)), min(n, k + _MARGIN)
+    while len(pending):
+        if device == "gpu" and GPU_MAX_K < n_candidates < n:
+            logger.info("%d queries have too many near-ties for the GPU's selection: on CPU", len(pending))
+            find = _on_cpu(database)
+        unsettled = []
+        chunk_size = max(1, min(_QUERIES, _CANDIDATES // n_candidates))
+        for start in range(0, len(pending), chunk_size):
+            chunk = pending[start : start + chunk_size]
+            similarities[chunk], rows[chunk], settled = _best(
+                find, database, queries[chunk], k, n_candidates, error[chunk]
+            )
+            unsettled.append(chunk[~settled])
+        pending, n_candidates = np.concatenate(unsettled), min(n, 4 * n_candidates)
+    return Neighbours(similarities, rows)
+
+
+def _best(
+    find: _Candidates, database: np.ndarray, queries: np.ndarray, k: int, n_candidates: int, error: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the k best of n_candidates, ``(C, k)`` twice, and whether no other row can belong to them."""
+    if n_candidates == len(database):
+        candidates = np.tile(np.arange(n_candidates), (len(queries), 1))
+        bound = np.full(len(queries), -np.inf)
+    else:
+        proposed, candidates = find(queries, n_candidates)
+        bound = proposed[:, -1] + error
+    exact = _similarities(database, queries, candidates)
+    order = np.lexsort((candidates, -exact), axis=1)[:, :k]
+    similarities = np.take_along_axis(exact, order, axis=1)
+    return similarities, np.take_along_axis(candidates, order, axis=1), similarities[:, -1] > bound
+
+
+def _similarities(database: np.ndarray, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return the inner product of each query with its rows, ``(C, R)``, in float64.
+
+    Products of float32 numbers are exact in float64. NumPy's sum over a contiguous last axis adds pairwise in
+    an order that depends on the length alone; BLAS and einsum give equal rows different last bits.
+    """
+    flat_rows, owners = rows.ravel(), np.repeat(np.arange(len(queries)), rows.shape[1])
+    exact = np.empty(len(flat_rows))
+    block_size = max(1, _PRODUCTS // database.shape[1])
+    for start in range(0, len(flat_rows), block_size):
+        block = slice(start, start + block_size)
+        products = database[flat_rows[block]].astype(np.float64)
+        products *= queries[owners[block]]
+        products.sum(axis=1, out=exact[block])
+    return exact.reshape(rows.shape)
+
+
+def _on_cpu(database: np.ndarray) -> _Candidates:
+    """Search the array where it lies, on all cores."""
+    return lambda queries, k: faiss.knn(queries, database, k, metric=faiss.METRIC_INNER_PRODUCT)
+
+
+def _on_gpus(database: np.ndarray, k: int) -> _Candidates:
+    """Spread the database over all GPUs in float32 and search there."""
+    if faiss.get_num_gpus() == 0:
+        raise UserError(
+            "--search_device gpu: FAISS sees no GPU; take --search_device cpu, or install faiss-gpu and "
+            "check nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
+    if k + _MARGIN > GPU_MAX_K:
+        raise UserError(
+            f"--k {k}: a GPU selects at most {GPU_MAX_K - _MARGIN}; choose a smaller k or --search_device cpu"
+        )
+    options = faiss.GpuMultipleClonerOptions()
+    options.shard = True
+    # Cloned while empty, filled from the array: a full CPU index would be a second copy in memory.
+    index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(database.shape[1]), co=options)
+    index.add(database)
+    return index.search
+
+
+def _norms(descriptors: np.ndarray, name: str) -> np.ndarray:
+    """Return the lengths ``(N,)`` in one pass, refusing what is no table of finite numbers."""
+    if descriptors.ndim != 2 or descriptors.shape[1] == 0:
+        raise UserError(f"{name} descriptors have shape {descriptors.shape}: expected (rows, width)")
+    block_size = 2**13
+    squares = [
+        np.einsum("nd,nd->n", block, block)
+        for block in (descriptors[i : i + block_size] for i in range(0, len(descriptors), block_size))
+    ]
+    norms = np.sqrt(np.concatenate(squares, dtype=np.float64)) if squares else np.empty(0)
+    if not np.isfinite(norms).all():
+        row = int(np.argmin(np.isfinite(norms)))
+        raise UserError(f"{name} descriptor {row} holds NaN, infinite or huge values: extract it again")
+    return norms

@@ -1,0 +1,259 @@
+"""PCA-whitening of descriptors: learned on the database in one pass, applied to all that is compared."""
+
+import os
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from metilr.errors import UserError
+
+DEFAULT_DIM = 512  # the paper's: GAP of R18SWSL fine-tuned falls from 36.1 to 34.1 at 256 dimensions
+_FORMAT = "metilr.PCAWhitening/1"
+_BLOCK_ROWS = 4096  # 64 MiB in float64 at width 2048; longer blocks are no faster
+_SAME_MAGNITUDE = 1e-6  # far above eigh's rounding, far below any difference that carries meaning
+
+
+@dataclass(frozen=True, eq=False)
+class PCAWhitening:
+    """An affine map that decorrelates descriptors and gives their directions equal variance.
+
+    Attributes:
+        mean: Mean of the database's descriptors, ``(D,)`` float64.
+        projection: Eigenvectors divided by eigenvalue**(shrinkage / 2), ``(D, dim)`` float64.
+        eigenvalues: All eigenvalues of the covariance, descending, ``(D,)`` float64; the first ``dim``
+            belong to the columns of ``projection``.
+        shrinkage: 1 is whitening, 0 is plain PCA.
+        n: Number of descriptors it was learned on.
+        supported_dim: Numerical rank of the covariance, the largest ``dim`` that the data supports. After a
+            fit with ``dim=None``, ``dim < DEFAULT_DIM`` says that the data (or ``D``) allowed no more.
+    """
+
+    mean: np.ndarray
+    projection: np.ndarray
+    eigenvalues: np.ndarray
+    shrinkage: float
+    n: int
+    supported_dim: int
+
+    @property
+    def dim(self) -> int:
+        """Width of whitened descriptors."""
+        return self.projection.shape[1]
+
+    def transform(self, x: np.ndarray) -> np.ndarray:
+        """Whiten and L2-normalise descriptors: L2((x - mean) @ projection).
+
+        Computed in float64 in blocks of rows: the directions of small variance are differences of nearly
+        equal numbers, which float32 sums would lose. Only the result is rounded to float32. A descriptor
+        equal to the mean has no direction and stays zero.
+
+        Args:
+            x: Descriptors, ``(n, D)``; may be memory-mapped, is never copied whole.
+
+        Returns:
+            Unit descriptors, ``(n, dim)`` float32.
+
+        Raises:
+            UserError: If the width differs from ``D``, or a descriptor holds NaN or infinity.
+        """
+        width = len(self.mean)
+        if x.ndim != 2 or x.shape[1] != width:
+            raise UserError(
+                f"descriptors have shape {x.shape}, but the whitening was learned on width {width}: "
+                "learn it on descriptors of the same model, or leave --whitening out"
+            )
+        whitened = np.empty((len(x), self.dim), dtype=np.float32)
+        for start, block in _blocks(x):
+            projected = (block - self.mean) @ self.projection
+            norms = np.linalg.norm(projected, axis=1, keepdims=True)
+            if not np.isfinite(norms).all():
+                row = start + int(np.argmin(np.isfinite(norms[:, 0])))
+                raise UserError(f"descriptor {row} holds NaN or infinite values: extract it again")
+            whitened[start : start + len(block)] = projected / np.where(norms > 0, norms, 1)
+        return whitened
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one ``.npz`` file, whole or not at all.
+
+        Args:
+            path: File to write; its folder is made if need be.
+
+        Raises:
+            UserError: If the file cannot be written.
+        """
+        path = Path(path)
+        # A name of this process's own, so that two processes that save at once do not mix their bytes.
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with unfinished.open("wb") as file:
+                np.savez(
+                    file,
+                    format=np.array(_FORMAT),
+                    mean=self.mean,
+                    projection=self.projection,
+                    eigenvalues=self.eigenvalues,
+                    shrinkage=np.float64(self.shrinkage),
+                    n=np.int64(self.n),
+                    supported_dim=np.int64(self.supported_dim),
+                )
+            unfinished.replace(path)
+        except OSError as error:
+            raise UserError(f"cannot write the whitening to {path} ({error}): name another place") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PCAWhitening":
+        """Read what ``save`` wrote; no pickle code is run.
+
+        Args:
+            path: File that ``save`` wrote.
+
+        Raises:
+            UserError: If the file is missing, truncated, or not a whitening of metilr.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                if str(file["format"]) != _FORMAT:
+                    raise ValueError(f"its format is {file['format']!s}, not {_FORMAT}")
+                whitening = cls(
+                    mean=file["mean"],
+                    projection=file["projection"],
+                    eigenvalues=file["eigenvalues"],
+                    shrinkage=float(file["shrinkage"]),
+                    n=int(file["n"]),
+                    supported_dim=int(file["supported_dim"]),
+                )
+            whitening._check()
+        # np.load gives AttributeError/TypeError for a lone .npy array, which is no context manager.
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            EOFError,
+            AttributeError,
+            TypeError,
+            zipfile.BadZipFile,
+        ) as error:
+            raise UserError(
+                f"{path} cannot be read as a whitening that metilr saved ({error}): learn it anew"
+            ) from error
+        return whitening
+
+    def _check(self) -> None:
+        width = len(self.mean)
+        if self.projection.ndim != 2 or self.mean.shape != (width,) or self.eigenvalues.shape != (width,):
+            raise ValueError("its arrays have wrong shapes")
+        if self.projection.shape[0] != width or not 1 <= self.dim <= self.supported_dim <= width:
+            raise ValueError("its arrays do not fit each other")
+        for array in (self.mean, self.projection, self.eigenvalues):
+            if array.dtype != np.float64 or not np.isfinite(array).all():
+                raise ValueError("its arrays are not finite float64")
+
+
+def fit_pca_whitening(
+    chunks: Iterable[np.ndarray], dim: int | None = None, shrinkage: float = 1.0
+) -> PCAWhitening:
+    """Learn PCA-whitening in one pass over descriptors that need not fit in memory.
+
+    Covariance divided by n, its ``dim`` largest eigenvalues, eigenvectors divided by
+    eigenvalue**(shrinkage / 2). Sums are float64 of descriptors minus the first block's mean, so that a
+    large common offset cancels nothing; memory is a block of rows and a few ``D x D`` matrices, however
+    long a chunk is. The result depends on how rows are cut into chunks by float64 rounding only.
+
+    Rank: the number of eigenvalues above ``max(n, D)`` x float64 epsilon x the largest one, at most n - 1.
+    Beyond it an eigenvector is noise that dividing by the root of its eigenvalue would blow up.
+    Sign: in each eigenvector the first component whose magnitude is the largest (to 1e-6) is positive.
+
+    Args:
+        chunks: Descriptors in any number of pieces, each ``(n_i, D)`` float32.
+        dim: Dimensions to keep. None keeps ``min(DEFAULT_DIM, rank)``; see ``supported_dim`` of the result.
+        shrinkage: 1 is whitening, 0 is plain PCA, between them part of the way.
+
+    Returns:
+        The whitening, in float64.
+
+    Raises:
+        UserError: If ``dim`` passes the rank (the largest possible is named), ``shrinkage`` lies outside
+            [0, 1], there are fewer than 2 descriptors, all are the same, or one holds NaN or infinity.
+
+    Source: Jégou and Chum, Negative evidences and co-occurrences in image retrieval, ECCV 2012; the Met
+    benchmark's code. Differs from scikit-learn's ``PCA(whiten=True)``, which divides by n - 1 and does
+    not L2-normalise.
+    """
+    if not 0 <= shrinkage <= 1:
+        raise UserError(f"--whitening_shrinkage {shrinkage}: choose a number from 0 (PCA) to 1 (whitening)")
+    if dim is not None and dim < 1:
+        raise UserError(f"--whitening_dim {dim}: choose a number of dimensions from 1")
+    n, mean, covariance = _mean_and_covariance(chunks)
+    width = len(mean)
+
+    eigenvalues, eigenvectors = np.linalg.eigh(covariance)  # for symmetric matrices: never complex
+    eigenvalues, eigenvectors = eigenvalues[::-1], eigenvectors[:, ::-1]  # descending
+    tolerance = max(n, width) * np.finfo(np.float64).eps * max(float(eigenvalues[0]), 0.0)
+    rank = min(int((eigenvalues > tolerance).sum()), n - 1)
+    if rank == 0:
+        raise UserError(
+            f"all {n} database descriptors are the same: there is nothing to whiten; check the model"
+        )
+    if dim is not None and dim > rank:
+        raise UserError(
+            f"--whitening_dim {dim}: {n} database descriptors of width {width} support at most {rank}; "
+            f"choose {rank} or fewer, or leave the option out"
+        )
+    dim = min(DEFAULT_DIM, rank) if dim is None else dim
+
+    kept = _with_fixed_signs(eigenvectors[:, :dim])
+    return PCAWhitening(
+        mean=mean,
+        projection=kept / eigenvalues[:dim] ** (shrinkage / 2),
+        eigenvalues=eigenvalues.copy(),
+        shrinkage=float(shrinkage),
+        n=n,
+        supported_dim=rank,
+    )
+
+
+def _mean_and_covariance(chunks: Iterable[np.ndarray]) -> tuple[int, np.ndarray, np.ndarray]:
+    """Stream over descriptors; return their number, mean ``(D,)`` and covariance / n ``(D, D)``."""
+    n = 0
+    shift = total = scatter = np.empty(0)
+    for chunk in chunks:
+        if chunk.ndim != 2 or (n > 0 and chunk.shape[1] != len(shift)):
+            raise UserError(
+                f"descriptors to whiten come in shapes {chunk.shape} and (n, {len(shift)}): "
+                "take stores of one model and size"
+            )
+        for _, block in _blocks(chunk):
+            if not np.isfinite(block).all():
+                row = n + int(np.argmin(np.isfinite(block).all(axis=1)))
+                raise UserError(f"database descriptor {row} holds NaN or infinite values: extract it again")
+            if n == 0:
+                shift = block.mean(axis=0)
+                total, scatter = np.zeros_like(shift), np.zeros((len(shift), len(shift)))
+            block -= shift
+            total += block.sum(axis=0)
+            scatter += block.T @ block
+            n += len(block)
+    if n < 2:
+        raise UserError(f"whitening needs at least 2 database descriptors, here {n}: turn it off")
+    offset = total / n
+    return n, shift + offset, scatter / n - np.outer(offset, offset)
+
+
+def _blocks(x: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the first row and a float64 copy of each block of rows."""
+    for start in range(0, len(x), _BLOCK_ROWS):
+        yield start, np.array(x[start : start + _BLOCK_ROWS], dtype=np.float64)
+
+
+def _with_fixed_signs(eigenvectors: np.ndarray) -> np.ndarray:
+    """Make positive the first component of each column that is as large as its largest."""
+    magnitudes = np.abs(eigenvectors)
+    # Not plain argmax: of two equal magnitudes, rounding would choose another one on another machine.
+    first_largest = (magnitudes >= magnitudes.max(axis=0) * (1 - _SAME_MAGNITUDE)).argmax(axis=0)
+    return eigenvectors * np.sign(eigenvectors[first_largest, np.arange(eigenvectors.shape[1])])
