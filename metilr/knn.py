@@ -55,9 +55,7 @@ class Tuning:
     tau_grid: tuple[float, ...]
 
 
-def classify(
-    neighbours: Neighbours, database_labels: np.ndarray, n_classes: int, k: int, tau: float
-) -> Predictions:
+def classify(neighbours: Neighbours, database_labels: np.ndarray, n_classes: int, k: int, tau: float) -> Predictions:
     """Answer each query by its k nearest neighbours.
 
     s_c is the largest similarity to a neighbour of class c among the k nearest, 0 for a class that has none.
@@ -170,9 +168,7 @@ def tune(
     for i, k in enumerate(k_tried):
         ballot = _count(neighbours, labels, is_first, n_classes, k)
         for j, tau in enumerate(tau_tried):
-            answers = Predictions(
-                ballot.labels, _log_confidence(ballot, tau), ballot.similarity, ballot.nearest
-            )
+            answers = Predictions(ballot.labels, _log_confidence(ballot, tau), ballot.similarity, ballot.nearest)
             answers = with_skipped(answers, skipped)
             surface[i, j] = gap(answers.log_confidence, answers.labels, query_labels)
     i, j = divmod(int(surface.argmax()), len(tau_tried))  # argmax takes the first of equals
@@ -190,9 +186,7 @@ class _Ballot:
     n_absent: np.ndarray  # (Q,) other classes without a neighbour, each with s = 0
 
 
-def _count(
-    neighbours: Neighbours, labels: np.ndarray, is_first: np.ndarray, n_classes: int, k: int
-) -> _Ballot:
+def _count(neighbours: Neighbours, labels: np.ndarray, is_first: np.ndarray, n_classes: int, k: int) -> _Ballot:
     similarities, labels, is_first = neighbours.similarities[:, :k], labels[:, :k], is_first[:, :k]
     n_absent = n_classes - is_first.sum(axis=1)
 

@@ -35,9 +35,7 @@ class Neighbours:
     rows: np.ndarray
 
 
-def search(
-    database: np.ndarray, queries: np.ndarray, k: int, device: Literal["cpu", "gpu"] = "cpu"
-) -> Neighbours:
+def search(database: np.ndarray, queries: np.ndarray, k: int, device: Literal["cpu", "gpu"] = "cpu") -> Neighbours:
     """Find each query's k largest inner products over the whole database.
 
     FAISS proposes ``k`` and a few more candidates by float32 products; these are scored again in float64
@@ -66,8 +64,7 @@ def search(
     n, width = database.shape
     if queries.shape[1] != width:
         raise UserError(
-            f"query descriptors have width {queries.shape[1]}, database descriptors {width}: "
-            "take both from one model"
+            f"query descriptors have width {queries.shape[1]}, database descriptors {width}: take both from one model"
         )
     if not 1 <= k <= n:
         raise UserError(f"--k {k}: the database has {n} images; choose k from 1 to {n}")

@@ -155,9 +155,7 @@ class PCAWhitening:
                 raise ValueError("its arrays are not finite float64")
 
 
-def fit_pca_whitening(
-    chunks: Iterable[np.ndarray], dim: int | None = None, shrinkage: float = 1.0
-) -> PCAWhitening:
+def fit_pca_whitening(chunks: Iterable[np.ndarray], dim: int | None = None, shrinkage: float = 1.0) -> PCAWhitening:
     """Learn PCA-whitening in one pass over descriptors that need not fit in memory.
 
     Covariance divided by n, its ``dim`` largest eigenvalues, eigenvectors divided by
@@ -197,9 +195,7 @@ def fit_pca_whitening(
     tolerance = max(n, width) * np.finfo(np.float64).eps * max(float(eigenvalues[0]), 0.0)
     rank = min(int((eigenvalues > tolerance).sum()), n - 1)
     if rank == 0:
-        raise UserError(
-            f"all {n} database descriptors are the same: there is nothing to whiten; check the model"
-        )
+        raise UserError(f"all {n} database descriptors are the same: there is nothing to whiten; check the model")
     if dim is not None and dim > rank:
         raise UserError(
             f"--whitening_dim {dim}: {n} database descriptors of width {width} support at most {rank}; "

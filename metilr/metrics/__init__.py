@@ -1,6 +1,19 @@
 """GAP, GAP⁻ and ACC: pure functions and torchmetrics classes side by side."""
 
-from metilr.metrics.distributed import ACC, GAP, GAPMinus
+from typing import TYPE_CHECKING, Any
+
 from metilr.metrics.functional import DISTRACTOR, acc, gap, gap_bounds, gap_minus
 
+if TYPE_CHECKING:
+    from metilr.metrics.distributed import ACC, GAP, GAPMinus
+
 __all__ = ["ACC", "DISTRACTOR", "GAP", "GAPMinus", "acc", "gap", "gap_bounds", "gap_minus"]
+
+
+def __getattr__(name: str) -> Any:
+    # torchmetrics takes seconds to import (it brings torchvision), and scoring arrays does not need it.
+    if name in ("ACC", "GAP", "GAPMinus"):
+        from metilr.metrics import distributed
+
+        return getattr(distributed, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

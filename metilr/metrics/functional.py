@@ -79,9 +79,7 @@ def acc(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.Arr
     return float(right.sum() / is_met.sum())
 
 
-def gap_bounds(
-    log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike
-) -> tuple[float, float]:
+def gap_bounds(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike) -> tuple[float, float]:
     """Compute the least and the greatest GAP that any order of equally confident answers allows.
 
     Wrong answers first within each tie give the least, right ones first the greatest. The two are equal if no
