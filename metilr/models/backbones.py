@@ -1,0 +1,223 @@
+"""Backbones built by name: those of the table, and any timm model as ``timm/NAME``."""
+
+import contextlib
+import difflib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.models
+import torch
+from torch import nn
+
+from metilr.errors import UserError
+from metilr.models.features import Backbone, Features, PatchRounding, Provenance
+from metilr.models.specs import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
+from metilr.models.weights import (
+    StateDict,
+    fetch_official_file,
+    file_sha256,
+    find_packaged_file,
+    load_strictly,
+    read_state_dict,
+    tensors_sha256,
+)
+
+__all__ = ["BACKBONES", "Backbone", "BackboneSpec", "Features", "PatchRounding", "Provenance", "build_backbone"]
+
+RANDOM = "random"  # the word that asks for untrained weights
+TIMM = "timm/"  # the prefix that asks for one of timm's models
+
+
+def build_backbone(
+    name: str,
+    weights: str | None = None,
+    stage: int | None = None,
+    patch_rounding: PatchRounding = "nearest",
+    seed: int = 0,
+) -> Backbone:
+    """Build a backbone with its weights, in eval mode, without a classifier.
+
+    Args:
+        name: A name of ``BACKBONES``, or ``timm/NAME`` for any model of timm.
+        weights: None for the official weights; a file of the same form as the official one; or the word
+            ``random`` for untrained weights (a file of that name is ``./random``).
+        stage: Which stage's map to return, see ``Backbone``; None for the last.
+        patch_rounding: How image sides become multiples of a ViT's patch, see ``Backbone.fit_size``.
+        seed: Of random weights.
+
+    Raises:
+        UserError: If the name is unknown, the weights cannot be had, verified or fitted, the stage is out of
+            range, or the model takes images of one size only.
+    """
+    if name in BACKBONES:
+        return _build_named(name, weights, stage, patch_rounding, seed)
+    if name.startswith(TIMM):
+        return _build_timm(name, weights, stage, patch_rounding, seed)
+    raise UserError(_unknown_name(name))
+
+
+def _unknown_name(name: str) -> str:
+    near = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.5)
+    if timm.is_model(name):
+        near = [TIMM + name, *near]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(BACKBONES)}"
+    return f"--backbone {name}: unknown; {hint} Any timm model is timm/NAME"
+
+
+def _build_named(
+    name: str, weights: str | None, stage: int | None, patch_rounding: PatchRounding, seed: int
+) -> Backbone:
+    spec = BACKBONES[name]
+    with _seeded(seed):
+        model = timm.create_model(spec.architecture, pretrained=False, num_classes=0)
+    if weights == RANDOM:
+        provenance = _provenance(model, RANDOM, seed=seed)
+    else:
+        path = _official_file(spec) if weights is None else Path(weights)
+        state_dict = read_state_dict(path)
+        if spec.rename is not None:
+            state_dict = spec.rename(state_dict)
+        load_strictly(model, state_dict, _classifier(model) + spec.training_only, f"{path} for {name}")
+        source, licence = (spec.url, spec.licence) if weights is None else (path.name, None)
+        provenance = _provenance(model, source, licence, file_sha256(path))
+    return Backbone(model, name, spec.mean, spec.std, provenance, stage, patch_rounding)
+
+
+def _official_file(spec: BackboneSpec) -> Path:
+    if spec.package is None:
+        return fetch_official_file(spec.url, spec.sha256)
+    assert spec.sha256 is not None
+    return find_packaged_file(spec.package, spec.sha256)
+
+
+def _build_timm(
+    name: str, weights: str | None, stage: int | None, patch_rounding: PatchRounding, seed: int
+) -> Backbone:
+    config = _timm_config(name)
+    if weights is None:
+        model = _download_timm(name)
+    else:
+        with _seeded(seed):
+            model = _create_timm(name, pretrained=False)
+    classifier = _classifier(model)
+    model.reset_classifier(0)
+    if weights is None:
+        source = f"hf-hub:{config['hf_hub_id']}" if config.get("hf_hub_id") else config["url"]
+        provenance = _provenance(model, source, config.get("license"))
+    elif weights == RANDOM:
+        provenance = _provenance(model, RANDOM, seed=seed)
+    else:
+        path = Path(weights)
+        state_dict = _timm_keys(model, read_state_dict(path))
+        load_strictly(model, state_dict, classifier, f"{path} for {name}")
+        provenance = _provenance(model, path.name, file_sha256=file_sha256(path))
+    mean, std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
+    backbone = Backbone(model, name, mean, std, provenance, stage, patch_rounding)
+    _check_any_size(backbone)
+    return backbone
+
+
+def _timm_config(name: str) -> dict[str, Any]:
+    """Return timm's record of a model's weights: source, licence, mean, std; empty if it has none."""
+    model_name = name.removeprefix(TIMM)
+    architecture = model_name.partition(".")[0]
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(TIMM + other for other in near)}?" if near else "see timm.list_models()"
+        raise UserError(f"--backbone {name}: timm has no such model; {hint}")
+    try:
+        config = timm.models.get_pretrained_cfg(model_name)
+    except RuntimeError as error:  # the architecture exists, the tag after the dot does not
+        known = ", ".join(TIMM + other for other in timm.list_pretrained(architecture + ".*"))
+        raise UserError(f"--backbone {name}: timm has no such weights; known: {known}") from error
+    return {} if config is None else config.to_dict()
+
+
+def _download_timm(name: str) -> Any:
+    if not timm.models.is_model_pretrained(name.removeprefix(TIMM)):
+        raise UserError(f"--backbone {name}: timm has no weights for it; pass --weights FILE")
+    try:
+        return _create_timm(name, pretrained=True)
+    except OSError as error:  # what huggingface_hub and urllib raise for network, licence gate and disk alike
+        url = f"https://huggingface.co/timm/{name.removeprefix(TIMM)}"
+        raise UserError(
+            f"--backbone {name}: the weights cannot be had from {url} ({str(error).splitlines()[0]}); "
+            "get the file by other means and pass it as --weights FILE"
+        ) from error
+
+
+def _create_timm(name: str, pretrained: bool) -> Any:
+    model_name = name.removeprefix(TIMM)
+    try:
+        return timm.create_model(model_name, pretrained=pretrained, dynamic_img_size=True)
+    except TypeError as error:
+        # Only transformers know the option, and a model cannot be asked before it is built.
+        if "dynamic_img_size" not in str(error):
+            raise
+        return timm.create_model(model_name, pretrained=pretrained)
+
+
+def _timm_keys(model: nn.Module, state_dict: StateDict) -> StateDict:
+    """Turn the keys of a model's original publisher into timm's, with timm's own conversion.
+
+    A file whose keys are timm's already is left alone: the conversions also resize, which strict loading is
+    to refuse.
+    """
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None or model.state_dict().keys() <= state_dict.keys():
+        return state_dict
+    converted: StateDict = convert(state_dict, model)
+    return converted
+
+
+def _classifier(model: Any) -> tuple[str, ...]:
+    """Return the key prefixes of a timm model's classifier layers; distilled ViTs have two."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    return tuple(name + "." for name in ((names,) if isinstance(names, str) else names))
+
+
+def _provenance(
+    model: nn.Module,
+    source: str,
+    licence: str | None = None,
+    file_sha256: str | None = None,
+    seed: int | None = None,
+) -> Provenance:
+    return Provenance(source, licence, file_sha256, seed, tensors_sha256(model.state_dict()))
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the CPU generator, where timm draws initial weights; give the caller its state back after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _check_any_size(backbone: Backbone) -> None:
+    """Refuse a model that cannot take images of any size, as museum photographs come.
+
+    timm does not say it beforehand, so a small odd-sized image is tried.
+    """
+    side = backbone.patch
+    height, width = max(97 // side, 1) * side, max(130 // side, 1) * side
+    try:
+        with torch.no_grad():
+            features = backbone(torch.zeros(1, 3, height, width))
+        fits = features.map.ndim == 4 and features.map.shape[1] == backbone.width
+        reason = f"its features are {tuple(features.map.shape)}"
+    except (
+        AssertionError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+    ) as error:  # each family refuses in its own way
+        fits, reason = False, f"{type(error).__name__}: {error}".splitlines()[0]
+    if not fits:
+        raise UserError(
+            f"--backbone {backbone.name}: it gives no feature map for a {height}x{width} image ({reason}), "
+            "and images come in any size; choose a convolutional network or a plain ViT"
+        )

@@ -1,0 +1,179 @@
+"""The embedder: images to unit-length embeddings and multi-scale descriptors."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metilr.errors import UserError
+from metilr.models.features import Backbone
+from metilr.models.pooling import CLS, Pooling
+from metilr.models.weights import tensors_sha256
+
+SCALES = (1.0, 2**-0.5, 0.5)  # the Met paper's
+
+
+class Projector(nn.Module):
+    """A linear map with bias of the pooled vector: a 1×1 convolution on a map of one position.
+
+    Attributes:
+        linear: Weight ``(out_dim, in_dim)`` and bias ``(out_dim,)``.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_dim, out_dim)
+
+    @classmethod
+    def from_whitening(cls, mean: Tensor, projection: Tensor) -> "Projector":
+        """Return the projector that whitens: x ↦ (x − mean) · projection.
+
+        Args:
+            mean: ``(D,)``.
+            projection: ``(D, dim)``.
+        """
+        assert mean.shape == projection.shape[:1], (mean.shape, projection.shape)
+        projector = cls(*projection.shape)
+        with torch.no_grad():
+            projector.linear.weight.copy_(projection.T)
+            projector.linear.bias.copy_(-mean @ projection)
+        return projector
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Map ``(B, in_dim)`` to ``(B, out_dim)``."""
+        mapped: Tensor = self.linear(pooled)
+        return mapped
+
+    def settings(self) -> dict[str, Any]:
+        """Return what determines the output."""
+        return {
+            "in_dim": self.linear.in_features,
+            "out_dim": self.linear.out_features,
+            "sha256": tensors_sha256(self.state_dict()),
+        }
+
+
+class Embedder(nn.Module):
+    """Images to descriptors: f(x) = L2(projector(L2(pooling(backbone(x))))), summed over scales, L2 again.
+
+    The backbone runs in whatever precision the caller's autocast sets; all else runs in float32. L2
+    normalisation leaves a zero vector zero: an image without any activation is similar to nothing.
+
+    Args:
+        backbone: Images to features.
+        pooling: Features to one vector.
+        projector: Left out if None, with the normalisation after it.
+        scales: Relative image sizes for ``describe``.
+
+    Raises:
+        UserError: If the pooling needs a class token that the backbone does not give, or a scale is not a
+            finite number above 0.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        pooling: Pooling,
+        projector: Projector | None = None,
+        scales: Sequence[float] = SCALES,
+    ) -> None:
+        super().__init__()
+        if isinstance(pooling, CLS) and not backbone.has_cls:
+            raise UserError(f"--pooling cls: {backbone.name} gives no class token here; use --pooling gem")
+        if not scales or not all(math.isfinite(scale) and scale > 0 for scale in scales):
+            raise UserError(f"--scales {list(scales)}: give one or more finite numbers above 0")
+        assert projector is None or projector.linear.in_features == backbone.width
+        self.backbone = backbone
+        self.pooling = pooling
+        self.projector = projector
+        self.scales = tuple(float(scale) for scale in scales)
+        self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(backbone.std).view(3, 1, 1))
+
+    @property
+    def dim(self) -> int:
+        """Length of an embedding."""
+        return self.backbone.width if self.projector is None else self.projector.linear.out_features
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Turn 8-bit images into the backbone's input: (x/255 − mean)/std.
+
+        Args:
+            images: ``(B, 3, H, W)``, uint8.
+
+        Returns:
+            ``(B, 3, H, W)``, float32.
+        """
+        return (images.float() / 255 - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed normalised images at their own size.
+
+        Args:
+            images: ``(B, 3, H, W)``.
+
+        Returns:
+            Embeddings ``(B, D)``, unit length, float32.
+        """
+        return self._embed(self._resize(images, 1.0))
+
+    def describe(self, images: Tensor) -> Tensor:
+        """Describe normalised images: the sum of their embeddings over the scales, L2-normalised.
+
+        Args:
+            images: ``(B, 3, H, W)``.
+
+        Returns:
+            Descriptors ``(B, D)``, unit length, float32.
+        """
+        embeddings = [self._embed(self._resize(images, scale)) for scale in self.scales]
+        return F.normalize(torch.stack(embeddings).sum(dim=0), dim=1)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        features = self.backbone(images)
+        with torch.autocast(images.device.type, enabled=False):
+            embeddings = F.normalize(self.pooling(features), dim=1)
+            if self.projector is not None:
+                embeddings = F.normalize(self.projector(embeddings), dim=1)
+        return embeddings
+
+    def _resize(self, images: Tensor, scale: float) -> Tensor:
+        """Scale images to ⌊side · scale⌋, at least 1 px; for a ViT, on to the size that fits its patches."""
+        height, width = images.shape[-2:]
+        scaled = max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+        size = self.backbone.fit_size(*scaled)
+        if scale == 1 and size == (height, width):
+            return images
+        if self.backbone.patch == 1 and min(height, width) * scale >= 1:
+            # Samples at exact multiples of 1/scale, as the Met paper's code does; from the size alone,
+            # interpolate would use the ratio of the rounded sides.
+            return F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False, antialias=False)
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=False)
+
+    def describe_settings(self) -> dict[str, Any]:
+        """Return everything that determines a descriptor besides the image, as JSON types.
+
+        The digests are taken from the tensors as they are now: after training, ``weights_sha256`` differs
+        from that of ``provenance``, which stands for the weights that training started from.
+        """
+        return {
+            "backbone": self.backbone.name,
+            "weights_sha256": tensors_sha256(self.backbone.model.state_dict()),
+            "stage": self.backbone.stage,
+            "width": self.backbone.width,
+            "patch": self.backbone.patch,
+            "patch_rounding": self.backbone.patch_rounding,
+            "pooling": self.pooling.settings(),
+            "projector": None if self.projector is None else self.projector.settings(),
+            "scales": list(self.scales),
+            "mean": self.mean.flatten().tolist(),
+            "std": self.std.flatten().tolist(),
+            "provenance": asdict(self.backbone.provenance),
+        }
