@@ -115,7 +115,7 @@ def _similarities(database: np.ndarray, queries: np.ndarray, rows: np.ndarray) -
     """Return the inner product of each query with its rows, ``(C, R)``, in float64.
 
     Products of float32 numbers are exact in float64. NumPy's sum over a contiguous last axis adds pairwise in
-    an order that depends on the length alone; BLAS and einsum give equal rows different last bits.
+    an order that depends on the length alone; BLAS adds by a row's place too, and equal rows no longer tie.
     """
     flat_rows, owners = rows.ravel(), np.repeat(np.arange(len(queries)), rows.shape[1])
     exact = np.empty(len(flat_rows))

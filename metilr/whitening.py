@@ -63,7 +63,7 @@ class PCAWhitening:
         if x.ndim != 2 or x.shape[1] != width:
             raise UserError(
                 f"descriptors have shape {x.shape}, but the whitening was learned on width {width}: "
-                "learn it on descriptors of the same model, or leave --whitening out"
+                "learn it on descriptors of the same model (--whitening pca) or take --whitening none"
             )
         whitened = np.empty((len(x), self.dim), dtype=np.float32)
         for start, block in _blocks(x):
@@ -195,7 +195,9 @@ def fit_pca_whitening(chunks: Iterable[np.ndarray], dim: int | None = None, shri
     tolerance = max(n, width) * np.finfo(np.float64).eps * max(float(eigenvalues[0]), 0.0)
     rank = min(int((eigenvalues > tolerance).sum()), n - 1)
     if rank == 0:
-        raise UserError(f"all {n} database descriptors are the same: there is nothing to whiten; check the model")
+        raise UserError(
+            f"all {n} database descriptors are the same: there is nothing to whiten; check the model and its weights"
+        )
     if dim is not None and dim > rank:
         raise UserError(
             f"--whitening_dim {dim}: {n} database descriptors of width {width} support at most {rank}; "
@@ -236,7 +238,7 @@ def _mean_and_covariance(chunks: Iterable[np.ndarray]) -> tuple[int, np.ndarray,
             scatter += block.T @ block
             n += len(block)
     if n < 2:
-        raise UserError(f"whitening needs at least 2 database descriptors, here {n}: turn it off")
+        raise UserError(f"whitening needs at least 2 database descriptors, here {n}: take --whitening none")
     offset = total / n
     return n, shift + offset, scatter / n - np.outer(offset, offset)
 
