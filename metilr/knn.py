@@ -12,8 +12,8 @@ from metilr.errors import UserError
 from metilr.metrics.functional import DISTRACTOR, gap
 from metilr.search import Neighbours
 
-K_GRID = (1, 2, 3, 5, 7, 10, 15, 20, 50)  # the Met paper's
-TAU_GRID = (0.01, 0.1, 1.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 50.0, 100.0, 500.0)  # the Met paper's
+K_GRID = (1, 2, 3, 5, 7, 10, 15, 20, 50)  # the benchmark's grid
+TAU_GRID = (0.01, 0.1, 1.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 50.0, 100.0, 500.0)  # the benchmark's grid
 MAX_TAU = 700.0  # exp(-700) is still a normal float64: a lead of 1 does not saturate the log-confidence
 NO_ROW = -1  # nearest row of an answer that no neighbour gave
 NO_LABEL = DISTRACTOR  # label of a query that was not answered: right nowhere
@@ -79,7 +79,7 @@ def classify(neighbours: Neighbours, database_labels: np.ndarray, n_classes: int
         UserError: If ``k`` or ``tau`` is out of range.
         ValueError: If the labels do not fit the neighbours or the number of classes.
 
-    Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021, section 4.
+    Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021.
     """
     _check_tau(tau)
     _check_k(k, neighbours, database_labels)
