@@ -10,6 +10,7 @@ same viewpoint, lamp and tint at every strength, and switching one part off chan
 
 import dataclasses
 import hashlib
+import io
 import math
 from pathlib import Path
 
@@ -110,7 +111,7 @@ PRESETS = {
         light=0.6,
         glare=0.5,
         blur=0.3,
-        noise=0.3,
+        noise=0.2,
         scale=0.3,
         jpeg=0.6,
     ),
@@ -121,11 +122,11 @@ PRESETS = {
         crop=0.3,
         perspective=0.9,
         rotation=0.8,
-        light=0.9,
-        glare=0.9,
-        blur=0.6,
-        noise=0.6,
-        scale=0.6,
+        light=0.8,
+        glare=0.8,
+        blur=0.5,
+        noise=0.4,
+        scale=0.5,
         jpeg=0.8,
     ),
 }
@@ -183,6 +184,16 @@ def derive_seed(base_seed: int, name: str, index: int) -> int:
     # Python's own hash() of a string differs from process to process.
     digest = hashlib.blake2b(f"{base_seed}\0{index}\0{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """Convert an RGB image from Pillow's form to uint8 ``(3, H, W)``."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # HxWxC to CxHxW
+
+
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """Convert uint8 ``(3, H, W)`` to Pillow's form."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())  # CxHxW to HxWxC
 
 
 def write_contact_sheet(
@@ -420,7 +431,8 @@ def _add_glare(image: torch.Tensor, coverage: torch.Tensor, strength: float, str
 def _blur(image: torch.Tensor, strength: float, stream: _Stream) -> torch.Tensor:
     if strength == 0:
         return image
-    sigma = 0.012 * max(image.shape[1:]) * stream.effect(strength)
+    # Less than 0.3 px would not show.
+    sigma = max(0.3, 0.012 * max(image.shape[1:]) * stream.effect(strength))
     shake = stream.uniform(0.4, 1.0)
     return (
         _gaussian_blur(image, sigma, sigma * shake)
@@ -461,7 +473,11 @@ def _add_noise(image: torch.Tensor, strength: float, stream: _Stream) -> torch.T
 def _compress(image: torch.Tensor, strength: float, stream: _Stream) -> torch.Tensor:
     if strength == 0:
         return image
-    return F.jpeg(image, round(95 - 85 * stream.effect(strength)))
+    # Pillow's encoder, since torchvision deprecated its own, which transforms.v2 still calls.
+    file = io.BytesIO()
+    to_pil(image).save(file, "JPEG", quality=round(95 - 85 * stream.effect(strength)))
+    with Image.open(file) as compressed:
+        return to_tensor(compressed)
 
 
 def _pixel_centres(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -490,14 +506,14 @@ def _read_image(path: Path) -> torch.Tensor:
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as an image ({error}); repair or remove it") from error
     image.thumbnail((500, 500))  # the Met's own size; a sheet shows no more
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # HxWxC to CxHxW
+    return to_tensor(image)
 
 
 def _arrange(rows: list[list[torch.Tensor]], cell: int = 200, gap: int = 6) -> Image.Image:
     sheet = Image.new("RGB", (gap + len(rows[0]) * (cell + gap), gap + len(rows) * (cell + gap)), "white")
     for row, images in enumerate(rows):
         for column, image in enumerate(images):
-            tile = Image.fromarray(image.permute(1, 2, 0).numpy())  # CxHxW to HxWxC
+            tile = to_pil(image)
             tile.thumbnail((cell, cell))
             left = gap + column * (cell + gap) + (cell - tile.width) // 2
             top = gap + row * (cell + gap) + (cell - tile.height) // 2

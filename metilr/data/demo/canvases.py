@@ -57,7 +57,7 @@ def draw_landscape(size: tuple[int, int], work: np.random.Generator, detail: np.
         _draw_tree(pen, canvas.size, horizon, work, land)
     for _ in range(int(detail.integers(0, 4))):
         _draw_tree(pen, canvas.size, horizon, detail, land)
-    painted = finish_canvas(canvas).filter(ImageFilter.ModeFilter(5))
+    painted = finish_canvas(canvas).filter(ImageFilter.MedianFilter(5))
     return paint_over(painted, work, 0.1)
 
 
@@ -140,9 +140,13 @@ def draw_print(size: tuple[int, int], work: np.random.Generator, detail: np.rand
             start = (width * work.uniform(0.3, 0.7), height * 0.93)
             _draw_branch(pen, start, -math.pi / 2 + work.uniform(-0.4, 0.4), height * 0.2, 6, ink, work)
     else:
-        for row in range(int(work.integers(5, 12))):
+        rows = int(work.integers(4, 10))
+        for row in range(rows):
             line = height * (0.2 + 0.07 * row) + height * 0.06 * ridge(work, 60, 0.6)
             points = list(zip(np.linspace(0.06, 0.94, 60) * width, line.tolist(), strict=True))
+            # Nearer ranges hide farther ones and are darker, as mist would have it.
+            tone = shade(paper, 1.0 - 0.5 * row / rows * work.uniform(0.5, 1.0))
+            pen.polygon([*points, (0.94 * width, 0.94 * height), (0.06 * width, 0.94 * height)], fill=tone)
             pen.line(points, fill=ink, width=int(work.integers(2, 7)))
     _hatch(pen, canvas.size, ink, detail)
     pen.rectangle((width * 0.05, height * 0.05, width * 0.95, height * 0.95), outline=ink, width=3)

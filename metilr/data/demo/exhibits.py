@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from PIL import Image
 
 from metilr.data.demo.brush import Colour, pick_colour, shade
@@ -17,7 +16,7 @@ from metilr.data.demo.canvases import (
     draw_textile,
 )
 from metilr.data.demo.objects import View, draw_figurine, draw_vessel
-from metilr.data.visits import VisitStrengths, derive_seed, simulate_visit
+from metilr.data.visits import VisitStrengths, derive_seed, simulate_visit, to_pil, to_tensor
 
 _Size = tuple[int, int]
 _FLAT: dict[str, Callable[[_Size, np.random.Generator, np.random.Generator], Image.Image]] = {
@@ -129,13 +128,11 @@ def _studio_view(rng: np.random.Generator, number: int) -> View:
 
 
 def _gallery_view(rng: np.random.Generator, strengths: VisitStrengths) -> View:
-    wall: Colour = pick_colour(rng, saturation=(0.05, 0.5), value=(0.25, 0.9))
+    wall: Colour = pick_colour(rng, saturation=(0.02, 0.25), value=(0.3, 0.9))
     plinth: Colour = pick_colour(rng, saturation=(0.0, 0.3), value=(0.2, 0.9))
     # From the front or, in a strong visit, up to 50 degrees to its side.
     return View(rng.uniform(-0.9, 0.9) * strengths.perspective, rng.uniform(-0.9, 0.9), (wall, plinth))
 
 
 def _visit(image: Image.Image, strengths: VisitStrengths, seed: int) -> Image.Image:
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # HxWxC to CxHxW
-    photograph = simulate_visit(pixels, strengths, seed)
-    return Image.fromarray(photograph.permute(1, 2, 0).contiguous().numpy())  # CxHxW to HxWxC
+    return to_pil(simulate_visit(to_tensor(image), strengths, seed))

@@ -69,17 +69,17 @@ class _Photographer:
 # As in the real data, few people took most photographs, and val and test share none of them.
 _PHOTOGRAPHERS = {
     "val": (
-        _Photographer("visitor 1", "medium", 0.5),
-        _Photographer("visitor 2", "mild", 0.3),
-        _Photographer("visitor 3", "severe", 0.2),
+        _Photographer("visitor 1", "mild", 0.55),
+        _Photographer("visitor 2", "medium", 0.35),
+        _Photographer("visitor 3", "severe", 0.1),
     ),
     "test": (
-        _Photographer("visitor 4", "medium", 0.4),
-        _Photographer("visitor 5", "mild", 0.25),
-        _Photographer("visitor 6", "severe", 0.15),
-        _Photographer("visitor 7", "medium", 0.1),
-        _Photographer("visitor 8", "severe", 0.05),
-        _Photographer("visitor 9", "mild", 0.05),
+        _Photographer("visitor 4", "mild", 0.45),
+        _Photographer("visitor 5", "medium", 0.3),
+        _Photographer("visitor 6", "severe", 0.08),
+        _Photographer("visitor 7", "mild", 0.1),
+        _Photographer("visitor 8", "medium", 0.05),
+        _Photographer("visitor 9", "severe", 0.02),
     ),
 }
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from metilr.data.demo.brush import Array, Colour, clouds, grid, mix, pick_colour, pick_palette, to_image
+from metilr.data.demo.brush import Array, Colour, clouds, grid, mix, pick_colour, to_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +32,15 @@ def draw_vessel(
     xs = (xs - 0.5) * size[0] / size[1]  # in heights of the image
     top, foot = work.uniform(0.1, 0.2), work.uniform(0.82, 0.9)
     along = (ys - top) / (foot - top)  # 0 at the mouth, 1 at the foot
-    widest = 0.42 * min(1.0, size[0] / size[1])
+    handles = int(work.integers(3))
+    # Handles need room at the sides.
+    widest = (0.3 if handles else 0.4) * min(1.0, size[0] / size[1])
     radius = _turn_profile(along, widest, work)
     across = xs / radius
     inside = (np.abs(across) < 1) & (along > 0) & (along < 1)
     azimuth = np.arcsin(np.clip(across, -1, 1)) + view.turn
 
-    clay = pick_palette(work, 4)
+    clay = _pick_glazes(work)
     surface = _paint_bands(azimuth, np.broadcast_to(along, azimuth.shape), clay, work, detail)
     facing = np.sqrt(np.clip(1 - across**2, 0, 1))
     light = 0.35 + 0.7 * np.clip(0.8 * facing + 0.5 * view.lamp * across, 0, 1)
@@ -46,7 +48,6 @@ def draw_vessel(
     body = surface * light[:, :, None] + gloss[:, :, None]
 
     array = _stage(size, foot, view)
-    handles = int(work.integers(3))
     if handles:
         array = _add_handles(array, xs, along, widest, handles, clay[0], view, work)
     mouth = ((xs / radius.max(where=along < 0.05, initial=0.02)) ** 2 + ((ys - top) / 0.02) ** 2) < 1
@@ -68,11 +69,15 @@ def draw_figurine(
     cos, sin = math.cos(view.turn), math.sin(view.turn)
     for x, y, z, radius in balls:
         seen_x, seen_z = cos * x + sin * z, cos * z - sin * x
-        height = radius**2 - (xs - seen_x) ** 2 - (ys - y) ** 2
+        # Only the ball's own rows and columns are touched.
+        rows = slice(*np.searchsorted(ys[:, 0], (y - radius, y + radius)))
+        columns = slice(*np.searchsorted(xs[0], (seen_x - radius, seen_x + radius)))
+        height = radius**2 - (xs[:, columns] - seen_x) ** 2 - (ys[rows] - y) ** 2
         depth = seen_z + np.sqrt(np.clip(height, 0, None))
         # A soft maximum melts the balls into one body.
-        share = np.where(height > 0, np.exp(np.clip(40 * depth, -50, 50)), 0)
-        weight, blended = weight + share, blended + share * depth
+        share = np.where(height > 0, np.exp(30 * depth), 0)
+        weight[rows, columns] += share
+        blended[rows, columns] += share * depth
     inside = weight > 0
     relief = np.where(inside, blended / np.maximum(weight, 1e-30), 0)
 
@@ -86,16 +91,35 @@ def draw_figurine(
     return to_image(array)
 
 
+def _pick_glazes(work: np.random.Generator) -> list[Colour]:
+    """Return the pot's own colour and three to paint it with, dark on light or light on dark."""
+    hue, saturation = ((0.02, 0.09), (0.4, 0.75))  # terracotta
+    style = work.uniform()
+    if style < 0.25:
+        hue, saturation = (0.08, 0.15), (0.1, 0.6)  # cream to ochre
+    elif style < 0.45:
+        hue, saturation = (0.55, 0.65), (0.1, 0.7)  # blue and white
+    elif style < 0.6:
+        hue, saturation = (0.3, 0.5), (0.1, 0.45)  # celadon
+    elif style < 0.7:
+        hue, saturation = (0.0, 1.0), (0.2, 0.7)
+    light, dark = (0.65, 0.95), (0.1, 0.4)
+    body, paint = (light, dark) if work.uniform() < 0.6 else (dark, light)
+    return [pick_colour(work, hue, saturation, body)] + [
+        pick_colour(work, (-0.05, 0.65), (0.1, 0.7), paint) for _ in range(3)
+    ]
+
+
 def _turn_profile(along: Array, widest: float, work: np.random.Generator) -> Array:
-    """Radius of the pot at each height, ``(H, 1)``: a smooth curve through seven drawn radii."""
-    knots = np.clip(work.uniform(0.25, 1.0, 7), 0, 1)
+    """Radius of the pot at each height, ``(H, 1)``: a smooth curve through six drawn radii."""
+    knots = np.clip(work.uniform(0.3, 1.0, 6), 0, 1)
     knots[int(work.integers(2, 5))] = 1.0
     knots[0] = max(knots[0], 0.3)
-    positions = np.linspace(0, 1, 7)
+    positions = np.linspace(0, 1, 6)
     fine = np.linspace(0, 1, 200)
     rough = np.interp(fine, positions, knots)
-    kernel = np.hanning(41)
-    smooth = np.convolve(np.pad(rough, 20, mode="edge"), kernel / kernel.sum(), mode="valid")
+    kernel = np.hanning(61)
+    smooth = np.convolve(np.pad(rough, 30, mode="edge"), kernel / kernel.sum(), mode="valid")
     return widest * np.interp(np.clip(along, 0, 1), fine, smooth)
 
 
@@ -166,7 +190,7 @@ def _model_figure(work: np.random.Generator, detail: np.random.Generator) -> lis
     balls = []
 
     def limb(start: Array, end: Array, thick: float, thin: float) -> None:
-        for share in np.linspace(0, 1, 7):
+        for share in np.linspace(0, 1, 14):
             x, y, z = start + share * (end - start)
             balls.append((float(x), float(y), float(z), thick + share * (thin - thick)))
 
