@@ -295,7 +295,7 @@ def _remove_abandoned(root: Path) -> None:
 def _put_in_place(museum: Path, root: Path, marker: _Row) -> None:
     if _is_complete(root, marker):  # another process was faster
         return
-    if root.exists():
+    with contextlib.suppress(FileNotFoundError):  # as on a first run
         root.rename(museum.parent / "replaced")
     try:
         museum.rename(root)
