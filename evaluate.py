@@ -1,0 +1,7 @@
+"""Measure how well a model recognises exhibits: ``python evaluate.py --help``."""
+
+from metilr.cli import run_command
+from metilr.evaluation import evaluate
+
+if __name__ == "__main__":
+    run_command(evaluate)

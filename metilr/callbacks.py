@@ -1,0 +1,136 @@
+"""Lightning callbacks of the extraction: rows to the store, progress to the terminal."""
+
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import BasePredictionWriter, Callback
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from typing_extensions import override
+
+from metilr.data.datamodule import ImageDataModule
+from metilr.data.dataset import ImageBatch
+from metilr.data.transforms import BadImageError
+from metilr.descriptors import UNIT_TOLERANCE, RowWriter
+from metilr.errors import UserError
+
+
+class DescriptorWriter(BasePredictionWriter):
+    """Write each batch's descriptors to their rows as soon as they are computed.
+
+    Args:
+        data: Knows the store, the rows and what to do with a bad image.
+    """
+
+    def __init__(self, data: ImageDataModule) -> None:
+        super().__init__(write_interval="batch")
+        self.data = data
+        self.writer: RowWriter | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.writer = self.data.store.writer()
+
+    @override
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Tensor,
+        batch_indices: Any,  # Lightning's count of arrivals; the batch carries the rows
+        batch: ImageBatch,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        assert self.writer is not None
+        for row, reason in batch.bad:
+            if self.data.bad_images == "stop":
+                raise BadImageError(reason)
+            self.writer.mark_bad(*self.data.row_map.locate(row), int(self.data.sizes[row]))
+        descriptors = prediction.float().cpu().numpy()
+        for row, descriptor in zip(batch.rows.tolist(), descriptors, strict=True):
+            if not abs(np.linalg.norm(descriptor) - 1) < UNIT_TOLERANCE:  # also true for NaN
+                raise UserError(
+                    f"{self.data.files[row]}: its descriptor is not finite or all zero; "
+                    "try --precision 32, or another --pooling"
+                )
+            self.writer.write(*self.data.row_map.locate(row), descriptor, int(self.data.sizes[row]))
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._close()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+
+class ImageProgress(Callback):
+    """A bar with images done, images per second and time left.
+
+    The first process draws it and counts its own images times the number of processes, which have equal
+    shares.
+    """
+
+    def __init__(self) -> None:
+        self.progress: Progress | None = None
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        total = sum(len(batch.rows) for batch in data.plan)
+        self.progress = Progress(
+            TextColumn("describing images"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:.1f} images/s"), TimeRemainingColumn(),
+        )  # fmt: skip
+        self.progress.start()
+        self.task = self.progress.add_task("images", total=total, rate=0.0)
+
+    @override
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: ImageBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.progress is None:
+            return
+        self.progress.advance(self.task, (len(batch.rows) + len(batch.bad)) * trainer.world_size)
+        task = self.progress.tasks[0]
+        if task.total and task.completed > task.total:
+            self.progress.update(self.task, completed=task.total)
+        self.progress.update(self.task, rate=task.completed / max(task.elapsed or 0, 1e-9))
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._stop()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+class ExactFloat32(Callback):
+    """Keep float32 float32 on GPUs, whose convolutions would otherwise round to TF32."""
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")

@@ -1,0 +1,156 @@
+"""Turn typed functions into commands: options from signatures, help from docstrings, errors in one line."""
+
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from metilr.errors import UserError
+
+EXIT_USER_ERROR = 2
+
+
+def run_command(function: Callable[..., Any], args: Sequence[str] | None = None) -> None:
+    """Call a function with options from the command line and from YAML files (``--config``).
+
+    A user's mistake ends in one line on stderr and exit status 2.
+
+    Args:
+        function: Every parameter becomes an option; the docstring becomes ``--help``.
+        args: Command line without the program; default: the process's own.
+    """
+    parser = _parser(function)
+    _run(lambda: function(**_parsed(parser, args)), parser.prog)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run ``metilr SUBCOMMAND``."""
+    args = list(sys.argv[1:] if args is None else args)
+    commands = _subcommands()
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: metilr SUBCOMMAND [options]\n\nsubcommands (metilr SUBCOMMAND --help tells more):")
+        for name, function in commands.items():
+            print(f"  {name:<20} {(function.__doc__ or '').strip().splitlines()[0]}")
+        return
+    if args[0] not in commands:
+        _fail("metilr", f"no subcommand {args[0]!r}{_did_you_mean(args[0], commands)}; metilr --help lists them")
+    function = commands[args[0]]
+    parser = _parser(function, prog=f"metilr {args[0]}")
+    _run(lambda: function(**_parsed(parser, args[1:])), parser.prog)
+
+
+class _Parser(ArgumentParser):
+    """jsonargparse's parser with one-line errors."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        _fail(self.prog, _one_line(message, self._option_names()))
+
+    def _option_names(self) -> list[str]:
+        return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+
+
+def _parser(function: Callable[..., Any], prog: str | None = None) -> _Parser:
+    parser = _Parser(prog=prog, description=(function.__doc__ or "").split("\n\n")[0], default_env=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below; later ones win.")
+    parser.add_function_arguments(function, as_positional=True)
+    return parser
+
+
+def _parsed(parser: _Parser, args: Sequence[str] | None) -> dict[str, Any]:
+    args = _join_lists(parser, list(sys.argv[1:] if args is None else args))
+    options = parser.parse_args(args).as_dict()
+    options.pop("config", None)
+    return options
+
+
+def _join_lists(parser: _Parser, args: list[str]) -> list[str]:
+    """Let ``--scales 1 0.5`` mean ``--scales [1,0.5]`` for every option that takes a list."""
+    lists = {
+        option
+        for action in parser._actions
+        for option in action.option_strings
+        if re.search(r"list\[|tuple\[", str(getattr(action, "_typehint", "")))
+    }
+    joined: list[str] = []
+    rest = list(args)
+    while rest:
+        option = rest.pop(0)
+        joined.append(option)
+        if option not in lists:
+            continue
+        values = []
+        while rest and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
+        if len(values) == 1 and (values[0].startswith("[") or values[0] == "null"):
+            joined.append(values[0])
+        elif values:
+            joined.append(json.dumps([_number_or_text(value) for value in values]))
+    return joined
+
+
+def _number_or_text(value: str) -> float | str:
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _run(call: Callable[[], Any], prog: str) -> None:
+    try:
+        call()
+    except UserError as error:
+        _fail(prog, str(error))
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(prog, f"{where}{error.strerror}; finished work is kept, run the same command to continue")
+    except KeyboardInterrupt:
+        _fail(prog, "interrupted; finished work is kept, run the same command to continue")
+
+
+def _fail(prog: str, message: str) -> NoReturn:
+    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _one_line(message: str, options: list[str]) -> str:
+    """Jsonargparse's explanation of a bad option, in one line that names the option, the value and the remedy."""
+    unknown = re.search(r"[Uu]nrecognized arguments: (--[\w.-]+)", message) or re.search(
+        r"(?:Key|key|Option) ['\"]([\w.-]+)['\"] is not (?:expected|accepted)", message
+    )
+    if unknown:
+        name = "--" + unknown[1].lstrip("-")
+        return f"unknown option {name}{_did_you_mean(name, options)}; --help lists them"
+    bad_value = re.search(r"Parser key [\"']([\w.-]+)[\"']:", message)
+    if bad_value:
+        expected = dict.fromkeys(re.findall(r"Expected (?:an? )?(.*?)(?:\. Got value.*)?$", message, re.MULTILINE))
+        kinds = " or ".join(_readable_type(kind) for kind in expected)
+        value = re.search(r"(?:Given value|Got value): (.*)$", message, re.MULTILINE)
+        if kinds and value:
+            return f"--{bad_value[1]} {value[1]}: expected {kinds}; see --help"
+    return message
+
+
+def _readable_type(kind: str) -> str:
+    literal = re.search(r"Literal\[(.*)\]", kind)
+    if literal:
+        return "one of " + literal[1].replace("'", "")
+    return re.sub(r"<class '(?:pathlib\.)?(\w+)'>", r"\1", kind).replace("NoneType", "null").replace("typing.", "")
+
+
+def _did_you_mean(name: str, names: Any) -> str:
+    near = difflib.get_close_matches(name, list(names), n=2, cutoff=0.5)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def _subcommands() -> dict[str, Callable[..., Any]]:
+    from metilr.data.demo import make_demo
+    from metilr.data.visits import write_contact_sheet
+    from metilr.reference_format import export_descriptors
+
+    return {"export-descriptors": export_descriptors, "visits": write_contact_sheet, "demo": make_demo}

@@ -1,0 +1,23 @@
+"""Which images go through the backbone together."""
+
+import numpy as np
+
+
+def same_shape_batches(shapes: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Group images of equal height and width, so that a batch needs neither padding nor cropping.
+
+    The largest images come first: a batch that does not fit in memory fails at the start of a run.
+
+    Args:
+        shapes: Height and width of each image, int ``(n, 2)``.
+        batch_size: Most images in a batch.
+
+    Returns:
+        Positions in ``shapes``, each once, in batches of one shape; ascending within a batch.
+    """
+    if not len(shapes):
+        return []
+    kinds, kind_of = np.unique(shapes, axis=0, return_inverse=True)
+    members = np.split(np.argsort(kind_of.reshape(-1), kind="stable"), np.cumsum(np.bincount(kind_of.reshape(-1)))[:-1])
+    by_area = np.argsort(-kinds.prod(axis=1), kind="stable")
+    return [members[kind][i : i + batch_size] for kind in by_area for i in range(0, len(members[kind]), batch_size)]

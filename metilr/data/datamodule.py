@@ -1,0 +1,136 @@
+"""The images that are still to be described, dealt out to the processes that describe them."""
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from pytorch_lightning import LightningDataModule
+from rich.progress import track
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from metilr.data.batching import same_shape_batches
+from metilr.data.dataset import BatchDataset, ImageBatch, PlannedBatch
+from metilr.data.ground_truth import GroundTruth
+from metilr.data.transforms import BadImageError, image_shape
+from metilr.descriptors import SPLITS, DescriptorStore
+
+BadImages = Literal["stop", "skip"]
+
+
+class RowMap(NamedTuple):
+    """One numbering over the rows of all splits: database first, then val, then test."""
+
+    starts: Mapping[str, int]
+
+    @classmethod
+    def of(cls, ground_truth: GroundTruth) -> "RowMap":
+        """Number the images of a ground truth."""
+        ends = np.cumsum([0] + [len(ground_truth.paths[split]) for split in SPLITS])
+        return cls(dict(zip(SPLITS, ends.tolist(), strict=False)))
+
+    def locate(self, row: int) -> tuple[str, int]:
+        """Split of a row, and its position there."""
+        split = next(split for split in reversed(SPLITS) if row >= self.starts[split])
+        return split, row - self.starts[split]
+
+
+class ImageDataModule(LightningDataModule):
+    """Pending images of a store, in batches of one shape.
+
+    The plan is made by the first process and told to the others, since the store changes while they start.
+
+    Args:
+        ground_truth: Names the images.
+        sizes: File size of every image by split, from ``image_sizes``.
+        store: Says which rows are pending; already prepared.
+        image_size: See ``load_image``.
+        batch_size: Most images in a batch.
+        num_workers: Decoding processes beside each process that runs the backbone.
+        bad_images: ``"stop"`` raises on a file that cannot be decoded, ``"skip"`` leaves it out.
+    """
+
+    def __init__(
+        self,
+        ground_truth: GroundTruth,
+        sizes: Mapping[str, np.ndarray],
+        store: DescriptorStore,
+        image_size: int | None,
+        batch_size: int,
+        num_workers: int,
+        bad_images: BadImages,
+    ) -> None:
+        super().__init__()
+        self.store = store
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.bad_images = bad_images
+        self.row_map = RowMap.of(ground_truth)
+        self.files = [ground_truth.image(path) for split in SPLITS for path in ground_truth.paths[split]]
+        self.sizes = np.concatenate([sizes[split] for split in SPLITS])
+        self.plan: list[PlannedBatch] = []
+
+    def pending_rows(self) -> np.ndarray:
+        """Rows that the store lacks, ascending."""
+        sizes = np.split(self.sizes, [self.row_map.starts[split] for split in SPLITS[1:]])
+        pending = [
+            self.store.pending(split, split_sizes, retry_bad=self.bad_images == "stop")
+            for split, split_sizes in zip(SPLITS, sizes, strict=True)
+        ]
+        return np.flatnonzero(np.concatenate(pending))
+
+    @override
+    def setup(self, stage: str) -> None:
+        assert self.trainer is not None
+        plan = self._plan() if self.trainer.is_global_zero else []
+        self.plan = self.trainer.strategy.broadcast(plan)
+
+    @override
+    def predict_dataloader(self) -> Iterable[ImageBatch]:
+        assert self.trainer is not None
+        # Neighbours in the plan cost the same, so dealing them out in turn balances the processes.
+        mine = self.plan[self.trainer.global_rank :: self.trainer.world_size]
+        dataset = BatchDataset(self.files, mine, self.image_size)
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=min(self.num_workers, len(mine)),
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    def _plan(self) -> list[PlannedBatch]:
+        rows = self.pending_rows()
+        shapes, readable = self._read_shapes(rows)
+        rows, shapes = rows[readable], shapes[readable]
+        return [
+            PlannedBatch(rows[batch], (int(shapes[batch[0], 0]), int(shapes[batch[0], 1])))
+            for batch in same_shape_batches(shapes, self.batch_size)
+        ]
+
+    def _read_shapes(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shapes int ``(n, 2)`` from the headers, and which headers could be read, bool ``(n,)``."""
+        shapes = np.zeros((len(rows), 2), dtype=np.int64)
+        writer = self.store.writer()
+        try:
+            with ThreadPoolExecutor(8) as pool:  # the time goes into waiting for the disk
+                found = pool.map(self._shape_or_error, rows.tolist())
+                for i, shape in enumerate(track(found, "reading image sizes", len(rows), transient=True)):
+                    if not isinstance(shape, BadImageError):
+                        shapes[i] = shape
+                    elif self.bad_images == "stop":
+                        pool.shutdown(cancel_futures=True)
+                        raise shape
+                    else:
+                        writer.mark_bad(*self.row_map.locate(int(rows[i])), int(self.sizes[rows[i]]))
+        finally:
+            writer.close()
+        return shapes, shapes[:, 0] > 0
+
+    def _shape_or_error(self, row: int) -> tuple[int, int] | BadImageError:
+        try:
+            return image_shape(Path(self.files[row]), self.image_size)
+        except BadImageError as error:
+            return error

@@ -1,0 +1,224 @@
+"""Ground truth in the Met layout: which images form the database, which are queries, what they show.
+
+``ROOT/ground_truth`` holds ``MET_database.json``, ``mini_MET_database.json``, ``valset.json`` and
+``testset.json``; image paths in them are relative to ``ROOT/images``.
+
+Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021 Datasets and Benchmarks; its released files.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+
+from metilr.descriptors import SPLITS
+from metilr.errors import UserError
+from metilr.metrics import DISTRACTOR
+
+DatabaseName = Literal["full", "mini"]
+DATABASE_FILES: dict[DatabaseName, str] = {"full": "MET_database.json", "mini": "mini_MET_database.json"}
+QUERY_FILES = {"val": "valset.json", "test": "testset.json"}
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """What a data root says about its images; all lists in file order.
+
+    Exhibit ids are the museum's numbers. Labels are dense: label ``c`` stands for ``exhibit_ids[c]``, and
+    smaller labels are smaller ids. A distractor's label is ``DISTRACTOR``.
+
+    Attributes:
+        root: Holds ``images/`` and ``ground_truth/``.
+        database: ``"full"`` or ``"mini"``.
+        paths: Image paths of each split, relative to ``root/images``.
+        labels: Labels of each split, int64 ``(n,)``.
+        exhibit_ids: The database's exhibits, ascending, int64 ``(n_classes,)``.
+        digests: sha256 of each split's JSON file.
+    """
+
+    root: Path
+    database: DatabaseName
+    paths: Mapping[str, tuple[str, ...]]
+    labels: Mapping[str, np.ndarray]
+    exhibit_ids: np.ndarray
+    digests: Mapping[str, str]
+
+    @property
+    def n_classes(self) -> int:
+        """Number of exhibits in the database."""
+        return len(self.exhibit_ids)
+
+    def image(self, path: str) -> Path:
+        """Where the image with this ground-truth path lies."""
+        return self.root / "images" / path
+
+    def n_met(self, split: str) -> int:
+        """Number of queries of ``split`` that show an exhibit of the database."""
+        return int((self.labels[split] != DISTRACTOR).sum())
+
+    def counts(self) -> dict[str, int]:
+        """Images, exhibits and queries, for tables and results."""
+        return {
+            "database_images": len(self.paths["database"]),
+            "exhibits": self.n_classes,
+            **{f"{split}_queries": len(self.paths[split]) for split in QUERY_FILES},
+            **{f"{split}_met": self.n_met(split) for split in QUERY_FILES},
+        }
+
+    def fingerprint(self) -> str:
+        """A digest of the three JSON files: the same string means the same task."""
+        return hashlib.sha256(json.dumps(dict(self.digests), sort_keys=True).encode()).hexdigest()
+
+
+def load_ground_truth(root: Path, database: DatabaseName = "full") -> GroundTruth:
+    """Read and check the three JSON files of a data root. Opens no image.
+
+    Args:
+        root: Holds ``ground_truth/`` and ``images/``.
+        database: Which database the queries are matched against.
+
+    Raises:
+        UserError: If a file is missing or malformed, an entry has a wrong type, a path is not inside
+            ``images/`` or is listed twice, a query's exhibit is not in the database, or a split has no
+            query that shows an exhibit.
+    """
+    root = Path(root)
+    files = {"database": DATABASE_FILES[database], **QUERY_FILES}
+    files = {split: str(root / "ground_truth" / name) for split, name in files.items()}
+    if not root.is_dir():
+        raise UserError(f"--root {root}: no such folder; it must hold ground_truth/ and images/")
+
+    entries, digests = {}, {}
+    for split, file in files.items():
+        entries[split], digests[split] = _read_entries(Path(file))
+    paths = {split: tuple(_path(files[split], i, e) for i, e in enumerate(entries[split])) for split in SPLITS}
+    _refuse_repeated_paths(files, paths)
+
+    database_ids = [_exhibit_id(files["database"], i, e, "id") for i, e in enumerate(entries["database"])]
+    exhibit_ids, database_labels = np.unique(np.array(database_ids, dtype=np.int64), return_inverse=True)
+    labels = {"database": database_labels.astype(np.int64).reshape(-1)}
+    for split in QUERY_FILES:
+        labels[split] = _query_labels(files[split], entries[split], exhibit_ids, database)
+    return GroundTruth(root, database, paths, labels, exhibit_ids, digests)
+
+
+def image_sizes(ground_truth: GroundTruth) -> dict[str, np.ndarray]:
+    """Size in bytes of every image file, int64 ``(n,)`` by split; 0 for a missing (or empty) file."""
+    return {
+        split: np.fromiter((_file_size(ground_truth.image(path)) for path in paths), np.int64, len(paths))
+        for split, paths in ground_truth.paths.items()
+    }
+
+
+def require_images(ground_truth: GroundTruth, sizes: Mapping[str, np.ndarray]) -> None:
+    """Refuse a data root with missing images: all are counted, the first few named.
+
+    Raises:
+        UserError: If a file of ``ground_truth`` is missing or empty by ``sizes`` (from ``image_sizes``).
+    """
+    missing = {
+        split: [path for path, size in zip(paths, sizes[split], strict=True) if size == 0]
+        for split, paths in ground_truth.paths.items()
+    }
+    total = sum(len(paths) for paths in missing.values())
+    if not total:
+        return
+    by_split = ", ".join(f"{split} {len(paths):,}" for split, paths in missing.items() if paths)
+    named = ", ".join([path for paths in missing.values() for path in paths][:3])
+    more = ", ..." if total > 3 else ""
+    raise UserError(
+        f"{ground_truth.root / 'images'}: {total:,} image files are missing or empty ({by_split}): {named}{more}; "
+        "put them there, or leave them out with --bad_images skip"
+    )
+
+
+def _read_entries(file: Path) -> tuple[list[Any], str]:
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise UserError(
+            f"{file}: no such file; a data root holds ground_truth/MET_database.json (or mini_MET_database.json), "
+            "ground_truth/valset.json, ground_truth/testset.json and images/"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    try:
+        entries = json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON ({error}); download or write it again") from None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{file}: must be a non-empty JSON list of objects")
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise UserError(f"{file}: entry {i} must be an object with a 'path', found {_shown(entry)}")
+    return entries, hashlib.sha256(content).hexdigest()
+
+
+def _path(file: str, i: int, entry: dict[str, Any]) -> str:
+    path = entry.get("path")
+    if not isinstance(path, str) or not path:
+        raise UserError(f"{file}: entry {i}: 'path' must be a non-empty string, found {_shown(path)}")
+    parts = PurePosixPath(path)
+    if parts.is_absolute() or ".." in parts.parts or "\0" in path:
+        raise UserError(f"{file}: entry {i}: 'path' must stay inside images/, found {_shown(path)}")
+    return path
+
+
+def _exhibit_id(file: str, i: int, entry: dict[str, Any], key: str) -> int:
+    exhibit_id = entry.get(key)
+    if isinstance(exhibit_id, bool) or not isinstance(exhibit_id, int) or not 0 <= exhibit_id < 2**63:
+        raise UserError(f"{file}: entry {i}: '{key}' must be a whole number >= 0, found {_shown(exhibit_id)}")
+    return exhibit_id
+
+
+def _refuse_repeated_paths(files: Mapping[str, str], paths: Mapping[str, Iterable[str]]) -> None:
+    """An image listed twice, in one file or in two, would count twice or leak from one split to another."""
+    seen: dict[str, tuple[str, int]] = {}
+    for split, split_paths in paths.items():
+        for i, path in enumerate(split_paths):
+            if path in seen:
+                other_file, other = seen[path]
+                where = f"entry {other}" if other_file == files[split] else f"{other_file}, entry {other}"
+                raise UserError(f"{files[split]}: entry {i}: path {path!r} is listed already ({where}); remove one")
+            seen[path] = (files[split], i)
+
+
+def _query_labels(
+    file: str, entries: list[dict[str, Any]], exhibit_ids: np.ndarray, database: DatabaseName
+) -> np.ndarray:
+    label_of = {int(exhibit_id): label for label, exhibit_id in enumerate(exhibit_ids)}
+    labels = np.full(len(entries), DISTRACTOR, dtype=np.int64)
+    unknown = []
+    for i, entry in enumerate(entries):
+        if "MET_id" not in entry:
+            continue
+        exhibit_id = _exhibit_id(file, i, entry, "MET_id")
+        if exhibit_id in label_of:
+            labels[i] = label_of[exhibit_id]
+        else:
+            unknown.append(f"{entry['path']} (exhibit {exhibit_id})")
+    if unknown:
+        named = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        raise UserError(
+            f"{file}: {len(unknown):,} met queries show exhibits that are not in {DATABASE_FILES[database]}: {named}; "
+            "use the other --database, or remove them (a distractor has no 'MET_id')"
+        )
+    if (labels == DISTRACTOR).all():
+        raise UserError(f"{file}: no query has a 'MET_id', so GAP and ACC are undefined; add met queries")
+    return labels
+
+
+def _file_size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

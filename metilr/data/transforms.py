@@ -1,0 +1,93 @@
+"""From an image file to a uint8 RGB tensor, the same whatever the file's mode, orientation or depth."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from metilr.errors import UserError
+
+EXIF_ORIENTATION = 0x0112
+QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+
+
+class BadImageError(UserError):
+    """An image file that cannot be decoded; the message names it."""
+
+
+def load_image(path: Path, image_size: int | None = None) -> Tensor:
+    """Decode a file to RGB, uint8 ``(3, H, W)``.
+
+    EXIF orientation is applied; alpha is laid on white; grey, palette and CMYK become RGB; 16-bit grey is
+    scaled to 8 bits. Of an animation the first frame counts.
+
+    Args:
+        path: Image file.
+        image_size: Length in px that the longest side is resized to (bilinear, antialiased, up or down);
+            ``None`` keeps the size.
+
+    Raises:
+        BadImageError: If the file is missing, truncated, not an image, or of a kind without a clear
+            8-bit reading (32-bit float).
+    """
+    try:
+        with Image.open(path) as image:
+            rgb = _to_rgb(ImageOps.exif_transpose(image))
+    except BadImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types on broken files; each means the same here
+        raise _bad_image(path, error) from None
+    height, width = resized_shape(rgb.height, rgb.width, image_size)
+    if (height, width) != (rgb.height, rgb.width):
+        rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()  # HxWxC to CxHxW
+
+
+def image_shape(path: Path, image_size: int | None = None) -> tuple[int, int]:
+    """Height and width of ``load_image``'s result, from the file's header alone.
+
+    Raises:
+        BadImageError: If the header cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if image.getexif().get(EXIF_ORIENTATION) in QUARTER_TURNS:
+                height, width = width, height
+    except Exception as error:
+        raise _bad_image(path, error) from None
+    return resized_shape(height, width, image_size)
+
+
+def resized_shape(height: int, width: int, image_size: int | None) -> tuple[int, int]:
+    """Height and width with the longest side at ``image_size``, the other in proportion, at least 1 px."""
+    if image_size is None:
+        return height, width
+    ratio = image_size / max(height, width)
+    return max(1, round(height * ratio)), max(1, round(width * ratio))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow clips 16-bit grey at 255 instead of scaling it.
+        grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
+        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("32-bit float pixels have no stated range; convert it to 8 bits")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _bad_image(path: Path, error: Exception) -> BadImageError:
+    if isinstance(error, FileNotFoundError):
+        reason = "no such file"
+    elif isinstance(error, OSError) and "cannot identify" in str(error):
+        reason = "not an image"
+    else:
+        reason = " ".join(str(error).split()) or type(error).__name__
+    return BadImageError(f"{path}: cannot be decoded ({reason}); replace it, or leave it out with --bad_images skip")

@@ -1,0 +1,253 @@
+"""The descriptor store: a folder of rows on disk, what made them, and how far the making got.
+
+``database.npy``, ``val.npy`` and ``test.npy`` hold one unit-length float32 row per image, in ground-truth
+order. ``<split>.files.npy`` holds, per row, the size in bytes of the image file that the row was made from
+(0: not made yet; ``-size - 1``: the file could not be decoded). ``manifest.json`` holds the settings.
+
+Rows are written where they belong as they are computed, by any number of processes, and marked after they
+were written; a killed run continues with the rows that are not marked. A marked row that is not of unit
+length (a machine that went down between the two writes) is made again.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metilr.errors import UserError
+
+SCHEMA = "metilr.descriptors/1"
+SPLITS = ("database", "val", "test")
+CHUNK_ROWS = 8192
+UNIT_TOLERANCE = 1e-3  # float32 rows are of unit length to about 1e-6; a torn write is far off
+
+
+class DescriptorStore:
+    """Descriptors of one ground truth made with one set of settings.
+
+    Args:
+        path: The folder; need not exist before ``prepare``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    def prepare(self, settings: Mapping[str, Any], counts: Mapping[str, int], width: int) -> None:
+        """Make the folder and reserve its disk space, or check that it was made with the same settings.
+
+        Args:
+            settings: All that can change a row, JSON-able.
+            counts: Images by split.
+            width: Descriptor dimensions.
+
+        Raises:
+            UserError: If the folder holds something else, or rows made with other settings, or the disk is
+                too full.
+        """
+        wanted = {"schema": SCHEMA, "settings": _as_json(settings), "counts": dict(counts), "width": width}
+        if (self.path / "manifest.json").exists():
+            self._refuse_other_settings(self.manifest(), wanted)
+            return
+        foreign = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
+        foreign = [name for name in foreign if not name.startswith((*SPLITS, ".manifest"))]
+        if foreign:
+            raise UserError(f"--store {self.path}: holds other files ({foreign[0]}); name an empty or new folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        for split, n in counts.items():
+            _create_array(self.path / f"{split}.npy", (n, width), np.dtype(np.float32))
+            _create_array(self.path / f"{split}.files.npy", (n,), np.dtype(np.int64))
+        self._write_manifest({**wanted, "complete": False})  # last: a folder without it is made anew
+
+    def finish(self, made_with: Mapping[str, Any]) -> None:
+        """Mark the store complete.
+
+        Args:
+            made_with: What is worth knowing but changes no row beyond rounding (versions, batch size, date).
+        """
+        self._write_manifest({**self.manifest(), "complete": True, "made_with": dict(made_with)})
+
+    def manifest(self) -> dict[str, Any]:
+        """What made the rows.
+
+        Raises:
+            UserError: If the folder is not a store.
+        """
+        file = self.path / "manifest.json"
+        try:
+            manifest = json.loads(file.read_text())
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: not a descriptor store (it has no manifest.json)") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: cannot be read ({error}); delete {self.path} to make it again") from None
+        if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+            raise UserError(f"{file}: not of the form {SCHEMA}; delete {self.path} to make it again")
+        return manifest
+
+    def rows(self, split: str) -> np.memmap:
+        """Descriptors of a split, float32 ``(n, D)``, memory-mapped, read-only."""
+        return self.array(f"{split}.npy")
+
+    def files(self, split: str) -> np.ndarray:
+        """How far the making got: per row a file size, 0 or a negative mark (see the module), int64 ``(n,)``."""
+        return np.array(self.array(f"{split}.files.npy"))
+
+    def made(self, split: str) -> np.ndarray:
+        """Which rows hold a descriptor, bool ``(n,)``; the others are of images that were left out."""
+        return self.files(split) > 0
+
+    def pending(self, split: str, sizes: np.ndarray, retry_bad: bool) -> np.ndarray:
+        """Which rows are still to be made.
+
+        Args:
+            split: A split's name.
+            sizes: Size in bytes of each row's image file now; a row made from a file of another size counts
+                as not made.
+            retry_bad: Whether to try files again that could not be decoded and have not changed.
+
+        Returns:
+            bool ``(n,)``.
+        """
+        files = self.files(split)
+        settled = (files == sizes) & (files > 0)
+        settled[settled] = _of_unit_length(self.rows(split), np.flatnonzero(settled))
+        if not retry_bad:
+            settled |= files == -sizes - 1
+        return ~settled
+
+    def writer(self) -> "RowWriter":
+        """A way to write rows from this process. Close it."""
+        return RowWriter(self)
+
+    def array(self, name: str) -> np.memmap:
+        """One file of the store, memory-mapped, read-only."""
+        file = self.path / name
+        try:
+            return np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{file}: cannot be read ({error}); delete {self.path} to make it again") from None
+
+    def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+    def _refuse_other_settings(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        names = ("settings", "counts", "width")
+        differing = [key for name in names for key in _differing_keys(found.get(name), wanted[name], name)]
+        if differing:
+            keys = "; ".join(differing[:4]) + ("; ..." if len(differing) > 4 else "")
+            raise UserError(f"--store {self.path}: was made with other settings ({keys}); name another folder")
+
+
+class RowWriter:
+    """Writes rows where they belong. Several processes may write different rows at once.
+
+    Plain writes at an offset, not a memory map: a full disk is then an error and not a dead process, and two
+    machines that share the folder never write each other's rows.
+    """
+
+    def __init__(self, store: DescriptorStore) -> None:
+        names = [name for split in SPLITS for name in (split, f"{split}.files")]
+        self._offsets = {name: store.array(f"{name}.npy").offset for name in names}
+        self._files = {name: (store.path / f"{name}.npy").open("r+b", buffering=0) for name in names}
+
+    def write(self, split: str, row: int, descriptor: np.ndarray, file_size: int) -> None:
+        """Write one descriptor, float32 ``(D,)`` of unit length, then mark its row."""
+        self._put(split, row, descriptor.tobytes())
+        self._put(f"{split}.files", row, np.int64(file_size).tobytes())
+
+    def mark_bad(self, split: str, row: int, file_size: int) -> None:
+        """Note that the row's image cannot be decoded."""
+        self._put(f"{split}.files", row, np.int64(-file_size - 1).tobytes())
+
+    def close(self) -> None:
+        """Push what was written to the disk."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+            file.close()
+        self._files = {}
+
+    def _put(self, name: str, row: int, content: bytes) -> None:
+        file = self._files[name]
+        file.seek(self._offsets[name] + row * len(content))
+        while content:  # a nearly full disk takes a part and refuses the rest at the next call
+            content = content[file.write(content) :]
+
+
+def settings_fingerprint(settings: Mapping[str, Any]) -> str:
+    """Twelve hex digits that change with any setting."""
+    return hashlib.sha256(json.dumps(_as_json(settings), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def row_chunks(arrays: Sequence[np.ndarray], keep: np.ndarray, chunk_rows: int = CHUNK_ROWS) -> Iterator[np.ndarray]:
+    """Kept rows of several equally long matrices side by side, a bounded number at a time.
+
+    Args:
+        arrays: Each ``(n, D_i)``, memory-mapped or not.
+        keep: Which rows, bool ``(n,)``.
+        chunk_rows: Most rows read at a time.
+
+    Yields:
+        float32 ``(m, sum of D_i)``, ``m <= chunk_rows``, in row order.
+    """
+    for start in range(0, len(keep), chunk_rows):
+        part = slice(start, start + chunk_rows)
+        if keep[part].any():
+            yield np.concatenate([np.asarray(a[part][keep[part]], dtype=np.float32) for a in arrays], axis=1)
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old content or the new, never a part."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def _create_array(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """A zero-filled .npy file whose disk space is reserved, so that a full disk shows now and not in hours."""
+    try:
+        with file.open("wb") as stream:
+            np.lib.format.write_array_header_1_0(
+                stream, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+            )
+            header, n_bytes = stream.tell(), int(np.prod(shape)) * dtype.itemsize
+            stream.truncate(header + n_bytes)
+            stream.flush()
+            if hasattr(os, "posix_fallocate") and n_bytes:
+                os.posix_fallocate(stream.fileno(), header, n_bytes)
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot reserve {_gigabytes(shape, dtype)} GB ({error.strerror}); free some or name "
+            "another --store"
+        ) from None
+
+
+def _of_unit_length(rows: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    norms = [np.linalg.norm(rows[part], axis=1) for part in np.array_split(indices, len(indices) // CHUNK_ROWS + 1)]
+    return np.abs(np.concatenate(norms) - 1) < UNIT_TOLERANCE
+
+
+def _differing_keys(found: Any, wanted: Any, name: str) -> list[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = sorted(found.keys() | wanted.keys())
+        return [d for key in keys for d in _differing_keys(found.get(key), wanted.get(key), key)]
+    return [] if found == wanted else [f"{name}: {_shown(found)} there, {_shown(wanted)} now"]
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What comes back when the settings are read from a file: tuples are lists, paths are strings."""
+    return json.loads(json.dumps(settings))
+
+
+def _gigabytes(shape: tuple[int, ...], dtype: np.dtype) -> str:
+    return f"{int(np.prod(shape)) * dtype.itemsize / 1e9:.2f}"
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."

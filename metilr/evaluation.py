@@ -1,0 +1,228 @@
+"""``python evaluate.py``: from photographs to GAP, top to bottom."""
+
+import logging
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import faiss
+import numpy as np
+from rich.console import Console
+
+from metilr.data.datamodule import BadImages
+from metilr.data.demo import make_demo
+from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_truth
+from metilr.data.transforms import BadImageError, load_image
+from metilr.extraction import Accelerator, ExtractionOptions, Precision, describe_images, launched_as_first
+from metilr.knn import K_GRID
+from metilr.models.backbones import PatchRounding, build_backbone
+from metilr.models.embedder import Embedder
+from metilr.models.pooling import PoolingName, build_pooling
+from metilr.recognition import Recognition, SearchDevice, recognise
+from metilr.results import RUNS, open_output, print_table, results_of, write_results
+from metilr.sources import Descriptors, open_descriptors
+from metilr.whitening import DEFAULT_DIM
+
+
+def evaluate(
+    root: Path | None = None,
+    database: DatabaseName = "full",
+    backbone: str = "lite0_in",
+    weights: str | None = None,
+    pooling: PoolingName = "gem",
+    p: float = 3.0,
+    stage: int | None = None,
+    scales: Sequence[float] = (1.0, 2**-0.5, 0.5),
+    patch_rounding: PatchRounding = "nearest",
+    image_size: int | None = None,
+    bad_images: BadImages = "stop",
+    whitening: str = "pca",
+    whitening_dim: int | None = None,
+    whitening_shrinkage: float = 1.0,
+    k: int | None = None,
+    tau: float | None = None,
+    descriptors: Sequence[Path] = (),
+    store: Path | None = None,
+    output: Path | None = None,
+    accelerator: Accelerator = "auto",
+    devices: int | Literal["auto"] = "auto",
+    num_nodes: int = 1,
+    precision: Precision = "32",
+    batch_size: int = 32,
+    num_workers: int | None = None,
+    search_device: SearchDevice | None = None,
+    seed: int = 0,
+) -> dict[str, Any] | None:
+    """Measure how well a model recognises exhibits: images and ground truth in, GAP, GAP⁻ and ACC out.
+
+    Descriptors are computed once and kept in a store under runs/descriptors; a second run with the same
+    settings reuses them, an interrupted one continues. k and tau are chosen by GAP on val; test is scored once.
+
+    Args:
+        root: Folder with images/ and ground_truth/ in the Met layout. Without it: the built-in demo museum,
+            which is synthetic.
+        database: Match against MET_database.json (full) or mini_MET_database.json (mini).
+        backbone: One of r18_in, r50_in, r50_swav, r50_sin, r18_swsl, r50_swsl, rx50_32x4d_swsl,
+            rx101_32x4d_swsl, rx101_32x8d_swsl, rx101_32x16d_swsl, lite0_in, or timm/NAME for any timm model.
+        weights: File with weights in the official file's form; "random" for seeded random weights; without
+            it the official ones, from their cache or downloaded.
+        pooling: Generalised mean, maximum, mean, regional maxima, or class token (ViTs; spoc there is the mean
+            of patch tokens, and gem ignores their negative values).
+        p: Exponent of GeM.
+        stage: Take the map of an earlier stage (ViT: block), counted from 1; without it the last.
+        scales: Relative sizes at which an image is described; the descriptors are summed.
+        patch_rounding: How a ViT's input sides are made multiples of its patch: to the nearest, down, or off to
+            refuse other sizes. No effect on CNNs.
+        image_size: Resize each image so that its longest side has this many px; without it as they are.
+        bad_images: Stop at an image that cannot be decoded, or skip it: it is left out of the database, and a
+            query counts as wrong.
+        whitening: pca learns it on the database, none goes without, else a whitening.npz of another run.
+        whitening_dim: Dimensions after whitening; without it 512, or as many as the database supports.
+        whitening_shrinkage: 1 is whitening, 0 is plain PCA.
+        k: Number of neighbours; without it chosen on val.
+        tau: Inverse temperature of the confidence; without it chosen on val.
+        descriptors: Start from these instead of images: descriptor stores or the reference code's
+            descriptors.pkl, several are concatenated.
+        store: Folder for the descriptors; without it runs/descriptors/BACKBONE-FINGERPRINT.
+        output: Folder for results; without it a dated one under runs/.
+        accelerator: Where the backbone runs; auto takes GPUs if there are any, and says so.
+        devices: Number of processes, one GPU each (on the CPU: processes that share it).
+        num_nodes: Machines, each started with this command by torchrun or SLURM, with a shared store.
+        precision: Arithmetic of the backbone: 32 is exact float32 (no TF32).
+        batch_size: Most images in a batch; images in a batch have one shape.
+        num_workers: Image decoding processes beside each process; without it one per core, at most 8.
+        search_device: Where the exact search runs; without it on all GPUs if FAISS sees some and the
+            accelerator is not cpu, else on the CPU.
+        seed: Seeds random weights.
+
+    Returns:
+        What results.json says; None in the processes of a launcher other than the first.
+
+    Raises:
+        UserError: If an option, a file or the data is not usable; says which and what to do.
+    """
+    arguments = dict(locals())
+    started = time.perf_counter()
+    _quieten_lightning()
+    options = ExtractionOptions(
+        image_size, bad_images, accelerator, devices, num_nodes, precision, batch_size, num_workers
+    )
+    search_device = search_device or _default_search_device(accelerator)
+    console = Console(highlight=False, quiet=not launched_as_first())
+
+    synthetic = root is None
+    if root is None:
+        root = make_demo(RUNS / "demo")
+    synthetic = synthetic or (root / "demo.json").exists()
+    ground_truth = load_ground_truth(root, database)
+    if launched_as_first():
+        name = "descriptors" if descriptors else backbone.replace("/", "_")
+        output = open_output(output, name, arguments)
+    console.print(_data_line(ground_truth, synthetic))
+
+    if not descriptors:
+        network = build_backbone(backbone, weights, stage, patch_rounding, seed)
+        embedder = Embedder(network, build_pooling(pooling, network.width, p), scales=scales)
+        made = describe_images(embedder, ground_truth, store, options, console)
+        if made is None:
+            return None  # another process goes on
+        descriptors = [made.path]
+    opened = open_descriptors(descriptors, ground_truth)
+    recognition = recognise(
+        opened,
+        ground_truth,
+        whitening=whitening,
+        whitening_dim=whitening_dim,
+        whitening_shrinkage=whitening_shrinkage,
+        k=k,
+        tau=tau,
+        search_device=search_device,
+    )
+
+    skipped_images = _skipped_images(opened, ground_truth)
+    results = results_of(
+        ground_truth,
+        recognition,
+        opened,
+        synthetic=synthetic,
+        search_device=search_device,
+        skipped_images=skipped_images,
+        notes=_notes(opened, recognition, synthetic, skipped_images),
+        seconds=time.perf_counter() - started,
+    )
+    assert output is not None
+    written = write_results(output, results, ground_truth, recognition)
+    print_table(console, results)
+    console.print("wrote " + ", ".join(str(file) for file in written), soft_wrap=True)
+    return results
+
+
+def _data_line(ground_truth: GroundTruth, synthetic: bool) -> str:
+    counts = ground_truth.counts()
+    return (
+        f"[bold]data[/]         {ground_truth.root} ({ground_truth.database}{', synthetic' if synthetic else ''}): "
+        f"{counts['database_images']:,} images of {counts['exhibits']:,} exhibits; "
+        f"val {counts['val_queries']:,} queries ({counts['val_met']:,} met), "
+        f"test {counts['test_queries']:,} ({counts['test_met']:,} met)"
+    )
+
+
+def _notes(
+    opened: Descriptors, recognition: Recognition, synthetic: bool, skipped_images: list[dict[str, str]]
+) -> list[str]:
+    """What a reader must know so as not to misread the figures."""
+    notes = []
+    if synthetic:
+        notes.append("the demo museum is synthetic: its figures say nothing about real exhibits")
+    if any(origin.get("weights_from", {}).get("source") == "random" for origin in opened.origins):
+        notes.append("RANDOM WEIGHTS: the backbone was not trained, its figures mean nothing")
+    whitening = recognition.whitening
+    if whitening is not None and whitening.dim == whitening.supported_dim < min(DEFAULT_DIM, opened.width):
+        notes.append(
+            f"whitened to {whitening.dim} dimensions instead of {DEFAULT_DIM}: "
+            f"{whitening.n:,} database images support no more"
+        )
+    if (
+        recognition.tuning is not None
+        and recognition.tuning.k_grid[-1] < K_GRID[-1]
+        and len(recognition.tuning.k_grid) > 1
+    ):
+        notes.append(f"the grid of k ends at {recognition.tuning.k_grid[-1]}: the database is no larger")
+    if skipped_images:
+        notes.append(f"{len(skipped_images):,} images could not be decoded and were left out (see results.json)")
+    return notes
+
+
+def _skipped_images(opened: Descriptors, ground_truth: GroundTruth) -> list[dict[str, str]]:
+    skipped = []
+    for split, made in opened.made.items():
+        for i in np.flatnonzero(~made):
+            path = ground_truth.paths[split][i]
+            skipped.append({"split": split, "path": path, "reason": _why_bad(ground_truth.image(path))})
+    return skipped
+
+
+def _why_bad(file: Path) -> str:
+    try:
+        load_image(file)
+    except BadImageError as error:
+        return str(error)
+    return "could not be decoded when its descriptor was made"
+
+
+def _default_search_device(accelerator: str) -> SearchDevice:
+    return "gpu" if accelerator != "cpu" and faiss.get_num_gpus() else "cpu"
+
+
+def _quieten_lightning() -> None:
+    """Keep hints meant for training out of the terminal; errors still come through."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*infer the batch indices.*",  # batches carry their rows themselves
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning's own call
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,232 @@
+"""From images to descriptors on disk: a Lightning prediction loop over batches of one shape."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy, Strategy
+from rich.console import Console
+from torch import Tensor
+from torch.multiprocessing.spawn import ProcessRaisedException
+from typing_extensions import override
+
+from metilr.callbacks import DescriptorWriter, ExactFloat32, ImageProgress
+from metilr.data.datamodule import BadImages, ImageDataModule
+from metilr.data.dataset import ImageBatch
+from metilr.data.ground_truth import GroundTruth, image_sizes, require_images
+from metilr.descriptors import DescriptorStore, settings_fingerprint
+from metilr.errors import UserError
+from metilr.models.embedder import Embedder
+from metilr.versions import library_versions
+
+Accelerator = Literal["auto", "cpu", "gpu", "mps"]
+Precision = Literal["32", "bf16-mixed", "16-mixed"]
+STORES = Path("runs/descriptors")
+
+
+class DescriptorModule(pl.LightningModule):
+    """Multi-scale descriptors of a batch of images.
+
+    Args:
+        embedder: The model.
+    """
+
+    def __init__(self, embedder: Embedder) -> None:
+        super().__init__()
+        self.embedder = embedder
+
+    @override
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        if not len(batch.images):  # none of the batch could be decoded
+            return torch.empty(0, self.embedder.dim)
+        return self.embedder.describe(self.embedder.normalise(batch.images))
+
+
+@dataclass(frozen=True)
+class ExtractionOptions:
+    """How images are read and where the backbone runs.
+
+    Attributes:
+        image_size: Length in px that the longest side is resized to; ``None`` keeps the size.
+        bad_images: ``"stop"`` at a file that cannot be decoded, or ``"skip"`` it.
+        accelerator: As in Lightning.
+        devices: Processes on this machine, one GPU each.
+        num_nodes: Machines, each started with the same command by torchrun or SLURM; they share the store.
+        precision: Of the backbone; pooling and normalisation are float32 in any case.
+        batch_size: Most images in a batch.
+        num_workers: Decoding processes beside each process; ``None``: the cores, at most 8.
+    """
+
+    image_size: int | None = None
+    bad_images: BadImages = "stop"
+    accelerator: Accelerator = "auto"
+    devices: int | Literal["auto"] = "auto"
+    num_nodes: int = 1
+    precision: Precision = "32"
+    batch_size: int = 32
+    num_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse before any work what is out of range or what Lightning would replace by something else."""
+        for name, least in (
+            ("image_size", 1),
+            ("devices", 1),
+            ("num_nodes", 1),
+            ("batch_size", 1),
+            ("num_workers", 0),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < least:
+                raise UserError(f"--{name} {value}: must be at least {least}")
+        has_gpu = torch.cuda.is_available()
+        if self.accelerator == "gpu" and not has_gpu:
+            raise UserError("--accelerator gpu: PyTorch sees no GPU here; use cpu, or check nvidia-smi and the driver")
+        if self.precision == "16-mixed" and not (has_gpu and self.accelerator in ("auto", "gpu")):
+            raise UserError("--precision 16-mixed: needs a GPU; on the CPU use 32 or bf16-mixed")
+        if isinstance(self.devices, int) and self.accelerator != "cpu" and has_gpu:
+            there = torch.cuda.device_count()
+            if self.devices > there:
+                raise UserError(f"--devices {self.devices}: this machine has {there} GPUs; choose {there} or fewer")
+
+
+def describe_images(
+    embedder: Embedder,
+    ground_truth: GroundTruth,
+    path: Path | None,
+    options: ExtractionOptions,
+    console: Console,
+) -> DescriptorStore | None:
+    """Give the finished descriptor store of a ground truth: reused, continued or made.
+
+    Args:
+        embedder: Describes the images.
+        ground_truth: Names the images.
+        path: The store's folder; None: ``runs/descriptors/BACKBONE-FINGERPRINT``.
+        options: How images are read and where the backbone runs.
+        console: Told what is done.
+
+    Returns:
+        The store; None in processes of a launcher other than the first.
+
+    Raises:
+        UserError: If images are missing or cannot be decoded (with ``bad_images="stop"``), or the store was
+            made with other settings or cannot be written.
+        KeyboardInterrupt: If interrupted; finished rows are kept.
+    """
+    model = embedder.describe_settings()
+    weights_from = model.pop("provenance")  # the same weights from another file make the same rows
+    settings = {
+        "model": {**model, "precision": options.precision},
+        "image_size": options.image_size,
+        "ground_truth": dict(ground_truth.digests),
+    }
+    sizes = image_sizes(ground_truth)
+    if options.bad_images == "stop":
+        require_images(ground_truth, sizes)
+    if path is None:
+        path = STORES / f"{embedder.backbone.name.replace('/', '_')}-{settings_fingerprint(settings)}"
+    store = DescriptorStore(path)
+    store.prepare(settings, {split: len(paths) for split, paths in ground_truth.paths.items()}, embedder.dim)
+
+    data = _data_module(ground_truth, sizes, store, options)
+    n_all, n_pending = len(data.files), len(data.pending_rows())
+    console.print(f"[bold]descriptors[/]  {path}: {_progress_so_far(n_all, n_pending)}")
+    if n_pending or not store.manifest()["complete"]:
+        if not extract_descriptors(embedder, data, options):
+            return None
+        if len(data.pending_rows()):
+            raise UserError(f"{path}: image files changed during the run; run again to describe them anew")
+        store.finish({"date": f"{datetime.now():%Y-%m-%d}", "batch_size": options.batch_size, **library_versions()})
+    return store
+
+
+def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: ExtractionOptions) -> bool:
+    """Fill in the rows that a prepared store lacks.
+
+    Batches hold images of equal height and width, so a row does not depend on its neighbours; each process
+    takes every n-th batch and writes its rows where they belong, so a row does not depend on the number of
+    processes either (beyond float32 rounding, about 1e-6).
+
+    Returns:
+        Whether this process is the one that goes on (false in all but the first, when a launcher started
+        several).
+
+    Raises:
+        UserError: If an image cannot be decoded (with ``"stop"``) or gives a descriptor that is not finite.
+        KeyboardInterrupt: If interrupted; finished rows are kept.
+    """
+    callbacks: list[pl.Callback] = [DescriptorWriter(data), ImageProgress()]
+    if options.precision == "32":
+        callbacks.append(ExactFloat32())
+    trainer = pl.Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        precision=options.precision,
+        strategy=_strategy(options),
+        callbacks=callbacks,
+        use_distributed_sampler=False,  # it would pad the last batch with images counted twice
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    try:
+        trainer.predict(DescriptorModule(embedder), datamodule=data, return_predictions=False)
+    except ProcessRaisedException as error:
+        raise _user_error_of(error) or error from None
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
+        for process in getattr(trainer.strategy.launcher, "procs", None) or []:
+            process.kill()
+        raise KeyboardInterrupt from None
+    return trainer.is_global_zero
+
+
+def launched_as_first() -> bool:
+    """Whether this process speaks for all: true unless torchrun or SLURM started it as another than the first."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+
+
+def _data_module(
+    ground_truth: GroundTruth,
+    sizes: Mapping[str, np.ndarray],
+    store: DescriptorStore,
+    options: ExtractionOptions,
+) -> ImageDataModule:
+    num_workers = options.num_workers
+    if num_workers is None:
+        num_workers = min(8, os.cpu_count() or 1)
+    return ImageDataModule(
+        ground_truth, sizes, store, options.image_size, options.batch_size, num_workers, options.bad_images
+    )
+
+
+def _progress_so_far(n_all: int, n_pending: int) -> str:
+    if n_pending == 0:
+        return f"reusing {n_all:,} rows"
+    if n_pending == n_all:
+        return f"describing {n_all:,} images"
+    return f"continuing, {n_all - n_pending:,} of {n_all:,} rows are there"
+
+
+def _strategy(options: ExtractionOptions) -> str | Strategy:
+    if "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_NTASKS" in os.environ or options.num_nodes > 1:
+        return DDPStrategy()  # the launcher has started one process per device
+    gpus = 0 if options.accelerator == "cpu" else torch.cuda.device_count()
+    if options.devices == 1 or (options.devices == "auto" and gpus < 2):
+        return "auto"
+    # Spawned processes run the extraction only; this one waits and goes on alone.
+    return DDPStrategy(start_method="spawn")
+
+
+def _user_error_of(error: ProcessRaisedException) -> UserError | None:
+    """The one-line message of a user's mistake that ended a spawned process."""
+    found = re.findall(r"^metilr\.\S*Error: (.*)$", str(error), flags=re.MULTILINE)
+    return UserError(found[-1]) if found else None

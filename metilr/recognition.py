@@ -1,0 +1,163 @@
+"""From descriptors to answers and figures: whitening, search, kNN, metrics. Knows no images."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from metilr.data.ground_truth import QUERY_FILES, GroundTruth
+from metilr.descriptors import SPLITS, row_chunks
+from metilr.errors import UserError
+from metilr.knn import K_GRID, NO_ROW, TAU_GRID, Predictions, Tuning, classify, tune, with_skipped
+from metilr.metrics.functional import acc, gap, gap_bounds, gap_minus
+from metilr.search import Neighbours, search
+from metilr.sources import Descriptors
+from metilr.whitening import PCAWhitening, fit_pca_whitening
+
+SearchDevice = Literal["cpu", "gpu"]
+
+
+@dataclass(frozen=True, eq=False)
+class Recognition:
+    """Answers to the queries of val and test, and how they were reached.
+
+    Attributes:
+        answers: By split, one answer per query; ``nearest`` counts rows of the whole database.
+        figures: By split: gap, gap_minus, acc in [0, 1], bounds of GAP, counts.
+        whitening: What was applied, or None.
+        k: Number of neighbours.
+        tau: Inverse temperature.
+        tuning: The grid on val, or None where both were given.
+    """
+
+    answers: Mapping[str, Predictions]
+    figures: Mapping[str, Mapping[str, Any]]
+    whitening: PCAWhitening | None
+    k: int
+    tau: float
+    tuning: Tuning | None
+
+
+def recognise(
+    descriptors: Descriptors,
+    ground_truth: GroundTruth,
+    *,
+    whitening: str = "pca",
+    whitening_dim: int | None = None,
+    whitening_shrinkage: float = 1.0,
+    k: int | None = None,
+    tau: float | None = None,
+    search_device: SearchDevice = "cpu",
+) -> Recognition:
+    """Whiten, search once per split, choose k and tau by GAP on val, answer and score val and test.
+
+    Test takes no part in any choice.
+
+    Args:
+        descriptors: Rows of all splits.
+        ground_truth: Labels of all splits.
+        whitening: ``"pca"`` learns it on the database, ``"none"`` goes without, else a file that was saved.
+        whitening_dim: Dimensions to keep; None: 512, or as many as the data supports.
+        whitening_shrinkage: 1 is whitening, 0 plain PCA.
+        k: Number of neighbours; None: chosen on val.
+        tau: Inverse temperature; None: chosen on val.
+        search_device: Where FAISS searches.
+
+    Raises:
+        UserError: If an option does not fit the data.
+    """
+    made = descriptors.made
+    n_database = int(made["database"].sum())
+    if k is not None and not 1 <= k <= n_database:
+        raise UserError(f"--k {k}: the database has {n_database:,} images; choose k from 1 to {n_database}")
+    transform = _whitening(descriptors, whitening, whitening_dim, whitening_shrinkage)
+    ready = {split: _unit_rows(descriptors, split, transform) for split in SPLITS}
+
+    labels = {split: ground_truth.labels[split] for split in QUERY_FILES}
+    database_labels = ground_truth.labels["database"][made["database"]]
+    n_classes = ground_truth.n_classes
+    k_grid = K_GRID if k is None else (k,)
+    tau_grid = TAU_GRID if tau is None else (tau,)
+    k_search = max(i for i in k_grid if i <= n_database)  # 1 is in the grid, so one fits
+
+    neighbours = {"val": search(ready["database"], ready["val"], k_search, search_device)}
+    tuning = None
+    if k is None or tau is None:
+        tuning = tune(
+            neighbours["val"],
+            database_labels,
+            n_classes,
+            labels["val"],
+            k_grid,
+            tau_grid,
+            skipped=~made["val"],
+        )
+        k, tau = tuning.k, tuning.tau
+    neighbours["test"] = search(ready["database"], ready["test"], k, search_device)
+
+    answers = {
+        split: _answer(neighbours[split], database_labels, n_classes, k, tau, made, split) for split in QUERY_FILES
+    }
+    figures = {split: _figures(answers[split], labels[split], made[split]) for split in QUERY_FILES}
+    return Recognition(answers, figures, transform, k, tau, tuning)
+
+
+def _whitening(descriptors: Descriptors, whitening: str, dim: int | None, shrinkage: float) -> PCAWhitening | None:
+    if whitening == "none":
+        return None
+    if whitening == "pca":
+        chunks = row_chunks(descriptors.parts["database"], descriptors.made["database"])
+        return fit_pca_whitening(chunks, dim=dim, shrinkage=shrinkage)
+    if not Path(whitening).is_file():
+        raise UserError(f"--whitening {whitening}: no such file; choose pca, none or a saved whitening")
+    if dim is not None:
+        raise UserError("--whitening_dim: a saved whitening has its dimensions already; leave the option out")
+    return PCAWhitening.load(whitening)
+
+
+def _unit_rows(descriptors: Descriptors, split: str, transform: PCAWhitening | None) -> np.ndarray:
+    """Rows as they are compared, float32 ``(n made, D)``: whitened if asked for, of unit length in any case."""
+    made = descriptors.made[split]
+    width = descriptors.width if transform is None else transform.dim
+    ready = np.empty((int(made.sum()), width), dtype=np.float32)
+    start = 0
+    for chunk in row_chunks(descriptors.parts[split], made):
+        part = ready[start : start + len(chunk)]
+        if transform is None:
+            np.divide(chunk, np.maximum(np.linalg.norm(chunk, axis=1, keepdims=True), 1e-12), out=part)
+        else:
+            part[:] = transform.transform(chunk)
+        start += len(chunk)
+    return ready
+
+
+def _answer(
+    neighbours: Neighbours,
+    database_labels: np.ndarray,
+    n_classes: int,
+    k: int,
+    tau: float,
+    made: Mapping[str, np.ndarray],
+    split: str,
+) -> Predictions:
+    answers = with_skipped(classify(neighbours, database_labels, n_classes, k, tau), ~made[split])
+    all_rows = np.flatnonzero(made["database"])  # rows left out of the database shift the others
+    nearest = np.where(answers.nearest == NO_ROW, NO_ROW, all_rows[answers.nearest])
+    return Predictions(answers.labels, answers.log_confidence, answers.similarity, nearest)
+
+
+def _figures(answers: Predictions, labels: np.ndarray, made: np.ndarray) -> dict[str, Any]:
+    arguments = (answers.log_confidence, answers.labels, labels)
+    least, greatest = gap_bounds(*arguments)
+    return {
+        "gap": gap(*arguments),
+        "gap_minus": gap_minus(*arguments),
+        "acc": acc(*arguments),
+        "gap_least": least,
+        "gap_greatest": greatest,
+        "n_queries": len(labels),
+        "n_met": int((labels >= 0).sum()),
+        "n_skipped": int((~made).sum()),
+    }

@@ -1,0 +1,187 @@
+"""What an evaluation leaves behind: results.json, predictions, the resolved configuration, the table."""
+
+import csv
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from metilr.data.ground_truth import QUERY_FILES, GroundTruth
+from metilr.descriptors import write_atomically
+from metilr.errors import UserError
+from metilr.knn import NO_LABEL, NO_ROW, Predictions
+from metilr.metrics import DISTRACTOR
+from metilr.recognition import Recognition
+from metilr.sources import Descriptors
+from metilr.versions import library_versions
+
+SCHEMA_VERSION = 1
+RUNS = Path("runs")
+PREDICTION_COLUMNS = (
+    "path", "exhibit_id", "predicted_id", "log_confidence", "confidence", "similarity", "nearest_path", "correct",
+)  # fmt: skip
+
+
+def open_output(output: Path | None, name: str, options: Mapping[str, Any]) -> Path:
+    """Make the output folder and write the resolved configuration, before any work is done.
+
+    Args:
+        output: The folder; None: a dated one under ``runs/``.
+        name: Ends the dated folder's name.
+        options: All options as resolved; ``config.yaml`` repeats the run.
+
+    Raises:
+        UserError: If the folder cannot be written, or holds results already.
+    """
+    if output is None:
+        dated = RUNS / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
+        candidates = [dated, *(dated.with_name(f"{dated.name}_{i}") for i in range(2, 100))]
+        output = next(candidate for candidate in candidates if not candidate.exists())
+    if (output / "results.json").exists():
+        raise UserError(f"--output {output}: holds results already; name another folder, or delete it")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        config = {key: _plain(value) for key, value in options.items() if key != "output"}
+        write_atomically(output / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror}); name another folder") from None
+    return output
+
+
+def results_of(
+    ground_truth: GroundTruth,
+    recognition: Recognition,
+    opened: Descriptors,
+    *,
+    synthetic: bool,
+    search_device: str,
+    skipped_images: list[dict[str, str]],
+    notes: list[str],
+    seconds: float,
+) -> dict[str, Any]:
+    """Put together what ``results.json`` says; every figure in [0, 1]."""
+    whitening, tuning = recognition.whitening, recognition.tuning
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "seconds": round(seconds, 1),
+        "notes": notes,
+        "data": {
+            "root": ground_truth.root.resolve().name,
+            "database": ground_truth.database,
+            "synthetic": synthetic,
+            "counts": ground_truth.counts(),
+            "fingerprint": ground_truth.fingerprint(),
+        },
+        "model": _model(opened),
+        "whitening": None
+        if whitening is None
+        else {
+            "dim": whitening.dim,
+            "shrinkage": whitening.shrinkage,
+            "learned_on": whitening.n,
+            "supported_dim": whitening.supported_dim,
+        },
+        "search": {"device": search_device, "exact": True},
+        "knn": {
+            "k": recognition.k,
+            "tau": recognition.tau,
+            "tuned_on": None if tuning is None else "val",
+            "grid": None
+            if tuning is None
+            else {"k": list(tuning.k_grid), "tau": list(tuning.tau_grid), "val_gap": tuning.surface.tolist()},
+        },
+        **{split: dict(recognition.figures[split]) for split in QUERY_FILES},
+        "skipped_images": skipped_images,
+        "versions": library_versions(),
+    }
+
+
+def write_results(
+    output: Path, results: Mapping[str, Any], ground_truth: GroundTruth, recognition: Recognition
+) -> list[Path]:
+    """Write predictions, the whitening and, last, ``results.json``.
+
+    Returns:
+        The files written.
+    """
+    written = [output / "predictions" / f"{split}.csv" for split in QUERY_FILES]
+    (output / "predictions").mkdir(exist_ok=True)
+    for split, file in zip(QUERY_FILES, written, strict=True):
+        _write_predictions(file, split, ground_truth, recognition.answers[split])
+    if recognition.whitening is not None:
+        recognition.whitening.save(output / "whitening.npz")
+        written.append(output / "whitening.npz")
+    write_atomically(output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    return [output / "results.json", *written, output / "config.yaml"]
+
+
+def print_table(console: Console, results: Mapping[str, Any]) -> None:
+    """Print the figures of val and test in percent, and what must be known to read them."""
+    data, knn = results["data"], results["knn"]
+    kind = "SYNTHETIC demo museum" if data["synthetic"] else data["root"]
+    table = Table(title=f"{kind}, {data['database']} database", title_justify="left")
+    for column, justify in [
+        ("split", "left"), ("queries", "right"), ("met", "right"), ("GAP", "right"), ("GAP⁻", "right"),
+        ("ACC", "right"), ("role", "left"),
+    ]:  # fmt: skip
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    chosen = "k and τ were given" if knn["tuned_on"] is None else "k and τ were tuned on this split"
+    for split, role in (("val", chosen), ("test", "scored once with val's k and τ")):
+        figures = results[split]
+        percents = [f"{100 * figures[name]:.2f}" for name in ("gap", "gap_minus", "acc")]
+        table.add_row(split, f"{figures['n_queries']:,}", f"{figures['n_met']:,}", *percents, role)
+    console.print(table)
+    console.print(f"k = {knn['k']}, τ = {knn['tau']:g}; figures in percent")
+    for note in results["notes"]:
+        console.print(f"[bold yellow]note:[/] {note}")
+
+
+def _model(opened: Descriptors) -> dict[str, Any]:
+    """What made the descriptors: the model's settings, or several sources' where they were concatenated."""
+    if len(opened.origins) > 1:
+        return {"concatenated": [dict(origin) for origin in opened.origins]}
+    origin = dict(opened.origins[0])
+    return {
+        **origin.pop("model", {}),
+        **{key: value for key, value in origin.items() if key != "ground_truth"},
+    }
+
+
+def _write_predictions(file: Path, split: str, ground_truth: GroundTruth, answers: Predictions) -> None:
+    ids, database_paths = ground_truth.exhibit_ids, ground_truth.paths["database"]
+    labels = ground_truth.labels[split]
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(PREDICTION_COLUMNS)
+        for i, path in enumerate(ground_truth.paths[split]):
+            label, nearest = int(answers.labels[i]), int(answers.nearest[i])
+            log_confidence = float(answers.log_confidence[i])
+            writer.writerow(
+                [
+                    path,
+                    "" if labels[i] == DISTRACTOR else int(ids[labels[i]]),
+                    "" if label == NO_LABEL else int(ids[label]),
+                    repr(log_confidence),
+                    repr(float(np.exp(log_confidence))),
+                    "" if np.isnan(answers.similarity[i]) else repr(float(answers.similarity[i])),
+                    "" if nearest == NO_ROW else database_paths[nearest],
+                    int(labels[i] != DISTRACTOR and label == labels[i]),
+                ]
+            )
+
+
+def _plain(value: Any) -> Any:
+    """What YAML can say without tags."""
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
