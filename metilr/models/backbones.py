@@ -64,7 +64,7 @@ def _unknown_name(name: str) -> str:
     if timm.is_model(name):
         near = [TIMM + name, *near]
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(BACKBONES)}"
-    return f"--backbone {name}: unknown; {hint} Any timm model is timm/NAME"
+    return f"--backbone {name}: unknown; {hint} (any timm model is timm/NAME)"
 
 
 def _build_named(
@@ -150,14 +150,20 @@ def _download_timm(name: str) -> Any:
 
 
 def _create_timm(name: str, pretrained: bool) -> Any:
+    """Create a timm model that takes images of any size.
+
+    Swin does so by one option, plain ViTs by another, convolutional families by nature. A model cannot be
+    asked before it is built; one that does not know an option refuses it by name.
+    """
     model_name = name.removeprefix(TIMM)
-    try:
-        return timm.create_model(model_name, pretrained=pretrained, dynamic_img_size=True)
-    except TypeError as error:
-        # Only transformers know the option, and a model cannot be asked before it is built.
-        if "dynamic_img_size" not in str(error):
-            raise
-        return timm.create_model(model_name, pretrained=pretrained)
+    for option, value in (("strict_img_size", False), ("dynamic_img_size", True)):
+        options: dict[str, Any] = {option: value}
+        try:
+            return timm.create_model(model_name, pretrained=pretrained, **options)
+        except TypeError as error:
+            if option not in str(error):
+                raise
+    return timm.create_model(model_name, pretrained=pretrained)
 
 
 def _timm_keys(model: Any, state_dict: StateDict, classifier: tuple[str, ...]) -> StateDict:

@@ -294,7 +294,8 @@ def test_a_timm_models_official_weights_go_through_timm(tmp_path: Path, monkeypa
     monkeypatch.setattr(timm, "create_model", with_local_hub)
     backbone = build_backbone("timm/test_vit.r160_in1k")
     assert backbone.provenance.source == "hf-hub:timm/test_vit.r160_in1k"
-    assert backbone.provenance.licence == "apache-2.0"
+    config = timm.models.get_pretrained_cfg("test_vit.r160_in1k")
+    assert backbone.provenance.licence == config.license
     assert (backbone.mean, backbone.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     for key, value in backbone.model.state_dict().items():
         torch.testing.assert_close(value, published.state_dict()[key])
