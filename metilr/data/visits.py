@@ -103,17 +103,17 @@ PRESETS = {
     ),
     # The usual snapshot in passing.
     "medium": VisitStrengths(
-        frame=0.6,
-        wall=0.6,
+        frame=0.5,
+        wall=0.5,
         crop=0.2,
-        perspective=0.5,
-        rotation=0.4,
-        light=0.6,
-        glare=0.5,
-        blur=0.3,
+        perspective=0.4,
+        rotation=0.3,
+        light=0.5,
+        glare=0.4,
+        blur=0.25,
         noise=0.2,
-        scale=0.3,
-        jpeg=0.6,
+        scale=0.25,
+        jpeg=0.5,
     ),
     # A dark room, over other people's heads, on an old phone.
     "severe": VisitStrengths(

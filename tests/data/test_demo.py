@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metilr.data.demo import MuseumSize, make_demo, museum
+from metilr.data.demo import MuseumSize, exhibits, make_demo, museum
 from metilr.errors import UserError
 
 TINY = MuseumSize(exhibits=14, mini_exhibits=9, val=(3, 2, 2), test=(5, 2, 3), longest_side=48)
@@ -101,6 +101,22 @@ def test_marker_says_that_it_is_synthetic(root):
 def test_complete_demo_is_not_drawn_again(root, monkeypatch):
     monkeypatch.setattr(museum, "_plan_museum", None)
     assert make_demo(root, seed=3, size=TINY) == root
+
+
+@pytest.mark.parametrize("kind", exhibits._KINDS)
+def test_near_twins_differ_but_less_than_strangers(kind):
+    def pixels(work: exhibits.Work) -> np.ndarray:
+        return np.asarray(exhibits._draw(work, exhibits.View()), dtype=float)
+
+    to_twin, to_stranger = [], []
+    for seed in range(12):
+        work = exhibits.Work(kind, (48, 64), seed, seed)
+        twin, stranger = exhibits.invent_twin(work, 0), exhibits.Work(kind, (48, 64), seed + 100, seed + 100)
+        to_twin.append(np.abs(pixels(work) - pixels(twin)).mean())
+        to_stranger.append(np.abs(pixels(work) - pixels(stranger)).mean())
+    # Equal exhibits would be an error in the annotations, and a zero eigenvalue in the whitening.
+    assert min(to_twin) > 0.1
+    assert np.mean(to_twin) < 0.6 * np.mean(to_stranger)
 
 
 def small(seed: int) -> dict:

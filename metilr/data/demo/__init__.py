@@ -12,7 +12,7 @@ The demo is written in the layout of the Met dataset, so it takes the same path 
     ROOT/images/MET/<id>/<n>.jpg         catalogue images
     ROOT/images/test_met|test_other|test_noart/<hash>.jpg
 
-What makes it hard on purpose: one exhibit in five is a near-twin of another, other museums' works come from the
+What makes it hard on purpose: one exhibit in seven is a near-twin of another, other museums' works come from the
 same hands as the exhibits, and some visitors take bad photographs.
 """
 

@@ -89,6 +89,8 @@ def draw_portrait(size: tuple[int, int], work: np.random.Generator, detail: np.r
         fill=shade(skin, 0.8),
     )
     _draw_collar(pen, middle, shoulders, head, detail)
+    brooch = (middle + head * detail.uniform(-0.7, 0.7), shoulders + head * detail.uniform(0.6, 1.6))
+    draw_ball(pen, brooch, head * detail.uniform(0.12, 0.25), pick_colour(detail, saturation=(0.3, 0.9)))
     pen.ellipse((middle - head, eyes - 1.25 * head, middle + head, eyes + 1.4 * head), fill=skin)
     pen.chord((middle - 1.05 * head, eyes - 1.35 * head, middle + 1.05 * head, eyes + head), 190, 350, fill=hair)
     _draw_face(pen, middle, eyes, head, skin, work)
@@ -326,6 +328,8 @@ def _draw_bars(
             if chance.uniform() < 0.5:
                 pen.rectangle((left, top, right, bottom), fill=palette[int(chance.integers(6))])
             pen.rectangle((left, top, right, bottom), outline=(25, 25, 28), width=thick)
+    accent, side = detail.uniform(0, 0.85, 2) * canvas.size, 0.12 * min(width, height)
+    pen.rectangle((*accent, *(accent + side)), fill=pick_colour(detail), outline=(25, 25, 28), width=thick)
     return finish_canvas(canvas)
 
 

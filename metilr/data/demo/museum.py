@@ -166,11 +166,11 @@ def _plan_museum(seed: int, size: MuseumSize) -> _Plan:
 
 
 def _invent_collection(seed: int, size: MuseumSize) -> list[Work]:
-    """Invent the exhibits' works; one in five is a near-twin of the work before it."""
+    """Invent the exhibits' works; one in seven is a near-twin of the work before it."""
     rng = np.random.default_rng(derive_seed(seed, "collection", 0))
     works: list[Work] = []
     while len(works) < size.exhibits:
-        if works and rng.uniform() < 0.2:
+        if works and rng.uniform() < 1 / 7:
             works.append(invent_twin(works[-1], seed))
         else:
             works.append(invent_work(derive_seed(seed, "exhibit", len(works)), size.longest_side))
