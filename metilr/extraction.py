@@ -143,7 +143,8 @@ def describe_images(
             return None
         if len(data.pending_rows()):
             raise UserError(f"{path}: image files changed during the run; run again to describe them anew")
-        store.finish({"date": f"{datetime.now():%Y-%m-%d}", "batch_size": options.batch_size, **library_versions()})
+        today = f"{datetime.now():%Y-%m-%d}"
+        store.finish({"date": today, "weights_from": weights_from, "versions": library_versions()})
     return store
 
 

@@ -135,8 +135,8 @@ def print_table(console: Console, results: Mapping[str, Any]) -> None:
         ("ACC", "right"), ("role", "left"),
     ]:  # fmt: skip
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    chosen = "k and τ were given" if knn["tuned_on"] is None else "k and τ were tuned on this split"
-    for split, role in (("val", chosen), ("test", "scored once with val's k and τ")):
+    chosen = "k and τ given" if knn["tuned_on"] is None else "k and τ tuned here"
+    for split, role in (("val", chosen), ("test", "scored once")):
         figures = results[split]
         percents = [f"{100 * figures[name]:.2f}" for name in ("gap", "gap_minus", "acc")]
         table.add_row(split, f"{figures['n_queries']:,}", f"{figures['n_met']:,}", *percents, role)
