@@ -148,7 +148,7 @@ def _read_entries(file: Path) -> tuple[list[Any], str]:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     try:
         entries = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number with more digits than Python reads
         raise UserError(f"{file}: not valid JSON ({error}); download or write it again") from None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{file}: must be a non-empty JSON list of objects")
@@ -163,8 +163,10 @@ def _path(file: str, i: int, entry: dict[str, Any]) -> str:
     if not isinstance(path, str) or not path:
         raise UserError(f"{file}: entry {i}: 'path' must be a non-empty string, found {_shown(path)}")
     parts = PurePosixPath(path)
-    if parts.is_absolute() or ".." in parts.parts or "\0" in path:
+    if parts.is_absolute() or ".." in parts.parts or not parts.name:
         raise UserError(f"{file}: entry {i}: 'path' must stay inside images/, found {_shown(path)}")
+    if "\0" in path or any("\ud800" <= letter <= "\udfff" for letter in path):
+        raise UserError(f"{file}: entry {i}: 'path' cannot be a file name, found {_shown(path)}")
     return path
 
 
@@ -180,11 +182,12 @@ def _refuse_repeated_paths(files: Mapping[str, str], paths: Mapping[str, Iterabl
     seen: dict[str, tuple[str, int]] = {}
     for split, split_paths in paths.items():
         for i, path in enumerate(split_paths):
-            if path in seen:
-                other_file, other = seen[path]
+            same = str(PurePosixPath(path))  # ./a.jpg is a.jpg
+            if same in seen:
+                other_file, other = seen[same]
                 where = f"entry {other}" if other_file == files[split] else f"{other_file}, entry {other}"
                 raise UserError(f"{files[split]}: entry {i}: path {path!r} is listed already ({where}); remove one")
-            seen[path] = (files[split], i)
+            seen[same] = (files[split], i)
 
 
 def _query_labels(
@@ -205,7 +208,8 @@ def _query_labels(
         named = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         raise UserError(
             f"{file}: {len(unknown):,} met queries show exhibits that are not in {DATABASE_FILES[database]}: {named}; "
-            "use the other --database, or remove them (a distractor has no 'MET_id')"
+            f"{'use --database full' if database == 'mini' else 'add their images'}, or remove them "
+            "(a distractor has no 'MET_id')"
         )
     if (labels == DISTRACTOR).all():
         raise UserError(f"{file}: no query has a 'MET_id', so GAP and ACC are undefined; add met queries")

@@ -1,0 +1,25 @@
+import os
+from pathlib import Path
+
+import pytest
+from museum import write_museum
+
+SHARED = Path(os.environ.get("METILR_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture
+def tiny_museum(tmp_path: Path) -> Path:
+    return write_museum(tmp_path / "museum")
+
+
+@pytest.fixture
+def met_root(tmp_path: Path) -> Path:
+    """The published mini database, val and test files, without images."""
+    source = SHARED / "met_ground_truth"
+    if not source.is_dir():
+        pytest.skip(f"no published ground truth at {source} (METILR_SHARED names its parent)")
+    folder = tmp_path / "met" / "ground_truth"
+    folder.mkdir(parents=True)
+    for name in ("mini_MET_database.json", "valset.json", "testset.json"):
+        (folder / name).symlink_to(source / name)
+    return folder.parent
