@@ -11,6 +11,8 @@ from metilr.errors import UserError
 
 EXIF_ORIENTATION = 0x0112
 QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+# Formats whose header tells the size of what is decoded. Pillow turns TIFF itself, and an ICO holds several sizes.
+HEADER_TELLS_SIZE = ("JPEG", "MPO", "PNG", "WEBP")
 
 
 class BadImageError(UserError):
@@ -46,13 +48,15 @@ def load_image(path: Path, image_size: int | None = None) -> Tensor:
 
 
 def image_shape(path: Path, image_size: int | None = None) -> tuple[int, int]:
-    """Height and width of ``load_image``'s result, from the file's header alone.
+    """Height and width of ``load_image``'s result, from the file's header alone where that is enough.
 
     Raises:
         BadImageError: If the header cannot be read.
     """
     try:
         with Image.open(path) as image:
+            if image.format not in HEADER_TELLS_SIZE:
+                image.load()
             width, height = image.size
             if image.getexif().get(EXIF_ORIENTATION) in QUARTER_TURNS:
                 height, width = width, height

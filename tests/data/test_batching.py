@@ -1,0 +1,30 @@
+import numpy as np
+import pytest
+
+from metilr.data.batching import same_shape_batches
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 1000])
+def test_every_position_once_in_batches_of_one_shape_largest_area_first(batch_size):
+    rng = np.random.default_rng(batch_size)
+    shapes = rng.choice([20, 30, 40, 60], (200, 2))
+    batches = same_shape_batches(shapes, batch_size)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(200))
+    for batch in batches:
+        assert 1 <= len(batch) <= batch_size
+        assert len({tuple(shape) for shape in shapes[batch].tolist()}) == 1
+        assert batch.tolist() == sorted(batch.tolist())
+    areas = [int(shapes[batch[0]].prod()) for batch in batches]
+    assert areas == sorted(areas, reverse=True)
+    kinds = {tuple(shape) for shape in shapes.tolist()}
+    assert len(batches) == sum(
+        -(-sum(tuple(shape) == kind for shape in shapes.tolist()) // batch_size) for kind in kinds
+    )
+
+
+def test_transposed_shapes_do_not_mix():
+    assert [b.tolist() for b in same_shape_batches(np.array([[2, 3], [3, 2], [2, 3]]), 8)] == [[0, 2], [1]]
+
+
+def test_nothing_gives_no_batches():
+    assert same_shape_batches(np.zeros((0, 2), dtype=np.int64), 4) == []
