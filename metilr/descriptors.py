@@ -9,6 +9,8 @@ were written; a killed run continues with the rows that are not marked. A marked
 length (a machine that went down between the two writes) is made again.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +25,7 @@ from metilr.errors import UserError
 SCHEMA = "metilr.descriptors/1"
 SPLITS = ("database", "val", "test")
 CHUNK_ROWS = 8192
+_MANIFEST_KEYS = {"schema", "settings", "counts", "width", "complete"}
 UNIT_TOLERANCE = 1e-3  # float32 rows are of unit length to about 1e-6; a torn write is far off
 
 
@@ -45,22 +48,28 @@ class DescriptorStore:
             width: Descriptor dimensions.
 
         Raises:
-            UserError: If the folder holds something else, or rows made with other settings, or the disk is
-                too full.
+            UserError: If the folder holds something else, or rows made with other settings, or cannot be
+                written, or the disk is too full.
         """
         wanted = {"schema": SCHEMA, "settings": _as_json(settings), "counts": dict(counts), "width": width}
-        if (self.path / "manifest.json").exists():
-            self._refuse_other_settings(self.manifest(), wanted)
-            return
-        foreign = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
-        foreign = [name for name in foreign if not name.startswith((*SPLITS, ".manifest"))]
-        if foreign:
-            raise UserError(f"--store {self.path}: holds other files ({foreign[0]}); name an empty or new folder")
-        self.path.mkdir(parents=True, exist_ok=True)
-        for split, n in counts.items():
-            _create_array(self.path / f"{split}.npy", (n, width), np.dtype(np.float32))
-            _create_array(self.path / f"{split}.files.npy", (n,), np.dtype(np.int64))
-        self._write_manifest({**wanted, "complete": False})  # last: a folder without it is made anew
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            present = sorted(file.name for file in self.path.iterdir())
+            if "manifest.json" not in present:
+                foreign = [name for name in present if not name.startswith(".manifest.json.")]
+                if foreign:
+                    raise UserError(
+                        f"--store {self.path}: holds other files ({foreign[0]}); name an empty or new folder"
+                    )
+                self._write_manifest({**wanted, "complete": False})  # first: arrays without it are somebody else's
+            manifest = self.manifest()
+            self._refuse_other_settings(manifest, wanted)
+            if not manifest["complete"]:
+                for split, n in counts.items():
+                    _reserve_array(self.path / f"{split}.npy", (n, width), np.dtype(np.float32))
+                    _reserve_array(self.path / f"{split}.files.npy", (n,), np.dtype(np.int64))
+        except OSError as error:
+            raise UserError(f"--store {self.path}: cannot be written ({error.strerror}); name another folder") from None
 
     def finish(self, made_with: Mapping[str, Any]) -> None:
         """Mark the store complete.
@@ -83,7 +92,8 @@ class DescriptorStore:
             raise UserError(f"{self.path}: not a descriptor store (it has no manifest.json)") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: cannot be read ({error}); delete {self.path} to make it again") from None
-        if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        is_ours = isinstance(manifest, dict) and manifest.get("schema") == SCHEMA
+        if not is_ours or not manifest.keys() >= _MANIFEST_KEYS:
             raise UserError(f"{file}: not of the form {SCHEMA}; delete {self.path} to make it again")
         return manifest
 
@@ -151,6 +161,7 @@ class RowWriter:
     def __init__(self, store: DescriptorStore) -> None:
         names = [name for split in SPLITS for name in (split, f"{split}.files")]
         self._offsets = {name: store.array(f"{name}.npy").offset for name in names}
+        self._row_bytes = {name: store.array(f"{name}.npy")[:1].nbytes for name in names}
         self._files = {name: (store.path / f"{name}.npy").open("r+b", buffering=0) for name in names}
 
     def write(self, split: str, row: int, descriptor: np.ndarray, file_size: int) -> None:
@@ -164,13 +175,16 @@ class RowWriter:
 
     def close(self) -> None:
         """Push what was written to the disk."""
-        for file in self._files.values():
-            os.fsync(file.fileno())
-            file.close()
+        with contextlib.ExitStack() as all_are_closed:  # even if one disk is gone
+            for file in self._files.values():
+                all_are_closed.enter_context(file)
+            for file in self._files.values():
+                os.fsync(file.fileno())
         self._files = {}
 
     def _put(self, name: str, row: int, content: bytes) -> None:
         file = self._files[name]
+        assert len(content) == self._row_bytes[name], f"{name}: a row of another width or type"
         file.seek(self._offsets[name] + row * len(content))
         while content:  # a nearly full disk takes a part and refuses the rest at the next call
             content = content[file.write(content) :]
@@ -201,30 +215,44 @@ def row_chunks(arrays: Sequence[np.ndarray], keep: np.ndarray, chunk_rows: int =
 def write_atomically(file: Path, text: str) -> None:
     """Write a text file so that a reader sees the old content or the new, never a part."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-
-
-def _create_array(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """A zero-filled .npy file whose disk space is reserved, so that a full disk shows now and not in hours."""
     try:
-        with file.open("wb") as stream:
-            np.lib.format.write_array_header_1_0(
-                stream, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-            )
-            header, n_bytes = stream.tell(), int(np.prod(shape)) * dtype.itemsize
-            stream.truncate(header + n_bytes)
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
             stream.flush()
-            if hasattr(os, "posix_fallocate") and n_bytes:
-                os.posix_fallocate(stream.fileno(), header, n_bytes)
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _reserve_array(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """A .npy file, zero-filled if it is new, with its disk space: a full disk shows now and not in hours."""
+    try:
+        if not file.exists():
+            temporary = file.with_name(f".{file.name}.{os.getpid()}")
+            with temporary.open("wb") as stream:
+                np.lib.format.write_array_header_1_0(
+                    stream, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+                )
+                stream.truncate(stream.tell() + int(np.prod(shape)) * dtype.itemsize)
+            temporary.replace(file)
+        with file.open("r+b") as stream:
+            _allocate(stream.fileno(), file.stat().st_size)
     except OSError as error:
         raise UserError(
             f"{file}: cannot reserve {_gigabytes(shape, dtype)} GB ({error.strerror}); free some or name "
             "another --store"
         ) from None
+
+
+def _allocate(descriptor: int, n_bytes: int) -> None:
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, n_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot promise space
+            raise
 
 
 def _of_unit_length(rows: np.ndarray, indices: np.ndarray) -> np.ndarray:
