@@ -7,6 +7,7 @@ Source: the code released with Ypsilantis et al., The Met Dataset, NeurIPS 2021.
 
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ KEYS = {"database": "train_descriptors", "val": "val_descriptors", "test": "test
 
 
 def read_reference_descriptors(file: Path) -> dict[str, np.ndarray]:
-    """Read a ``descriptors.pkl``. Only NumPy arrays, dicts, lists, strings and numbers are let through.
+    """Read a ``descriptors.pkl``. Only NumPy arrays of plain types, dicts, lists, strings and numbers are let through.
 
     Args:
         file: The pickle.
@@ -42,10 +43,12 @@ def read_reference_descriptors(file: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{file}: not a readable descriptors.pkl ({reason}); write or download it again") from None
     if not isinstance(content, dict) or not set(KEYS.values()) <= content.keys():
         raise UserError(f"{file}: must hold a dict with {', '.join(KEYS.values())}")
-    matrices = {split: content[key] for split, key in KEYS.items()}
-    for split, matrix in matrices.items():
-        if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.dtype.kind != "f":
-            raise UserError(f"{file}: {KEYS[split]} must be a 2-D NumPy array of floats")
+    matrices = {}
+    for split, key in KEYS.items():
+        pickled = content[key]
+        if not isinstance(pickled, _Array) or pickled.array.ndim != 2 or pickled.array.dtype.kind != "f":
+            raise UserError(f"{file}: {key} must be a 2-D NumPy array of floats")
+        matrices[split] = pickled.array
     return matrices
 
 
@@ -77,21 +80,25 @@ def export_descriptors(store: Path, output: Path) -> None:
             pickle.dump(content, stream, protocol=4)  # the first protocol without a 4 GB limit
         temporary.replace(output)
     except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}); name another file") from None
+    finally:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{output}: cannot be written ({error.strerror})") from None
     print(f"wrote {output}")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Knows the few names that a pickled NumPy array asks for, and gives each a version that only makes arrays."""
+    """Knows the few names that a pickled NumPy array asks for, and gives each a stand-in that only makes arrays.
+
+    NumPy's own classes are not let through: a crafted state makes them take raw bytes for object pointers.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         package = module.replace("numpy._core", "numpy").replace("numpy.core", "numpy")
         found = {
             "numpy.multiarray._reconstruct": _empty_array,
             "numpy.numeric._frombuffer": _array_from_buffer,
-            "numpy.ndarray": np.ndarray,
-            "numpy.dtype": np.dtype,
+            "numpy.ndarray": _Array,
+            "numpy.dtype": _PlainType,
             "_codecs.encode": _latin1_bytes,
             "collections.OrderedDict": dict,
         }.get(f"{package}.{name}")
@@ -100,15 +107,40 @@ class _ArrayUnpickler(pickle.Unpickler):
         return found
 
 
-def _empty_array(subtype: type, shape: tuple[int, ...], kind: bytes) -> np.ndarray:
-    """What NumPy's pickles start from; shape and content follow as state, which NumPy checks."""
-    if subtype is not np.ndarray or shape != (0,):
+class _PlainType:
+    """Stands for ``numpy.dtype``: numbers and text, no objects, no fields."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if not re.fullmatch(r"[biufcSU]\d+", code):
+            raise UserError(f"refused: an array of type {code!r}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])  # (version, byte order, then what plain types lack)
+
+
+class _Array:
+    """Stands for ``numpy.ndarray``: made from bytes by ``frombuffer``, which checks their number."""
+
+    def __init__(self) -> None:
+        self.array = np.empty(0)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _version, shape, kind, is_fortran, content = state
+        self.array = np.frombuffer(content, kind.dtype).reshape(shape, order="F" if is_fortran else "C")
+
+
+def _empty_array(subtype: type, shape: tuple[int, ...], kind: bytes) -> _Array:
+    """What NumPy's pickles start from; shape and content follow as state."""
+    if subtype is not _Array or shape != (0,):
         raise UserError("refused: an array of an unusual kind")
-    return np.ndarray((0,), "b")
+    return _Array()
 
 
-def _array_from_buffer(buffer: Any, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
-    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order="F" if order == "F" else "C")
+def _array_from_buffer(buffer: Any, kind: _PlainType, shape: tuple[int, ...], order: str) -> _Array:
+    made = _Array()
+    made.__setstate__((1, shape, kind, order == "F", buffer))
+    return made
 
 
 def _latin1_bytes(text: str, encoding: str) -> bytes:
