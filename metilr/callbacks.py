@@ -45,10 +45,6 @@ class DescriptorWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         assert self.writer is not None
-        for row, reason in batch.bad:
-            if self.data.bad_images == "stop":
-                raise BadImageError(reason)
-            self.writer.mark_bad(*self.data.row_map.locate(row), int(self.data.sizes[row]))
         descriptors = prediction.float().cpu().numpy()
         for row, descriptor in zip(batch.rows.tolist(), descriptors, strict=True):
             if not abs(np.linalg.norm(descriptor) - 1) < UNIT_TOLERANCE:  # also true for NaN
@@ -57,6 +53,10 @@ class DescriptorWriter(BasePredictionWriter):
                     "try --precision 32, or another --pooling"
                 )
             self.writer.write(*self.data.row_map.locate(row), descriptor, int(self.data.sizes[row]))
+        for row, reason in batch.bad:  # after the good ones, so that stopping loses nothing
+            if self.data.bad_images == "stop":
+                raise BadImageError(reason)
+            self.writer.mark_bad(*self.data.row_map.locate(row), int(self.data.sizes[row]))
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
