@@ -58,7 +58,7 @@ def open_descriptors(paths: Sequence[Path], ground_truth: GroundTruth) -> Descri
 def _open_store(path: Path, ground_truth: GroundTruth) -> Descriptors:
     store = DescriptorStore(path)
     manifest = store.manifest()
-    if not manifest.get("complete"):
+    if not manifest["complete"]:
         raise UserError(f"{path}: is not finished; run the evaluation that makes it again to complete it")
     found = manifest["settings"].get("ground_truth", {})
     for split in SPLITS:
@@ -70,7 +70,8 @@ def _open_store(path: Path, ground_truth: GroundTruth) -> Descriptors:
     parts = {split: [store.rows(split)] for split in SPLITS}
     _check(path, {split: part[0] for split, part in parts.items()}, ground_truth)
     made = {split: store.made(split) for split in SPLITS}
-    origin = {"store": str(path), **manifest["settings"], "weights_from": manifest["made_with"]["weights_from"]}
+    weights_from = manifest.get("made_with", {}).get("weights_from", {})
+    origin = {"store": str(path), **manifest["settings"], "weights_from": weights_from}
     return Descriptors(parts, made, [origin])
 
 
