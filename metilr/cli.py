@@ -3,10 +3,13 @@
 import difflib
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from metilr.errors import UserError
@@ -55,6 +58,7 @@ class _Parser(ArgumentParser):
 
 def _parser(function: Callable[..., Any], prog: str | None = None) -> _Parser:
     parser = _Parser(prog=prog, description=(function.__doc__ or "").split("\n\n")[0], default_env=False)
+    parser.allow_abbrev = False  # a config or a script with half a name would break with the next option
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; later ones win.")
     parser.add_function_arguments(function, as_positional=True)
     return parser
@@ -62,18 +66,34 @@ def _parser(function: Callable[..., Any], prog: str | None = None) -> _Parser:
 
 def _parsed(parser: _Parser, args: Sequence[str] | None) -> dict[str, Any]:
     args = _join_lists(parser, list(sys.argv[1:] if args is None else args))
+    for i, arg in enumerate(args):
+        option, _, file = arg.partition("=")
+        if option == "--config" and (file or i + 1 < len(args)):
+            _check_config(parser, file or args[i + 1])
     options = parser.parse_args(args).as_dict()
     options.pop("config", None)
     return options
 
 
+def _check_config(parser: _Parser, file: str) -> None:
+    """Refuse what is no YAML file of options, by the file's name."""
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        parser.error(f"--config {file}: cannot be read ({error.strerror})")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"--config {file}: not valid YAML ({error})")
+    if not isinstance(content, dict):
+        parser.error(f"--config {file}: must hold options, one a line, each as NAME: VALUE")
+
+
 def _join_lists(parser: _Parser, args: list[str]) -> list[str]:
     """Let ``--scales 1 0.5`` mean ``--scales [1,0.5]`` for every option that takes a list."""
     lists = {
-        option
+        option: re.search(r"\b(Path|str)\b", kind) is not None
         for action in parser._actions
         for option in action.option_strings
-        if re.search(r"list\[|tuple\[", str(getattr(action, "_typehint", "")))
+        if re.search(r"(list|tuple|Sequence)\[", kind := str(getattr(action, "_typehint", "")))
     }
     joined: list[str] = []
     rest = list(args)
@@ -88,7 +108,8 @@ def _join_lists(parser: _Parser, args: list[str]) -> list[str]:
         if len(values) == 1 and (values[0].startswith("[") or values[0] == "null"):
             joined.append(values[0])
         elif values:
-            joined.append(json.dumps([_number_or_text(value) for value in values]))
+            holds_text = lists[option]  # a folder may be called 2024
+            joined.append(json.dumps(values if holds_text else [_number_or_text(value) for value in values]))
     return joined
 
 
@@ -100,6 +121,8 @@ def _number_or_text(value: str) -> float | str:
 
 
 def _run(call: Callable[[], Any], prog: str) -> None:
+    # Schedulers stop a run with SIGTERM; it then ends as by Ctrl-C, instead of in Lightning's own handler.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         call()
     except UserError as error:
@@ -111,6 +134,10 @@ def _run(call: Callable[[], Any], prog: str) -> None:
         _fail(prog, f"{where}{error.strerror}; finished work is kept, run the same command to continue")
     except KeyboardInterrupt:
         _fail(prog, "interrupted; finished work is kept, run the same command to continue")
+
+
+def _interrupt(signal_number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _fail(prog: str, message: str) -> NoReturn:
@@ -140,6 +167,7 @@ def _readable_type(kind: str) -> str:
     literal = re.search(r"Literal\[(.*)\]", kind)
     if literal:
         return "one of " + literal[1].replace("'", "")
+    kind = kind.replace("<class 'collections.abc.Sequence'>", "a list like [A, B]")
     return re.sub(r"<class '(?:pathlib\.)?(\w+)'>", r"\1", kind).replace("NoneType", "null").replace("typing.", "")
 
 

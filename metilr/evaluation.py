@@ -20,7 +20,7 @@ from metilr.knn import K_GRID
 from metilr.models.backbones import PatchRounding, build_backbone
 from metilr.models.embedder import Embedder
 from metilr.models.pooling import PoolingName, build_pooling
-from metilr.recognition import Recognition, SearchDevice, recognise
+from metilr.recognition import Recognition, SearchDevice, check_options, recognise
 from metilr.results import RUNS, open_output, print_table, results_of, write_results
 from metilr.sources import Descriptors, open_descriptors
 from metilr.whitening import DEFAULT_DIM
@@ -112,23 +112,26 @@ def evaluate(
     search_device = search_device or _default_search_device(accelerator)
     console = Console(highlight=False, quiet=not launched_as_first())
 
-    synthetic = root is None
-    if root is None:
-        root = make_demo(RUNS / "demo")
-    synthetic = synthetic or (root / "demo.json").exists()
+    root = make_demo(RUNS / "demo") if root is None else Path(root)
+    synthetic = (root / "demo.json").exists()
     ground_truth = load_ground_truth(root, database)
-    if launched_as_first():
-        name = "descriptors" if descriptors else backbone.replace("/", "_")
-        output = open_output(output, name, arguments)
     console.print(_data_line(ground_truth, synthetic))
-
+    check_options(len(ground_truth.paths["database"]), whitening, whitening_dim, k, tau)
+    name = "descriptors"
     if not descriptors:
+        name = backbone.replace("/", "_")
         network = build_backbone(backbone, weights, stage, patch_rounding, seed)
         embedder = Embedder(network, build_pooling(pooling, network.width, p), scales=scales)
-        made = describe_images(embedder, ground_truth, store, options, console)
-        if made is None:
+    elif not launched_as_first():
+        return None  # nothing to share out: the first process does it alone
+    if launched_as_first():
+        output = open_output(output, name, arguments)  # before the long part, so as not to fail after it
+
+    if not descriptors:
+        store_made = describe_images(embedder, ground_truth, store, options, console)
+        if store_made is None:
             return None  # another process goes on
-        descriptors = [made.path]
+        descriptors = [store_made.path]
     opened = open_descriptors(descriptors, ground_truth)
     recognition = recognise(
         opened,
@@ -139,6 +142,7 @@ def evaluate(
         k=k,
         tau=tau,
         search_device=search_device,
+        say=console.print,
     )
 
     skipped_images = _skipped_images(opened, ground_truth)

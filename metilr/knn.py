@@ -81,7 +81,7 @@ def classify(neighbours: Neighbours, database_labels: np.ndarray, n_classes: int
 
     Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021.
     """
-    _check_tau(tau)
+    check_tau(tau)
     _check_k(k, neighbours, database_labels)
     labels = _neighbour_labels(neighbours, database_labels, n_classes)
     ballot = _count(neighbours, labels, _first_of_class(labels), n_classes, k)
@@ -157,7 +157,7 @@ def tune(
             f"{len(database_labels)} database images; name a smaller k"
         )
     for tau in tau_tried:
-        _check_tau(tau)
+        check_tau(tau)
     for k in k_tried:
         _check_k(k, neighbours, database_labels)
     skipped = np.zeros(len(query_labels), dtype=bool) if skipped is None else skipped
@@ -262,6 +262,11 @@ def _check_k(k: int, neighbours: Neighbours, database_labels: np.ndarray) -> Non
         raise ValueError(f"k = {k}, but the search kept {neighbours.rows.shape[1]} neighbours: search with k")
 
 
-def _check_tau(tau: float) -> None:
+def check_tau(tau: float) -> None:
+    """Refuse an inverse temperature that is no number in (0, MAX_TAU].
+
+    Raises:
+        UserError: If it is not.
+    """
     if not 0 < tau <= MAX_TAU:  # NaN fails too
         raise UserError(f"--tau {tau}: choose a number above 0, at most {MAX_TAU:g}")

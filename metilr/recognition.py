@@ -1,6 +1,6 @@
 """From descriptors to answers and figures: whitening, search, kNN, metrics. Knows no images."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ import numpy as np
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.descriptors import SPLITS, row_chunks
 from metilr.errors import UserError
-from metilr.knn import K_GRID, NO_ROW, TAU_GRID, Predictions, Tuning, classify, tune, with_skipped
+from metilr.knn import K_GRID, NO_ROW, TAU_GRID, Predictions, Tuning, check_tau, classify, tune, with_skipped
 from metilr.metrics.functional import acc, gap, gap_bounds, gap_minus
 from metilr.search import Neighbours, search
 from metilr.sources import Descriptors
@@ -50,6 +50,7 @@ def recognise(
     k: int | None = None,
     tau: float | None = None,
     search_device: SearchDevice = "cpu",
+    say: Callable[[str], None] = lambda step: None,
 ) -> Recognition:
     """Whiten, search once per split, choose k and tau by GAP on val, answer and score val and test.
 
@@ -64,14 +65,18 @@ def recognise(
         k: Number of neighbours; None: chosen on val.
         tau: Inverse temperature; None: chosen on val.
         search_device: Where FAISS searches.
+        say: Told what is done, a line a step; at full size some take minutes.
 
     Raises:
         UserError: If an option does not fit the data.
     """
     made = descriptors.made
     n_database = int(made["database"].sum())
+    if n_database == 0:
+        raise UserError("no database image has a descriptor: there is nothing to search; mend the images")
     if k is not None and not 1 <= k <= n_database:
         raise UserError(f"--k {k}: the database has {n_database:,} images; choose k from 1 to {n_database}")
+    say(f"[bold]whitening[/]    {whitening}, database {n_database:,} x {descriptors.width}")
     transform = _whitening(descriptors, whitening, whitening_dim, whitening_shrinkage)
     ready = {split: _unit_rows(descriptors, split, transform) for split in SPLITS}
 
@@ -82,6 +87,7 @@ def recognise(
     tau_grid = TAU_GRID if tau is None else (tau,)
     k_search = max(i for i in k_grid if i <= n_database)  # 1 is in the grid, so one fits
 
+    say(f"[bold]search[/]       exact, {search_device}: val, {k_search} neighbours among {n_database:,} rows")
     neighbours = {"val": search(ready["database"], ready["val"], k_search, search_device)}
     tuning = None
     if k is None or tau is None:
@@ -95,6 +101,7 @@ def recognise(
             skipped=~made["val"],
         )
         k, tau = tuning.k, tuning.tau
+    say(f"[bold]search[/]       test, {k} neighbours")
     neighbours["test"] = search(ready["database"], ready["test"], k, search_device)
 
     answers = {
@@ -104,16 +111,35 @@ def recognise(
     return Recognition(answers, figures, transform, k, tau, tuning)
 
 
+def check_options(
+    n_database: int, whitening: str, whitening_dim: int | None, k: int | None, tau: float | None
+) -> None:
+    """Refuse what cannot work with a database of this size, before hours go into describing it.
+
+    Raises:
+        UserError: If ``k``, ``tau``, ``whitening_dim`` or the whitening's file is not usable.
+    """
+    if k is not None and not 1 <= k <= n_database:
+        raise UserError(f"--k {k}: the database has {n_database:,} images; choose k from 1 to {n_database}")
+    if tau is not None:
+        check_tau(tau)
+    if whitening not in ("pca", "none") and not Path(whitening).is_file():
+        raise UserError(f"--whitening {whitening}: no such file; choose pca, none or a saved whitening")
+    if whitening_dim is not None and whitening != "pca":
+        raise UserError("--whitening_dim: has no effect unless --whitening pca learns one; leave it out")
+    if whitening_dim is not None and not 1 <= whitening_dim < n_database:
+        raise UserError(
+            f"--whitening_dim {whitening_dim}: {n_database:,} database images support 1 to {n_database - 1}; "
+            "choose one of these, or leave it out for the largest"
+        )
+
+
 def _whitening(descriptors: Descriptors, whitening: str, dim: int | None, shrinkage: float) -> PCAWhitening | None:
     if whitening == "none":
         return None
     if whitening == "pca":
         chunks = row_chunks(descriptors.parts["database"], descriptors.made["database"])
         return fit_pca_whitening(chunks, dim=dim, shrinkage=shrinkage)
-    if not Path(whitening).is_file():
-        raise UserError(f"--whitening {whitening}: no such file; choose pca, none or a saved whitening")
-    if dim is not None:
-        raise UserError("--whitening_dim: a saved whitening has its dimensions already; leave the option out")
     return PCAWhitening.load(whitening)
 
 

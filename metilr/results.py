@@ -1,5 +1,6 @@
 """What an evaluation leaves behind: results.json, predictions, the resolved configuration, the table."""
 
+import contextlib
 import csv
 import json
 import shlex
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
@@ -41,18 +43,16 @@ def open_output(output: Path | None, name: str, options: Mapping[str, Any]) -> P
     Raises:
         UserError: If the folder cannot be written, or holds results already.
     """
-    if output is None:
-        dated = RUNS / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
-        candidates = [dated, *(dated.with_name(f"{dated.name}_{i}") for i in range(2, 100))]
-        output = next(candidate for candidate in candidates if not candidate.exists())
-    if (output / "results.json").exists():
-        raise UserError(f"--output {output}: holds results already; name another folder, or delete it")
+    named = output or RUNS
     try:
+        output = output or _make_new(RUNS, f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}")
+        if (output / "results.json").exists():
+            raise UserError(f"--output {output}: holds results already; name another folder, or delete it")
         output.mkdir(parents=True, exist_ok=True)
         config = {key: _plain(value) for key, value in options.items() if key != "output"}
         write_atomically(output / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror}); name another folder") from None
+        raise UserError(f"--output {named}: cannot be written ({error.strerror}); name another folder") from None
     return output
 
 
@@ -128,7 +128,7 @@ def write_results(
 def print_table(console: Console, results: Mapping[str, Any]) -> None:
     """Print the figures of val and test in percent, and what must be known to read them."""
     data, knn = results["data"], results["knn"]
-    kind = "SYNTHETIC demo museum" if data["synthetic"] else data["root"]
+    kind = "SYNTHETIC demo museum" if data["synthetic"] else escape(data["root"])
     table = Table(title=f"{kind}, {data['database']} database", title_justify="left")
     for column, justify in [
         ("split", "left"), ("queries", "right"), ("met", "right"), ("GAP", "right"), ("GAP⁻", "right"),
@@ -143,7 +143,7 @@ def print_table(console: Console, results: Mapping[str, Any]) -> None:
     console.print(table)
     console.print(f"k = {knn['k']}, τ = {knn['tau']:g}; figures in percent")
     for note in results["notes"]:
-        console.print(f"[bold yellow]note:[/] {note}")
+        console.print(f"[bold yellow]note:[/] {escape(note)}")
 
 
 def _model(opened: Descriptors) -> dict[str, Any]:
@@ -178,6 +178,15 @@ def _write_predictions(file: Path, split: str, ground_truth: GroundTruth, answer
                     int(labels[i] != DISTRACTOR and label == labels[i]),
                 ]
             )
+
+
+def _make_new(parent: Path, name: str) -> Path:
+    """Make a folder that was not there; two runs that start in one second get two."""
+    for suffix in ("", *(f"_{i}" for i in range(2, 100))):
+        with contextlib.suppress(FileExistsError):
+            (parent / f"{name}{suffix}").mkdir(parents=True)
+            return parent / f"{name}{suffix}"
+    raise UserError(f"--output: {parent / name} and 98 like it exist; name a folder")
 
 
 def _plain(value: Any) -> Any:

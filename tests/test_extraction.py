@@ -1,0 +1,303 @@
+"""The extraction loop: what batch size 1 gives, for any batching, number of processes and interruptions."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from metilr.callbacks import DescriptorWriter
+from metilr.data import dataset
+from metilr.data.demo import MuseumSize, make_demo
+from metilr.data.ground_truth import GroundTruth, load_ground_truth
+from metilr.descriptors import SPLITS, DescriptorStore
+from metilr.errors import UserError
+from metilr.extraction import ExtractionOptions, describe_images
+from metilr.models.backbones import build_backbone
+from metilr.models.embedder import Embedder
+from metilr.models.pooling import build_pooling
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SIZE = MuseumSize(exhibits=10, mini_exhibits=8, val=(4, 3, 2), test=(4, 3, 2), longest_side=72)
+ON_CPU = ExtractionOptions(accelerator="cpu", num_workers=0, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Path:
+    return make_demo(tmp_path_factory.mktemp("extraction") / "museum", size=SIZE, progress=False)
+
+
+@pytest.fixture
+def museum(drawn, tmp_path) -> GroundTruth:
+    """A copy whose images a test may damage."""
+    subprocess.run(["cp", "-r", drawn, tmp_path / "museum"], check=True)
+    return load_ground_truth(tmp_path / "museum")
+
+
+@pytest.fixture(scope="module")
+def embedder() -> Embedder:
+    backbone = build_backbone("r18_in", "random")
+    return Embedder(backbone, build_pooling("gem", backbone.width)).eval()
+
+
+def describe(embedder, museum, path, options=ON_CPU) -> DescriptorStore:
+    store = describe_images(embedder, museum, path, options, Console(quiet=True))
+    assert store is not None
+    return store
+
+
+def one_by_one(embedder, museum, split) -> np.ndarray:
+    rows = []
+    for path in museum.paths[split]:
+        with Image.open(museum.root / "images" / path) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+        normalised = (pixels - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
+            [0.229, 0.224, 0.225]
+        ).view(3, 1, 1)
+        with torch.no_grad():
+            rows.append(embedder.describe(normalised)[0].numpy())
+    return np.stack(rows)
+
+
+def n_made(store: DescriptorStore) -> int:
+    return sum(int(store.made(split).sum()) for split in SPLITS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_rows_are_those_of_batch_size_1_in_ground_truth_order(embedder, museum, tmp_path, batch_size):
+    options = ExtractionOptions(accelerator="cpu", num_workers=2, batch_size=batch_size)
+    store = describe(embedder, museum, tmp_path / "store", options)
+    for split in SPLITS:
+        np.testing.assert_allclose(store.rows(split), one_by_one(embedder, museum, split), atol=1e-5)
+
+
+def test_two_processes_give_the_rows_of_one(embedder, museum, tmp_path):
+    one = describe(embedder, museum, tmp_path / "one")
+    options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=4)
+    two = describe(embedder, museum, tmp_path / "two", options)
+    for split in SPLITS:
+        np.testing.assert_allclose(two.rows(split), one.rows(split), atol=1e-5)
+        assert two.made(split).all()
+
+
+def test_a_bad_image_ends_two_processes_with_one_line(embedder, museum, tmp_path):
+    path = museum.image(museum.paths["val"][1])
+    path.write_bytes(path.read_bytes()[:-200])
+    options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=4)
+    with pytest.raises(UserError, match="--bad_images skip") as error:
+        describe(embedder, museum, tmp_path / "store", options)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_second_call_describes_nothing(embedder, museum, tmp_path, monkeypatch):
+    describe(embedder, museum, tmp_path / "store")
+
+    def refuse(*args):
+        raise AssertionError("described again")
+
+    monkeypatch.setattr(dataset, "load_image", refuse)
+    describe(embedder, museum, tmp_path / "store")
+
+
+def test_an_interrupted_run_continues_where_it_stopped(embedder, museum, tmp_path, monkeypatch):
+    whole = describe(embedder, museum, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_after(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            describe(embedder, museum, tmp_path / "store")
+    made = n_made(DescriptorStore(tmp_path / "store"))
+    assert 0 < made < n_made(whole)
+
+    decoded = []
+    load_image = dataset.load_image
+    monkeypatch.setattr(dataset, "load_image", lambda *args: decoded.append(args) or load_image(*args))
+    continued = describe(embedder, museum, tmp_path / "store")
+    assert len(decoded) == n_made(whole) - made
+    for split in SPLITS:
+        np.testing.assert_array_equal(continued.rows(split), whole.rows(split))
+
+
+def interrupt_after(batches: int, patch: pytest.MonkeyPatch) -> None:
+    write = DescriptorWriter.write_on_batch_end
+    written = []
+
+    def write_then_interrupt(self, *args, **kwargs):
+        write(self, *args, **kwargs)
+        written.append(1)
+        if len(written) == batches:
+            raise KeyboardInterrupt
+
+    patch.setattr(DescriptorWriter, "write_on_batch_end", write_then_interrupt)
+
+
+KILLED_RUN = """
+import os, sys
+from metilr.callbacks import DescriptorWriter
+from metilr.cli import run_command
+from metilr.evaluation import evaluate
+
+write = DescriptorWriter.write_on_batch_end
+written = []
+
+def write_then_signal(self, *args, **kwargs):
+    write(self, *args, **kwargs)
+    written.append(1)
+    if len(written) == 3:
+        os.kill(os.getpid(), int(sys.argv.pop()))
+
+DescriptorWriter.write_on_batch_end = write_then_signal
+if __name__ == "__main__":
+    signal_number = sys.argv[-1]
+    run_command(evaluate, sys.argv[1:-1])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_killed_command_continues_to_the_same_bytes(embedder, museum, tmp_path, number):
+    (tmp_path / "killed.py").write_text(KILLED_RUN)
+    options = [
+        *("--root", str(museum.root), "--backbone", "r18_in", "--weights", "random", "--accelerator", "cpu"),
+        *("--batch_size", "4", "--num_workers", "1", "--store", str(tmp_path / "store")),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, str(tmp_path / "killed.py"), *options, str(int(number))]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    if number == signal.SIGKILL:
+        assert run.returncode == -signal.SIGKILL
+    else:
+        assert run.returncode == 2, run.stderr
+        assert "Traceback" not in run.stderr
+        assert "interrupted; finished work is kept" in run.stderr.splitlines()[-1]
+    killed = DescriptorStore(tmp_path / "store")
+    assert 0 < n_made(killed) < sum(len(paths) for paths in museum.paths.values())
+
+    whole = describe(embedder, museum, tmp_path / "whole", ExtractionOptions(accelerator="cpu", batch_size=4))
+    continued = describe(embedder, museum, tmp_path / "store", ExtractionOptions(accelerator="cpu", batch_size=4))
+    for split in SPLITS:
+        np.testing.assert_array_equal(continued.rows(split), whole.rows(split))
+
+
+def test_torchrun_gives_one_result_and_the_rows_of_one_process(embedder, museum, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = [
+        *("--root", str(museum.root), "--backbone", "r18_in", "--weights", "random", "--accelerator", "cpu"),
+        *("--devices", "2", "--num_workers", "0", "--store", str(tmp_path / "store")),
+    ]
+    run = subprocess.run(
+        [*launcher, str(REPOSITORY / "evaluate.py"), *options],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert len(list((tmp_path / "runs").glob("*/results.json"))) == 1
+    one = describe(embedder, museum, tmp_path / "one")
+    for split in SPLITS:
+        np.testing.assert_allclose(DescriptorStore(tmp_path / "store").rows(split), one.rows(split), atol=1e-5)
+
+
+def test_a_truncated_image_stops_the_run_and_loses_nothing(embedder, museum, tmp_path, monkeypatch):
+    path = museum.image(museum.paths["test"][2])
+    intact = path.read_bytes()
+    path.write_bytes(intact[:-200])
+    with pytest.raises(UserError, match="cannot be decoded") as error:
+        describe(embedder, museum, tmp_path / "store")
+    assert str(path) in str(error.value)
+
+    path.write_bytes(intact)
+    made = n_made(DescriptorStore(tmp_path / "store"))
+    decoded = []
+    load_image = dataset.load_image
+    monkeypatch.setattr(dataset, "load_image", lambda *args: decoded.append(args) or load_image(*args))
+    store = describe(embedder, museum, tmp_path / "store")
+    assert len(decoded) == n_made(store) - made
+
+
+def test_skipped_images_are_left_out_and_a_mended_one_is_described(embedder, museum, tmp_path):
+    truncated, not_an_image = museum.image(museum.paths["database"][3]), museum.image(museum.paths["val"][0])
+    intact = truncated.read_bytes()
+    truncated.write_bytes(intact[:-200])  # found while decoding
+    not_an_image.write_bytes(b"not an image")  # found in the header
+    museum.image(museum.paths["test"][1]).unlink()
+    skip = ExtractionOptions(accelerator="cpu", num_workers=0, bad_images="skip")
+    store = describe(embedder, museum, tmp_path / "store", skip)
+    left_out = {(split, int(i)) for split in SPLITS for i in np.flatnonzero(~store.made(split))}
+    assert left_out == {("database", 3), ("val", 0), ("test", 1)}
+
+    truncated.write_bytes(intact)
+    assert describe(embedder, museum, tmp_path / "store", skip).made("database").all()
+    with pytest.raises(UserError, match="missing or empty"):
+        describe(embedder, museum, tmp_path / "store")
+
+
+def test_an_exchanged_image_is_described_anew(embedder, museum, tmp_path):
+    before = np.array(describe(embedder, museum, tmp_path / "store").rows("database"))
+    path = museum.image(museum.paths["database"][5])
+    Image.effect_noise((72, 60), 80).convert("RGB").save(path)
+    after = describe(embedder, museum, tmp_path / "store").rows("database")
+    changed = np.flatnonzero((before != after).any(axis=1))
+    assert changed.tolist() == [5]
+    np.testing.assert_allclose(after, one_by_one(embedder, museum, "database"), atol=1e-5)
+
+
+def test_other_settings_make_another_store(embedder, museum, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    smaller = ExtractionOptions(accelerator="cpu", num_workers=0, image_size=48)
+    first, second = describe(embedder, museum, None), describe(embedder, museum, None, smaller)
+    assert first.path != second.path
+    assert describe(embedder, museum, None).path == first.path
+    with pytest.raises(UserError, match="image_size: null there, 48 now"):
+        describe(embedder, museum, first.path, smaller)
+
+
+def test_a_descriptor_that_is_not_finite_stops_the_run_and_names_the_image(museum, tmp_path):
+    backbone = build_backbone("r18_in", "random")
+    broken = Embedder(backbone, build_pooling("gem", backbone.width)).eval()
+    with torch.no_grad():
+        broken.backbone.model.conv1.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"\.jpg: its descriptor is not finite"):
+        describe(broken, museum, tmp_path / "store")
+    assert n_made(DescriptorStore(tmp_path / "store")) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "16-mixed", "accelerator": "cpu"}, "--precision 16-mixed"),
+        ({"batch_size": 0}, "--batch_size 0"),
+        ({"devices": 0}, "--devices 0"),
+        ({"num_workers": -1}, "--num_workers -1"),
+        ({"image_size": 0}, "--image_size 0"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(options, message):
+    with pytest.raises(UserError, match=message):
+        ExtractionOptions(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_no_silent_cpu():
+    with pytest.raises(UserError, match="--accelerator gpu"):
+        ExtractionOptions(accelerator="gpu")
+
+
+def test_bfloat16_is_close_to_float32_and_kept_apart(embedder, museum, tmp_path):
+    exact = describe(embedder, museum, tmp_path / "exact")
+    rounded = describe(embedder, museum, tmp_path / "rounded", ExtractionOptions(
+        accelerator="cpu", precision="bf16-mixed", num_workers=0))  # fmt: skip
+    cosines = (exact.rows("database") * rounded.rows("database")).sum(axis=1)
+    assert cosines.min() > 0.99 and (exact.rows("database") != rounded.rows("database")).any()
+    with pytest.raises(UserError, match="precision"):
+        describe(embedder, museum, tmp_path / "exact", ExtractionOptions(accelerator="cpu", precision="bf16-mixed"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_gives_the_rows_of_the_cpu(embedder, museum, tmp_path):
+    cpu = describe(embedder, museum, tmp_path / "cpu")
+    gpu = describe(embedder, museum, tmp_path / "gpu", ExtractionOptions(accelerator="gpu", devices=1))
+    np.testing.assert_allclose(gpu.rows("database"), cpu.rows("database"), atol=1e-4)

