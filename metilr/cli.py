@@ -1,5 +1,6 @@
 """Turn typed functions into commands: options from signatures, help from docstrings, errors in one line."""
 
+import contextlib
 import difflib
 import json
 import re
@@ -114,10 +115,10 @@ def _join_lists(parser: _Parser, args: list[str]) -> list[str]:
 
 
 def _number_or_text(value: str) -> float | str:
-    try:
-        return float(value)
-    except ValueError:
-        return value
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
 
 
 def _run(call: Callable[[], Any], prog: str) -> None:
@@ -172,7 +173,8 @@ def _readable_type(kind: str) -> str:
 
 
 def _did_you_mean(name: str, names: Any) -> str:
-    near = difflib.get_close_matches(name, list(names), n=2, cutoff=0.5)
+    bare = {known.lstrip("-"): known for known in names}  # two dashes are no likeness
+    near = [bare[match] for match in difflib.get_close_matches(name.lstrip("-"), list(bare), n=2)]
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 

@@ -1,0 +1,231 @@
+import errno
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from metilr.cli import main, run_command
+from metilr.errors import UserError
+from metilr.evaluation import evaluate
+
+
+@pytest.fixture
+def command():
+    """A command that notes what it was called with."""
+
+    def weigh(
+        name: str = "x",
+        kind: Literal["full", "mini"] = "full",
+        k: int | None = None,
+        p: float = 3.0,
+        precision: Literal["32", "bf16"] = "32",
+        scales: Sequence[float] = (1.0, 0.5),
+        numbers: list[int] | None = None,
+        folders: Sequence[Path] = (),
+        words: tuple[str, ...] = (),
+        output: Path | None = None,
+    ) -> None:
+        """Weigh something.
+
+        Args:
+            name: Whose.
+        """
+        weigh.called = dict(locals())
+
+    weigh.called = None
+    return weigh
+
+
+@pytest.fixture
+def called_with(command):
+    def call(*args):
+        run_command(command, [str(arg) for arg in args])
+        return command.called
+
+    return call
+
+
+@pytest.fixture
+def failure(command, capsys):
+    """What a command line fails with: one line, status 2, and nothing was called."""
+
+    def fail(*args, function=None):
+        with pytest.raises(SystemExit) as caught:
+            run_command(function or command, [str(arg) for arg in args])
+        assert caught.value.code == 2
+        printed = capsys.readouterr()
+        assert printed.out == "" and printed.err.count("\n") == 1 and printed.err.endswith("\n")
+        assert ": error: " in printed.err
+        assert command.called is None
+        return printed.err.split(": error: ", 1)[1].rstrip("\n")
+
+    return fail
+
+
+def yaml_file(tmp_path, text):
+    file = tmp_path / "options.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_options_arrive_with_their_types(called_with):
+    called = called_with("--k", "3", "--p=2", "--kind", "mini", "--name", "12", "--output", "a/b")
+    assert called["k"] == 3 and called["p"] == 2.0 and isinstance(called["p"], float)
+    assert called["kind"] == "mini" and called["name"] == "12" and called["output"] == Path("a/b")
+
+
+@pytest.mark.parametrize(
+    ("args", "option", "expected"),
+    [
+        (["--scales", "1", "0.5"], "scales", [1.0, 0.5]),
+        (["--scales", "1", "0.5", "--k", "2"], "scales", [1.0, 0.5]),
+        (["--scales", "1e-1"], "scales", [0.1]),
+        (["--scales", "[1, 0.5]"], "scales", [1.0, 0.5]),
+        (["--scales=[1,0.5]"], "scales", [1.0, 0.5]),
+        (["--folders", "a", "b c"], "folders", [Path("a"), Path("b c")]),
+        (["--folders", "2024"], "folders", [Path("2024")]),
+        (["--folders", "2024", "1e3", "null"], "folders", [Path("2024"), Path("1e3"), Path("null")]),
+        (["--words", "1", "true"], "words", ("1", "true")),
+        (["--numbers", "1", "2"], "numbers", [1, 2]),
+        (["--numbers", "null"], "numbers", None),
+        ([], "scales", (1.0, 0.5)),
+    ],
+)
+def test_lists(called_with, args, option, expected):
+    assert called_with(*args)[option] == expected
+
+
+def test_yaml_options_and_the_command_line_after_it_wins(called_with, tmp_path):
+    file = yaml_file(tmp_path, "scales: [2, 0.5]\nfolders: [a, '2024']\nk: 4\nkind: mini\nprecision: '32'\n")
+    called = called_with("--config", file, "--k", "5")
+    assert called["scales"] == [2.0, 0.5] and called["folders"] == [Path("a"), Path("2024")]
+    assert called["k"] == 5 and called["kind"] == "mini"
+    assert called_with(f"--config={file}", "--scales", "1")["scales"] == [1.0]
+
+
+def test_unknown_options_are_named_with_the_near_ones(failure, tmp_path):
+    assert failure("--nme", "x") == "unknown option --nme (did you mean --name or --numbers?); --help lists them"
+    assert "unknown option --zzzzzz; --help" in failure("--zzzzzz", "1")
+    message = failure("--config", yaml_file(tmp_path, "outptu: x\n"))
+    assert "unknown option --outptu (did you mean --output" in message
+    assert "stray" in failure("stray")
+
+
+def test_half_an_option_name_is_unknown(failure):
+    assert "unknown option --out (did you mean --output" in failure("--out", "x")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--kind", "huge"], "--kind huge: expected one of full, mini"),
+        (["--k", "many"], "--k many: expected int or null"),
+        (["--k", "1.5"], "--k 1.5: expected int or null"),
+        (["--p", "three"], "--p three: expected float"),
+        (["--scales", "1", "a"], "--scales"),
+        (["--k"], "--k"),
+    ],
+)
+def test_wrong_values_name_the_option_the_value_and_what_is_expected(failure, args, said):
+    assert said in failure(*args)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("k: many\n", "--k many: expected int"),
+        ("kind: huge\n", "--kind huge: expected one of full, mini"),
+        ("scales: 0.5\n", "--scales 0.5: expected a list like [A, B]"),
+        ("k: [1\nx: {", "options.yaml: not valid YAML"),
+        ("- 1\n- 2\n", "options.yaml: must hold options"),
+        ("just words\n", "options.yaml: must hold options"),
+        ("", "options.yaml: must hold options"),
+    ],
+)
+def test_bad_yaml(failure, tmp_path, text, said):
+    assert said in failure("--config", yaml_file(tmp_path, text))
+
+
+def test_config_that_cannot_be_read(failure, tmp_path):
+    assert f"--config {tmp_path}/none.yaml: cannot be read (No such file" in failure("--config", tmp_path / "none.yaml")
+    assert "cannot be read (Is a directory)" in failure(f"--config={tmp_path}")
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    assert "not valid YAML" in failure("--config", tmp_path / "latin.yaml")
+    failure("--config")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("--k 9:\n too large"), "--k 9: too large"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.npy"), "x.npy: No space left on device; finished work is"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device; finished work is kept"),
+        (KeyboardInterrupt(), "interrupted; finished work is kept"),
+    ],
+)
+def test_errors_of_the_function_end_in_one_line(failure, error, said):
+    def broken() -> None:
+        """Break."""
+        raise error
+
+    assert failure(function=broken).startswith(said)
+
+
+@pytest.mark.parametrize("error", [ValueError("a defect"), OSError("no number")])
+def test_defects_keep_their_traceback(error):
+    def broken() -> None:
+        """Break."""
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        run_command(broken, [])
+
+
+def test_arguments_default_to_the_process_s_own(command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["weigh.py", "--scales", "1", "2", "--folders", "7"])
+    run_command(command)
+    assert command.called["scales"] == [1.0, 2.0] and command.called["folders"] == [Path("7")]
+
+
+def test_help_is_complete(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_command(evaluate, ["--help"])
+    assert caught.value.code == 0
+    words = capsys.readouterr().out
+    for name in inspect.signature(evaluate).parameters:
+        assert f"\n  --{name} " in words, name
+    assert "Measure how well a model recognises exhibits" in words and "--config" in words
+
+
+def test_metilr_lists_its_subcommands(capsys):
+    for args in ([], ["--help"], ["-h"]):
+        main(args)
+        printed = capsys.readouterr().out
+        assert "export-descriptors" in printed and "Write a descriptor store as the reference code's" in printed
+
+
+def test_metilr_refuses_what_it_does_not_know(capsys):
+    for args, said in (
+        (["nonsense"], "metilr: error: no subcommand 'nonsense'; metilr --help lists them\n"),
+        (["export-descriptor"], "no subcommand 'export-descriptor' (did you mean export-descriptors?)"),
+        (["export-descriptors", "--otput", "x"], "metilr export-descriptors: error: unknown option --otput"),
+        (["export-descriptors"], "store, output"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(args)
+        error = capsys.readouterr().err
+        assert caught.value.code == 2 and error.count("\n") == 1 and said in error
+
+
+def test_metilr_runs_a_subcommand_and_reports_its_user_errors(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["export-descriptors", str(tmp_path), str(tmp_path / "out.pkl")])
+    assert caught.value.code == 2
+    assert f"metilr export-descriptors: error: {tmp_path}: not a descriptor store" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        main(["export-descriptors", "--help"])
+    assert caught.value.code == 0 and "must not exist yet" in capsys.readouterr().out
