@@ -24,19 +24,19 @@ TRUTH = GroundTruth(
     paths={
         "database": ("MET/7/0.jpg", "MET/3/0,1.jpg"),
         "val": ("v/0.jpg", "v/é.jpg"),
-        "test": ("t/0.jpg", "t/1.jpg", "t/2.jpg", "t/3.jpg"),
+        "test": ("t/0.jpg", "t/1.jpg", "t/2.jpg", "t/3.jpg", "t/4.jpg"),
     },
-    labels={"database": np.array([1, 0]), "val": np.array([0, -1]), "test": np.array([1, -1, 1, 0])},
+    labels={"database": np.array([1, 0]), "val": np.array([0, -1]), "test": np.array([1, -1, 1, 0, -1])},
     exhibit_ids=np.array([3, 7]),
     digests={"database": "d", "val": "v", "test": "t"},
 )
 VAL = Predictions(np.array([0, 1]), np.array([-0.25, -2.0]), np.array([0.5, 0.125]), np.array([1, 0]))
-# right; a distractor; no neighbour more than 0 similar; skipped
+# right; a distractor; no neighbour more than 0 similar; skipped; a skipped distractor
 TEST = Predictions(
-    np.array([1, 1, 0, -1]),
-    np.array([-1e-30, -0.5, -0.75, -np.inf]),
-    np.array([0.875, 0.5, 0.0, np.nan]),
-    np.array([0, 0, -1, -1]),
+    np.array([1, 1, 0, -1, -1]),
+    np.array([-1e-30, -0.5, -0.75, -np.inf, -np.inf]),
+    np.array([0.875, 0.5, 0.0, np.nan, np.nan]),
+    np.array([0, 0, -1, -1, -1]),
 )
 FIGURES = {"gap": 0.5, "gap_minus": 0.75, "acc": 1 / 3, "gap_least": 0.25, "gap_greatest": 0.5}
 
@@ -46,7 +46,7 @@ def a_recognition(tuned=True, whitened=True):
     tuning = Tuning(1, 5.0, np.array([[0.5, 0.25]]), (1,), (5.0, 10.0)) if tuned else None
     figures = {
         "val": {**FIGURES, "n_queries": 2, "n_met": 1, "n_skipped": 0},
-        "test": {**FIGURES, "n_queries": 4, "n_met": 3, "n_skipped": 1},
+        "test": {**FIGURES, "n_queries": 5, "n_met": 3, "n_skipped": 2},
     }
     whitening = fit_pca_whitening([x], dim=2) if whitened else None
     return Recognition({"val": VAL, "test": TEST}, figures, whitening, 1, 5.0, tuning)
@@ -118,6 +118,7 @@ def test_predictions(tmp_path):
             ["t/1.jpg", "", "7", "-0.5", repr(math.exp(-0.5)), "0.5", "MET/7/0.jpg", "0"],
             ["t/2.jpg", "7", "3", "-0.75", repr(math.exp(-0.75)), "0.0", "", "0"],
             ["t/3.jpg", "3", "", "-inf", "0.0", "", "", "0"],
+            ["t/4.jpg", "", "", "-inf", "0.0", "", "", "0"],
         ]
 
 
@@ -140,7 +141,7 @@ def test_results_json_is_strict_and_has_what_callers_rely_on(tmp_path):
     assert read["whitening"] == {"dim": 2, "shrinkage": 1.0, "learned_on": 20, "supported_dim": 3}
     assert read["knn"]["k"] == 1 and read["knn"]["tau"] == 5.0 and read["knn"]["tuned_on"] == "val"
     assert read["knn"]["grid"] == {"k": [1], "tau": [5.0, 10.0], "val_gap": [[0.5, 0.25]]}
-    for split, n_queries, n_met in (("val", 2, 1), ("test", 4, 3)):
+    for split, n_queries, n_met in (("val", 2, 1), ("test", 5, 3)):
         assert read[split]["gap"] == 0.5 and read[split]["gap_minus"] == 0.75 and read[split]["acc"] == 1 / 3
         assert read[split]["n_queries"] == n_queries and read[split]["n_met"] == n_met
     assert read["skipped_images"] == [{"split": "test", "path": "t/3.jpg", "reason": "broken"}]
