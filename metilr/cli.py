@@ -6,7 +6,8 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -122,10 +123,9 @@ def _number_or_text(value: str) -> float | str:
 
 
 def _run(call: Callable[[], Any], prog: str) -> None:
-    # Schedulers stop a run with SIGTERM; it then ends as by Ctrl-C, instead of in Lightning's own handler.
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        call()
+        with _sigterm_as_interrupt():
+            call()
     except UserError as error:
         _fail(prog, str(error))
     except OSError as error:
@@ -137,8 +137,21 @@ def _run(call: Callable[[], Any], prog: str) -> None:
         _fail(prog, "interrupted; finished work is kept, run the same command to continue")
 
 
-def _interrupt(signal_number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Schedulers stop a run with SIGTERM: let it end as by Ctrl-C, instead of in Lightning's own handler."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+
+    def interrupt(signal_number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(prog: str, message: str) -> NoReturn:

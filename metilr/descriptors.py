@@ -71,6 +71,10 @@ class DescriptorStore:
         except OSError as error:
             raise UserError(f"--store {self.path}: cannot be written ({error.strerror}); name another folder") from None
 
+    def reopen(self) -> None:
+        """Mark the store incomplete, before rows of it are made (again)."""
+        self._write_manifest({**self.manifest(), "complete": False})
+
     def finish(self, made_with: Mapping[str, Any]) -> None:
         """Mark the store complete.
 
@@ -123,7 +127,8 @@ class DescriptorStore:
         """
         files = self.files(split)
         settled = (files == sizes) & (files > 0)
-        settled[settled] = _of_unit_length(self.rows(split), np.flatnonzero(settled))
+        if not self.manifest()["complete"]:  # a complete store passed this when it was finished
+            settled[settled] = _of_unit_length(self.rows(split), np.flatnonzero(settled))
         if not retry_bad:
             settled |= files == -sizes - 1
         return ~settled

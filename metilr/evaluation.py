@@ -10,6 +10,7 @@ from typing import Any, Literal
 import faiss
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 from metilr.data.datamodule import BadImages
 from metilr.data.demo import make_demo
@@ -165,8 +166,9 @@ def evaluate(
 
 def _data_line(ground_truth: GroundTruth, synthetic: bool) -> str:
     counts = ground_truth.counts()
+    kind = f"{ground_truth.database}{', synthetic' if synthetic else ''}"
     return (
-        f"[bold]data[/]         {ground_truth.root} ({ground_truth.database}{', synthetic' if synthetic else ''}): "
+        f"[bold]data[/]         {escape(str(ground_truth.root))} ({kind}): "
         f"{counts['database_images']:,} images of {counts['exhibits']:,} exhibits; "
         f"val {counts['val_queries']:,} queries ({counts['val_met']:,} met), "
         f"test {counts['test_queries']:,} ({counts['test_met']:,} met)"

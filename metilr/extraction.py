@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessRaisedException
 from typing_extensions import override
@@ -41,12 +42,20 @@ class DescriptorModule(pl.LightningModule):
     def __init__(self, embedder: Embedder) -> None:
         super().__init__()
         self.embedder = embedder
+        self.memory_format = torch.contiguous_format
+
+    @override
+    def on_predict_start(self) -> None:
+        if self.device.type == "cpu":  # there convolutions run faster with channels last
+            self.memory_format = torch.channels_last
+            self.embedder.to(memory_format=torch.channels_last)
 
     @override
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         if not len(batch.images):  # none of the batch could be decoded
             return torch.empty(0, self.embedder.dim)
-        return self.embedder.describe(self.embedder.normalise(batch.images))
+        images = self.embedder.normalise(batch.images)
+        return self.embedder.describe(images.contiguous(memory_format=self.memory_format))
 
 
 @dataclass(frozen=True)
@@ -137,8 +146,10 @@ def describe_images(
 
     data = _data_module(ground_truth, sizes, store, options)
     n_all, n_pending = len(data.files), len(data.pending_rows())
-    console.print(f"[bold]descriptors[/]  {path}: {_progress_so_far(n_all, n_pending)}")
+    console.print(f"[bold]descriptors[/]  {escape(str(path))}: {_progress_so_far(n_all, n_pending)}")
     if n_pending or not store.manifest()["complete"]:
+        if launched_as_first():
+            store.reopen()  # a run that is killed now must not leave old rows beside new ones unnoticed
         if not extract_descriptors(embedder, data, options):
             return None
         if len(data.pending_rows()):

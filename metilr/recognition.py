@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from rich.markup import escape
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.descriptors import SPLITS, row_chunks
@@ -76,7 +77,7 @@ def recognise(
         raise UserError("no database image has a descriptor: there is nothing to search; mend the images")
     if k is not None and not 1 <= k <= n_database:
         raise UserError(f"--k {k}: the database has {n_database:,} images; choose k from 1 to {n_database}")
-    say(f"[bold]whitening[/]    {whitening}, database {n_database:,} x {descriptors.width}")
+    say(f"[bold]whitening[/]    {escape(whitening)}, database {n_database:,} x {descriptors.width}")
     transform = _whitening(descriptors, whitening, whitening_dim, whitening_shrinkage)
     ready = {split: _unit_rows(descriptors, split, transform) for split in SPLITS}
 
@@ -111,9 +112,7 @@ def recognise(
     return Recognition(answers, figures, transform, k, tau, tuning)
 
 
-def check_options(
-    n_database: int, whitening: str, whitening_dim: int | None, k: int | None, tau: float | None
-) -> None:
+def check_options(n_database: int, whitening: str, whitening_dim: int | None, k: int | None, tau: float | None) -> None:
     """Refuse what cannot work with a database of this size, before hours go into describing it.
 
     Raises:

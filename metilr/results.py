@@ -135,7 +135,10 @@ def print_table(console: Console, results: Mapping[str, Any]) -> None:
         ("ACC", "right"), ("role", "left"),
     ]:  # fmt: skip
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    chosen = "k and τ given" if knn["tuned_on"] is None else "k and τ tuned here"
+    tuned = (
+        [] if knn["grid"] is None else [name for name, key in (("k", "k"), ("τ", "tau")) if len(knn["grid"][key]) > 1]
+    )
+    chosen = f"{' and '.join(tuned)} tuned here" if tuned else "k and τ given"
     for split, role in (("val", chosen), ("test", "scored once")):
         figures = results[split]
         percents = [f"{100 * figures[name]:.2f}" for name in ("gap", "gap_minus", "acc")]

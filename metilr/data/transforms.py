@@ -1,5 +1,6 @@
 """From an image file to a uint8 RGB tensor, the same whatever the file's mode, orientation or depth."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ EXIF_ORIENTATION = 0x0112
 QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 # Formats whose header tells the size of what is decoded. Pillow turns TIFF itself, and an ICO holds several sizes.
 HEADER_TELLS_SIZE = ("JPEG", "MPO", "PNG", "WEBP")
+
+FAILING_MACHINE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 
 
 class BadImageError(UserError):
@@ -33,13 +36,17 @@ def load_image(path: Path, image_size: int | None = None) -> Tensor:
     Raises:
         BadImageError: If the file is missing, truncated, not an image, or of a kind without a clear
             8-bit reading (32-bit float).
+        OSError: If the disk, not the file, is at fault.
     """
     try:
         with Image.open(path) as image:
             rgb = _to_rgb(ImageOps.exif_transpose(image))
     except BadImageError:
         raise
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise many types on broken files; each means the same here
+        _refuse_failing_machine(error)
         raise _bad_image(path, error) from None
     height, width = resized_shape(rgb.height, rgb.width, image_size)
     if (height, width) != (rgb.height, rgb.width):
@@ -60,7 +67,10 @@ def image_shape(path: Path, image_size: int | None = None) -> tuple[int, int]:
             width, height = image.size
             if image.getexif().get(EXIF_ORIENTATION) in QUARTER_TURNS:
                 height, width = width, height
+    except MemoryError:
+        raise
     except Exception as error:
+        _refuse_failing_machine(error)
         raise _bad_image(path, error) from None
     return resized_shape(height, width, image_size)
 
@@ -85,6 +95,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _refuse_failing_machine(error: Exception) -> None:
+    """Pass on what says nothing about the image: leaving it out would make a passing fault permanent."""
+    if isinstance(error, OSError) and error.errno in FAILING_MACHINE:
+        raise error
 
 
 def _bad_image(path: Path, error: Exception) -> BadImageError:
