@@ -1,9 +1,9 @@
-# make demo | make test | make lint | make clean. Everything happens in .venv; nothing outside is touched.
+# make demo | make test | make test-lowest | make lint | make clean. Everything happens in .venv; nothing outside is touched.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-lowest lint clean
 demo: $(VENV)/.installed-demo
 	$(BIN)/python evaluate.py
 
@@ -12,6 +12,12 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# The tests on the lower bounds that pyproject.toml declares, in an environment of their own.
+test-lowest:
+	test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -q -e '.[demo,dev]' -c tests/lowest.txt
+	.venv-lowest/bin/python -m pytest
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
@@ -36,4 +42,4 @@ $(BIN)/python:
 	@echo "installing into $(VENV) (PyTorch and FAISS are several GB; this takes minutes)"
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) .venv-lowest runs .mypy_cache .ruff_cache .pytest_cache *.egg-info
