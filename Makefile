@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Threads that wait for each other by spinning bring a busy machine to a crawl: let them sleep.
+export OMP_WAIT_POLICY := passive
+
 .PHONY: demo test test-lowest lint clean
 demo: $(VENV)/.installed-demo
 	$(BIN)/python evaluate.py
