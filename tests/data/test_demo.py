@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metilr.data.demo import MuseumSize, exhibits, make_demo, museum
+from metilr.cli import main
+from metilr.data.demo import MuseumSize, exhibits, make_demo, museum, plan
 from metilr.errors import UserError
 
 TINY = MuseumSize(exhibits=14, mini_exhibits=9, val=(3, 2, 2), test=(5, 2, 3), longest_side=48)
@@ -99,7 +100,7 @@ def test_marker_says_that_it_is_synthetic(root):
 
 
 def test_complete_demo_is_not_drawn_again(root, monkeypatch):
-    monkeypatch.setattr(museum, "_plan_museum", None)
+    monkeypatch.setattr(museum, "plan_museum", None)
     assert make_demo(root, seed=3, size=TINY) == root
 
 
@@ -139,7 +140,7 @@ def test_interrupted_run_leaves_nothing_and_keeps_what_was_there(tmp_path, monke
     def fail(*arguments):
         raise interruption
 
-    monkeypatch.setattr(museum, "draw_scene_visit", fail)
+    monkeypatch.setattr(plan, "draw_scene_visit", fail)
     for root in (tmp_path / "new", old):
         with pytest.raises(interruption):
             make_demo(root, **small(1))
@@ -209,6 +210,24 @@ def test_foreign_content_is_never_overwritten(tmp_path, make, named):
         make_demo(root, **small(1))
     assert "\n" not in str(caught.value)
     assert hashes(tmp_path) == before
+
+
+def test_command_takes_root_and_seed_and_says_where_the_demo_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(museum, "make_demo", lambda root, seed: make_demo(root, **small(seed)))
+    root = tmp_path / "museum"
+    main(["demo", str(root), "--seed", "4"])
+    assert str(root) in capsys.readouterr().out
+    assert json.loads((root / "demo.json").read_text())["seed"] == 4
+    with pytest.raises(SystemExit):
+        main(["demo", str(root), "--size.exhibits", "3"])
+    assert "--size.exhibits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seed_out_of_range_is_refused(tmp_path, seed):
+    with pytest.raises(UserError, match=f"--seed {seed}"):
+        make_demo(tmp_path / "museum", **small(seed))
+    assert not (tmp_path / "museum").exists()
 
 
 def test_unwritable_place_is_named(tmp_path):

@@ -1,14 +1,12 @@
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from metilr.data.visits import PRESETS, VisitStrengths, derive_seed, simulate_visit, write_contact_sheet
+from metilr.data.visits import PRESETS, VisitStrengths, derive_seed, refuse_bad_seed, simulate_visit
 from metilr.errors import UserError
 
 PARTS = [field.name for field in dataclasses.fields(VisitStrengths)]
@@ -27,6 +25,11 @@ def change(image: torch.Tensor, strengths: VisitStrengths, seed: int) -> float:
     """Mean absolute difference in grey levels, at the image's own size."""
     photograph = F.resize(simulate_visit(image, strengths, seed), list(image.shape[1:]), antialias=True)
     return (photograph.float() - image.float()).abs().mean().item()
+
+
+def test_presets_cover_every_part():
+    for strengths in PRESETS.values():
+        assert all(strength > 0 for strength in dataclasses.asdict(strengths).values())
 
 
 def test_same_seed_gives_same_photograph_and_another_seed_another(image):
@@ -162,46 +165,9 @@ def test_derived_seeds_differ_and_are_the_same_in_every_process():
     assert derive_seed(0, "MET/1/0.jpg", 2) == 4928806110090496906
 
 
-def write_images(folder: Path, count: int) -> None:
-    folder.mkdir(parents=True)
-    for number in range(count):
-        pixels = np.random.default_rng(number).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-
-
-def test_contact_sheet_has_a_row_per_image_and_a_column_per_visit(tmp_path):
-    write_images(tmp_path / "in" / "deep", 3)
-    Image.new("LA", (5, 5)).save(tmp_path / "in" / "grey.png")
-    output = write_contact_sheet(tmp_path / "in", tmp_path / "new" / "sheet.png", visits=2)
-    first = output.read_bytes()
-    with Image.open(output) as sheet:
-        assert sheet.size == (6 + 3 * 206, 6 + 4 * 206)
-    write_contact_sheet(tmp_path / "in", output, visits=2)
-    assert output.read_bytes() == first
-    write_contact_sheet(tmp_path / "in", output, visits=2, seed=1)
-    assert output.read_bytes() != first
-    with Image.open(write_contact_sheet(tmp_path / "in", tmp_path / "two.jpg", visits=1, images=2)) as sheet:
-        assert sheet.size == (6 + 2 * 206, 6 + 2 * 206)
-
-
-def test_contact_sheet_mistakes_are_one_line_that_names_the_cause(tmp_path):
-    write_images(tmp_path / "images", 1)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "bad.jpg").write_bytes(b"no image")
-    (tmp_path / "file").write_text("")
-    good, sheet = tmp_path / "images", tmp_path / "sheet.png"
-    mistakes = [
-        (dict(folder=tmp_path / "missing", output=sheet), "missing"),
-        (dict(folder=tmp_path / "empty", output=sheet), "empty"),
-        (dict(folder=tmp_path / "broken", output=sheet), r"bad\.jpg"),
-        (dict(folder=good, output=sheet, preset="wild"), "wild.*mild, medium, severe"),
-        (dict(folder=good, output=sheet, visits=0), "visits is 0"),
-        (dict(folder=good, output=tmp_path / "sheet.gif"), r"sheet\.gif"),
-        (dict(folder=good, output=tmp_path / "file" / "sheet.png"), r"file/sheet\.png"),
-    ]
-    for arguments, named in mistakes:
-        with pytest.raises(UserError, match=named) as caught:
-            write_contact_sheet(**arguments)
-        assert "\n" not in str(caught.value)
-    assert not sheet.exists()
+def test_bad_seed_is_refused_in_one_line():
+    refuse_bad_seed(0)
+    refuse_bad_seed(2**63 - 1)
+    for seed in (-1, 2**63):
+        with pytest.raises(UserError, match=f"--seed {seed}: out of range"):
+            refuse_bad_seed(seed)

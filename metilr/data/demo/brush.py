@@ -1,4 +1,4 @@
-"""What all drawings share: colours, paint texture and ridges, on float arrays ``(H, W, 3)`` in [0, 1]."""
+"""What all drawings share: colours, paint texture, ridges, balls; arrays are float ``(H, W, 3)`` in [0, 1]."""
 
 import colorsys
 
@@ -98,3 +98,14 @@ def mix(first: Colour, second: Colour, share: Array) -> Array:
     """Blend two colours, ``(H, W, 3)``, where the share of the second is ``(H, W)``."""
     start, stop = np.array(first) / 255, np.array(second) / 255
     return start + (stop - start) * np.clip(share, 0, 1)[:, :, None]
+
+
+def draw_ball(pen: ImageDraw.ImageDraw, centre: tuple[float, float], radius: float, colour: Colour) -> None:
+    """Draw a ball lit from the upper left."""
+    x, y = centre
+    pen.ellipse((x - radius, y + 0.6 * radius, x + 1.5 * radius, y + 1.2 * radius), fill=(50, 40, 35))
+    for step in range(8):
+        share = step / 8
+        size = radius * (1 - share)
+        left, top = x - 0.35 * radius * share, y - 0.35 * radius * share
+        pen.ellipse((left - size, top - size, left + size, top + size), fill=shade(colour, 0.55 + 0.65 * share))

@@ -5,18 +5,14 @@ from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
+from torchvision.transforms.v2 import functional as F
 
 from metilr.data.demo.brush import Colour, pick_colour, shade
-from metilr.data.demo.canvases import (
-    draw_abstract,
-    draw_landscape,
-    draw_portrait,
-    draw_print,
-    draw_still_life,
-    draw_textile,
-)
 from metilr.data.demo.objects import View, draw_figurine, draw_vessel
-from metilr.data.visits import VisitStrengths, derive_seed, simulate_visit, to_pil, to_tensor
+from metilr.data.demo.paintings import draw_abstract, draw_landscape, draw_still_life
+from metilr.data.demo.portraits import draw_portrait
+from metilr.data.demo.prints_and_textiles import draw_print, draw_textile
+from metilr.data.visits import VisitStrengths, derive_seed, simulate_visit
 
 _Size = tuple[int, int]
 _FLAT: dict[str, Callable[[_Size, np.random.Generator, np.random.Generator], Image.Image]] = {
@@ -135,4 +131,4 @@ def _gallery_view(rng: np.random.Generator, strengths: VisitStrengths) -> View:
 
 
 def _visit(image: Image.Image, strengths: VisitStrengths, seed: int) -> Image.Image:
-    return to_pil(simulate_visit(to_tensor(image), strengths, seed))
+    return F.to_pil_image(simulate_visit(F.pil_to_tensor(image), strengths, seed))

@@ -7,6 +7,7 @@ from PIL import Image, ImageFilter
 
 from metilr.data.demo.brush import (
     clouds,
+    draw_ball,
     finish_canvas,
     grid,
     mix,
@@ -17,7 +18,6 @@ from metilr.data.demo.brush import (
     start_canvas,
     to_image,
 )
-from metilr.data.demo.canvases import draw_ball
 
 
 def draw_room(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
