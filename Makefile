@@ -40,9 +40,12 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "metilr needs Python 3.10 or newer; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
-	$(PYTHON) -m venv $(VENV) || \
-		{ $(PYTHON) -m venv --without-pip --clear $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
+	$(PYTHON) -m venv $(VENV) || { \
+		$(PYTHON) -m venv --without-pip --clear $(VENV) && \
+		$(PYTHON) -m pip install -q pip --target \
+			"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; \
+	} || { rm -rf $(VENV); exit 1; }
 	@echo "installing into $(VENV) (PyTorch and FAISS are several GB; this takes minutes)"
 
 clean:
-	rm -rf $(VENV) .venv-lowest runs .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) .venv-lowest .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -2,11 +2,10 @@
 
 import os
 
+from metilr.cli import run_command
+
 # Before PyTorch loads OpenMP: threads that wait by spinning slow down a busy machine many times over.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from metilr.cli import run_command
-from metilr.evaluation import evaluate
-
 if __name__ == "__main__":
-    run_command(evaluate)
+    run_command("metilr.evaluation:evaluate")

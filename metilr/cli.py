@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import importlib
 import json
 import re
 import signal
@@ -19,33 +20,53 @@ from metilr.errors import UserError
 EXIT_USER_ERROR = 2
 
 
-def run_command(function: Callable[..., Any], args: Sequence[str] | None = None) -> None:
+SUBCOMMANDS = {
+    "export-descriptors": "metilr.reference_format:export_descriptors",
+    "visits": "metilr.data.contact_sheet:write_contact_sheet",
+    "demo": "metilr.data.demo:draw_demo",
+}
+
+
+def run_command(function: Callable[..., Any] | str, args: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Call a function with options from the command line and from YAML files (``--config``).
 
-    A user's mistake ends in one line on stderr and exit status 2.
+    A user's mistake, and Ctrl-C from the first second on, ends in one line on stderr and exit status 2.
 
     Args:
-        function: Every parameter becomes an option; the docstring becomes ``--help``.
+        function: The function, or ``module:name`` to import it here: that takes seconds, and Ctrl-C may come
+            in them. Every parameter becomes an option; the docstring becomes ``--help``.
         args: Command line without the program; default: the process's own.
+        prog: The program's name in messages; default: the process's own.
     """
-    parser = _parser(function)
-    _run(lambda: function(**_parsed(parser, args)), parser.prog)
+    prog = prog or Path(sys.argv[0]).name
+
+    def call() -> None:
+        loaded = _load(function) if isinstance(function, str) else function
+        loaded(**_parsed(_parser(loaded, prog), args))
+
+    _run(call, prog)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``metilr SUBCOMMAND``."""
     args = list(sys.argv[1:] if args is None else args)
-    commands = _subcommands()
     if not args or args[0] in ("-h", "--help"):
-        print("usage: metilr SUBCOMMAND [options]\n\nsubcommands (metilr SUBCOMMAND --help tells more):")
-        for name, function in commands.items():
-            print(f"  {name:<20} {(function.__doc__ or '').strip().splitlines()[0]}")
-        return
-    if args[0] not in commands:
-        _fail("metilr", f"no subcommand {args[0]!r}{_did_you_mean(args[0], commands)}; metilr --help lists them")
-    function = commands[args[0]]
-    parser = _parser(function, prog=f"metilr {args[0]}")
-    _run(lambda: function(**_parsed(parser, args[1:])), parser.prog)
+        _run(_print_subcommands, "metilr")
+    elif args[0] in SUBCOMMANDS:
+        run_command(SUBCOMMANDS[args[0]], args[1:], prog=f"metilr {args[0]}")
+    else:
+        _fail("metilr", f"no subcommand {args[0]!r}{_did_you_mean(args[0], SUBCOMMANDS)}; metilr --help lists them")
+
+
+def _print_subcommands() -> None:
+    print("usage: metilr SUBCOMMAND [options]\n\nsubcommands (metilr SUBCOMMAND --help tells more):")
+    for name, function in SUBCOMMANDS.items():
+        print(f"  {name:<20} {(_load(function).__doc__ or '').strip().splitlines()[0]}")
+
+
+def _load(function: str) -> Callable[..., Any]:
+    module, name = function.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 class _Parser(ArgumentParser):
@@ -189,11 +210,3 @@ def _did_you_mean(name: str, names: Any) -> str:
     bare = {known.lstrip("-"): known for known in names}  # two dashes are no likeness
     near = [bare[match] for match in difflib.get_close_matches(name.lstrip("-"), list(bare), n=2)]
     return f" (did you mean {' or '.join(near)}?)" if near else ""
-
-
-def _subcommands() -> dict[str, Callable[..., Any]]:
-    from metilr.data.demo import make_demo
-    from metilr.data.visits import write_contact_sheet
-    from metilr.reference_format import export_descriptors
-
-    return {"export-descriptors": export_descriptors, "visits": write_contact_sheet, "demo": make_demo}

@@ -2,7 +2,8 @@
 
 ``database.npy``, ``val.npy`` and ``test.npy`` hold one unit-length float32 row per image, in ground-truth
 order. ``<split>.files.npy`` holds, per row, the size in bytes of the image file that the row was made from
-(0: not made yet; ``-size - 1``: the file could not be decoded). ``manifest.json`` holds the settings.
+(0: not made yet; ``-size - 1``: the file could not be decoded). ``manifest.json`` holds the settings. An image
+that is exchanged for one of another size in bytes is described anew; one of exactly the same size is not noticed.
 
 Rows are written where they belong as they are computed, by any number of processes, and marked after they
 were written; a killed run continues with the rows that are not marked. A marked row that is not of unit
@@ -10,7 +11,6 @@ length (a machine that went down between the two writes) is made again.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from metilr.errors import UserError
+from metilr.files import reserve_array, write_atomically
 
 SCHEMA = "metilr.descriptors/1"
 SPLITS = ("database", "val", "test")
@@ -71,17 +72,21 @@ class DescriptorStore:
         except OSError as error:
             raise UserError(f"--store {self.path}: cannot be written ({error.strerror}); name another folder") from None
 
-    def reopen(self) -> None:
-        """Mark the store incomplete, before rows of it are made (again)."""
-        self._write_manifest({**self.manifest(), "complete": False})
-
-    def finish(self, made_with: Mapping[str, Any]) -> None:
-        """Mark the store complete.
+    def begin(self, made_with: Mapping[str, Any]) -> None:
+        """Mark the store incomplete, before rows are made: a run killed now leaves no mixture unnoticed.
 
         Args:
-            made_with: What is worth knowing but changes no row beyond rounding (versions, batch size, date).
+            made_with: What is worth knowing but changes no row beyond rounding (versions, device). A run that
+                continues with another one adds it.
         """
-        self._write_manifest({**self.manifest(), "complete": True, "made_with": dict(made_with)})
+        manifest = self.manifest()
+        before = manifest.get("made_with", [])
+        now = _as_json(made_with)
+        self._write_manifest({**manifest, "complete": False, "made_with": before if now in before else [*before, now]})
+
+    def finish(self) -> None:
+        """Mark the store complete."""
+        self._write_manifest({**self.manifest(), "complete": True})
 
     def manifest(self) -> dict[str, Any]:
         """What made the rows.
@@ -217,47 +222,14 @@ def row_chunks(arrays: Sequence[np.ndarray], keep: np.ndarray, chunk_rows: int =
             yield np.concatenate([np.asarray(a[part][keep[part]], dtype=np.float32) for a in arrays], axis=1)
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never a part."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _reserve_array(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """A .npy file, zero-filled if it is new, with its disk space: a full disk shows now and not in hours."""
     try:
-        if not file.exists():
-            temporary = file.with_name(f".{file.name}.{os.getpid()}")
-            with temporary.open("wb") as stream:
-                np.lib.format.write_array_header_1_0(
-                    stream, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-                )
-                stream.truncate(stream.tell() + int(np.prod(shape)) * dtype.itemsize)
-            temporary.replace(file)
-        with file.open("r+b") as stream:
-            _allocate(stream.fileno(), file.stat().st_size)
+        reserve_array(file, shape, dtype)
     except OSError as error:
         raise UserError(
             f"{file}: cannot reserve {_gigabytes(shape, dtype)} GB ({error.strerror}); free some or name "
             "another --store"
         ) from None
-
-
-def _allocate(descriptor: int, n_bytes: int) -> None:
-    if not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(descriptor, 0, n_bytes)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot promise space
-            raise
 
 
 def _of_unit_length(rows: np.ndarray, indices: np.ndarray) -> np.ndarray:

@@ -1,9 +1,10 @@
 """``python evaluate.py``: from photographs to GAP, top to bottom."""
 
+import inspect
 import logging
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +17,10 @@ from metilr.data.datamodule import BadImages
 from metilr.data.demo import make_demo
 from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_truth
 from metilr.data.transforms import BadImageError, load_image
-from metilr.extraction import Accelerator, ExtractionOptions, Precision, describe_images, launched_as_first
+from metilr.errors import UserError
+from metilr.extraction import Accelerator, ExtractionOptions, Precision, describe_images
 from metilr.knn import K_GRID
+from metilr.launch import launched_as_first
 from metilr.models.backbones import PatchRounding, build_backbone
 from metilr.models.embedder import Embedder
 from metilr.models.pooling import PoolingName, build_pooling
@@ -25,6 +28,11 @@ from metilr.recognition import Recognition, SearchDevice, check_options, recogni
 from metilr.results import RUNS, open_output, print_table, results_of, write_results
 from metilr.sources import Descriptors, open_descriptors
 from metilr.whitening import DEFAULT_DIM
+
+# Options that make descriptors from images.
+OF_THE_IMAGES = (
+    "backbone", "weights", "pooling", "p", "stage", "scales", "patch_rounding", "image_size", "bad_images", "store",
+)  # fmt: skip
 
 
 def evaluate(
@@ -92,8 +100,8 @@ def evaluate(
         devices: Number of processes, one GPU each (on the CPU: processes that share it).
         num_nodes: Machines, each started with this command by torchrun or SLURM, with a shared store.
         precision: Arithmetic of the backbone: 32 is exact float32 (no TF32).
-        batch_size: Most images in a batch; images in a batch have one shape.
-        num_workers: Image decoding processes beside each process; without it one per core, at most 8.
+        batch_size: Most images in a batch, fewer of images beyond 500 x 500 px; images in a batch have one shape.
+        num_workers: Image decoding processes beside each process; without it as many as cores are free, at most 8.
         search_device: Where the exact search runs; without it on all GPUs if FAISS sees some and the
             accelerator is not cpu, else on the CPU.
         seed: Seeds random weights.
@@ -106,23 +114,26 @@ def evaluate(
     """
     arguments = dict(locals())
     started = time.perf_counter()
+    _refuse_idle_options(arguments)
     _quieten_lightning()
     options = ExtractionOptions(
         image_size, bad_images, accelerator, devices, num_nodes, precision, batch_size, num_workers
     )
-    search_device = search_device or _default_search_device(accelerator)
+    search_device = search_device or _default_search_device(options.device)
     console = Console(highlight=False, quiet=not launched_as_first())
 
     root = make_demo(RUNS / "demo") if root is None else Path(root)
     synthetic = (root / "demo.json").exists()
     ground_truth = load_ground_truth(root, database)
     console.print(_data_line(ground_truth, synthetic))
-    check_options(len(ground_truth.paths["database"]), whitening, whitening_dim, k, tau)
+    descriptors = [descriptors] if isinstance(descriptors, (str, Path)) else descriptors
     name = "descriptors"
     if not descriptors:
         name = backbone.replace("/", "_")
         network = build_backbone(backbone, weights, stage, patch_rounding, seed)
         embedder = Embedder(network, build_pooling(pooling, network.width, p), scales=scales)
+        n_database = len(ground_truth.paths["database"])
+        check_options(n_database, embedder.dim, whitening, whitening_dim, whitening_shrinkage, k, tau, search_device)
     elif not launched_as_first():
         return None  # nothing to share out: the first process does it alone
     if launched_as_first():
@@ -153,8 +164,9 @@ def evaluate(
         opened,
         synthetic=synthetic,
         search_device=search_device,
+        whitening=whitening,
         skipped_images=skipped_images,
-        notes=_notes(opened, recognition, synthetic, skipped_images),
+        notes=_notes(opened, recognition, synthetic, whitening_dim, skipped_images),
         seconds=time.perf_counter() - started,
     )
     assert output is not None
@@ -176,16 +188,27 @@ def _data_line(ground_truth: GroundTruth, synthetic: bool) -> str:
 
 
 def _notes(
-    opened: Descriptors, recognition: Recognition, synthetic: bool, skipped_images: list[dict[str, str]]
+    opened: Descriptors,
+    recognition: Recognition,
+    synthetic: bool,
+    whitening_dim: int | None,
+    skipped_images: list[dict[str, str]],
 ) -> list[str]:
     """What a reader must know so as not to misread the figures."""
     notes = []
     if synthetic:
         notes.append("the demo museum is synthetic: its figures say nothing about real exhibits")
-    if any(origin.get("weights_from", {}).get("source") == "random" for origin in opened.origins):
+    sessions = [session for origin in opened.origins for session in origin.get("made_with", [])]
+    if any(session.get("weights_from", {}).get("source") == "random" for session in sessions):
         notes.append("RANDOM WEIGHTS: the backbone was not trained, its figures mean nothing")
+    if any(len(origin.get("made_with", [])) > 1 for origin in opened.origins):
+        notes.append("the descriptors were made in several goes with different devices or library versions")
     whitening = recognition.whitening
-    if whitening is not None and whitening.dim == whitening.supported_dim < min(DEFAULT_DIM, opened.width):
+    if (
+        whitening_dim is None
+        and whitening is not None
+        and whitening.dim == whitening.supported_dim < min(DEFAULT_DIM, opened.width)
+    ):
         notes.append(
             f"whitened to {whitening.dim} dimensions instead of {DEFAULT_DIM}: "
             f"{whitening.n:,} database images support no more"
@@ -218,8 +241,21 @@ def _why_bad(file: Path) -> str:
     return "could not be decoded when its descriptor was made"
 
 
-def _default_search_device(accelerator: str) -> SearchDevice:
-    return "gpu" if accelerator != "cpu" and faiss.get_num_gpus() else "cpu"
+def _default_search_device(device: str) -> SearchDevice:
+    return "gpu" if device == "cuda" and faiss.get_num_gpus() else "cpu"
+
+
+def _refuse_idle_options(arguments: Mapping[str, Any]) -> None:
+    """An option that would be ignored, and recorded all the same, makes a record that lies."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(evaluate).parameters.items()}
+    changed = [name for name, value in arguments.items() if value != defaults[name]]
+    idle = [name for name in changed if name in OF_THE_IMAGES] if arguments["descriptors"] else []
+    if idle:
+        raise UserError(f"--{idle[0]}: has no effect with --descriptors, which were made before; leave it out")
+    if "p" in changed and arguments["pooling"] != "gem":
+        raise UserError(f"--p: has no effect with --pooling {arguments['pooling']}; leave it out")
+    if not 0 <= arguments["seed"] < 2**63:
+        raise UserError(f"--seed {arguments['seed']}: choose a number from 0 to 2**63 - 1")
 
 
 def _quieten_lightning() -> None:

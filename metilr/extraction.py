@@ -2,9 +2,10 @@
 
 import os
 import re
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from pytorch_lightning.strategies import DDPStrategy, Strategy
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
-from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from typing_extensions import override
 
 from metilr.callbacks import DescriptorWriter, ExactFloat32, ImageProgress
@@ -24,12 +25,15 @@ from metilr.data.dataset import ImageBatch
 from metilr.data.ground_truth import GroundTruth, image_sizes, require_images
 from metilr.descriptors import DescriptorStore, settings_fingerprint
 from metilr.errors import UserError
+from metilr.launch import has_launcher, launched_as_first
 from metilr.models.embedder import Embedder
 from metilr.versions import library_versions
 
 Accelerator = Literal["auto", "cpu", "gpu", "mps"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
 STORES = Path("runs/descriptors")
+RECIPE = 1  # raise it when the code between image and descriptor changes what a row is
+PLAN_TIMEOUT = timedelta(hours=6)  # the others wait while the first process reads the headers of all images
 
 
 class DescriptorModule(pl.LightningModule):
@@ -82,6 +86,22 @@ class ExtractionOptions:
     batch_size: int = 32
     num_workers: int | None = None
 
+    @property
+    def device(self) -> Literal["cuda", "mps", "cpu"]:
+        """What ``accelerator`` comes to on this machine."""
+        if self.accelerator in ("auto", "gpu") and torch.cuda.is_available():
+            return "cuda"
+        if self.accelerator in ("auto", "mps") and torch.backends.mps.is_available():
+            return "mps"
+        return "cpu"
+
+    @property
+    def n_processes(self) -> int:
+        """Processes on this machine."""
+        if self.devices == "auto":
+            return torch.cuda.device_count() if self.device == "cuda" else 1
+        return self.devices
+
     def __post_init__(self) -> None:
         """Refuse before any work what is out of range or what Lightning would replace by something else."""
         for name, least in (
@@ -94,15 +114,19 @@ class ExtractionOptions:
             value = getattr(self, name)
             if isinstance(value, int) and value < least:
                 raise UserError(f"--{name} {value}: must be at least {least}")
-        has_gpu = torch.cuda.is_available()
-        if self.accelerator == "gpu" and not has_gpu:
+        if self.accelerator == "gpu" and self.device != "cuda":
             raise UserError("--accelerator gpu: PyTorch sees no GPU here; use cpu, or check nvidia-smi and the driver")
-        if self.precision == "16-mixed" and not (has_gpu and self.accelerator in ("auto", "gpu")):
-            raise UserError("--precision 16-mixed: needs a GPU; on the CPU use 32 or bf16-mixed")
-        if isinstance(self.devices, int) and self.accelerator != "cpu" and has_gpu:
-            there = torch.cuda.device_count()
-            if self.devices > there:
-                raise UserError(f"--devices {self.devices}: this machine has {there} GPUs; choose {there} or fewer")
+        if self.accelerator == "mps" and self.device != "mps":
+            raise UserError("--accelerator mps: PyTorch sees no Apple GPU here; use cpu")
+        if self.precision == "16-mixed" and self.device != "cuda":
+            raise UserError("--precision 16-mixed: needs an NVIDIA GPU; elsewhere use 32 or bf16-mixed")
+        there = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": self.n_processes}[self.device]
+        if self.n_processes > there:
+            raise UserError(f"--devices {self.devices}: this machine has {there} GPUs; choose {there} or fewer")
+        if self.num_nodes > 1 and not has_launcher():
+            raise UserError(
+                f"--num_nodes {self.num_nodes}: start this command on each machine with torchrun or in a SLURM job"
+            )
 
 
 def describe_images(
@@ -132,6 +156,7 @@ def describe_images(
     model = embedder.describe_settings()
     weights_from = model.pop("provenance")  # the same weights from another file make the same rows
     settings = {
+        "recipe": RECIPE,
         "model": {**model, "precision": options.precision},
         "image_size": options.image_size,
         "ground_truth": dict(ground_truth.digests),
@@ -148,15 +173,16 @@ def describe_images(
     n_all, n_pending = len(data.files), len(data.pending_rows())
     console.print(f"[bold]descriptors[/]  {escape(str(path))}: {_progress_so_far(n_all, n_pending)}")
     if n_pending or not store.manifest()["complete"]:
+        device = f"{options.n_processes} x {_device_name(options.device)}"
+        console.print(f"[bold]running on[/]   {device}, precision {options.precision}")
         if launched_as_first():
-            store.reopen()  # a run that is killed now must not leave old rows beside new ones unnoticed
+            store.begin({"weights_from": weights_from, "device": device, "versions": library_versions()})
         if not extract_descriptors(embedder, data, options):
             return None
         if len(data.pending_rows()):
             raise UserError(f"{path}: image files changed during the run; run again to describe them anew")
-        today = f"{datetime.now():%Y-%m-%d}"
-        store.finish({"date": today, "weights_from": weights_from, "versions": library_versions()})
-    return store
+        store.finish()
+    return store if launched_as_first() else None
 
 
 def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: ExtractionOptions) -> bool:
@@ -178,8 +204,8 @@ def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: Extr
     if options.precision == "32":
         callbacks.append(ExactFloat32())
     trainer = pl.Trainer(
-        accelerator=options.accelerator,
-        devices=options.devices,
+        accelerator=options.device,
+        devices=options.n_processes,
         num_nodes=options.num_nodes,
         precision=options.precision,
         strategy=_strategy(options),
@@ -190,20 +216,17 @@ def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: Extr
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    interrupt_handler = signal.getsignal(signal.SIGINT)
     try:
         trainer.predict(DescriptorModule(embedder), datamodule=data, return_predictions=False)
-    except ProcessRaisedException as error:
+    except (ProcessRaisedException, ProcessExitedException) as error:
         raise _user_error_of(error) or error from None
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         for process in getattr(trainer.strategy.launcher, "procs", None) or []:
             process.kill()
+        signal.signal(signal.SIGINT, interrupt_handler)  # which Lightning has switched off
         raise KeyboardInterrupt from None
     return trainer.is_global_zero
-
-
-def launched_as_first() -> bool:
-    """Whether this process speaks for all: true unless torchrun or SLURM started it as another than the first."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
 
 
 def _data_module(
@@ -214,7 +237,7 @@ def _data_module(
 ) -> ImageDataModule:
     num_workers = options.num_workers
     if num_workers is None:
-        num_workers = min(8, os.cpu_count() or 1)
+        num_workers = max(1, min(8, _usable_cores() // options.n_processes))
     return ImageDataModule(
         ground_truth, sizes, store, options.image_size, options.batch_size, num_workers, options.bad_images
     )
@@ -228,17 +251,28 @@ def _progress_so_far(n_all: int, n_pending: int) -> str:
     return f"continuing, {n_all - n_pending:,} of {n_all:,} rows are there"
 
 
+def _usable_cores() -> int:
+    """Cores that this process may use, which a container or a scheduler can have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name(0) if device == "cuda" else device.upper()
+
+
 def _strategy(options: ExtractionOptions) -> str | Strategy:
-    if "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_NTASKS" in os.environ or options.num_nodes > 1:
-        return DDPStrategy()  # the launcher has started one process per device
-    gpus = 0 if options.accelerator == "cpu" else torch.cuda.device_count()
-    if options.devices == 1 or (options.devices == "auto" and gpus < 2):
+    if has_launcher():
+        return DDPStrategy(timeout=PLAN_TIMEOUT)
+    if options.n_processes == 1:
         return "auto"
     # Spawned processes run the extraction only; this one waits and goes on alone.
-    return DDPStrategy(start_method="spawn")
+    return DDPStrategy(start_method="spawn", timeout=PLAN_TIMEOUT)
 
 
-def _user_error_of(error: ProcessRaisedException) -> UserError | None:
-    """The one-line message of a user's mistake that ended a spawned process."""
+def _user_error_of(error: ProcessRaisedException | ProcessExitedException) -> UserError | None:
+    """The one-line reason that ended a spawned process, if it is one that the user can mend."""
+    if isinstance(error, ProcessExitedException):
+        return UserError(f"a process of the extraction was ended from outside ({error}); was memory short? Run again")
     found = re.findall(r"^metilr\.\S*Error: (.*)$", str(error), flags=re.MULTILINE)
+    found += re.findall(r"^OSError: \[Errno \d+\] (.*)$", str(error), flags=re.MULTILINE)
     return UserError(found[-1]) if found else None

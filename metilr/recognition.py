@@ -13,7 +13,7 @@ from metilr.descriptors import SPLITS, row_chunks
 from metilr.errors import UserError
 from metilr.knn import K_GRID, NO_ROW, TAU_GRID, Predictions, Tuning, check_tau, classify, tune, with_skipped
 from metilr.metrics.functional import acc, gap, gap_bounds, gap_minus
-from metilr.search import Neighbours, search
+from metilr.search import Neighbours, check_device, search
 from metilr.sources import Descriptors
 from metilr.whitening import PCAWhitening, fit_pca_whitening
 
@@ -75,8 +75,7 @@ def recognise(
     n_database = int(made["database"].sum())
     if n_database == 0:
         raise UserError("no database image has a descriptor: there is nothing to search; mend the images")
-    if k is not None and not 1 <= k <= n_database:
-        raise UserError(f"--k {k}: the database has {n_database:,} images; choose k from 1 to {n_database}")
+    check_options(n_database, descriptors.width, whitening, whitening_dim, whitening_shrinkage, k, tau, search_device)
     say(f"[bold]whitening[/]    {escape(whitening)}, database {n_database:,} x {descriptors.width}")
     transform = _whitening(descriptors, whitening, whitening_dim, whitening_shrinkage)
     ready = {split: _unit_rows(descriptors, split, transform) for split in SPLITS}
@@ -112,12 +111,32 @@ def recognise(
     return Recognition(answers, figures, transform, k, tau, tuning)
 
 
-def check_options(n_database: int, whitening: str, whitening_dim: int | None, k: int | None, tau: float | None) -> None:
-    """Refuse what cannot work with a database of this size, before hours go into describing it.
+def check_options(
+    n_database: int,
+    width: int,
+    whitening: str,
+    whitening_dim: int | None,
+    whitening_shrinkage: float,
+    k: int | None,
+    tau: float | None,
+    search_device: SearchDevice,
+) -> None:
+    """Refuse what cannot work with such a database, before hours go into describing it.
+
+    Args:
+        n_database: Images in the database.
+        width: Dimensions of the descriptors.
+        whitening: As in ``recognise``, like the rest.
+        whitening_dim: Refused beyond what ``n_database`` and ``width`` can support at most.
+        whitening_shrinkage: Refused where no whitening is learned.
+        k: Refused beyond the database.
+        tau: Refused out of range.
+        search_device: Refused where FAISS does not see it.
 
     Raises:
-        UserError: If ``k``, ``tau``, ``whitening_dim`` or the whitening's file is not usable.
+        UserError: If one is not usable; names it.
     """
+    check_device(search_device, k or max(K_GRID))
     if k is not None and not 1 <= k <= n_database:
         raise UserError(f"--k {k}: the database has {n_database:,} images; choose k from 1 to {n_database}")
     if tau is not None:
@@ -126,11 +145,20 @@ def check_options(n_database: int, whitening: str, whitening_dim: int | None, k:
         raise UserError(f"--whitening {whitening}: no such file; choose pca, none or a saved whitening")
     if whitening_dim is not None and whitening != "pca":
         raise UserError("--whitening_dim: has no effect unless --whitening pca learns one; leave it out")
-    if whitening_dim is not None and not 1 <= whitening_dim < n_database:
+    if whitening_shrinkage != 1 and whitening != "pca":
+        raise UserError("--whitening_shrinkage: has no effect unless --whitening pca learns one; leave it out")
+    if not 0 <= whitening_shrinkage <= 1:
+        raise UserError(f"--whitening_shrinkage {whitening_shrinkage}: choose a number from 0 (PCA) to 1 (whitening)")
+    largest = min(n_database - 1, width)
+    if whitening_dim is not None and not 1 <= whitening_dim <= largest:
         raise UserError(
-            f"--whitening_dim {whitening_dim}: {n_database:,} database images support 1 to {n_database - 1}; "
-            "choose one of these, or leave it out for the largest"
+            f"--whitening_dim {whitening_dim}: {n_database:,} database images of width {width} support 1 to {largest}; "
+            "choose one of these, or leave it out for the default"
         )
+    if whitening not in ("pca", "none"):
+        learned_on = len(PCAWhitening.load(whitening).mean)
+        if learned_on != width:
+            raise UserError(f"--whitening {whitening}: is for descriptors of width {learned_on}, these have {width}")
 
 
 def _whitening(descriptors: Descriptors, whitening: str, dim: int | None, shrinkage: float) -> PCAWhitening | None:

@@ -17,8 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
-from metilr.descriptors import write_atomically
 from metilr.errors import UserError
+from metilr.files import write_atomically
 from metilr.knn import NO_LABEL, NO_ROW, Predictions
 from metilr.metrics import DISTRACTOR
 from metilr.recognition import Recognition
@@ -63,16 +63,17 @@ def results_of(
     *,
     synthetic: bool,
     search_device: str,
+    whitening: str,
     skipped_images: list[dict[str, str]],
     notes: list[str],
     seconds: float,
 ) -> dict[str, Any]:
     """Put together what ``results.json`` says; every figure in [0, 1]."""
-    whitening, tuning = recognition.whitening, recognition.tuning
+    applied, tuning = recognition.whitening, recognition.tuning
     return {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": _command(),
         "seconds": round(seconds, 1),
         "notes": notes,
         "data": {
@@ -84,12 +85,14 @@ def results_of(
         },
         "model": _model(opened),
         "whitening": None
-        if whitening is None
+        if applied is None
         else {
-            "dim": whitening.dim,
-            "shrinkage": whitening.shrinkage,
-            "learned_on": whitening.n,
-            "supported_dim": whitening.supported_dim,
+            "source": "learned on the database" if whitening == "pca" else Path(whitening).name,
+            "sha256": applied.sha256(),
+            "dim": applied.dim,
+            "shrinkage": applied.shrinkage,
+            "learned_on": applied.n,
+            "supported_dim": applied.supported_dim,
         },
         "search": {"device": search_device, "exact": True},
         "knn": {
@@ -147,6 +150,12 @@ def print_table(console: Console, results: Mapping[str, Any]) -> None:
     console.print(f"k = {knn['k']}, τ = {knn['tau']:g}; figures in percent")
     for note in results["notes"]:
         console.print(f"[bold yellow]note:[/] {escape(note)}")
+
+
+def _command() -> str | None:
+    """The command line, if this is one of metilr's; None where a program of the user's calls."""
+    is_ours = Path(sys.argv[0]).name in ("evaluate.py", "metilr")
+    return shlex.join([Path(sys.executable).name, *sys.argv]) if is_ours else None
 
 
 def _model(opened: Descriptors) -> dict[str, Any]:

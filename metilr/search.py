@@ -70,7 +70,8 @@ def search(database: np.ndarray, queries: np.ndarray, k: int, device: Literal["c
         raise UserError(f"--k {k}: the database has {n} images; choose k from 1 to {n}")
     database = np.ascontiguousarray(database, dtype=np.float32)  # no copy if it is that already
     queries = np.ascontiguousarray(queries, dtype=np.float32)
-    find = _on_gpus(database, k) if device == "gpu" else _on_cpu(database)
+    check_device(device, k)
+    find = _on_gpus(database) if device == "gpu" else _on_cpu(database)
 
     # |float32 dot product - exact| <= D u |q| |x| for any order of summation (Higham, Accuracy and Stability
     # of Numerical Algorithms, 3.5), u = 2**-24. The 2% cover the norms' and float64's own rounding.
@@ -133,8 +134,14 @@ def _on_cpu(database: np.ndarray) -> _Candidates:
     return lambda queries, k: faiss.knn(queries, database, k, metric=faiss.METRIC_INNER_PRODUCT)
 
 
-def _on_gpus(database: np.ndarray, k: int) -> _Candidates:
-    """Spread the database over all GPUs in float32 and search there."""
+def check_device(device: Literal["cpu", "gpu"], k: int) -> None:
+    """Refuse a device that is not there, or that cannot select so many neighbours.
+
+    Raises:
+        UserError: If FAISS sees no GPU, or k passes what a GPU selects.
+    """
+    if device == "cpu":
+        return
     if faiss.get_num_gpus() == 0:
         raise UserError(
             "--search_device gpu: FAISS sees no GPU; take --search_device cpu, or install faiss-gpu and "
@@ -144,6 +151,10 @@ def _on_gpus(database: np.ndarray, k: int) -> _Candidates:
         raise UserError(
             f"--k {k}: a GPU selects at most {GPU_MAX_K - _MARGIN}; choose a smaller k or --search_device cpu"
         )
+
+
+def _on_gpus(database: np.ndarray) -> _Candidates:
+    """Spread the database over all GPUs in float32 and search there."""
     options = faiss.GpuMultipleClonerOptions()
     options.shard = True
     # Cloned while empty, filled from the array: a full CPU index would be a second copy in memory.

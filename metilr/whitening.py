@@ -1,5 +1,6 @@
 """PCA-whitening of descriptors: learned on the database in one pass, applied to all that is compared."""
 
+import hashlib
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -74,6 +75,10 @@ class PCAWhitening:
                 raise UserError(f"descriptor {row} holds NaN or infinite values: extract it again")
             whitened[start : start + len(block)] = projected / np.where(norms > 0, norms, 1)
         return whitened
+
+    def sha256(self) -> str:
+        """A digest of the mean and the projection, which decide what ``transform`` gives."""
+        return hashlib.sha256(self.mean.tobytes() + np.ascontiguousarray(self.projection).tobytes()).hexdigest()
 
     def save(self, path: str | Path) -> None:
         """Write everything to one ``.npz`` file, whole or not at all.

@@ -2,7 +2,8 @@ import os
 from pathlib import Path
 
 import pytest
-from museum import write_museum
+
+from tests.museum import write_museum
 
 SHARED = Path(os.environ.get("METILR_SHARED", Path(__file__).parents[2] / "shared"))
 

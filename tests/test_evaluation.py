@@ -59,7 +59,7 @@ def test_results_predictions_and_table(museum, capsys):
     assert results["model"]["backbone"] == "r18_in"
     assert results["model"]["precision"] == "32"
     assert len(results["model"]["weights_sha256"]) == 64
-    assert results["model"]["weights_from"]["source"] == "random"
+    assert results["model"]["made_with"][0]["weights_from"]["source"] == "random"
     assert any("RANDOM WEIGHTS" in note for note in results["notes"])
     for split, ids in MET_IDS.items():
         figures = results[split]
@@ -160,12 +160,18 @@ BAD_OPTIONS = [
     (["--pooling", "cls"], "--pooling cls"),
     (["--whitening_dim", "8"], "support 1 to 7"),
     (["--whitening_shrinkage", "2"], "--whitening_shrinkage 2"),
+    (["--whitening_shrinkage", "0.5", "--whitening", "none"], "--whitening_shrinkage: has no effect"),
+    (["--pooling", "mac", "--p", "4"], "--p: has no effect"),
+    (["--descriptors", "x.pkl", "--pooling", "mac"], "has no effect with --descriptors"),
+    (["--seed", "-1"], "--seed -1"),
+    (["--search_device", "gpu"], "--search_device gpu"),
+    (["--accelerator", "mps"], "--accelerator mps"),
+    (["--num_nodes", "2"], "--num_nodes 2: start this command"),
     (["--whitening", "missing.npz"], "missing.npz: no such file"),
     (["--database", "half"], "full, mini"),
     (["--precision", "16-mixed"], "--precision 16-mixed"),
     (["--output", "/proc/nowhere"], "--output /proc/nowhere: cannot be written"),
     (["--store", "museum"], "holds other files"),
-    (["--descriptors", "missing.pkl"], "missing.pkl: cannot be read"),
     (["--config", "missing.yaml"], "missing.yaml"),
     (["--bakbone", "x"], "did you mean --backbone"),
 ]
@@ -216,7 +222,7 @@ def test_bad_descriptors_end_in_one_line(museum, capsys):
     write(train_descriptors=rng.normal(size=(6, 16)))
     assert "database has 6 rows" in error_of(capsys, "--root", museum, "--descriptors", "d.pkl")
     Path("d.pkl").write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
-    assert "refused: it asks for os.system" in error_of(capsys, "--root", museum, "--descriptors", "d.pkl")
+    assert "it asks for 'os.system'" in error_of(capsys, "--root", museum, "--descriptors", "d.pkl")
     assert not Path("hacked").exists()
 
 

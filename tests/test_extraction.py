@@ -189,12 +189,14 @@ def test_torchrun_gives_one_result_and_the_rows_of_one_process(embedder, museum,
         *("--root", str(museum.root), "--backbone", "r18_in", "--weights", "random", "--accelerator", "cpu"),
         *("--devices", "2", "--num_workers", "0", "--store", str(tmp_path / "store")),
     ]
-    run = subprocess.run(
-        [*launcher, str(REPOSITORY / "evaluate.py"), *options],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
+    command = [*launcher, str(REPOSITORY / "evaluate.py"), *options]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
     assert run.returncode == 0, run.stderr
-    assert len(list((tmp_path / "runs").glob("*/results.json"))) == 1
+    assert len(list((tmp_path / "runs").glob("20*"))) == 1
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+    assert again.returncode == 0, again.stderr  # nothing left to share out: the first process goes on alone
+    assert len(list((tmp_path / "runs").glob("20*/results.json"))) == 2
     one = describe(embedder, museum, tmp_path / "one")
     for split in SPLITS:
         np.testing.assert_allclose(DescriptorStore(tmp_path / "store").rows(split), one.rows(split), atol=1e-5)
@@ -300,4 +302,4 @@ def test_bfloat16_is_close_to_float32_and_kept_apart(embedder, museum, tmp_path)
 def test_the_gpu_gives_the_rows_of_the_cpu(embedder, museum, tmp_path):
     cpu = describe(embedder, museum, tmp_path / "cpu")
     gpu = describe(embedder, museum, tmp_path / "gpu", ExtractionOptions(accelerator="gpu", devices=1))
-    np.testing.assert_allclose(gpu.rows("database"), cpu.rows("database"), atol=1e-4)
+    np.testing.assert_allclose(gpu.rows("database"), cpu.rows("database"), atol=1e-5)

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+FULL_BATCH_PIXELS = 500 * 500  # the Met's images have at most 500 px a side
+
 
 def same_shape_batches(shapes: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """Group images of equal height and width, so that a batch needs neither padding nor cropping.
@@ -10,7 +12,8 @@ def same_shape_batches(shapes: np.ndarray, batch_size: int) -> list[np.ndarray]:
 
     Args:
         shapes: Height and width of each image, int ``(n, 2)``.
-        batch_size: Most images in a batch.
+        batch_size: Most images in a batch. Images of more than 500 x 500 px come in batches of fewer, in
+            proportion: memory goes with pixels, and a museum's own photographs can have millions.
 
     Returns:
         Positions in ``shapes``, each once, in batches of one shape; ascending within a batch.
@@ -20,4 +23,8 @@ def same_shape_batches(shapes: np.ndarray, batch_size: int) -> list[np.ndarray]:
     kinds, kind_of = np.unique(shapes, axis=0, return_inverse=True)
     members = np.split(np.argsort(kind_of.reshape(-1), kind="stable"), np.cumsum(np.bincount(kind_of.reshape(-1)))[:-1])
     by_area = np.argsort(-kinds.prod(axis=1), kind="stable")
-    return [members[kind][i : i + batch_size] for kind in by_area for i in range(0, len(members[kind]), batch_size)]
+    batches = []
+    for kind in by_area:
+        size = max(1, min(batch_size, batch_size * FULL_BATCH_PIXELS // int(kinds[kind].prod())))
+        batches += [members[kind][i : i + size] for i in range(0, len(members[kind]), size)]
+    return batches

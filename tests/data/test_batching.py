@@ -28,3 +28,9 @@ def test_transposed_shapes_do_not_mix():
 
 def test_nothing_gives_no_batches():
     assert same_shape_batches(np.zeros((0, 2), dtype=np.int64), 4) == []
+
+
+def test_photographs_of_millions_of_pixels_come_in_smaller_batches():
+    shapes = np.array([[500, 500]] * 8 + [[1000, 500]] * 8 + [[3000, 4000]] * 2)
+    sizes = {tuple(shapes[batch[0]]): len(batch) for batch in same_shape_batches(shapes, batch_size=8)}
+    assert sizes == {(500, 500): 8, (1000, 500): 4, (3000, 4000): 1}

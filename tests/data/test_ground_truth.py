@@ -2,10 +2,10 @@ import json
 
 import numpy as np
 import pytest
-from museum import DATABASE_IDS, write_ground_truth
 
 from metilr.data.ground_truth import image_sizes, load_ground_truth, require_images
 from metilr.errors import UserError
+from tests.museum import DATABASE_IDS, write_ground_truth
 
 DATABASE = [{"id": 7, "path": "MET/7/0.jpg"}, {"id": 3, "path": "MET/3/0.jpg"}, {"id": 7, "path": "MET/7/1.jpg"}]
 VAL = [{"path": "test_met/a.jpg", "MET_id": 7}, {"path": "test_other/a.jpg", "category": "x"}]
