@@ -10,6 +10,7 @@ import numpy as np
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.descriptors import CHUNK_ROWS, SPLITS, DescriptorStore
 from metilr.errors import UserError
+from metilr.files import file_sha256
 from metilr.reference_format import read_reference_descriptors
 
 
@@ -70,8 +71,7 @@ def _open_store(path: Path, ground_truth: GroundTruth) -> Descriptors:
     parts = {split: [store.rows(split)] for split in SPLITS}
     _check(path, {split: part[0] for split, part in parts.items()}, ground_truth)
     made = {split: store.made(split) for split in SPLITS}
-    weights_from = manifest.get("made_with", {}).get("weights_from", {})
-    origin = {"store": str(path), **manifest["settings"], "weights_from": weights_from}
+    origin = {"store": str(path), **manifest["settings"], "made_with": manifest.get("made_with", [])}
     return Descriptors(parts, made, [origin])
 
 
@@ -79,17 +79,21 @@ def _open_pickle(path: Path, ground_truth: GroundTruth) -> Descriptors:
     matrices = read_reference_descriptors(path)
     _check(path, matrices, ground_truth)
     made = {split: np.ones(len(matrix), dtype=bool) for split, matrix in matrices.items()}
-    return Descriptors({split: [matrix] for split, matrix in matrices.items()}, made, [{"pickle": str(path)}])
+    origin = {"pickle": str(path), "sha256": file_sha256(path)}
+    return Descriptors({split: [matrix] for split, matrix in matrices.items()}, made, [origin])
 
 
 def _check(path: Path, matrices: Mapping[str, np.ndarray], ground_truth: GroundTruth) -> None:
-    width = matrices["database"].shape[-1]
+    for split, matrix in matrices.items():
+        if matrix.ndim != 2 or not matrix.size:
+            raise UserError(f"{path}: {split} has shape {matrix.shape}, but must have rows and columns")
+    width = matrices["database"].shape[1]
     for split, matrix in matrices.items():
         expected = len(ground_truth.paths[split])
         if len(matrix) != expected:
             hint = "" if split in QUERY_FILES else "; give the --database (full or mini) that it was made with"
             raise UserError(f"{path}: {split} has {len(matrix):,} rows, the ground truth {expected:,} images{hint}")
-        if matrix.ndim != 2 or matrix.shape[1] != width:
+        if matrix.shape[1] != width:
             raise UserError(f"{path}: {split} has shape {matrix.shape}, but the database's width is {width}")
         for start in range(0, len(matrix), CHUNK_ROWS):
             finite = np.isfinite(matrix[start : start + CHUNK_ROWS]).all(axis=1)

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from metilr.descriptors import DescriptorStore, row_chunks, settings_fingerprint, write_atomically
+from metilr.descriptors import DescriptorStore, row_chunks, settings_fingerprint
 from metilr.errors import UserError
 
 WIDTH = 5
@@ -48,7 +48,8 @@ def test_rows_lie_in_ground_truth_order_whatever_the_order_of_writing(tmp_path):
     assert store.manifest()["complete"] is False
     for split, n in COUNTS.items():
         fill(store, split, np.random.default_rng(3).permutation(n).tolist())
-    store.finish({"date": "today"})
+    store.begin({"device": "here"})
+    store.finish()
     reopened = DescriptorStore(tmp_path / "new" / "store")
     for split in COUNTS:
         np.testing.assert_array_equal(np.load(tmp_path / "new" / "store" / f"{split}.npy"), ROWS[split])
@@ -56,7 +57,7 @@ def test_rows_lie_in_ground_truth_order_whatever_the_order_of_writing(tmp_path):
         assert isinstance(reopened.rows(split), np.memmap) and reopened.rows(split).dtype == np.float32
         assert reopened.made(split).all() and not reopened.pending(split, SIZES[split], retry_bad=True).any()
     manifest = json.loads((reopened.path / "manifest.json").read_text())
-    assert manifest["complete"] is True and manifest["made_with"] == {"date": "today"}
+    assert manifest["complete"] is True and manifest["made_with"] == [{"device": "here"}]
     assert manifest["settings"] == SETTINGS and manifest["counts"] == COUNTS and manifest["width"] == WIDTH
     assert sorted(file.name for file in reopened.path.iterdir()) == sorted(
         ["manifest.json", *(f"{split}{kind}.npy" for split in COUNTS for kind in ("", ".files"))]
@@ -245,16 +246,3 @@ def test_row_chunks_are_the_kept_rows_side_by_side(chunk_rows):
     expected = [[*left[i], *right[i].astype(np.float32)] for i in range(23) if keep[i]]
     np.testing.assert_array_equal(np.concatenate(chunks), np.array(expected, dtype=np.float32))
     assert list(row_chunks([left], np.zeros(23, dtype=bool), chunk_rows)) == []
-
-
-def test_write_atomically_keeps_the_old_content_when_it_fails(tmp_path, monkeypatch):
-    file = tmp_path / "a.json"
-    write_atomically(file, "old")
-
-    def refuse(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(file, "new")
-    assert file.read_text() == "old" and [f.name for f in tmp_path.iterdir()] == ["a.json"]

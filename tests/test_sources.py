@@ -1,14 +1,15 @@
+import hashlib
 import json
 import pickle
 
 import numpy as np
 import pytest
-from museum import write_ground_truth
 
 from metilr.data.ground_truth import load_ground_truth
 from metilr.descriptors import DescriptorStore
 from metilr.errors import UserError
 from metilr.sources import open_descriptors
+from tests.museum import write_ground_truth
 
 COUNTS = {"database": 5, "val": 2, "test": 3}
 KEYS = {"database": "train_descriptors", "val": "val_descriptors", "test": "test_descriptors"}
@@ -40,7 +41,8 @@ def make_store(path, truth, width=4, seed=0, bad=(), finish=True):
                 writer.write(split, row, descriptor, 9)
     writer.close()
     if finish:
-        store.finish({"weights_from": {"source": "somewhere"}})
+        store.begin({"weights_from": {"source": "somewhere"}})
+        store.finish()
     return path
 
 
@@ -67,8 +69,11 @@ def test_a_store_and_a_pickle_side_by_side(tmp_path, truth):
         np.testing.assert_array_equal(left[opened.made[split]], unit_rows(4, 0)[split][opened.made[split]])
     assert opened.made["database"].tolist() == [True, False, True, True, True]
     assert opened.made["val"].all() and opened.made["test"].tolist() == [True, True, False]
-    assert opened.origins[0]["model"] == {"backbone": "b"} and opened.origins[1] == {"pickle": str(file)}
-    assert opened.origins[0]["weights_from"] == {"source": "somewhere"}
+    assert opened.origins[0]["model"] == {"backbone": "b"} and opened.origins[1] == {
+        "pickle": str(file),
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
+    assert opened.origins[0]["made_with"] == [{"weights_from": {"source": "somewhere"}}]
 
 
 def test_a_row_must_be_made_in_every_source(tmp_path, truth):
@@ -91,6 +96,17 @@ def test_wrong_number_of_rows(tmp_path, truth):
 def test_widths_must_agree_within_a_source(tmp_path, truth):
     file = make_pickle(tmp_path / "d.pkl", {**unit_rows(4, 0), "val": unit_rows(3, 0)["val"]})
     assert "val has shape (2, 3), but the database's width is 4" in refused([file], truth)
+
+
+@pytest.mark.parametrize(("split", "shape"), [("database", (5, 0)), ("val", (0, 4)), ("test", (3, 0)), ("test", ())])
+def test_empty_matrices_are_refused_by_file_and_name(tmp_path, truth, split, shape):
+    store = make_store(tmp_path / "store", truth)
+    np.save(store / f"{split}.npy", np.zeros(shape, dtype=np.float32))
+    assert f"{split} has shape {shape}" in refused([store], truth)
+    if shape:
+        matrices = {**unit_rows(4, 0), split: np.zeros(shape, dtype=np.float32)}
+        message = refused([make_pickle(tmp_path / "d.pkl", matrices)], truth)
+        assert f"{KEYS[split]} is empty, of shape {shape}" in message
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -123,5 +139,5 @@ def test_what_is_no_finished_store(tmp_path, truth):
 
 def test_a_finished_store_with_nothing_known_about_its_making_is_read(tmp_path, truth):
     store = make_store(tmp_path / "store", truth, finish=False)
-    DescriptorStore(store).finish({})
-    assert open_descriptors([store], truth).origins[0]["weights_from"] == {}
+    DescriptorStore(store).finish()
+    assert open_descriptors([store], truth).origins[0]["made_with"] == []

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from metilr.errors import UserError
+from metilr.files import file_sha256
 from metilr.models.features import Backbone, Features, PatchRounding, Provenance
 from metilr.models.specs import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
 from metilr.models.weights import (
     StateDict,
     fetch_official_file,
-    file_sha256,
     find_packaged_file,
     load_strictly,
     read_state_dict,

@@ -18,6 +18,7 @@ from rich.progress import wrap_file
 from torch import nn
 
 from metilr.errors import UserError
+from metilr.files import file_sha256
 
 StateDict = dict[str, torch.Tensor]
 
@@ -228,15 +229,6 @@ def load_strictly(model: nn.Module, state_dict: StateDict, ignored: Iterable[str
 def _first_few(keys: list[str], shown: int = 3) -> str:
     more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
     return ", ".join(sorted(keys)[:shown]) + more
-
-
-def file_sha256(path: Path) -> str:
-    """Return a file's sha256 as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -1,0 +1,93 @@
+"""Files that appear whole or not at all, on disks that several machines may share, and their digests.
+
+Temporary names are random: two containers on two machines often have the same process number.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+CHUNK = 1 << 20  # bytes hashed at a time
+
+
+def file_sha256(path: Path) -> str:
+    """Return a file's sha256 as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old content or the new, never a part."""
+    temporary = _temporary(file)
+    try:
+        with temporary.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_file(file: Path) -> Iterator[IO[bytes]]:
+    """Open a file to write that gets its name when the block ends well, and never takes another file's place.
+
+    Raises:
+        FileExistsError: At the block's end, if somebody else has put a file there.
+    """
+    temporary = _temporary(file)
+    try:
+        with temporary.open("xb") as stream:
+            yield stream
+        try:
+            os.link(temporary, file)
+        except FileExistsError:
+            raise
+        except (OSError, AttributeError):  # no hard links here: claim the name, then replace what is ours
+            file.open("xb").close()
+            temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def reserve_array(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Take the disk space of a .npy file, which is made, zero-filled, if it is not there.
+
+    Several processes may do so at once: all get the one file, whose content nobody replaces.
+
+    Raises:
+        OSError: If the disk is too full; now, and not after hours of writing.
+    """
+    if not file.exists():
+        with contextlib.suppress(FileExistsError), new_file(file) as stream:  # made by another process meanwhile
+            np.lib.format.write_array_header_1_0(
+                stream, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+            )
+            stream.truncate(stream.tell() + int(np.prod(shape)) * dtype.itemsize)
+    with file.open("r+b") as stream:
+        _allocate(stream.fileno(), os.fstat(stream.fileno()).st_size)
+
+
+def _allocate(descriptor: int, n_bytes: int) -> None:
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, n_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot promise space
+            raise
+
+
+def _temporary(file: Path) -> Path:
+    return file.with_name(f".{file.name}.{uuid.uuid4().hex}")
