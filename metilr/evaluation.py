@@ -3,8 +3,10 @@
 import inspect
 import logging
 import time
+import typing
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +27,7 @@ from metilr.models.backbones import PatchRounding, build_backbone
 from metilr.models.embedder import Embedder
 from metilr.models.pooling import PoolingName, build_pooling
 from metilr.recognition import Recognition, SearchDevice, check_options, recognise
-from metilr.results import RUNS, open_output, print_table, results_of, write_results
+from metilr.results import RUNS, output_folder, print_table, results_of, write_results
 from metilr.sources import Descriptors, open_descriptors
 from metilr.whitening import DEFAULT_DIM
 
@@ -99,7 +101,8 @@ def evaluate(
         accelerator: Where the backbone runs; auto takes GPUs if there are any, and says so.
         devices: Number of processes, one GPU each (on the CPU: processes that share it).
         num_nodes: Machines, each started with this command by torchrun or SLURM, with a shared store.
-        precision: Arithmetic of the backbone: 32 is exact float32 (no TF32).
+        precision: Arithmetic of the backbone: 32 is exact float32 (no TF32). On the CPU, bf16-mixed runs what has a
+            side below 128 px in float32, since bfloat16 convolutions are unreliable there.
         batch_size: Most images in a batch, fewer of images beyond 500 x 500 px; images in a batch have one shape.
         num_workers: Image decoding processes beside each process; without it as many as cores are free, at most 8.
         search_device: Where the exact search runs; without it on all GPUs if FAISS sees some and the
@@ -114,7 +117,8 @@ def evaluate(
     """
     arguments = dict(locals())
     started = time.perf_counter()
-    _refuse_idle_options(arguments)
+    _check_arguments(arguments)
+    scales = [scales] if isinstance(scales, (int, float)) else scales
     _quieten_lightning()
     options = ExtractionOptions(
         image_size, bad_images, accelerator, devices, num_nodes, precision, batch_size, num_workers
@@ -125,7 +129,7 @@ def evaluate(
     root = make_demo(RUNS / "demo") if root is None else Path(root)
     synthetic = (root / "demo.json").exists()
     ground_truth = load_ground_truth(root, database)
-    console.print(_data_line(ground_truth, synthetic))
+    console.print(_data_line(ground_truth, synthetic), soft_wrap=True)
     descriptors = [descriptors] if isinstance(descriptors, (str, Path)) else descriptors
     name = "descriptors"
     if not descriptors:
@@ -136,43 +140,41 @@ def evaluate(
         check_options(n_database, embedder.dim, whitening, whitening_dim, whitening_shrinkage, k, tau, search_device)
     elif not launched_as_first():
         return None  # nothing to share out: the first process does it alone
-    if launched_as_first():
-        output = open_output(output, name, arguments)  # before the long part, so as not to fail after it
-
-    if not descriptors:
-        store_made = describe_images(embedder, ground_truth, store, options, console)
-        if store_made is None:
-            return None  # another process goes on
-        descriptors = [store_made.path]
-    opened = open_descriptors(descriptors, ground_truth)
-    recognition = recognise(
-        opened,
-        ground_truth,
-        whitening=whitening,
-        whitening_dim=whitening_dim,
-        whitening_shrinkage=whitening_shrinkage,
-        k=k,
-        tau=tau,
-        search_device=search_device,
-        say=console.print,
-    )
-
-    skipped_images = _skipped_images(opened, ground_truth)
-    results = results_of(
-        ground_truth,
-        recognition,
-        opened,
-        synthetic=synthetic,
-        search_device=search_device,
-        whitening=whitening,
-        skipped_images=skipped_images,
-        notes=_notes(opened, recognition, synthetic, whitening_dim, skipped_images),
-        seconds=time.perf_counter() - started,
-    )
-    assert output is not None
-    written = write_results(output, results, ground_truth, recognition)
+    # Opened before the long part, so as not to fail after it.
+    with output_folder(output, name, arguments) if launched_as_first() else nullcontext() as folder:
+        if not descriptors:
+            made = describe_images(embedder, ground_truth, store, options, console)
+            if made is None:
+                return None  # another process goes on
+            descriptors = [made.path]
+        opened = open_descriptors(descriptors, ground_truth)
+        recognition = recognise(
+            opened,
+            ground_truth,
+            whitening=whitening,
+            whitening_dim=whitening_dim,
+            whitening_shrinkage=whitening_shrinkage,
+            k=k,
+            tau=tau,
+            search_device=search_device,
+            say=console.print,
+        )
+        skipped_images = _skipped_images(opened, ground_truth)
+        results = results_of(
+            ground_truth,
+            recognition,
+            opened,
+            synthetic=synthetic,
+            search_device=search_device,
+            whitening=whitening,
+            skipped_images=skipped_images,
+            notes=_notes(opened, recognition, synthetic, whitening_dim, skipped_images),
+            seconds=time.perf_counter() - started,
+        )
+        assert folder is not None
+        written = write_results(folder, results, ground_truth, recognition)
     print_table(console, results)
-    console.print("wrote " + ", ".join(str(file) for file in written), soft_wrap=True)
+    console.print("wrote " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)
     return results
 
 
@@ -218,9 +220,11 @@ def _notes(
         and recognition.tuning.k_grid[-1] < K_GRID[-1]
         and len(recognition.tuning.k_grid) > 1
     ):
-        notes.append(f"the grid of k ends at {recognition.tuning.k_grid[-1]}: the database is no larger")
+        notes.append(f"the grid of k ends at {recognition.tuning.k_grid[-1]}: a larger k passes the database's images")
     if skipped_images:
-        notes.append(f"{len(skipped_images):,} images could not be decoded and were left out (see results.json)")
+        counts = {split: int((~made).sum()) for split, made in opened.made.items()}
+        parts = ", ".join(f"{n:,} of {len(opened.made[split]):,} in {split}" for split, n in counts.items() if n)
+        notes.append(f"images that are missing or cannot be decoded were left out: {parts} (see skipped_images)")
     return notes
 
 
@@ -237,7 +241,7 @@ def _why_bad(file: Path) -> str:
     try:
         load_image(file)
     except BadImageError as error:
-        return str(error)
+        return str(error).rpartition("; ")[0]  # without the advice to skip it
     return "could not be decoded when its descriptor was made"
 
 
@@ -245,9 +249,15 @@ def _default_search_device(device: str) -> SearchDevice:
     return "gpu" if device == "cuda" and faiss.get_num_gpus() else "cpu"
 
 
-def _refuse_idle_options(arguments: Mapping[str, Any]) -> None:
-    """An option that would be ignored, and recorded all the same, makes a record that lies."""
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse values out of range, and options that would be ignored: recorded all the same, they would lie."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(evaluate).parameters.items()}
+    for name, kind in typing.get_type_hints(evaluate).items():
+        literals = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is Literal]
+        choices = [choice for literal in literals for choice in typing.get_args(literal)]
+        value = arguments.get(name)
+        if choices and value not in (*choices, defaults.get(name)) and not isinstance(value, int):
+            raise UserError(f"--{name} {value}: choose one of {', '.join(choices)}")
     changed = [name for name, value in arguments.items() if value != defaults[name]]
     idle = [name for name in changed if name in OF_THE_IMAGES] if arguments["descriptors"] else []
     if idle:
@@ -262,6 +272,7 @@ def _quieten_lightning() -> None:
     """Keep hints meant for training out of the terminal; errors still come through."""
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning.trainer.connectors.signal_connector").setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
         ".*infer the batch indices.*",  # batches carry their rows themselves

@@ -14,6 +14,7 @@ from metilr.search import Neighbours
 
 K_GRID = (1, 2, 3, 5, 7, 10, 15, 20, 50)  # the benchmark's grid
 TAU_GRID = (0.01, 0.1, 1.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 50.0, 100.0, 500.0)  # the benchmark's grid
+USUAL_TAU = 50.0  # what the published rows chose on val, nearly all
 MAX_TAU = 700.0  # exp(-700) is still a normal float64: a lead of 1 does not saturate the log-confidence
 NO_ROW = -1  # nearest row of an answer that no neighbour gave
 NO_LABEL = DISTRACTOR  # label of a query that was not answered: right nowhere
@@ -129,7 +130,8 @@ def tune(
 ) -> Tuning:
     """Choose k and tau by GAP over the full grid.
 
-    Equal GAPs: the smaller k, then the smaller tau. A k larger than the database is left out of the grid;
+    Equal GAPs: the smaller k, then the tau nearest ``USUAL_TAU`` by ratio. (With k = 1 every tau ranks alike, and
+    the confidence should still tell something.) A k larger than the database is left out of the grid;
     ``k_grid`` of the result says which were tried.
 
     Args:
@@ -171,7 +173,9 @@ def tune(
             answers = Predictions(ballot.labels, _log_confidence(ballot, tau), ballot.similarity, ballot.nearest)
             answers = with_skipped(answers, skipped)
             surface[i, j] = gap(answers.log_confidence, answers.labels, query_labels)
-    i, j = divmod(int(surface.argmax()), len(tau_tried))  # argmax takes the first of equals
+    i = int(surface.max(axis=1).argmax())  # argmax takes the first of equals
+    best = np.flatnonzero(surface[i] == surface[i].max())
+    j = int(best[np.abs(np.log(np.array(tau_tried)[best] / USUAL_TAU)).argmin()])
     return Tuning(k_tried[i], tau_tried[j], surface, k_tried, tau_tried)
 
 

@@ -4,8 +4,9 @@ import contextlib
 import csv
 import json
 import shlex
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,18 @@ def open_output(output: Path | None, name: str, options: Mapping[str, Any]) -> P
     return output
 
 
+@contextlib.contextmanager
+def output_folder(output: Path | None, name: str, options: Mapping[str, Any]) -> Iterator[Path]:
+    """Open the output folder for a run; a dated one goes again if the run fails."""
+    folder = open_output(output, name, options)
+    try:
+        yield folder
+    except BaseException:
+        if output is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def results_of(
     ground_truth: GroundTruth,
     recognition: Recognition,
@@ -74,6 +87,7 @@ def results_of(
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": _command(),
+        "directory": str(Path.cwd()),
         "seconds": round(seconds, 1),
         "notes": notes,
         "data": {
@@ -137,7 +151,7 @@ def print_table(console: Console, results: Mapping[str, Any]) -> None:
         ("split", "left"), ("queries", "right"), ("met", "right"), ("GAP", "right"), ("GAP⁻", "right"),
         ("ACC", "right"), ("role", "left"),
     ]:  # fmt: skip
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        table.add_column(column, justify=justify, no_wrap=column != "role")  # type: ignore[arg-type]
     tuned = (
         [] if knn["grid"] is None else [name for name, key in (("k", "k"), ("τ", "tau")) if len(knn["grid"][key]) > 1]
     )
@@ -204,5 +218,5 @@ def _make_new(parent: Path, name: str) -> Path:
 def _plain(value: Any) -> Any:
     """What YAML can say without tags."""
     if isinstance(value, Path):
-        return str(value)
+        return str(value.absolute())  # so that the file repeats the run from any folder
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,7 +1,7 @@
 """PCA-whitening of descriptors: learned on the database in one pass, applied to all that is compared."""
 
 import hashlib
-import os
+import uuid
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -91,7 +91,7 @@ class PCAWhitening:
         """
         path = Path(path)
         # A name of this process's own, so that two processes that save at once do not mix their bytes.
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with unfinished.open("wb") as file:

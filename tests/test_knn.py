@@ -155,10 +155,10 @@ def test_equal_classes_go_to_the_smaller_label_within_k():
     assert [classify(neighbours, labels, 9, k, 1.0).nearest[0] for k in (1, 2, 3)] == [0, 1, 1]
 
 
-def test_tuning_prefers_the_smaller_k_then_the_smaller_tau():
+def test_tuning_prefers_the_smaller_k_then_the_usual_tau():
     database, labels = np.eye(60, dtype=np.float32), np.arange(60)
     tuning = tune(search(database, database, 50), labels, 60, labels, k_grid=(5, 2, 5), tau_grid=(9.0, 3.0))
-    assert (tuning.k, tuning.tau) == (2, 3.0)
+    assert (tuning.k, tuning.tau) == (2, 9.0)  # nearer to 50
     assert (tuning.k_grid, tuning.tau_grid) == ((2, 5), (3.0, 9.0))
     np.testing.assert_array_equal(tuning.surface, np.ones((2, 2)))
 
@@ -249,3 +249,12 @@ def test_result_of_no_query_is_empty():
     neighbours = Neighbours(np.empty((0, 2)), np.empty((0, 2), dtype=np.int64))
     assert good_call(neighbours=neighbours).labels.shape == (0,)
     assert isinstance(Tuning(1, 1.0, np.ones((1, 1)), (1,), (1.0,)), Tuning)
+
+
+def test_where_tau_makes_no_difference_the_usual_one_is_chosen():
+    """With one neighbour the confidence falls with the similarity at any tau, so all rank alike."""
+    rng = np.random.default_rng(1)
+    neighbours = Neighbours(np.sort(rng.uniform(0.1, 0.9, (30, 1)), axis=0)[::-1], np.arange(30)[:, None] % 12)
+    tuning = tune(neighbours, np.arange(12), 12, np.arange(30) % 12 * (rng.random(30) < 0.6), [1], [0.01, 20, 100, 500])
+    assert (tuning.surface == tuning.surface[0, 0]).all()
+    assert tuning.tau == 100  # nearest to 50 by ratio: 2 against 2.5

@@ -59,7 +59,7 @@ def results(recognition, origins=None, notes=(), synthetic=False):
     }  # fmt: skip
     opened = Descriptors({"database": [np.zeros((2, 3))]}, {}, origins or [origin])
     return results_of(
-        TRUTH, recognition, opened, synthetic=synthetic, search_device="cpu",
+        TRUTH, recognition, opened, synthetic=synthetic, search_device="cpu", whitening="pca",
         skipped_images=[{"split": "test", "path": "t/3.jpg", "reason": "broken"}], notes=list(notes), seconds=1.25,
     )  # fmt: skip
 
@@ -72,7 +72,8 @@ def test_output_folder_holds_the_options_before_any_work(tmp_path):
     output = open_output(tmp_path / "new" / "out", "name", options)
     assert output == tmp_path / "new" / "out"
     assert yaml.safe_load((output / "config.yaml").read_text()) == {
-        "root": "museum", "scales": [1.0, 2**-0.5], "descriptors": ["a", "b"], "k": None,
+        "root": str(Path.cwd() / "museum"), "scales": [1.0, 2**-0.5],
+        "descriptors": [str(Path.cwd() / "a"), str(Path.cwd() / "b")], "k": None,
     }  # fmt: skip
 
 

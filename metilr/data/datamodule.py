@@ -1,5 +1,6 @@
 """The images that are still to be described, dealt out to the processes that describe them."""
 
+import signal
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,12 @@ from metilr.data.transforms import BadImageError, image_shape
 from metilr.descriptors import SPLITS, DescriptorStore
 
 BadImages = Literal["stop", "skip"]
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole group; workers end when their parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class RowMap(NamedTuple):
@@ -98,6 +105,7 @@ class ImageDataModule(LightningDataModule):
             dataset,
             batch_size=None,
             num_workers=min(self.num_workers, len(mine)),
+            worker_init_fn=_leave_signals_to_the_parent,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
 

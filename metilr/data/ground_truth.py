@@ -198,6 +198,9 @@ def _query_labels(
     unknown = []
     for i, entry in enumerate(entries):
         if "MET_id" not in entry:
+            misspelt = [key for key in entry if key.lower() == "met_id" or key == "id"]
+            if misspelt:
+                raise UserError(f"{file}: entry {i}: has {misspelt[0]!r}, a query's exhibit is 'MET_id'; rename it")
             continue
         exhibit_id = _exhibit_id(file, i, entry, "MET_id")
         if exhibit_id in label_of:

@@ -1,5 +1,6 @@
 """The embedder: images to unit-length embeddings and multi-scale descriptors."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,6 +16,9 @@ from metilr.models.pooling import CLS, Pooling
 from metilr.models.weights import tensors_sha256
 
 SCALES = (1.0, 2**-0.5, 0.5)  # the Met paper's
+# oneDNN's bfloat16 convolutions with stride 2 give random values on AMX where a map is 1 or 2 px wide (seen with
+# PyTorch 2.7 and 2.15). No common backbone makes so narrow a map of an image with sides of 128 px or more.
+BFLOAT16_LEAST_SIDE = 128
 
 
 class Projector(nn.Module):
@@ -60,7 +64,8 @@ class Projector(nn.Module):
 class Embedder(nn.Module):
     """Images to descriptors: f(x) = L2(projector(L2(pooling(backbone(x))))), summed over scales, L2 again.
 
-    The backbone runs in whatever precision the caller's autocast sets; all else runs in float32. L2
+    The backbone runs in whatever precision the caller's autocast sets, but in float32 on the CPU where a scaled
+    image has a side below ``BFLOAT16_LEAST_SIDE``; all else runs in float32. L2
     normalisation leaves a zero vector zero: an image without any activation is similar to nothing.
 
     Args:
@@ -137,7 +142,9 @@ class Embedder(nn.Module):
         return F.normalize(torch.stack(embeddings).sum(dim=0), dim=1)
 
     def _embed(self, images: Tensor) -> Tensor:
-        features = self.backbone(images)
+        too_small = images.device.type == "cpu" and min(images.shape[-2:]) < BFLOAT16_LEAST_SIDE
+        with torch.autocast("cpu", enabled=False) if too_small else contextlib.nullcontext():
+            features = self.backbone(images)
         with torch.autocast(images.device.type, enabled=False):
             embeddings = F.normalize(self.pooling(features), dim=1)
             if self.projector is not None:
@@ -169,7 +176,7 @@ class Embedder(nn.Module):
             "stage": self.backbone.stage,
             "width": self.backbone.width,
             "patch": self.backbone.patch,
-            "patch_rounding": self.backbone.patch_rounding,
+            "patch_rounding": self.backbone.patch_rounding if self.backbone.patch > 1 else None,
             "pooling": self.pooling.settings(),
             "projector": None if self.projector is None else self.projector.settings(),
             "scales": list(self.scales),
