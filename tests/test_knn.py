@@ -57,7 +57,7 @@ DATA = [clustered, opposite, mixed_signs, few_classes, one_class]
 
 
 def loop_classify(database, labels, n_classes, query, k, tau):
-    """PROTOCOL.md's classifier for one query, word by word, in float64."""
+    """The Met paper's classifier for one query, word by word, in float64."""
     similarities = [math.fsum(row * query) for row in database.astype(np.float64)]
     nearest = sorted(range(len(database)), key=lambda row: (-similarities[row], row))[:k]
     s = [0.0] * n_classes

@@ -23,6 +23,7 @@ from metilr.models.weights import (
     load_strictly,
     read_state_dict,
     tensors_sha256,
+    verify_hub_file,
 )
 
 __all__ = ["BACKBONES", "Backbone", "BackboneSpec", "Features", "PatchRounding", "Provenance", "build_backbone"]
@@ -106,7 +107,8 @@ def _build_timm(
     model.reset_classifier(0)
     if weights is None:
         source = f"hf-hub:{config['hf_hub_id']}" if config.get("hf_hub_id") else config["url"]
-        provenance = _provenance(model, source, config.get("license"))
+        digest = verify_hub_file(config["hf_hub_id"], config.get("hf_hub_filename")) if "hf_hub_id" in config else None
+        provenance = _provenance(model, source, config.get("license"), digest)
     elif weights == RANDOM:
         provenance = _provenance(model, RANDOM, seed=seed)
     else:

@@ -27,7 +27,7 @@ class Provenance:
     Attributes:
         source: URL, hub name, file name, or ``random``.
         licence: As the publisher states it; None if unstated or unknown.
-        file_sha256: Digest of the weights file; None if timm's hub client fetched it, or there was none.
+        file_sha256: Digest of the weights file; None if there was none.
         seed: Seed of random weights; None for trained ones.
         weights_sha256: Digest of the loaded tensors, the same whatever file form they came in.
     """

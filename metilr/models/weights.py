@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import safetensors.torch
 import torch
 from rich.console import Console
@@ -20,6 +21,7 @@ from torch import nn
 from metilr.errors import UserError
 from metilr.files import file_sha256
 
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which timm looks for them
 StateDict = dict[str, torch.Tensor]
 
 # BatchNorm's step counter: no part of the forward pass in eval mode, absent from files older than torch 0.4.1.
@@ -117,6 +119,33 @@ def _copy_from_network(url: str, target: Path) -> tuple[int, int | None]:
             while chunk := content.read(CHUNK):
                 size += file.write(chunk)
     return size, announced
+
+
+def verify_hub_file(hub_id: str, filename: str | None = None) -> str | None:
+    """Check a weights file in Hugging Face's cache against the sha256 that the hub names it by.
+
+    The hub's own client compares sizes only.
+
+    Args:
+        hub_id: As in timm's configurations: ``owner/name``, or ``owner/name@revision``.
+        filename: The file; None for the names that timm looks for.
+
+    Returns:
+        The file's sha256; None if it is not in that cache.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    repository, _, revision = hub_id.partition("@")
+    for name in HUB_FILES if filename is None else (filename,):
+        cached = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision or None)
+        if isinstance(cached, str):
+            stored = Path(cached).resolve()  # large files lie under their sha256, small ones under another digest
+            digest = file_sha256(stored)
+            if re.fullmatch("[0-9a-f]{64}", stored.name) and stored.name != digest:
+                raise UserError(f"{stored}: is damaged (its sha256 is {digest}); delete it to have it downloaded again")
+            return digest
+    return None
 
 
 def read_state_dict(path: Path) -> StateDict:

