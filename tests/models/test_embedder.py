@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from metilr.errors import UserError
 from metilr.models.backbones import build_backbone
-from metilr.models.embedder import Embedder, Projector
+from metilr.models.embedder import BFLOAT16_LEAST_SIDE, Embedder, Projector
 from metilr.models.pooling import build_pooling
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -189,7 +189,7 @@ def test_zero_features_give_a_zero_descriptor_not_nan(resnet: Embedder) -> None:
 
 
 def test_autocast_reaches_the_backbone_only(resnet: Embedder) -> None:
-    images = resnet.normalise(photos(64, 80))
+    images = resnet.normalise(photos(BFLOAT16_LEAST_SIDE, 160))
     single = Embedder(resnet.backbone, resnet.pooling, resnet.projector, scales=[1])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         features = resnet.backbone(images).map
@@ -199,6 +199,16 @@ def test_autocast_reaches_the_backbone_only(resnet: Embedder) -> None:
     with torch.no_grad():
         expected = unit(resnet.projector(unit(gem_of(features.float()))))
     assert_same(descriptors, expected)
+
+
+@pytest.mark.parametrize("shape", [(BFLOAT16_LEAST_SIDE - 1, 300), (40, 30)])
+def test_small_images_keep_float32_under_the_autocast_of_the_cpu(resnet: Embedder, shape: tuple[int, int]) -> None:
+    images = resnet.normalise(photos(*shape))
+    single = Embedder(resnet.backbone, resnet.pooling, resnet.projector, scales=[1])
+    with torch.no_grad():
+        expected = single.describe(images)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(single.describe(images), expected)
 
 
 def test_wrong_scales_and_a_missing_class_token_are_refused(resnet: Embedder) -> None:
