@@ -1,5 +1,6 @@
 """Turn typed functions into commands: options from signatures, help from docstrings, errors in one line."""
 
+import argparse
 import contextlib
 import difflib
 import importlib
@@ -84,6 +85,8 @@ def _parser(function: Callable[..., Any], prog: str | None = None) -> _Parser:
     parser.allow_abbrev = False  # a config or a script with half a name would break with the next option
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; later ones win.")
     parser.add_function_arguments(function, as_positional=True)
+    for action in _list_actions(parser):
+        action.metavar = f"{action.dest.upper()} [...]"  # one or more, as _join_lists takes them
     return parser
 
 
@@ -113,10 +116,9 @@ def _check_config(parser: _Parser, file: str) -> None:
 def _join_lists(parser: _Parser, args: list[str]) -> list[str]:
     """Let ``--scales 1 0.5`` mean ``--scales [1,0.5]`` for every option that takes a list."""
     lists = {
-        option: re.search(r"\b(Path|str)\b", kind) is not None
-        for action in parser._actions
+        option: re.search(r"\b(Path|str)\b", str(getattr(action, "_typehint", ""))) is not None
+        for action in _list_actions(parser)
         for option in action.option_strings
-        if re.search(r"(list|tuple|Sequence)\[", kind := str(getattr(action, "_typehint", "")))
     }
     joined: list[str] = []
     rest = list(args)
@@ -134,6 +136,11 @@ def _join_lists(parser: _Parser, args: list[str]) -> list[str]:
             holds_text = lists[option]  # a folder may be called 2024
             joined.append(json.dumps(values if holds_text else [_number_or_text(value) for value in values]))
     return joined
+
+
+def _list_actions(parser: _Parser) -> list[argparse.Action]:
+    kinds = {action: str(getattr(action, "_typehint", "")) for action in parser._actions}
+    return [action for action, kind in kinds.items() if re.search(r"(list|tuple|Sequence)\[", kind)]
 
 
 def _number_or_text(value: str) -> float | str:
