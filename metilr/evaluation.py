@@ -60,7 +60,7 @@ def evaluate(
     accelerator: Accelerator = "auto",
     devices: int | Literal["auto"] = "auto",
     num_nodes: int = 1,
-    precision: Precision = "32",
+    precision: Precision | Literal[32] = "32",
     batch_size: int = 32,
     num_workers: int | None = None,
     search_device: SearchDevice | None = None,
@@ -115,6 +115,7 @@ def evaluate(
     Raises:
         UserError: If an option, a file or the data is not usable; says which and what to do.
     """
+    precision = typing.cast(Precision, str(precision))  # 32 is a number in Python and YAML, and means the same
     arguments = dict(locals())
     started = time.perf_counter()
     _check_arguments(arguments)
@@ -256,8 +257,9 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         literals = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is Literal]
         choices = [choice for literal in literals for choice in typing.get_args(literal)]
         value = arguments.get(name)
-        if choices and value not in (*choices, defaults.get(name)) and not isinstance(value, int):
-            raise UserError(f"--{name} {value}: choose one of {', '.join(choices)}")
+        may_be_number = int in typing.get_args(kind) and isinstance(value, int)
+        if choices and value not in (*choices, defaults.get(name)) and not may_be_number:
+            raise UserError(f"--{name} {value}: choose one of {', '.join(dict.fromkeys(map(str, choices)))}")
     changed = [name for name, value in arguments.items() if value != defaults[name]]
     idle = [name for name in changed if name in OF_THE_IMAGES] if arguments["descriptors"] else []
     if idle:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from metilr.cli import run_command
+from metilr.errors import UserError
 from metilr.evaluation import evaluate
 from tests.conftest import SHARED
 from tests.museum import MET_IDS, write_ground_truth
@@ -275,3 +276,26 @@ def test_real_photographs(tmp_path, monkeypatch):
     chance = 1 / results["data"]["counts"]["exhibits"]
     assert results["test"]["acc"] > 20 * chance  # photographs of paintings find their paintings
     assert results["test"]["gap"] <= results["test"]["gap_minus"] <= results["test"]["acc"]
+
+
+def test_precision_as_a_number_is_the_same_exact_precision(museum):
+    given = {"backbone": "r18_in", "weights": "random", "accelerator": "cpu", "num_workers": 0, "store": "store"}
+    as_text, as_number = evaluate(museum, precision="32", **given), evaluate(museum, precision=32, **given)
+    assert as_text is not None and as_number is not None
+    assert as_number["model"]["precision"] == "32" and as_number["test"] == as_text["test"]
+
+
+@pytest.mark.parametrize("wrong", [{"precision": 64}, {"database": "minni"}, {"search_device": "tpu"}, {"pooling": 3}])
+def test_a_wrong_choice_from_python_is_refused_by_name(museum, wrong):
+    [name] = wrong
+    with pytest.raises(UserError, match=f"--{name} .*: choose one of"):
+        evaluate(museum, **wrong)
+
+
+@pytest.mark.parametrize("text", ["precision: 32", "precision: '32'"])
+def test_precision_in_yaml_needs_no_quotes(museum, text):
+    Path("options.yaml").write_text(text)
+    run("--config", "options.yaml", "--root", museum, *UNTRAINED, "--output", "out")
+    run("--precision", "32", "--root", museum, *UNTRAINED, "--output", "again")
+    for output in ("out", "again"):
+        assert read_json(Path(output) / "results.json")["model"]["precision"] == "32"
