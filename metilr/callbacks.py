@@ -17,6 +17,30 @@ from metilr.descriptors import UNIT_TOLERANCE, RowWriter
 from metilr.errors import UserError
 
 
+def write_rows(writer: RowWriter, data: ImageDataModule, batch: ImageBatch, descriptors: Tensor) -> None:
+    """Write a batch's descriptors to the rows of its images.
+
+    Args:
+        writer: Of the store that ``data`` fills.
+        data: Knows where rows lie and what to do with a bad image.
+        batch: The images.
+        descriptors: Theirs, without the bad ones', ``(B, D)``.
+
+    Raises:
+        UserError: If a descriptor is not of unit length, or an image is bad and ``data`` says to stop.
+    """
+    for row, descriptor in zip(batch.rows.tolist(), descriptors.float().cpu().numpy(), strict=True):
+        if not abs(np.linalg.norm(descriptor) - 1) < UNIT_TOLERANCE:  # also true for NaN
+            raise UserError(
+                f"{data.files[row]}: its descriptor is not finite or all zero; try --precision 32, or another --pooling"
+            )
+        writer.write(*data.row_map.locate(row), descriptor, int(data.sizes[row]))
+    for row, reason in batch.bad:  # after the good ones, so that stopping loses nothing
+        if data.bad_images == "stop":
+            raise BadImageError(reason)
+        writer.mark_bad(*data.row_map.locate(row), int(data.sizes[row]))
+
+
 class DescriptorWriter(BasePredictionWriter):
     """Write each batch's descriptors to their rows as soon as they are computed.
 
@@ -45,18 +69,7 @@ class DescriptorWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         assert self.writer is not None
-        descriptors = prediction.float().cpu().numpy()
-        for row, descriptor in zip(batch.rows.tolist(), descriptors, strict=True):
-            if not abs(np.linalg.norm(descriptor) - 1) < UNIT_TOLERANCE:  # also true for NaN
-                raise UserError(
-                    f"{self.data.files[row]}: its descriptor is not finite or all zero; "
-                    "try --precision 32, or another --pooling"
-                )
-            self.writer.write(*self.data.row_map.locate(row), descriptor, int(self.data.sizes[row]))
-        for row, reason in batch.bad:  # after the good ones, so that stopping loses nothing
-            if self.data.bad_images == "stop":
-                raise BadImageError(reason)
-            self.writer.mark_bad(*self.data.row_map.locate(row), int(self.data.sizes[row]))
+        write_rows(self.writer, self.data, batch, prediction)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

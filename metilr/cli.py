@@ -48,6 +48,11 @@ def run_command(function: Callable[..., Any] | str, args: Sequence[str] | None =
     _run(call, prog)
 
 
+def run_main(function: str, args: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Call ``module:name``, which reads the command line itself, with errors as in ``run_command``."""
+    _run(lambda: _load(function)(args), prog or Path(sys.argv[0]).name)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``metilr SUBCOMMAND``."""
     args = list(sys.argv[1:] if args is None else args)
@@ -70,14 +75,22 @@ def _load(function: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-class _Parser(ArgumentParser):
-    """jsonargparse's parser with one-line errors."""
+class OneLineErrors:
+    """For a parser of jsonargparse: errors in one line."""
+
+    prog: str
+    _actions: list[argparse.Action]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End the command, with what is wrong in one line."""
         _fail(self.prog, _one_line(message, self._option_names()))
 
     def _option_names(self) -> list[str]:
         return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+
+
+class _Parser(OneLineErrors, ArgumentParser):  # type: ignore[misc]
+    """The commands' parser."""
 
 
 def _parser(function: Callable[..., Any], prog: str | None = None) -> _Parser:
@@ -95,13 +108,13 @@ def _parsed(parser: _Parser, args: Sequence[str] | None) -> dict[str, Any]:
     for i, arg in enumerate(args):
         option, _, file = arg.partition("=")
         if option == "--config" and (file or i + 1 < len(args)):
-            _check_config(parser, file or args[i + 1])
+            check_config(parser, file or args[i + 1])
     options = parser.parse_args(args).as_dict()
     options.pop("config", None)
     return options
 
 
-def _check_config(parser: _Parser, file: str) -> None:
+def check_config(parser: ArgumentParser, file: str) -> None:
     """Refuse what is no YAML file of options, by the file's name."""
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))

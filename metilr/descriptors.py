@@ -169,7 +169,7 @@ class RowWriter:
     """
 
     def __init__(self, store: DescriptorStore) -> None:
-        names = [name for split in SPLITS for name in (split, f"{split}.files")]
+        names = [name for split in store.manifest()["counts"] for name in (split, f"{split}.files")]
         self._offsets = {name: store.array(f"{name}.npy").offset for name in names}
         self._row_bytes = {name: store.array(f"{name}.npy")[:1].nbytes for name in names}
         self._files = {name: (store.path / f"{name}.npy").open("r+b", buffering=0) for name in names}

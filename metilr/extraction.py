@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -153,14 +153,8 @@ def describe_images(
             made with other settings or cannot be written.
         KeyboardInterrupt: If interrupted; finished rows are kept.
     """
-    model = embedder.describe_settings()
-    weights_from = model.pop("provenance")  # the same weights from another file make the same rows
-    settings = {
-        "recipe": RECIPE,
-        "model": {**model, "precision": options.precision},
-        "image_size": options.image_size,
-        "ground_truth": dict(ground_truth.digests),
-    }
+    settings = store_settings(embedder, ground_truth, options.image_size, options.precision)
+    weights_from = embedder.describe_settings()["provenance"]
     sizes = image_sizes(ground_truth)
     if options.bad_images == "stop":
         require_images(ground_truth, sizes)
@@ -183,6 +177,20 @@ def describe_images(
             raise UserError(f"{path}: image files changed during the run; run again to describe them anew")
         store.finish()
     return store if launched_as_first() else None
+
+
+def store_settings(
+    embedder: Embedder, ground_truth: GroundTruth, image_size: int | None, precision: Precision
+) -> dict[str, Any]:
+    """Everything that determines the rows of a store, as JSON types."""
+    model = embedder.describe_settings()
+    del model["provenance"]  # the same weights from another file make the same rows
+    return {
+        "recipe": RECIPE,
+        "model": {**model, "precision": precision},
+        "image_size": image_size,
+        "ground_truth": dict(ground_truth.digests),
+    }
 
 
 def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: ExtractionOptions) -> bool:
@@ -235,9 +243,7 @@ def _data_module(
     store: DescriptorStore,
     options: ExtractionOptions,
 ) -> ImageDataModule:
-    num_workers = options.num_workers
-    if num_workers is None:
-        num_workers = max(1, min(8, _usable_cores() // options.n_processes))
+    num_workers = default_workers(options.n_processes) if options.num_workers is None else options.num_workers
     return ImageDataModule(
         ground_truth, sizes, store, options.image_size, options.batch_size, num_workers, options.bad_images
     )
@@ -249,6 +255,11 @@ def _progress_so_far(n_all: int, n_pending: int) -> str:
     if n_pending == n_all:
         return f"describing {n_all:,} images"
     return f"continuing, {n_all - n_pending:,} of {n_all:,} rows are there"
+
+
+def default_workers(n_processes: int) -> int:
+    """Decoding processes beside each of so many processes: the cores, at most 8."""
+    return max(1, min(8, _usable_cores() // n_processes))
 
 
 def _usable_cores() -> int:

@@ -40,6 +40,20 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
+def replaced_file(file: Path) -> Iterator[IO[bytes]]:
+    """Open a file to write that takes the old one's place when the block ends well, on disk by then."""
+    temporary = _temporary(file)
+    try:
+        with temporary.open("xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def new_file(file: Path) -> Iterator[IO[bytes]]:
     """Open a file to write that gets its name when the block ends well, and never takes another file's place.
 

@@ -16,31 +16,31 @@ from metilr.data.batching import same_shape_batches
 from metilr.data.dataset import BatchDataset, ImageBatch, PlannedBatch
 from metilr.data.ground_truth import GroundTruth
 from metilr.data.transforms import BadImageError, image_shape
-from metilr.descriptors import SPLITS, DescriptorStore
+from metilr.descriptors import DescriptorStore
 
 BadImages = Literal["stop", "skip"]
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach the whole group; workers end when their parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class RowMap(NamedTuple):
-    """One numbering over the rows of all splits: database first, then val, then test."""
+    """One numbering over the rows of all splits that a ground truth has: the database's first."""
 
     starts: Mapping[str, int]
 
     @classmethod
     def of(cls, ground_truth: GroundTruth) -> "RowMap":
         """Number the images of a ground truth."""
-        ends = np.cumsum([0] + [len(ground_truth.paths[split]) for split in SPLITS])
-        return cls(dict(zip(SPLITS, ends.tolist(), strict=False)))
+        ends = np.cumsum([0] + [len(paths) for paths in ground_truth.paths.values()])
+        return cls(dict(zip(ground_truth.paths, ends.tolist(), strict=False)))
 
     def locate(self, row: int) -> tuple[str, int]:
         """Split of a row, and its position there."""
-        split = next(split for split in reversed(SPLITS) if row >= self.starts[split])
+        split = next(split for split in reversed(list(self.starts)) if row >= self.starts[split])
         return split, row - self.starts[split]
 
 
@@ -76,23 +76,24 @@ class ImageDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.bad_images = bad_images
         self.row_map = RowMap.of(ground_truth)
-        self.files = [ground_truth.image(path) for split in SPLITS for path in ground_truth.paths[split]]
-        self.sizes = np.concatenate([sizes[split] for split in SPLITS])
+        self.files = [ground_truth.image(path) for paths in ground_truth.paths.values() for path in paths]
+        self.sizes = np.concatenate([sizes[split] for split in ground_truth.paths])
         self.plan: list[PlannedBatch] = []
 
     def pending_rows(self) -> np.ndarray:
         """Rows that the store lacks, ascending."""
-        sizes = np.split(self.sizes, [self.row_map.starts[split] for split in SPLITS[1:]])
+        splits = list(self.row_map.starts)
+        sizes = np.split(self.sizes, [self.row_map.starts[split] for split in splits[1:]])
         pending = [
             self.store.pending(split, split_sizes, retry_bad=self.bad_images == "stop")
-            for split, split_sizes in zip(SPLITS, sizes, strict=True)
+            for split, split_sizes in zip(splits, sizes, strict=True)
         ]
         return np.flatnonzero(np.concatenate(pending))
 
     @override
     def setup(self, stage: str) -> None:
         assert self.trainer is not None
-        plan = self._plan() if self.trainer.is_global_zero else []
+        plan = self.make_plan() if self.trainer.is_global_zero else []
         self.plan = self.trainer.strategy.broadcast(plan)
 
     @override
@@ -105,11 +106,12 @@ class ImageDataModule(LightningDataModule):
             dataset,
             batch_size=None,
             num_workers=min(self.num_workers, len(mine)),
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=leave_signals_to_the_parent,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
 
-    def _plan(self) -> list[PlannedBatch]:
+    def make_plan(self) -> list[PlannedBatch]:
+        """Cut the pending images into batches of one shape; marks those whose header cannot be read."""
         rows = self.pending_rows()
         shapes, readable = self._read_shapes(rows)
         rows, shapes = rows[readable], shapes[readable]

@@ -8,14 +8,13 @@ Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021 Datasets and Benchmarks
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
 
-from metilr.descriptors import SPLITS
 from metilr.errors import UserError
 from metilr.metrics import DISTRACTOR
 
@@ -48,6 +47,11 @@ class GroundTruth:
     digests: Mapping[str, str]
 
     @property
+    def query_splits(self) -> list[str]:
+        """The query splits that were read: val and test, or val alone for training."""
+        return [split for split in self.paths if split != "database"]
+
+    @property
     def n_classes(self) -> int:
         """Number of exhibits in the database."""
         return len(self.exhibit_ids)
@@ -65,21 +69,24 @@ class GroundTruth:
         return {
             "database_images": len(self.paths["database"]),
             "exhibits": self.n_classes,
-            **{f"{split}_queries": len(self.paths[split]) for split in QUERY_FILES},
-            **{f"{split}_met": self.n_met(split) for split in QUERY_FILES},
+            **{f"{split}_queries": len(self.paths[split]) for split in self.query_splits},
+            **{f"{split}_met": self.n_met(split) for split in self.query_splits},
         }
 
     def fingerprint(self) -> str:
-        """A digest of the three JSON files: the same string means the same task."""
+        """A digest of the JSON files that were read: the same string means the same task."""
         return hashlib.sha256(json.dumps(dict(self.digests), sort_keys=True).encode()).hexdigest()
 
 
-def load_ground_truth(root: Path, database: DatabaseName = "full") -> GroundTruth:
-    """Read and check the three JSON files of a data root. Opens no image.
+def load_ground_truth(
+    root: Path, database: DatabaseName = "full", queries: Sequence[str] = ("val", "test")
+) -> GroundTruth:
+    """Read and check the JSON files of a data root. Opens no image.
 
     Args:
         root: Holds ``ground_truth/`` and ``images/``.
         database: Which database the queries are matched against.
+        queries: Query splits to read; the others' files are not opened and need not be there.
 
     Raises:
         UserError: If a file is missing or malformed, an entry has a wrong type, a path is not inside
@@ -87,7 +94,7 @@ def load_ground_truth(root: Path, database: DatabaseName = "full") -> GroundTrut
             query that shows an exhibit.
     """
     root = Path(root)
-    files = {"database": DATABASE_FILES[database], **QUERY_FILES}
+    files = {"database": DATABASE_FILES[database], **{split: QUERY_FILES[split] for split in queries}}
     files = {split: str(root / "ground_truth" / name) for split, name in files.items()}
     if not root.is_dir():
         raise UserError(f"--root {root}: no such folder; it must hold ground_truth/ and images/")
@@ -95,13 +102,13 @@ def load_ground_truth(root: Path, database: DatabaseName = "full") -> GroundTrut
     entries, digests = {}, {}
     for split, file in files.items():
         entries[split], digests[split] = _read_entries(Path(file))
-    paths = {split: tuple(_path(files[split], i, e) for i, e in enumerate(entries[split])) for split in SPLITS}
+    paths = {split: tuple(_path(files[split], i, e) for i, e in enumerate(entries[split])) for split in files}
     _refuse_repeated_paths(files, paths)
 
     database_ids = [_exhibit_id(files["database"], i, e, "id") for i, e in enumerate(entries["database"])]
     exhibit_ids, database_labels = np.unique(np.array(database_ids, dtype=np.int64), return_inverse=True)
     labels = {"database": database_labels.astype(np.int64).reshape(-1)}
-    for split in QUERY_FILES:
+    for split in queries:
         labels[split] = _query_labels(files[split], entries[split], exhibit_ids, database)
     return GroundTruth(root, database, paths, labels, exhibit_ids, digests)
 

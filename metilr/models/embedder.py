@@ -146,10 +146,11 @@ class Embedder(nn.Module):
         with torch.autocast("cpu", enabled=False) if too_small else contextlib.nullcontext():
             features = self.backbone(images)
         with torch.autocast(images.device.type, enabled=False):
-            embeddings = F.normalize(self.pooling(features), dim=1)
-            if self.projector is not None:
-                embeddings = F.normalize(self.projector(embeddings), dim=1)
-        return embeddings
+            return self.project(F.normalize(self.pooling(features), dim=1))
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """Turn unit-length pooled vectors ``(B, width)`` into embeddings ``(B, D)``: what follows the pooling."""
+        return pooled if self.projector is None else F.normalize(self.projector(pooled), dim=1)
 
     def _resize(self, images: Tensor, scale: float) -> Tensor:
         """Scale images to ⌊side · scale⌋, at least 1 px; for a ViT, on to the size that fits its patches."""

@@ -1,0 +1,209 @@
+"""Checkpoints: what training writes and evaluation reads, and those of the Met benchmark's reference code.
+
+A checkpoint of metilr is Lightning's, a dict that ``torch.load(weights_only=True)`` reads, with one more entry:
+``checkpoint["metilr"]``, plain values that say all that is needed to build the model without the run's options.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from typing_extensions import override
+
+from metilr.errors import UserError
+from metilr.files import file_sha256, replaced_file
+from metilr.models.backbones import build_backbone
+from metilr.models.embedder import SCALES, Embedder, Projector
+from metilr.models.features import Backbone, Provenance
+from metilr.models.pooling import build_pooling
+from metilr.models.specs import IMAGENET_MEAN, IMAGENET_STD
+from metilr.models.weights import StateDict, load_strictly, tensors_sha256
+
+FORMAT = "metilr.checkpoint/1"
+EMBEDDER = "embedder."  # where the LightningModule keeps the model
+
+# torchvision's ResNets: bottleneck blocks?, blocks of each stage, groups and width of the 3x3 convolution.
+_RESNETS = {
+    (False, (2, 2, 2, 2), 1, 64): "resnet18",
+    (False, (3, 4, 6, 3), 1, 64): "resnet34",
+    (True, (3, 4, 6, 3), 1, 64): "resnet50",
+    (True, (3, 4, 23, 3), 1, 64): "resnet101",
+    (True, (3, 4, 6, 3), 32, 128): "resnext50_32x4d",
+    (True, (3, 4, 23, 3), 32, 128): "resnext101_32x4d",
+    (True, (3, 4, 23, 3), 32, 256): "resnext101_32x8d",
+    (True, (3, 4, 23, 3), 32, 512): "resnext101_32x16d",
+}
+# The reference code keeps a torchvision ResNet as a list of its children: these positions carry weights.
+_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's reading and writing of checkpoints, except that a file appears whole or not at all."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replaced_file(path) as stream:
+                torch.save(checkpoint, stream)
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            raise UserError(
+                f"{path}: cannot be written ({_first_line(error)}); the previous checkpoint is intact: free some space "
+                "and run the same command to continue"
+            ) from error
+
+    @override
+    def load_checkpoint(self, path: Any, map_location: Any = None, *_: Any, **__: Any) -> dict[str, Any]:
+        return dict(read_checkpoint(Path(path)))
+
+
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """Read a checkpoint to the CPU without executing pickle code.
+
+    Raises:
+        UserError: If the file is missing, damaged, or holds more than tensors, plain values and NumPy scalars.
+    """
+    if not path.is_file():
+        raise UserError(f"--ckpt {path}: no such file")
+    try:
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in as many ways as its format has parts
+        raise UserError(
+            f"--ckpt {path}: cannot be read as a checkpoint ({type(error).__name__}): it is truncated, or holds more "
+            "than tensors and plain values; copy it again, or take another one"
+        ) from error
+    if not isinstance(content, Mapping) or not isinstance(content.get("state_dict"), Mapping):
+        raise UserError(f"--ckpt {path}: holds no 'state_dict', so it is no checkpoint; weights go to --weights")
+    return content
+
+
+def load_embedder(path: Path, scales: Sequence[float] | None = None) -> tuple[Embedder, int | None]:
+    """Build the model that a checkpoint holds: metilr's own, or the reference code's.
+
+    Args:
+        path: The file.
+        scales: In place of the checkpoint's (the reference's checkpoints have none: the paper's).
+
+    Returns:
+        The embedder in eval mode, and the ``image_size`` that it was trained with.
+
+    Raises:
+        UserError: If the file cannot be read or its weights fit no known architecture.
+    """
+    content = read_checkpoint(path)
+    entry = content.get("metilr")
+    if entry is None:
+        return _reference_embedder(path, content["state_dict"], scales), None
+    if not isinstance(entry, Mapping) or entry.get("format") != FORMAT:
+        raise UserError(f"--ckpt {path}: not of the form {FORMAT}; it was written by another version of metilr")
+    model = entry["model"]
+    weights = {
+        key.removeprefix(EMBEDDER): value for key, value in content["state_dict"].items() if key.startswith(EMBEDDER)
+    }
+    backbone = build_backbone(model["backbone"], "random", model["stage"], model["patch_rounding"])
+    # p as a parameter or as a buffer has the same key; only its shape matters here.
+    pooling = build_pooling(
+        model["pooling"], backbone.width, model["p"] if model["pooling"] == "gem" else 3.0
+    )
+    projector = None if model["projector_dim"] is None else Projector(backbone.width, model["projector_dim"])
+    embedder = Embedder(backbone, pooling, projector, model["scales"] if scales is None else scales)
+    load_strictly(embedder, weights, (), f"--ckpt {path} for {model['backbone']}")
+    backbone.provenance = _provenance(path, backbone, entry["provenance"]["licence"])
+    # Not every published network of a name has the same normalisation: the checkpoint's counts.
+    backbone.mean, backbone.std = tuple(model["mean"]), tuple(model["std"])
+    return embedder.eval(), model["image_size"]
+
+
+def model_entry(embedder: Embedder, pooling: str, image_size: int | None) -> dict[str, Any]:
+    """What ``load_embedder`` needs besides the weights, as plain values."""
+    settings = embedder.describe_settings()
+    return {
+        "backbone": settings["backbone"],
+        "stage": settings["stage"],
+        "patch_rounding": embedder.backbone.patch_rounding,
+        "pooling": pooling,
+        "p": settings["pooling"].get("p"),
+        "projector_dim": None if embedder.projector is None else embedder.dim,
+        "scales": settings["scales"],
+        "mean": settings["mean"],
+        "std": settings["std"],
+        "image_size": image_size,
+    }
+
+
+def _reference_embedder(path: Path, state_dict: Mapping[str, Any], scales: Sequence[float] | None) -> Embedder:
+    """Build the model of a reference checkpoint, whose architecture only the shapes of its weights tell."""
+    weights, p, linear = _split_reference(state_dict)
+    architecture = _architecture(weights)
+    if architecture is None:
+        raise UserError(
+            f"--ckpt {path}: neither metilr's nor the reference code's: its weights are of no ResNet that is known here"
+        )
+    backbone = build_backbone(f"timm/{architecture}", "random")
+    load_strictly(backbone.model, weights, ("fc.",), f"--ckpt {path} for {architecture}")
+    backbone.mean, backbone.std = IMAGENET_MEAN, IMAGENET_STD
+    backbone.provenance = _provenance(path, backbone, None)
+    projector = None
+    if linear:
+        weight = linear["weight"].flatten(1)  # a 1x1 convolution's or a linear layer's
+        projector = Projector(weight.shape[1], weight.shape[0])
+        fitting = {"linear.weight": weight, "linear.bias": linear.get("bias", torch.zeros(len(weight))).flatten()}
+        load_strictly(projector, fitting, (), f"--ckpt {path}, its projector")
+        if weight.shape[1] != backbone.width:
+            raise UserError(f"--ckpt {path}: its projector takes {weight.shape[1]} channels, {architecture} gives others")
+    pooling = build_pooling("gem", backbone.width, 3.0 if p is None else float(p.flatten()[0]))
+    return Embedder(backbone, pooling, projector, SCALES if scales is None else scales).eval()
+
+
+def _split_reference(state_dict: Mapping[str, Any]) -> tuple[StateDict, torch.Tensor | None, StateDict]:
+    """Sort a reference state dict into the ResNet's weights by torchvision's names, GeM's p, and the projector."""
+    weights: StateDict = {}
+    projector: StateDict = {}
+    p = None
+    for key, value in state_dict.items():
+        name = re.sub(r"^(module\.|backbone\.)+", "", key)
+        if name == "pool.p":
+            p = value
+        elif name.startswith("projector."):
+            projector[name.rpartition(".")[2]] = value
+        else:
+            child, _, rest = name.partition(".")
+            weights[f"{_CHILDREN.get(child, child)}.{rest}"] = value
+    return weights, p, projector
+
+
+def _architecture(weights: StateDict) -> str | None:
+    kernel = weights.get("layer1.0.conv2.weight")
+    if kernel is None or kernel.ndim != 4:
+        return None
+    blocks = tuple(len({key.split(".")[1] for key in weights if key.startswith(f"layer{i}.")}) for i in range(1, 5))
+    groups = kernel.shape[0] // max(kernel.shape[1], 1)
+    return _RESNETS.get(("layer1.0.conv3.weight" in weights, blocks, groups, kernel.shape[0]))  # type: ignore[call-overload]
+
+
+def _provenance(path: Path, backbone: Backbone, licence: str | None) -> Provenance:
+    digest = tensors_sha256(backbone.model.state_dict())
+    return Provenance(f"checkpoint {path.name}", licence, file_sha256(path), None, digest)
+
+
+def _numpy_scalars() -> list[Any]:
+    """What a pickled NumPy number consists of, under its name of NumPy 1 and of NumPy 2; none of it runs code."""
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "?")]
+    names = ["numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"]
+    return [*((scalar, name) for name in names), np.dtype, *kinds]
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    cause = error.__context__
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return str(error).splitlines()[0]

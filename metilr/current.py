@@ -1,0 +1,113 @@
+"""Descriptors of database and val by the model as it is now: what mining and validation search.
+
+The evaluation's own pieces (plan, batches, embedder, store) inside a trainer that is at work already. The rows
+lie in a store on disk that all processes fill, each its part, and that is made anew when the weights change.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from tqdm import tqdm
+
+from metilr.callbacks import write_rows
+from metilr.data.datamodule import BadImages, ImageDataModule
+from metilr.data.ground_truth import GroundTruth
+from metilr.descriptors import DescriptorStore
+from metilr.errors import UserError
+from metilr.extraction import DescriptorModule, store_settings
+from metilr.models.embedder import Embedder
+from metilr.processes import agree
+
+
+class CurrentDescriptors:
+    """Single-scale descriptors, float32, of all images of a ground truth.
+
+    Args:
+        ground_truth: Names the images: database and val.
+        sizes: File size of every image by split, from ``image_sizes``.
+        folder: Where the store lies; replaced whenever the weights have changed.
+        image_size: See ``load_image``.
+        batch_size: Most images in a batch.
+        num_workers: Decoding processes beside each process.
+        bad_images: ``"stop"`` or ``"skip"``.
+    """
+
+    def __init__(
+        self,
+        ground_truth: GroundTruth,
+        sizes: Mapping[str, np.ndarray],
+        folder: Path,
+        image_size: int | None,
+        batch_size: int,
+        num_workers: int,
+        bad_images: BadImages,
+    ) -> None:
+        self.ground_truth = ground_truth
+        self.store = DescriptorStore(folder)
+        self._data = ImageDataModule(
+            ground_truth, sizes, self.store, image_size, batch_size, num_workers, bad_images
+        )
+
+    def describe(self, trainer: pl.Trainer, embedder: Embedder) -> DescriptorStore:
+        """Fill the store, or find it filled: the same weights describe once. Every process must call it.
+
+        Args:
+            trainer: Knows the processes and their devices.
+            embedder: The model; its own scales are left aside.
+
+        Raises:
+            UserError: In all processes, if one of them met an image that cannot be decoded or described.
+        """
+        single = single_scale(embedder).to(trainer.strategy.root_device)
+        data = self._data
+        data.trainer = trainer
+        with agree(trainer):
+            if trainer.is_global_zero:
+                self._prepare(single)
+                data.plan = data.make_plan()
+        data.plan = trainer.strategy.broadcast(data.plan)
+        with agree(trainer):
+            if data.plan:
+                self._fill(trainer, single)
+        with agree(trainer):  # all rows are there now
+            if trainer.is_global_zero and not self.store.manifest()["complete"]:
+                if len(data.pending_rows()):
+                    raise UserError(f"{self.store.path}: image files changed during the run; run again")
+                self.store.finish()
+        return self.store
+
+    def _prepare(self, single: Embedder) -> None:
+        settings = store_settings(single, self.ground_truth, self._data.image_size, "32")
+        counts = {split: len(paths) for split, paths in self.ground_truth.paths.items()}
+        if (self.store.path / "manifest.json").exists() and self.store.manifest()["settings"] != settings:
+            shutil.rmtree(self.store.path)
+        self.store.prepare(settings, counts, single.dim)
+
+    def _fill(self, trainer: pl.Trainer, single: Embedder) -> None:
+        module = DescriptorModule(single).to(trainer.strategy.root_device)
+        module.on_predict_start()
+        batches = self._data.predict_dataloader()
+        writer = self.store.writer()
+        try:
+            with (
+                torch.inference_mode(),
+                tqdm(total=sum(len(batch.rows) for batch in self._data.plan) // trainer.world_size,
+                     desc="describing images", unit="image", leave=False, disable=not trainer.is_global_zero) as bar,
+            ):  # fmt: skip
+                for i, batch in enumerate(batches):
+                    on_device = batch._replace(images=batch.images.to(trainer.strategy.root_device))
+                    write_rows(writer, self._data, batch, module.predict_step(on_device, i))
+                    bar.update(len(batch.rows))
+        finally:
+            writer.close()
+
+
+def single_scale(embedder: Embedder, projector: bool = True) -> Embedder:
+    """The same modules, describing images at their own size alone; without the projector if asked for."""
+    return Embedder(
+        embedder.backbone, embedder.pooling, embedder.projector if projector else None, scales=(1.0,)
+    )

@@ -1,0 +1,203 @@
+"""The training data: database images in pairs that are drawn anew for each epoch, and val to validate on."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import faiss
+import numpy as np
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
+
+from metilr.current import CurrentDescriptors
+from metilr.data.augmentations import Augmentation, RandomCrop, SimulatedVisit
+from metilr.data.datamodule import BadImages, leave_signals_to_the_parent
+from metilr.data.demo import make_demo
+from metilr.data.ground_truth import DatabaseName, GroundTruth, image_sizes, load_ground_truth, require_images
+from metilr.data.pair_dataset import CachedPairDataset, PairBatch, PairDataset, ViewMaker
+from metilr.data.pairs import Pairing, Pairs, deal_batches, draw_pairs, needs_descriptors
+from metilr.errors import UserError
+from metilr.extraction import default_workers
+from metilr.processes import agree
+from metilr.results import RUNS
+from metilr.view_cache import ViewCache
+
+
+class PairDataModule(LightningDataModule):
+    """Pairs of database images. The test split is never read.
+
+    Args:
+        root: Folder with images/ and ground_truth/ in the Met layout; without it the built-in demo museum, which
+            is synthetic.
+        database: Train on MET_database.json (full) or mini_MET_database.json (mini).
+        pairing: syn: two views of one image. syn+neg: and a hard negative per image, mined each epoch.
+            syn+real+neg: the positive is another image of the exhibit, where there is one. syn+real-closest+neg:
+            the image itself or its most similar fellow.
+        first_view: Augmentation of the first image of a pair: RandomCrop, PublishedAugmentation or SimulatedVisit.
+        second_view: Augmentation of the second.
+        batch_pairs: Pairs in a batch, over all processes together.
+        anchors_per_epoch: Images that are anchors in an epoch; without it each once. More than there are: several
+            rounds, for small museums.
+        n_views: Draw views from so many fixed ones per image; without it each view of the run is a new one.
+        cache_views: Compute the n_views of each image through the frozen backbone once, keep them on disk and train
+            from them.
+        image_size: Resize database and val images for mining and validation so that the longest side has this many
+            px; without it as they are.
+        extraction_batch_size: Most images in a batch of mining and validation.
+        num_workers: Decoding processes beside each process; without it as many as cores are free, at most 8.
+        bad_images: Stop at an image that cannot be decoded, or skip it.
+        seed: Set by --seed_everything.
+    """
+
+    def __init__(
+        self,
+        root: Path | None = None,
+        database: DatabaseName = "full",
+        pairing: Pairing = "syn",
+        first_view: Augmentation | None = None,
+        second_view: Augmentation | None = None,
+        batch_pairs: int = 24,
+        anchors_per_epoch: int | None = None,
+        n_views: int | None = None,
+        cache_views: bool = False,
+        image_size: int | None = None,
+        extraction_batch_size: int = 32,
+        num_workers: int | None = None,
+        bad_images: BadImages = "stop",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name in ("batch_pairs", "anchors_per_epoch", "n_views", "image_size", "extraction_batch_size"):
+            value = locals()[name]
+            if value is not None and value < 1:
+                raise UserError(f"--data.{name} {value}: must be at least 1")
+        if cache_views and n_views is None:
+            raise UserError("--data.cache_views: needs --data.n_views, the number of views to keep of each image")
+        self.root = root
+        self.database = database
+        self.pairing = pairing
+        self.first_view = first_view or RandomCrop()
+        self.second_view = second_view or SimulatedVisit()
+        self.batch_pairs = batch_pairs
+        self.anchors_per_epoch = anchors_per_epoch
+        self.n_views = n_views
+        self.cache_views = cache_views
+        self.image_size = image_size
+        self.extraction_batch_size = extraction_batch_size
+        self.num_workers = num_workers
+        self.bad_images = bad_images
+        self.seed = seed
+        self.folder = RUNS / "training"  # of the descriptors of the day; the command names the run's own
+        self.ground_truth: GroundTruth | None = None
+        self.pairs: Pairs | None = None
+
+    @override
+    def prepare_data(self) -> None:
+        if self.root is None:
+            make_demo(RUNS / "demo")
+
+    @override
+    def setup(self, stage: str) -> None:
+        assert self.trainer is not None
+        if self.ground_truth is not None:
+            return
+        root = RUNS / "demo" if self.root is None else self.root
+        truth = load_ground_truth(root, self.database, queries=("val",))
+        sizes = image_sizes(truth)
+        if self.bad_images == "stop":
+            require_images(truth, sizes)
+        if needs_descriptors(self.pairing) and truth.n_classes < 2:
+            raise UserError(
+                f"--data.pairing {self.pairing}: negatives need at least two exhibits, {root} has one; use syn"
+            )
+        workers = default_workers(self.trainer.num_devices) if self.num_workers is None else self.num_workers
+        self.workers = workers
+        self.ground_truth = truth
+        files = [truth.image(path) for path in truth.paths["database"]]
+        self.views = ViewMaker(files, truth.paths["database"], self.seed)
+        self.current = CurrentDescriptors(
+            truth,
+            sizes,
+            self.folder / "descriptors",
+            self.image_size,
+            self.extraction_batch_size,
+            workers,
+            self.bad_images,
+        )
+        self.n_usable = int((sizes["database"] > 0).sum())
+        deal_batches(self.n_pairs, self.batch_pairs, 0, self.trainer.world_size)
+
+    @property
+    def n_pairs(self) -> int:
+        """Pairs of an epoch (fewer where images turn out to be bad)."""
+        return (self.anchors_per_epoch or self.n_usable) * (2 if self.pairing.endswith("+neg") else 1)
+
+    @property
+    def n_batches(self) -> int:
+        """Batches of an epoch."""
+        return -(-self.n_pairs // self.batch_pairs)
+
+    @override
+    def train_dataloader(self) -> Iterable[PairBatch]:
+        """Draw the epoch's pairs in the first process, tell them to the others, and give this one its part."""
+        assert self.trainer is not None and self.ground_truth is not None
+        with agree(self.trainer):
+            pairs = self._draw() if not self._mines else None
+        if self._mines:
+            store = self.current.describe(self.trainer, self.trainer.lightning_module.embedder)
+            with agree(self.trainer):
+                if self.trainer.is_global_zero:
+                    pairs = self._draw(np.asarray(store.rows("database")), store.made("database"))
+        self.pairs = self.trainer.strategy.broadcast(pairs)
+        batches = deal_batches(
+            len(self.pairs), self.batch_pairs, self.trainer.global_rank, self.trainer.world_size
+        )
+        dataset = self._dataset(self.pairs, batches)
+        workers = 0 if self.cache_views else min(self.workers, len(batches))
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=leave_signals_to_the_parent,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    @property
+    def _mines(self) -> bool:
+        return needs_descriptors(self.pairing) or self.bad_images == "skip"
+
+    def _draw(self, descriptors: np.ndarray | None = None, made: np.ndarray | None = None) -> Pairs:
+        assert self.trainer is not None and self.ground_truth is not None
+        labels = self.ground_truth.labels["database"]
+        rows = np.arange(len(labels)) if made is None else np.flatnonzero(made)
+        return draw_pairs(
+            rows,
+            labels,
+            self.pairing,
+            descriptors,
+            n_anchors=self.anchors_per_epoch,
+            n_views=self.n_views,
+            epoch=self.trainer.current_epoch,
+            seed=self.seed,
+            device=self._search_device,
+        )
+
+    @property
+    def _search_device(self) -> Literal["cpu", "gpu"]:
+        assert self.trainer is not None
+        on_gpu = self.trainer.strategy.root_device.type == "cuda" and faiss.get_num_gpus() > 0
+        return "gpu" if on_gpu else "cpu"
+
+    def _dataset(self, pairs: Pairs, batches: list[np.ndarray]) -> Dataset[PairBatch]:
+        assert self.trainer is not None and self.ground_truth is not None
+        labels = self.ground_truth.labels["database"]
+        if not self.cache_views:
+            return PairDataset(pairs, batches, labels, self.views, self.first_view, self.second_view)
+        assert self.n_views is not None
+        cache = ViewCache(self.views, self.n_views, self.batch_pairs, self.workers)
+        embedder = self.trainer.lightning_module.embedder
+        first, second = (
+            cache.vectors(self.trainer, embedder, augmentation) for augmentation in (self.first_view, self.second_view)
+        )
+        return CachedPairDataset(pairs, batches, labels, first, second, self.n_views)

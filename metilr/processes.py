@@ -1,0 +1,60 @@
+"""Several processes of one training: failing together, and putting their tensors side by side."""
+
+import contextlib
+from collections.abc import Iterator
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.nn import functional as F
+
+from metilr.errors import UserError
+
+
+@contextlib.contextmanager
+def agree(trainer: pl.Trainer) -> Iterator[None]:
+    """Let a user's mistake or a disk's fault that one process meets in the block end all of them.
+
+    Without it the others would wait in their next collective for a process that is gone.
+
+    Raises:
+        UserError: In every process, the first one's message.
+    """
+    message = None
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'disk'}: {error.strerror}"
+    messages: list[str | None] = [message]
+    if trainer.world_size > 1:
+        messages = [None] * trainer.world_size
+        torch.distributed.all_gather_object(messages, message)
+    failed = [found for found in messages if found is not None]
+    if failed:
+        raise UserError(failed[0])
+
+
+def gather_rows(module: pl.LightningModule, local: Tensor) -> Tensor:
+    """Put the rows of all processes under each other, in the processes' order, with gradients.
+
+    Each process then computes the same loss of the whole batch. In the backward pass a process gets the sum of
+    all processes' gradients of its rows, and DDP divides by their number: the exact gradient of that one loss.
+
+    Args:
+        module: Knows the processes.
+        local: ``(n, ...)``; n may differ from process to process.
+
+    Returns:
+        ``(N, ...)``, N the sum of all n.
+    """
+    world_size = module.trainer.world_size
+    if world_size == 1:
+        return local
+    counts = module.all_gather(torch.tensor(len(local), device=local.device)).tolist()
+    # Collectives take equal shapes: fill up with rows that are cut off again.
+    padding = [0, 0] * (local.ndim - 1) + [0, max(counts) - len(local)]
+    gathered = module.all_gather(F.pad(local, padding), sync_grads=local.is_floating_point())
+    return torch.cat([gathered[rank, :count] for rank, count in enumerate(counts)])

@@ -1,0 +1,328 @@
+"""``python train.py``: a Lightning CLI around FineTuning and PairDataModule, with one-line errors."""
+
+import contextlib
+import logging
+import netrc
+import os
+import shlex
+import sys
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+from urllib.parse import urlparse
+
+import yaml
+from jsonargparse import Namespace
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.markup import escape
+from typing_extensions import override
+
+from metilr.callbacks import ExactFloat32
+from metilr.checkpoints import AtomicCheckpointIO, read_checkpoint
+from metilr.cli import OneLineErrors, check_config
+from metilr.data.pair_datamodule import PairDataModule
+from metilr.errors import UserError
+from metilr.files import write_atomically
+from metilr.launch import has_launcher
+from metilr.results import RUNS
+from metilr.training import FineTuning
+from metilr.training_callbacks import KNNValidation, PairPictures
+
+WandbMode = Literal["auto", "online", "offline", "off"]
+OUTPUT_VARIABLE = "METILR_TRAINING_OUTPUT"  # tells the processes that Lightning starts which folder the first chose
+WANDB_TIMEOUT = 30  # seconds for the first contact; then the run goes on offline
+BEST, LAST = "best", "last"
+
+
+class TrainingParser(OneLineErrors, LightningArgumentParser):
+    """Lightning's parser, whose errors are one line."""
+
+
+class TrainingCLI(LightningCLI):
+    """Options of the trainer, the model and the data, as ``--trainer.x``, ``--model.x`` and ``--data.x``."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(
+            FineTuning,
+            PairDataModule,
+            save_config_callback=None,  # written before the training, by open_run
+            trainer_defaults={"max_epochs": 3, "log_every_n_steps": 1, "precision": "bf16-mixed"},
+            seed_everything_default=0,
+            parser_kwargs={
+                "prog": "train.py",
+                "description": (FineTuning.__doc__ or "").splitlines()[0] + " Without options: on the demo museum.",
+            },
+            parser_class=TrainingParser,
+            args=list(args),
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--output", type=Path | None, default=None,
+            help="Folder of the run; without it a dated one under runs/. With an unfinished run of the same options in "
+            "it, that run is continued from its last epoch. Needed under torchrun and SLURM.",
+        )  # fmt: skip
+        parser.add_argument(
+            "--validate_first", type=bool, default=True, help="Validate the starting weights too, before training."
+        )
+        parser.add_argument(
+            "--wandb", type=WandbMode, default="auto",
+            help="Log to Weights & Biases: auto is online if there is a key (WANDB_API_KEY or netrc), else offline.",
+        )  # fmt: skip
+        parser.add_argument("--wandb_project", type=str, default="metilr", help="Project in Weights & Biases.")
+        parser.add_argument(
+            "--wandb_checkpoint", type=bool, default=False, help="Store the best checkpoint as an artifact there."
+        )
+        parser.add_argument(
+            "--pictures_every", type=int, default=2, help="Epochs between tables of pairs as pictures in W&B."
+        )
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.seed")
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        for i, arg in enumerate(args):
+            option, _, file = arg.partition("=")
+            if option in ("--config", "-c") and (file or i + 1 < len(args)):
+                check_config(parser, file or args[i + 1])
+        self.config = parser.parse_args(args)
+        if isinstance(self.config.seed_everything, bool):
+            parser.error("--seed_everything: give a number from 0 up")
+        if self.config.pictures_every < 1:
+            parser.error(f"--pictures_every {self.config.pictures_every}: must be at least 1")
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        # Here, so that a folder that cannot be used ends the command before any network is built.
+        self.options = _plain(self.parser, self.config)
+        self.output, self.resume_from = open_run(self.config.output, self.options)
+        self.loggers = self._loggers()
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        self.datamodule.folder = self.output
+        self.model.run_config = self.options
+        self.validation = KNNValidation(self.config.validate_first)
+        self.best = ModelCheckpoint(
+            self.output,
+            filename=BEST,
+            monitor="val/gap",
+            mode="max",
+            save_last=True,
+            save_on_train_epoch_end=True,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+        callbacks: list[Callback] = [
+            self.validation, PairPictures(self.config.pictures_every), LearningRateMonitor("step"), ExactFloat32(),
+            TQDMProgressBar(), self.best,
+        ]  # fmt: skip
+        self.trainer_defaults["callbacks"] = callbacks
+        plugins: list[Any] = [AtomicCheckpointIO()]
+        if SLURMEnvironment.detect():
+            # Its requeue would save in the middle of an epoch; the same command continues at the last whole one.
+            plugins.append(SLURMEnvironment(auto_requeue=False))
+        _refuse_what_would_not_resume(self.config.trainer)
+        return super().instantiate_trainer(
+            logger=self.loggers,
+            plugins=plugins,
+            default_root_dir=str(self.output),
+            use_distributed_sampler=False,  # the pairs are dealt out already, without padding
+            reload_dataloaders_every_n_epochs=1,  # new pairs each epoch
+            limit_val_batches=0,  # validation is the callback's
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            **kwargs,
+        )
+
+    def _loggers(self) -> list[Logger]:
+        loggers: list[Logger] = [CSVLogger(str(self.output), name="", version="csv")]
+        if self.config.wandb != "off":
+            loggers.append(_wandb_logger(self.config, self.output, self.options))
+        return loggers
+
+
+def train(args: Sequence[str] | None = None) -> None:
+    """Fine-tune: the whole of ``python train.py``.
+
+    Raises:
+        UserError: If an option, a file or the data is not usable.
+        KeyboardInterrupt: If interrupted; finished epochs are kept.
+    """
+    _quieten()
+    console = Console(highlight=False, quiet=rank_zero_only.rank != 0)
+    cli = TrainingCLI(sys.argv[1:] if args is None else args)
+    trainer: Trainer = cli.trainer
+    doing = f"continuing after {cli.resume_from}" if cli.resume_from else "training"
+    console.print(f"[bold]{doing}[/] into {escape(str(cli.output))}; W&B: {cli.config.wandb}", soft_wrap=True)
+    try:
+        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from)
+    except SystemExit:  # what Lightning turns Ctrl-C into
+        raise KeyboardInterrupt from None
+    finally:
+        launcher: Any = trainer.strategy.launcher
+        if sys.exc_info()[0] is not None and launcher is not None:
+            for process in getattr(launcher, "procs", None) or []:
+                process.kill()
+    if trainer.is_global_zero:
+        _finish(cli, console)
+
+
+def open_run(output: Path | None, options: Mapping[str, Any]) -> tuple[Path, Path | None]:
+    """Make the run's folder, or find the unfinished run in it.
+
+    Returns:
+        The folder, and the checkpoint to continue from, if any.
+
+    Raises:
+        UserError: If the folder cannot be written, or holds a finished run, one of other options, or other files.
+    """
+    if OUTPUT_VARIABLE in os.environ and rank_zero_only.rank != 0:
+        output = Path(os.environ[OUTPUT_VARIABLE])
+    elif output is None:
+        if has_launcher():
+            raise UserError("--output: name a folder; processes that a launcher starts cannot agree on a dated one")
+        output = RUNS / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_train"
+    os.environ[OUTPUT_VARIABLE] = str(output)
+    config = output / "config.yaml"
+    last = output / f"{LAST}.ckpt"
+    if rank_zero_only.rank == 0:
+        _claim(output, config, options)
+    if not last.exists():
+        return output, None
+    read_checkpoint(last)
+    return output, last
+
+
+def _claim(output: Path, config: Path, options: Mapping[str, Any]) -> None:
+    text = yaml.safe_dump(dict(options), sort_keys=False)
+    if (output / "finished").exists():
+        raise UserError(f"--output {output}: holds a finished run; name another folder")
+    if config.exists():
+        other = _differing(yaml.safe_load(config.read_text()), yaml.safe_load(text))
+        if other:
+            raise UserError(
+                f"--output {output}: holds a run with other options ({', '.join(other[:4])}); name another folder, or "
+                f"continue that run with --config {config} --output {output}"
+            )
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if any(output.iterdir()):
+            raise UserError(f"--output {output}: holds other files; name an empty or new folder")
+        write_atomically(config, text)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror}); name another folder") from None
+
+
+def _differing(before: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [d for key in keys for d in _differing(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if before == now else [name]
+
+
+def _plain(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
+    """All options as resolved, in plain values, without where this run lies."""
+    options = yaml.safe_load(parser.dump(config, skip_none=False, skip_link_targets=True))
+    for name in ("config", "output"):
+        options.pop(name, None)
+    return dict(options)
+
+
+def _refuse_what_would_not_resume(trainer: Any) -> None:
+    """Refuse options of the trainer that this command decides, or that would silently do nothing."""
+    for name in ("logger", "plugins"):
+        if trainer.get(name) not in (None, True):
+            raise UserError(f"--trainer.{name}: is set by train.py (see --wandb and --output); leave it out")
+    if (trainer.get("max_epochs") or 0) < 1:
+        raise UserError("--trainer.max_epochs: give a number from 1 up; an epoch is what is validated and resumed")
+
+
+def _wandb_logger(config: Namespace, output: Path, options: Mapping[str, Any]) -> WandbLogger:
+    """A logger that never asks for a key and never stops a run for want of a network."""
+    import wandb
+
+    mode = config.wandb
+    if mode == "auto":
+        mode = "online" if _has_wandb_key() and os.environ.get("WANDB_MODE") not in ("offline", "disabled") else "offline"
+    elif mode == "online" and not _has_wandb_key():
+        raise UserError("--wandb online: no key; run wandb login, set WANDB_API_KEY, or use --wandb offline")
+    if rank_zero_only.rank != 0:
+        return WandbLogger(project=config.wandb_project, offline=True, save_dir=output)
+    id_file = output / "wandb_id"
+    if not id_file.exists():
+        write_atomically(id_file, uuid.uuid4().hex[:8])
+    arguments: dict[str, Any] = {
+        "project": config.wandb_project, "name": output.name, "id": id_file.read_text(), "dir": str(output),
+        "config": dict(options),
+    }  # fmt: skip
+    if mode == "online":
+        try:
+            run = wandb.init(
+                mode="online", resume="allow", settings=wandb.Settings(silent=True, init_timeout=WANDB_TIMEOUT), **arguments
+            )
+        except Exception as error:  # whatever keeps W&B from being reached must not stop the training
+            print(f"W&B cannot be reached ({str(error).splitlines()[0]}); logging offline", file=sys.stderr)
+            mode = "offline"
+    if mode == "offline":
+        run = wandb.init(mode="offline", settings=wandb.Settings(silent=True), **arguments)
+    return WandbLogger(experiment=run, log_model=bool(config.wandb_checkpoint))
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc().authenticators(host) is not None
+    return False
+
+
+def _finish(cli: TrainingCLI, console: Console) -> None:
+    for logger in cli.trainer.loggers:
+        logger.finalize("success")
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+    write_atomically(cli.output / "finished", f"{datetime.now().astimezone().isoformat(timespec='seconds')}\n")
+    best, score = cli.best.best_model_path, cli.best.best_model_score
+    before = cli.validation.before
+    start = "" if before is None else f", {100 * before['val/gap']:.2f} before training"
+    if score is not None:
+        console.print(f"val GAP {100 * float(score):.2f} at best{start} (single-scale, k = 1, τ = 1, no whitening)")
+        if before is not None and float(score) <= before["val/gap"]:
+            console.print("[bold yellow]note:[/] training did not improve GAP on val; the starting weights were no worse")
+    root = cli.datamodule.root
+    options = [] if root is None else ["--root", str(root)]
+    options += [] if cli.datamodule.database == "full" else ["--database", cli.datamodule.database]
+    command = shlex.join(["python", "evaluate.py", "--ckpt", best or str(cli.output / f"{LAST}.ckpt"), *options])
+    console.print(f"evaluate it with\n  {escape(command)}", soft_wrap=True)
+
+
+def _quieten() -> None:
+    """Keep Lightning's hints out of the terminal where this command has decided already."""
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero",
+                 "pytorch_lightning.trainer.connectors.signal_connector"):  # fmt: skip
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*lr_scheduler.step.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*does not have a `val_dataloader`.*|.*You defined a `validation_step`.*",
+        ".*TensorFloat32.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

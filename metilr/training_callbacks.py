@@ -1,0 +1,112 @@
+"""Lightning callbacks of the training: validation by kNN, and pictures of the pairs."""
+
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import WandbLogger
+from torchmetrics import MetricCollection
+from torchvision.transforms.v2 import functional as F
+from typing_extensions import override
+
+from metilr.knn import classify
+from metilr.metrics import ACC, GAP, GAPMinus
+from metilr.processes import agree
+from metilr.search import search
+
+METRICS = {"val/gap": GAP, "val/gap_minus": GAPMinus, "val/acc": ACC}
+
+
+class KNNValidation(Callback):
+    """Validate after each epoch: nearest neighbour on val, single-scale, k = 1, tau = 1, no whitening.
+
+    The processes share out the queries.
+
+    Args:
+        before_training: Validate the starting weights too.
+    """
+
+    def __init__(self, before_training: bool) -> None:
+        self.before_training = before_training
+        self.before: dict[str, float] | None = None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.before_training and trainer.current_epoch == 0:
+            self.before = {name: value.item() for name, value in self._validate(trainer, pl_module).items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(self.before, step=0)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.log_dict(self._validate(trainer, pl_module), prog_bar=True)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": self.before}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.before = state_dict["before"]
+
+    @torch.no_grad()
+    def _validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, torch.Tensor]:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        truth = data.ground_truth
+        store = data.current.describe(trainer, pl_module.embedder)
+        rows, mine = np.flatnonzero(store.made("database")), np.flatnonzero(store.made("val"))
+        mine = mine[trainer.global_rank :: trainer.world_size]
+        metrics = MetricCollection({name: metric(no_met="nan") for name, metric in METRICS.items()})
+        metrics.to(trainer.strategy.root_device)
+        with agree(trainer):
+            database = store.rows("database")
+            database = database if len(rows) == len(database) else database[rows]
+            if len(mine):
+                neighbours = search(database, store.rows("val")[mine], 1)
+                answers = classify(neighbours, truth.labels["database"][rows], truth.n_classes, k=1, tau=1.0)
+                found = (answers.log_confidence, answers.labels, truth.labels["val"][mine], mine)
+                metrics.update(*(torch.from_numpy(values) for values in found))
+            if trainer.is_global_zero:  # a query whose image is bad counts as wrong
+                left_out = np.flatnonzero(~store.made("val"))
+                target = torch.from_numpy(truth.labels["val"][left_out])
+                none = torch.full(target.shape, -1)
+                metrics.update(torch.full(target.shape, -torch.inf), none, target, torch.from_numpy(left_out))
+        return dict(metrics.compute())
+
+
+class PairPictures(Callback):
+    """Show some of the epoch's pairs, as the network gets them, as a table of pictures in W&B.
+
+    Args:
+        every_n_epochs: How often.
+        n_pairs: How many pairs.
+    """
+
+    def __init__(self, every_n_epochs: int = 2, n_pairs: int = 16) -> None:
+        self.every_n_epochs, self.n_pairs = every_n_epochs, n_pairs
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        if not trainer.is_global_zero or not loggers or trainer.current_epoch % self.every_n_epochs:
+            return
+        import wandb
+
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        pairs, truth = data.pairs.take(np.arange(min(self.n_pairs, len(data.pairs)))), data.ground_truth
+        paths = truth.paths["database"]
+        rows = []
+        for i in range(len(pairs)):
+            pictures = [
+                wandb.Image(F.to_pil_image(data.views.view(int(row[i]), int(number[i]), augmentation)))
+                for row, number, augmentation in (
+                    (pairs.first, pairs.first_view, data.first_view),
+                    (pairs.second, pairs.second_view, data.second_view),
+                )
+            ]
+            rows.append([*pictures, bool(pairs.positive[i]), paths[pairs.first[i]], paths[pairs.second[i]]])
+        table = wandb.Table(["first", "second", "same exhibit", "first image", "second image"], rows)
+        for logger in loggers:
+            logger.experiment.log({"pairs": table}, commit=False)
