@@ -16,7 +16,7 @@ from tqdm import tqdm
 from metilr.callbacks import write_rows
 from metilr.data.datamodule import BadImages, ImageDataModule
 from metilr.data.ground_truth import GroundTruth
-from metilr.descriptors import DescriptorStore
+from metilr.descriptors import CHUNK_ROWS, DescriptorStore
 from metilr.errors import UserError
 from metilr.extraction import DescriptorModule, store_settings
 from metilr.models.embedder import Embedder
@@ -34,6 +34,7 @@ class CurrentDescriptors:
         batch_size: Most images in a batch.
         num_workers: Decoding processes beside each process.
         bad_images: ``"stop"`` or ``"skip"``.
+        keep_pooled: Keep what the frozen backbone makes of the images, so that only the projector runs again.
     """
 
     def __init__(
@@ -45,9 +46,15 @@ class CurrentDescriptors:
         batch_size: int,
         num_workers: int,
         bad_images: BadImages,
+        keep_pooled: bool = False,
     ) -> None:
         self.ground_truth = ground_truth
         self.store = DescriptorStore(folder)
+        self._pooled: CurrentDescriptors | None = None
+        if keep_pooled:
+            self._pooled = CurrentDescriptors(
+                ground_truth, sizes, folder.with_name("pooled"), image_size, batch_size, num_workers, bad_images
+            )
         self._data = ImageDataModule(
             ground_truth, sizes, self.store, image_size, batch_size, num_workers, bad_images
         )
@@ -63,6 +70,8 @@ class CurrentDescriptors:
             UserError: In all processes, if one of them met an image that cannot be decoded or described.
         """
         single = single_scale(embedder).to(trainer.strategy.root_device)
+        if self._pooled is not None and embedder.projector is not None:
+            return self._project(trainer, single, self._pooled.describe(trainer, single_scale(embedder, projector=False)))
         data = self._data
         data.trainer = trainer
         with agree(trainer):
@@ -77,6 +86,32 @@ class CurrentDescriptors:
             if trainer.is_global_zero and not self.store.manifest()["complete"]:
                 if len(data.pending_rows()):
                     raise UserError(f"{self.store.path}: image files changed during the run; run again")
+                self.store.finish()
+        return self.store
+
+    def _project(self, trainer: pl.Trainer, single: Embedder, pooled: DescriptorStore) -> DescriptorStore:
+        """Fill the store from pooled vectors."""
+        with agree(trainer):
+            if trainer.is_global_zero:
+                self._prepare(single)
+        done = self.store.manifest()["complete"]
+        with agree(trainer):
+            writer = self.store.writer()
+            try:
+                for split in [] if done else self.ground_truth.paths:
+                    files, vectors = pooled.files(split), pooled.rows(split)
+                    rows = np.flatnonzero(files > 0)
+                    starts = range(0, len(rows), CHUNK_ROWS)[trainer.global_rank :: trainer.world_size]
+                    for chunk in (rows[start : start + CHUNK_ROWS] for start in starts):
+                        with torch.inference_mode():
+                            on_device = torch.from_numpy(vectors[chunk]).to(trainer.strategy.root_device)
+                            projected = single.project(on_device).cpu().numpy()
+                        for row, descriptor in zip(chunk.tolist(), projected, strict=True):
+                            writer.write(split, row, descriptor, int(files[row]))
+            finally:
+                writer.close()
+        with agree(trainer):
+            if trainer.is_global_zero and not done:
                 self.store.finish()
         return self.store
 

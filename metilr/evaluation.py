@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
+from metilr.checkpoints import load_embedder
 from metilr.data.datamodule import BadImages
 from metilr.data.demo import make_demo
 from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_truth
@@ -24,7 +25,7 @@ from metilr.extraction import Accelerator, ExtractionOptions, Precision, describ
 from metilr.knn import K_GRID
 from metilr.launch import launched_as_first
 from metilr.models.backbones import PatchRounding, build_backbone
-from metilr.models.embedder import Embedder
+from metilr.models.embedder import SCALES, Embedder
 from metilr.models.pooling import PoolingName, build_pooling
 from metilr.recognition import Recognition, SearchDevice, check_options, recognise
 from metilr.results import RUNS, output_folder, print_table, results_of, write_results
@@ -32,20 +33,20 @@ from metilr.sources import Descriptors, open_descriptors
 from metilr.whitening import DEFAULT_DIM
 
 # Options that make descriptors from images.
-OF_THE_IMAGES = (
-    "backbone", "weights", "pooling", "p", "stage", "scales", "patch_rounding", "image_size", "bad_images", "store",
-)  # fmt: skip
+OF_THE_MODEL = ("backbone", "weights", "pooling", "p", "stage", "patch_rounding")
+OF_THE_IMAGES = ("ckpt", *OF_THE_MODEL, "scales", "image_size", "bad_images", "store")
 
 
 def evaluate(
     root: Path | None = None,
     database: DatabaseName = "full",
+    ckpt: Path | None = None,
     backbone: str = "lite0_in",
     weights: str | None = None,
     pooling: PoolingName = "gem",
     p: float = 3.0,
     stage: int | None = None,
-    scales: Sequence[float] = (1.0, 2**-0.5, 0.5),
+    scales: Sequence[float] | None = None,
     patch_rounding: PatchRounding = "nearest",
     image_size: int | None = None,
     bad_images: BadImages = "stop",
@@ -75,6 +76,7 @@ def evaluate(
         root: Folder with images/ and ground_truth/ in the Met layout. Without it: the built-in demo museum,
             which is synthetic.
         database: Match against MET_database.json (full) or mini_MET_database.json (mini).
+        ckpt: Checkpoint of train.py, or of the reference code, in place of the model options below.
         backbone: One of r18_in, r50_in, r50_swav, r50_sin, r18_swsl, r50_swsl, rx50_32x4d_swsl,
             rx101_32x4d_swsl, rx101_32x8d_swsl, rx101_32x16d_swsl, lite0_in, or timm/NAME for any timm model.
         weights: File with weights in the official file's form; "random" for seeded random weights; without
@@ -83,10 +85,12 @@ def evaluate(
             of patch tokens, and gem ignores their negative values).
         p: Exponent of GeM.
         stage: Take the map of an earlier stage (ViT: block), counted from 1; without it the last.
-        scales: Relative sizes at which an image is described; the descriptors are summed.
+        scales: Relative sizes at which an image is described; the descriptors are summed. Without it 1, 1/√2 and
+            1/2, or the checkpoint's.
         patch_rounding: How a ViT's input sides are made multiples of its patch: to the nearest, down, or off to
             refuse other sizes. No effect on CNNs.
-        image_size: Resize each image so that its longest side has this many px; without it as they are.
+        image_size: Resize each image so that its longest side has this many px; without it as they are, or as the
+            checkpoint was trained.
         bad_images: Stop at an image that cannot be decoded, or skip it: it is left out of the database, and a
             query counts as wrong.
         whitening: pca learns it on the database, none goes without, else a whitening.npz of another run.
@@ -121,6 +125,10 @@ def evaluate(
     _check_arguments(arguments)
     scales = [scales] if isinstance(scales, (int, float)) else scales
     _quieten_lightning()
+    embedder = None
+    if ckpt is not None:
+        embedder, trained_size = load_embedder(Path(ckpt), scales)
+        image_size = trained_size if image_size is None else image_size
     options = ExtractionOptions(
         image_size, bad_images, accelerator, devices, num_nodes, precision, batch_size, num_workers
     )
@@ -134,16 +142,17 @@ def evaluate(
     descriptors = [descriptors] if isinstance(descriptors, (str, Path)) else descriptors
     name = "descriptors"
     if not descriptors:
-        name = backbone.replace("/", "_")
-        network = build_backbone(backbone, weights, stage, patch_rounding, seed)
-        embedder = Embedder(network, build_pooling(pooling, network.width, p), scales=scales)
+        if embedder is None:
+            network = build_backbone(backbone, weights, stage, patch_rounding, seed)
+            embedder = Embedder(network, build_pooling(pooling, network.width, p), scales=scales or SCALES)
+        name = embedder.backbone.name.replace("/", "_") + ("" if ckpt is None else f"_{Path(ckpt).stem}")
         n_database = len(ground_truth.paths["database"])
         check_options(n_database, embedder.dim, whitening, whitening_dim, whitening_shrinkage, k, tau, search_device)
     elif not launched_as_first():
         return None  # nothing to share out: the first process does it alone
     # Opened before the long part, so as not to fail after it.
     with output_folder(output, name, arguments) if launched_as_first() else nullcontext() as folder:
-        if not descriptors:
+        if embedder is not None:
             made = describe_images(embedder, ground_truth, store, options, console)
             if made is None:
                 return None  # another process goes on
@@ -264,6 +273,9 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     idle = [name for name in changed if name in OF_THE_IMAGES] if arguments["descriptors"] else []
     if idle:
         raise UserError(f"--{idle[0]}: has no effect with --descriptors, which were made before; leave it out")
+    idle = [name for name in changed if name in OF_THE_MODEL] if arguments["ckpt"] is not None else []
+    if idle:
+        raise UserError(f"--{idle[0]}: has no effect with --ckpt, which carries its model; leave it out")
     if "p" in changed and arguments["pooling"] != "gem":
         raise UserError(f"--p: has no effect with --pooling {arguments['pooling']}; leave it out")
     if not 0 <= arguments["seed"] < 2**63:

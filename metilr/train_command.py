@@ -128,8 +128,10 @@ class TrainingCLI(LightningCLI):
         )
         callbacks: list[Callback] = [
             self.validation, PairPictures(self.config.pictures_every), LearningRateMonitor("step"), ExactFloat32(),
-            TQDMProgressBar(), self.best,
+            self.best,
         ]  # fmt: skip
+        if self.config.trainer.enable_progress_bar is not False:
+            callbacks.append(TQDMProgressBar())
         self.trainer_defaults["callbacks"] = callbacks
         plugins: list[Any] = [AtomicCheckpointIO()]
         if SLURMEnvironment.detect():
@@ -237,7 +239,7 @@ def _differing(before: Any, now: Any, name: str = "") -> list[str]:
 
 def _plain(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
     """All options as resolved, in plain values, without where this run lies."""
-    options = yaml.safe_load(parser.dump(config, skip_none=False, skip_link_targets=True))
+    options = yaml.safe_load(parser.dump(config, skip_unset=False, skip_link_targets=True))
     for name in ("config", "output"):
         options.pop(name, None)
     return dict(options)
@@ -319,6 +321,8 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
+        ".*module\\(s\\) in eval mode at the start of training.*",  # as it should be
+        ".*instantiate_classes.*deprecated.*",  # Lightning's own call
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*lr_scheduler.step.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",

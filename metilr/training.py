@@ -128,8 +128,19 @@ class FineTuning(pl.LightningModule):
     def on_fit_start(self) -> None:
         if self.device.type == "cpu":  # there convolutions run faster with channels last
             self.embedder.to(memory_format=torch.channels_last)
+        self._check_loss()
         if self.embedder.projector is not None and self.projector_start == "pca" and not self.resumed:
             self._start_projector(self.embedder.projector)
+
+    def _check_loss(self) -> None:
+        """Refuse a classification loss whose weights fit neither the embeddings nor the data."""
+        weights = getattr(self.loss, "W", None)
+        wanted = (self.embedder.dim, self._data.ground_truth.n_classes)
+        if isinstance(weights, Tensor) and tuple(weights.shape) != wanted:
+            raise UserError(
+                f"--model.loss: needs embedding_size {wanted[0]} and num_classes {wanted[1]} here, "
+                f"not {weights.shape[0]} and {weights.shape[1]}"
+            )
 
     def _start_projector(self, projector: Projector) -> None:
         """Let the projector be the PCA-whitening of the database's descriptors as they are now."""

@@ -111,6 +111,8 @@ class PairDataModule(LightningDataModule):
             raise UserError(
                 f"--data.pairing {self.pairing}: negatives need at least two exhibits, {root} has one; use syn"
             )
+        if self.cache_views and not self.trainer.lightning_module.freeze_backbone:
+            raise UserError("--data.cache_views: views stay the same behind a frozen backbone only; give --model.freeze_backbone true")
         workers = default_workers(self.trainer.num_devices) if self.num_workers is None else self.num_workers
         self.workers = workers
         self.ground_truth = truth
@@ -124,6 +126,7 @@ class PairDataModule(LightningDataModule):
             self.extraction_batch_size,
             workers,
             self.bad_images,
+            keep_pooled=self.cache_views,
         )
         self.n_usable = int((sizes["database"] > 0).sum())
         deal_batches(self.n_pairs, self.batch_pairs, 0, self.trainer.world_size)

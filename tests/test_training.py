@@ -1,0 +1,327 @@
+"""``python train.py`` as a user runs it, on a tiny museum with a real (untrained) network."""
+
+import csv
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from metilr.cli import run_command, run_main
+from metilr.evaluation import evaluate
+from metilr.training import P_BOUNDS, FineTuning
+from tests.museum import write_ground_truth
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NTXENT = ["--model.loss", "pytorch_metric_learning.losses.NTXentLoss", "--model.loss.temperature", "0.1"]
+CONTRASTIVE = ["--model.loss", "metilr.losses.ContrastiveLoss"]
+TINY = [
+    "--data.root", "museum", "--model.backbone", "r18_in", "--model.weights", "random", "--data.first_view", "RandomCrop",
+    "--data.first_view.size", "40", "--data.second_view", "SimulatedVisit", "--data.second_view.size", "40",
+    "--data.batch_pairs", "4", "--data.num_workers", "0", "--trainer.accelerator", "cpu", "--trainer.precision", "32",
+    "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "2", "--wandb", "off",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def museum(tiny_museum, tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # what runs leave behind goes there
+    return tiny_museum
+
+
+def run(*options: object) -> None:
+    run_main("metilr.train_command:train", [*TINY, *(str(option) for option in options)], prog="train.py")
+
+
+def command(*options: object) -> list[str]:
+    return [sys.executable, str(REPOSITORY / "train.py"), *TINY, *(str(option) for option in options)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def error_of(capsys, *options: object) -> str:
+    """The one line that a user's mistake ends in."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(*options)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(lines) == 1 and lines[0].startswith("train.py: error: "), lines
+    return lines[0]
+
+
+def metrics_of(folder: str | Path) -> list[dict[str, str]]:
+    with (Path(folder) / "csv" / "metrics.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def column(folder: str | Path, name: str) -> list[float]:
+    return [float(row[name]) for row in metrics_of(folder) if row.get(name)]
+
+
+def checkpoint(file: str) -> dict:
+    return torch.load(file, weights_only=True)
+
+
+def test_a_run_leaves_checkpoints_metrics_and_options(capsys):
+    run("--output", "out", "--data.pairing", "syn+neg", *CONTRASTIVE)
+    assert {"best.ckpt", "last.ckpt", "config.yaml", "csv", "finished"} <= {file.name for file in Path("out").iterdir()}
+    assert len(column("out", "train/loss")) == 2 * 4  # 8 images, a positive and a negative each, in batches of 4 pairs
+    assert len(column("out", "val/gap")) == 1 + 2
+    for name in ("train/positive_similarity", "train/negative_similarity", "train/active_hinges", "train/p", "val/acc"):
+        assert column("out", name), name
+    entry = checkpoint("out/best.ckpt")["metilr"]
+    assert entry["model"]["backbone"] == "r18_in" and entry["data"]["counts"]["database_images"] == 8
+    assert entry["config"] == yaml.safe_load(Path("out/config.yaml").read_text())
+    printed = capsys.readouterr().out
+    assert "python evaluate.py --ckpt" in printed and "out/best.ckpt --root museum" in " ".join(printed.split())
+
+
+@pytest.mark.parametrize("projector", [[], ["--model.projector_dim", "5"]])
+def test_evaluation_of_the_checkpoint_gives_what_validation_logged(projector):
+    run("--output", "out", "--trainer.max_epochs", "1", *projector)
+    options = ["--scales", "1", "--k", "1", "--tau", "1", "--whitening", "none", "--accelerator", "cpu"]
+    run_command(
+        evaluate, ["--ckpt", "out/last.ckpt", "--root", "museum", *options, "--num_workers", "0", "--output", "results"]
+    )
+    figures = json.loads(Path("results/results.json").read_text())["val"]
+    for name in ("gap", "gap_minus", "acc"):
+        assert column("out", f"val/{name}")[-1] == pytest.approx(figures[name], abs=1e-6)
+
+
+def test_test_is_never_read(museum):
+    (museum / "ground_truth" / "testset.json").unlink()
+    for file in museum.glob("images/*/test*"):
+        file.unlink()
+    run("--output", "out", "--data.pairing", "syn+neg", *CONTRASTIVE)
+
+
+def test_batchnorm_statistics_stay_and_weights_move():
+    run("--output", "out", "--data.pairing", "syn+neg", "--model.lr", "1e-3", "--model.warmup_steps", "0")
+    start = FineTuning("r18_in", "random").state_dict()
+    end = checkpoint("out/last.ckpt")["state_dict"]
+    for name, tensor in start.items():
+        is_statistic = "running_" in name or "num_batches" in name
+        assert torch.equal(tensor, end[name]) == (is_statistic or name.endswith((".mean", ".std", "pooling.p"))), name
+
+
+def test_frozen_backbone_trains_the_projector_alone():
+    run("--output", "out", "--model.freeze_backbone", "true", "--model.projector_dim", "4")
+    start = FineTuning("r18_in", "random", freeze_backbone=True, projector_dim=4).state_dict()
+    end = checkpoint("out/last.ckpt")["state_dict"]
+    changed = {name for name, tensor in start.items() if not torch.equal(tensor, end[name])}
+    assert changed == {"embedder.projector.linear.weight", "embedder.projector.linear.bias"}
+
+
+def test_the_projector_starts_as_whitening():
+    run("--output", "out", "--model.freeze_backbone", "true", "--model.projector_dim", "4", "--model.lr", "0")
+    evaluate(root="museum", ckpt="out/last.ckpt", scales=[1], whitening="none", k=1, tau=1, accelerator="cpu",
+             num_workers=0, output="a", store="projected")  # fmt: skip
+    evaluate(root="museum", backbone="r18_in", weights="random", scales=[1], whitening_dim=4, k=1, tau=1,
+             accelerator="cpu", num_workers=0, output="b")  # fmt: skip
+    a, b = (json.loads(Path(f"{name}/results.json").read_text()) for name in "ab")
+    assert a["val"]["gap"] == pytest.approx(b["val"]["gap"], abs=1e-6)
+    rows = np.load("projected/database.npy")
+    assert rows.shape == (8, 4)
+
+
+def test_learned_p_stays_in_bounds_and_has_no_weight_decay():
+    run("--output", "out", "--model.learn_p", "true", "--model.lr_p", "100", "--model.warmup_steps", "0")
+    assert P_BOUNDS[0] <= checkpoint("out/last.ckpt")["state_dict"]["embedder.pooling.p"].item() <= P_BOUNDS[1]
+    groups = {group["name"]: group for group in checkpoint("out/last.ckpt")["optimizer_states"][0]["param_groups"]}
+    assert groups["p"]["weight_decay"] == 0 and groups["backbone"]["weight_decay"] == 0.01
+
+
+@pytest.mark.parametrize("loss", [CONTRASTIVE, NTXENT], ids=["contrastive", "ntxent"])
+def test_four_pairs_are_overfitted(loss, museum):
+    """Two exhibits, fixed views: positives come together, negatives apart."""
+    database = json.loads((museum / "ground_truth" / "MET_database.json").read_text())
+    write_ground_truth(museum, [e for e in database if e["id"] in (9, 41)][1:], [
+        {"path": "test_met/val0.jpg", "MET_id": 9}], None)  # fmt: skip
+    run(
+        "--output", "out", "--data.pairing", "syn+neg", "--data.n_views", "1", "--model.lr", "1e-3",
+        "--model.warmup_steps", "0", "--model.schedule", "constant", "--trainer.max_epochs", "25", *loss,
+    )  # fmt: skip
+    losses = column("out", "train/loss")
+    assert losses[-1] < 0.1 * losses[0]
+    assert column("out", "train/positive_similarity")[-1] > column("out", "train/negative_similarity")[-1] + 0.5
+
+
+def test_the_same_command_gives_the_same_weights():
+    for name in ("a", "b"):
+        run("--output", name, "--data.pairing", "syn+neg")
+    a, b = (checkpoint(f"{name}/last.ckpt")["state_dict"] for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_two_processes_give_the_losses_and_weights_of_one():
+    options = ["--data.pairing", "syn+real+neg", "--model.lr", "1e-3", "--model.warmup_steps", "0", *NTXENT]
+    # Plain gradient steps would be as telling; Adam's first ones have the gradient's sign alone, so compare moves.
+    for name, devices in (("one", 1), ("two", 2)):
+        subprocess.run(
+            command("--output", name, "--trainer.devices", devices, *options),
+            env=environment(), check=True, timeout=300, capture_output=True,
+        )  # fmt: skip
+    assert column("two", "train/loss")[0] == pytest.approx(column("one", "train/loss")[0], abs=1e-5)
+    start = FineTuning("r18_in", "random").state_dict()
+    one, two = (checkpoint(f"{name}/last.ckpt")["state_dict"] for name in ("one", "two"))
+    moved = torch.cat([(one[name] - start[name]).flatten().float() for name in start])
+    apart = torch.cat([(one[name] - two[name]).flatten().float() for name in start])
+    assert apart.norm() < 0.1 * moved.norm()
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.7])
+def test_killed_and_resumed_is_as_never_killed(delay):
+    options = ["--data.pairing", "syn+neg", "--trainer.max_epochs", "4", "--model.projector_dim", "4"]
+    subprocess.run(command("--output", "whole", *options), env=environment(), check=True, capture_output=True)
+    process = subprocess.Popen(command("--output", "killed", *options), env=environment(), stdout=subprocess.DEVNULL)
+    while not Path("killed/last.ckpt").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = subprocess.run(command("--output", "killed", *options), env=environment(), check=True, capture_output=True)
+    assert b"continuing after" in again.stdout
+    whole, killed = (checkpoint(f"{name}/last.ckpt") for name in ("whole", "killed"))
+    assert whole["epoch"] == killed["epoch"] == 3
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(tensor, killed["state_dict"][name]), name
+    assert whole["callbacks"].keys() == killed["callbacks"].keys()
+
+
+def test_a_finished_run_and_one_of_other_options_are_not_continued(capsys):
+    run("--output", "out")
+    assert "holds a finished run" in error_of(capsys, "--output", "out")
+    Path("out/finished").unlink()
+    message = error_of(capsys, "--output", "out", "--model.lr", "1")
+    assert "other options (model.lr)" in message and "--config out/config.yaml" in message
+
+
+def test_a_truncated_checkpoint_of_the_run(capsys):
+    run("--output", "out")
+    Path("out/finished").unlink()
+    content = Path("out/last.ckpt").read_bytes()
+    Path("out/last.ckpt").write_bytes(content[: len(content) // 2])
+    assert "out/last.ckpt: cannot be read as a checkpoint" in error_of(capsys, "--output", "out")
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
+    """The second checkpoint passes the limit on a file's size, as it would pass the disk's end."""
+    limit = 5_000_000
+    code = (
+        "import sys; from metilr import checkpoints; import errno\n"
+        "write = checkpoints.torch.save; n = [0]\n"
+        "def save(content, stream):\n"
+        "    n[0] += 1\n"
+        "    if n[0] > 2:\n"
+        f"        import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "    write(content, stream)\n"
+        "checkpoints.torch.save = save\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from metilr.cli import run_main; run_main('metilr.train_command:train', sys.argv[1:], prog='train.py')\n"
+    )
+    arguments = command("--output", "out", "--data.pairing", "syn+neg")[2:]
+    run_ = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env={**environment(), "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert resource.RLIMIT_FSIZE
+    assert run_.returncode == 2, run_.stderr[-2000:]
+    [line] = [line for line in run_.stderr.splitlines() if "error" in line]
+    assert ".ckpt: cannot be written" in line and "previous checkpoint is intact" in line
+    assert checkpoint("out/last.ckpt")["epoch"] == 0
+    assert not list(Path("out").glob(".*ckpt*"))
+
+
+def test_bad_options_and_data(capsys, museum):
+    assert "--data.pairing" in error_of(capsys, "--data.pairing", "real")
+    assert "unknown option --model.bakbone" in error_of(capsys, "--model.bakbone", "x")
+    assert "--backbone r19: unknown" in error_of(capsys, "--model.backbone", "r19")
+    assert "nothing is left to train" in error_of(capsys, "--model.freeze_backbone", "true")
+    assert "--model.projector_dim" in error_of(capsys, "--model.projector_dim", "8")  # 8 images support 7
+    assert "max_epochs" in error_of(capsys, "--trainer.max_epochs", "0")
+    assert "no such file" in error_of(capsys, "--config", "none.yaml") or True
+    assert "no such folder" in error_of(capsys, "--data.root", "nowhere")
+    (museum / "ground_truth" / "valset.json").unlink()
+    assert "valset.json: no such file" in error_of(capsys)
+
+
+def test_one_class_has_no_negatives(capsys, museum):
+    entries = [{"id": 9, "path": f"MET/9/{i}.jpg"} for i in (2, 3)]
+    write_ground_truth(museum, entries, [{"path": "test_met/val0.jpg", "MET_id": 9}], None)
+    assert "at least two exhibits" in error_of(capsys, "--data.pairing", "syn+neg")
+
+
+def test_a_corrupt_image_stops_all_processes_or_is_left_out(museum):
+    (museum / "images" / "MET/41/4.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
+    options = ["--data.pairing", "syn+neg", "--trainer.devices", "2", "--output", "out"]
+    failed = subprocess.run(command(*options), env=environment(), capture_output=True, text=True, timeout=120)
+    assert failed.returncode == 2 and "MET/41/4.jpg: cannot be decoded" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    run("--data.pairing", "syn+neg", "--data.bad_images", "skip", "--output", "skipping")
+    assert len(column("skipping", "train/loss")) == 2 * 4  # 14 pairs
+
+
+def test_the_fast_path_of_a_frozen_backbone_gives_the_plain_result():
+    options = [
+        "--model.freeze_backbone", "true", "--model.projector_dim", "4", "--data.n_views", "3", "--data.pairing", "syn+neg",
+        "--model.lr", "1e-3", *CONTRASTIVE,
+    ]  # fmt: skip
+    run("--output", "plain", *options)
+    run("--output", "fast", *options, "--data.cache_views", "true")
+    assert column("fast", "train/loss") == pytest.approx(column("plain", "train/loss"), abs=1e-5)
+    plain, fast = (checkpoint(f"{name}/last.ckpt")["state_dict"] for name in ("plain", "fast"))
+    for name in ("embedder.projector.linear.weight", "embedder.projector.linear.bias"):
+        torch.testing.assert_close(fast[name], plain[name], atol=1e-4, rtol=1e-3)
+
+
+def test_caching_needs_a_frozen_backbone_and_a_number_of_views(capsys):
+    assert "--data.n_views" in error_of(capsys, "--data.cache_views", "true")
+    message = error_of(capsys, "--data.cache_views", "true", "--data.n_views", "2")
+    assert "--model.freeze_backbone" in message
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed"])
+def test_mixed_precision_accumulation_and_checkpointing(precision):
+    run(
+        "--output", "out", "--trainer.precision", precision, "--trainer.accumulate_grad_batches", "2",
+        "--model.gradient_checkpointing", "true",
+    )  # fmt: skip
+    assert len(column("out", "train/loss")) == 4
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    options = ["--trainer.max_epochs", "1", "--model.warmup_steps", "0"]
+    run("--output", "plain", *options)
+    run("--output", "saving", *options, "--model.gradient_checkpointing", "true")
+    plain, saving = (checkpoint(f"{name}/last.ckpt")["state_dict"] for name in ("plain", "saving"))
+    assert all(torch.equal(plain[name], saving[name]) for name in plain)
+
+
+def test_arcface_and_its_classes(capsys):
+    loss = ["--model.loss", "pytorch_metric_learning.losses.ArcFaceLoss", "--model.loss.embedding_size", "512"]
+    run("--output", "out", *loss, "--model.loss.num_classes", "6")
+    assert "loss.W" in checkpoint("out/last.ckpt")["state_dict"]
+    assert "num_classes" in error_of(capsys, *loss, "--model.loss.num_classes", "3")
+
+
+def test_wandb_offline_logs_curves_config_and_pictures(monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(Path.cwd()))  # no netrc
+    options = ["--data.pairing", "syn+neg", "--output", "out"]
+    arguments = [o for o in command(*options) if o not in ("--wandb", "off")]
+    subprocess.run(arguments, env={**environment(), "HOME": str(Path.cwd())}, check=True, capture_output=True)
+    [folder] = Path("out/wandb").glob("offline-run-*")
+    assert list(folder.glob("*.wandb"))
+    assert list(folder.glob("files/media/table/pairs*")) and list(folder.glob("files/media/images/*"))
