@@ -40,8 +40,9 @@ def agree(trainer: pl.Trainer) -> Iterator[None]:
 def gather_rows(module: pl.LightningModule, local: Tensor) -> Tensor:
     """Put the rows of all processes under each other, in the processes' order, with gradients.
 
-    Each process then computes the same loss of the whole batch. In the backward pass a process gets the sum of
-    all processes' gradients of its rows, and DDP divides by their number: the exact gradient of that one loss.
+    Each process then computes the same loss of the whole batch, of which it keeps the gradients of its own rows.
+    DDP divides the sum over the processes by their number, so these are multiplied by it here: together the exact
+    gradient of that one loss, for the weights of the loss itself as well.
 
     Args:
         module: Knows the processes.
@@ -50,11 +51,13 @@ def gather_rows(module: pl.LightningModule, local: Tensor) -> Tensor:
     Returns:
         ``(N, ...)``, N the sum of all n.
     """
-    world_size = module.trainer.world_size
+    world_size, rank = module.trainer.world_size, module.trainer.global_rank
     if world_size == 1:
         return local
     counts = module.all_gather(torch.tensor(len(local), device=local.device)).tolist()
     # Collectives take equal shapes: fill up with rows that are cut off again.
     padding = [0, 0] * (local.ndim - 1) + [0, max(counts) - len(local)]
-    gathered = module.all_gather(F.pad(local, padding), sync_grads=local.is_floating_point())
-    return torch.cat([gathered[rank, :count] for rank, count in enumerate(counts)])
+    gathered = module.all_gather(F.pad(local.detach(), padding))
+    if local.requires_grad:
+        local.register_hook(lambda gradient: gradient * world_size)
+    return torch.cat([local if i == rank else gathered[i, :count] for i, count in enumerate(counts)])

@@ -46,7 +46,7 @@ def open_output(output: Path | None, name: str, options: Mapping[str, Any]) -> P
     """
     named = output or RUNS
     try:
-        output = output or _make_new(RUNS, f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}")
+        output = output or make_new_folder(RUNS, f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}")
         if (output / "results.json").exists():
             raise UserError(f"--output {output}: holds results already; name another folder, or delete it")
         output.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ def _write_predictions(file: Path, split: str, ground_truth: GroundTruth, answer
             )
 
 
-def _make_new(parent: Path, name: str) -> Path:
+def make_new_folder(parent: Path, name: str) -> Path:
     """Make a folder that was not there; two runs that start in one second get two."""
     for suffix in ("", *(f"_{i}" for i in range(2, 100))):
         with contextlib.suppress(FileExistsError):

@@ -5,6 +5,7 @@ import logging
 import netrc
 import os
 import shlex
+import shutil
 import sys
 import uuid
 import warnings
@@ -21,6 +22,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.markup import escape
@@ -33,7 +35,7 @@ from metilr.data.pair_datamodule import PairDataModule
 from metilr.errors import UserError
 from metilr.files import write_atomically
 from metilr.launch import has_launcher
-from metilr.results import RUNS
+from metilr.results import RUNS, make_new_folder
 from metilr.training import FineTuning
 from metilr.training_callbacks import KNNValidation, PairPictures
 
@@ -55,7 +57,7 @@ class TrainingCLI(LightningCLI):
             FineTuning,
             PairDataModule,
             save_config_callback=None,  # written before the training, by open_run
-            trainer_defaults={"max_epochs": 3, "log_every_n_steps": 1, "precision": "bf16-mixed"},
+            trainer_defaults={"max_epochs": 2, "log_every_n_steps": 1, "precision": "bf16-mixed"},
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "train.py",
@@ -105,14 +107,24 @@ class TrainingCLI(LightningCLI):
             parser.error(f"--pictures_every {self.config.pictures_every}: must be at least 1")
 
     @override
-    def before_instantiate_classes(self) -> None:
-        # Here, so that a folder that cannot be used ends the command before any network is built.
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        _refuse_what_would_not_resume(self.config.trainer)
         self.options = _plain(self.parser, self.config)
         self.output, self.resume_from = open_run(self.config.output, self.options)
-        self.loggers = self._loggers()
+        with self.kept_if_of_use():
+            return self._trainer(**kwargs)
 
-    @override
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    @contextlib.contextmanager
+    def kept_if_of_use(self) -> Iterator[None]:
+        """Remove a dated folder again if the block fails before an epoch was finished."""
+        try:
+            yield
+        except BaseException:
+            if self.config.output is None and rank_zero_only.rank == 0 and not (self.output / f"{LAST}.ckpt").exists():
+                shutil.rmtree(self.output, ignore_errors=True)
+            raise
+
+    def _trainer(self, **kwargs: Any) -> Trainer:
         self.datamodule.folder = self.output
         self.model.run_config = self.options
         self.validation = KNNValidation(self.config.validate_first)
@@ -121,7 +133,6 @@ class TrainingCLI(LightningCLI):
             filename=BEST,
             monitor="val/gap",
             mode="max",
-            save_last=True,
             save_on_train_epoch_end=True,
             auto_insert_metric_name=False,
             enable_version_counter=False,
@@ -129,6 +140,10 @@ class TrainingCLI(LightningCLI):
         callbacks: list[Callback] = [
             self.validation, PairPictures(self.config.pictures_every), LearningRateMonitor("step"), ExactFloat32(),
             self.best,
+            # After the best: it is what a killed run continues from, and has the best's state in it.
+            ModelCheckpoint(
+                self.output, filename=LAST, save_on_train_epoch_end=True, enable_version_counter=False
+            ),
         ]  # fmt: skip
         if self.config.trainer.enable_progress_bar is not False:
             callbacks.append(TQDMProgressBar())
@@ -137,9 +152,8 @@ class TrainingCLI(LightningCLI):
         if SLURMEnvironment.detect():
             # Its requeue would save in the middle of an epoch; the same command continues at the last whole one.
             plugins.append(SLURMEnvironment(auto_requeue=False))
-        _refuse_what_would_not_resume(self.config.trainer)
         return super().instantiate_trainer(
-            logger=self.loggers,
+            logger=self._loggers(),
             plugins=plugins,
             default_root_dir=str(self.output),
             use_distributed_sampler=False,  # the pairs are dealt out already, without padding
@@ -166,12 +180,16 @@ def train(args: Sequence[str] | None = None) -> None:
     """
     _quieten()
     console = Console(highlight=False, quiet=rank_zero_only.rank != 0)
-    cli = TrainingCLI(sys.argv[1:] if args is None else args)
+    try:
+        cli = TrainingCLI(sys.argv[1:] if args is None else args)
+    except MisconfigurationException as error:  # Lightning's word for options that cannot work
+        raise UserError(f"--trainer: {error}") from None
     trainer: Trainer = cli.trainer
     doing = f"continuing after {cli.resume_from}" if cli.resume_from else "training"
     console.print(f"[bold]{doing}[/] into {escape(str(cli.output))}; W&B: {cli.config.wandb}", soft_wrap=True)
     try:
-        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from)
+        with cli.kept_if_of_use():
+            trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from)
     except SystemExit:  # what Lightning turns Ctrl-C into
         raise KeyboardInterrupt from None
     finally:
@@ -197,7 +215,7 @@ def open_run(output: Path | None, options: Mapping[str, Any]) -> tuple[Path, Pat
     elif output is None:
         if has_launcher():
             raise UserError("--output: name a folder; processes that a launcher starts cannot agree on a dated one")
-        output = RUNS / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_train"
+        output = make_new_folder(RUNS, f"{datetime.now():%Y-%m-%d_%H-%M-%S}_train")
     os.environ[OUTPUT_VARIABLE] = str(output)
     config = output / "config.yaml"
     last = output / f"{LAST}.ckpt"
@@ -265,6 +283,8 @@ def _wandb_logger(config: Namespace, output: Path, options: Mapping[str, Any]) -
         raise UserError("--wandb online: no key; run wandb login, set WANDB_API_KEY, or use --wandb offline")
     if rank_zero_only.rank != 0:
         return WandbLogger(project=config.wandb_project, offline=True, save_dir=output)
+    # Pictures of an offline run wait there for wandb sync: beside the run and not in the user's home.
+    os.environ.setdefault("WANDB_DATA_DIR", str((output / "wandb").absolute()))
     id_file = output / "wandb_id"
     if not id_file.exists():
         write_atomically(id_file, uuid.uuid4().hex[:8])

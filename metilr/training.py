@@ -125,9 +125,13 @@ class FineTuning(pl.LightningModule):
         return self
 
     @override
-    def on_fit_start(self) -> None:
-        if self.device.type == "cpu":  # there convolutions run faster with channels last
+    def setup(self, stage: str) -> None:
+        # Before DDP looks at the strides of the weights.
+        if self.trainer.strategy.root_device.type == "cpu":  # there convolutions run faster with channels last
             self.embedder.to(memory_format=torch.channels_last)
+
+    @override
+    def on_fit_start(self) -> None:
         self._check_loss()
         if self.embedder.projector is not None and self.projector_start == "pca" and not self.resumed:
             self._start_projector(self.embedder.projector)

@@ -10,15 +10,22 @@ from pathlib import Path
 import pytest
 
 from metilr import evaluation
-from metilr.cli import main, run_command
+from metilr.cli import main, run_command, run_main
+from metilr.data import pair_datamodule
 from metilr.data.demo import MuseumSize, make_demo
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"^```(?:\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 LINES = [line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines()]
 EVALUATE = [line for line in LINES if line.startswith("python evaluate.py")]
+TRAIN = [line for line in LINES if line.startswith("python train.py")]
 METILR = [line for line in LINES if line.startswith("metilr ")]
 SMALL = MuseumSize(exhibits=10, mini_exhibits=8, val=(4, 3, 2), test=(4, 3, 2), longest_side=56)
+UNTRAINED = [
+    "--model.backbone", "r18_in", "--model.weights", "random", "--data.num_workers", "0", "--trainer.accelerator", "cpu",
+    "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--data.batch_pairs", "4", "--wandb", "off",
+    "--data.first_view.size", "40", "--data.second_view.size", "40", "--trainer.precision", "32",
+]  # fmt: skip
 CHEAP = ["--accelerator", "cpu", "--num_workers", "0"]
 
 
@@ -28,7 +35,8 @@ def workplace(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(Path(__file__).parents[1] / "configs")
     make_demo(tmp_path / "DIR", size=SMALL, progress=False)
-    monkeypatch.setattr(evaluation, "make_demo", lambda root: make_demo(root, size=SMALL, progress=False))
+    for module in (evaluation, pair_datamodule):
+        monkeypatch.setattr(module, "make_demo", lambda root: make_demo(root, size=SMALL, progress=False))
     return tmp_path
 
 
@@ -44,7 +52,9 @@ def test_the_readme_shows_the_commands():
 @pytest.mark.parametrize("line", EVALUATE)
 def test_evaluate_command(workplace, line):
     arguments = shlex.split(line)[2:]
-    if "--descriptors" in arguments:
+    if "--ckpt" in arguments:
+        run_main("metilr.train_command:train", ["--data.root", "DIR", "--output", "RUN", *UNTRAINED], prog="train.py")
+    elif "--descriptors" in arguments:
         make_store()
         for name in ("a.pkl", "b.pkl"):
             main(["export-descriptors", "STORE", name])
@@ -57,6 +67,13 @@ def test_evaluate_command(workplace, line):
     before = set(Path("runs").glob("20*/results.json"))
     run_command(evaluation.evaluate, arguments + ([] if "--descriptors" in arguments else CHEAP))
     assert len(set(Path("runs").glob("20*/results.json")) - before) == 1
+
+
+@pytest.mark.parametrize("line", TRAIN)
+def test_train_command(workplace, line):
+    arguments = shlex.split(line)[2:]
+    run_main("metilr.train_command:train", [*arguments, *UNTRAINED], prog="train.py")
+    assert list(Path.cwd().glob("**/best.ckpt"))
 
 
 @pytest.mark.parametrize("line", METILR)
@@ -83,6 +100,10 @@ def test_python_example(workplace):
 def test_every_option_that_the_readme_names_exists(capsys):
     with pytest.raises(SystemExit):
         run_command(evaluation.evaluate, ["--help"])
-    known = set(re.findall(r"--\w+", capsys.readouterr().out))
-    elsewhere = {"--index", "--preset", "--nnodes", "--nproc_per_node"}  # pip, metilr visits, torchrun
-    assert set(re.findall(r"--[a-z_]\w*", README)) - elsewhere <= known
+    with pytest.raises(SystemExit):
+        run_main("metilr.train_command:train", ["--help"], prog="train.py")
+    known = set(re.findall(r"--[\w.]+", capsys.readouterr().out))
+    # pip, metilr visits, torchrun and srun have options of their own
+    elsewhere = {"--index", "--preset", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"}
+    elsewhere |= {"--nodes", "--ntasks", "--ntasks-per-node", "--gpus", "--gpus-per-node", "--requeue"}
+    assert set(re.findall(r"--[a-z_][\w.]*\w", README)) - elsewhere <= known

@@ -125,10 +125,10 @@ def test_frozen_backbone_trains_the_projector_alone():
 
 def test_the_projector_starts_as_whitening():
     run("--output", "out", "--model.freeze_backbone", "true", "--model.projector_dim", "4", "--model.lr", "0")
-    evaluate(root="museum", ckpt="out/last.ckpt", scales=[1], whitening="none", k=1, tau=1, accelerator="cpu",
-             num_workers=0, output="a", store="projected")  # fmt: skip
-    evaluate(root="museum", backbone="r18_in", weights="random", scales=[1], whitening_dim=4, k=1, tau=1,
-             accelerator="cpu", num_workers=0, output="b")  # fmt: skip
+    evaluate(root=Path("museum"), ckpt=Path("out/last.ckpt"), scales=[1], whitening="none", k=1, tau=1, accelerator="cpu",
+             num_workers=0, output=Path("a"), store=Path("projected"))  # fmt: skip
+    evaluate(root=Path("museum"), backbone="r18_in", weights="random", scales=[1], whitening_dim=4, k=1, tau=1,
+             accelerator="cpu", num_workers=0, output=Path("b"))  # fmt: skip
     a, b = (json.loads(Path(f"{name}/results.json").read_text()) for name in "ab")
     assert a["val"]["gap"] == pytest.approx(b["val"]["gap"], abs=1e-6)
     rows = np.load("projected/database.npy")
@@ -165,14 +165,13 @@ def test_the_same_command_gives_the_same_weights():
 
 
 def test_two_processes_give_the_losses_and_weights_of_one():
-    options = ["--data.pairing", "syn+real+neg", "--model.lr", "1e-3", "--model.warmup_steps", "0", *NTXENT]
-    # Plain gradient steps would be as telling; Adam's first ones have the gradient's sign alone, so compare moves.
+    options = ["--data.pairing", "syn+real+neg", "--model.lr", "1e-4", "--model.warmup_steps", "0", *NTXENT]
     for name, devices in (("one", 1), ("two", 2)):
         subprocess.run(
             command("--output", name, "--trainer.devices", devices, *options),
             env=environment(), check=True, timeout=300, capture_output=True,
         )  # fmt: skip
-    assert column("two", "train/loss")[0] == pytest.approx(column("one", "train/loss")[0], abs=1e-5)
+    assert column("two", "train/loss") == pytest.approx(column("one", "train/loss"), abs=1e-4)
     start = FineTuning("r18_in", "random").state_dict()
     one, two = (checkpoint(f"{name}/last.ckpt")["state_dict"] for name in ("one", "two"))
     moved = torch.cat([(one[name] - start[name]).flatten().float() for name in start])
@@ -251,7 +250,7 @@ def test_bad_options_and_data(capsys, museum):
     assert "nothing is left to train" in error_of(capsys, "--model.freeze_backbone", "true")
     assert "--model.projector_dim" in error_of(capsys, "--model.projector_dim", "8")  # 8 images support 7
     assert "max_epochs" in error_of(capsys, "--trainer.max_epochs", "0")
-    assert "no such file" in error_of(capsys, "--config", "none.yaml") or True
+    assert "--config none.yaml: cannot be read" in error_of(capsys, "--config", "none.yaml")
     assert "no such folder" in error_of(capsys, "--data.root", "nowhere")
     (museum / "ground_truth" / "valset.json").unlink()
     assert "valset.json: no such file" in error_of(capsys)
@@ -298,7 +297,7 @@ def test_mixed_precision_accumulation_and_checkpointing(precision):
         "--output", "out", "--trainer.precision", precision, "--trainer.accumulate_grad_batches", "2",
         "--model.gradient_checkpointing", "true",
     )  # fmt: skip
-    assert len(column("out", "train/loss")) == 4
+    assert len(column("out", "train/loss")) == 2  # 2 epochs of 2 batches, logged at each step of the optimizer
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -324,4 +323,30 @@ def test_wandb_offline_logs_curves_config_and_pictures(monkeypatch):
     subprocess.run(arguments, env={**environment(), "HOME": str(Path.cwd())}, check=True, capture_output=True)
     [folder] = Path("out/wandb").glob("offline-run-*")
     assert list(folder.glob("*.wandb"))
-    assert list(folder.glob("files/media/table/pairs*")) and list(folder.glob("files/media/images/*"))
+    assert list(folder.rglob("pairs*.table.json"))
+    staged = [file for file in Path("out/wandb/artifacts").rglob("*") if file.is_file()]
+    assert sum(file.read_bytes().startswith(b"\x89PNG") for file in staged) >= 2 * 8
+
+
+CONFIGS = sorted((REPOSITORY / "configs" / "train").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_trains(config):
+    small = [
+        "--data.root", "museum", "--model.backbone", "r18_in", "--model.weights", "random", "--data.num_workers", "0",
+        "--data.first_view.size", "40", "--data.second_view.size", "40", "--trainer.max_epochs", "1", "--wandb", "off",
+        "--trainer.accelerator", "cpu", "--trainer.limit_train_batches", "1", "--data.batch_pairs", "4",
+    ]  # fmt: skip
+    small += ["--model.projector_dim", "4"] if config.stem == "projector_only" else []
+    run_main("metilr.train_command:train", ["--config", str(config), *small, "--output", "out"], prog="train.py")
+    assert Path("out/best.ckpt").exists()
+
+
+def test_without_options_is_the_demo_config(capsys):
+    def resolved(*options: str) -> dict:
+        with pytest.raises(SystemExit):
+            run_main("metilr.train_command:train", [*options, "--print_config"], prog="train.py")
+        return yaml.safe_load(capsys.readouterr().out)
+
+    assert resolved("--config", str(REPOSITORY / "configs" / "train" / "demo.yaml")) == resolved()

@@ -6,6 +6,7 @@ from typing import Literal
 
 import faiss
 import numpy as np
+from jsonargparse import lazy_instance
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
@@ -55,8 +56,8 @@ class PairDataModule(LightningDataModule):
         root: Path | None = None,
         database: DatabaseName = "full",
         pairing: Pairing = "syn",
-        first_view: Augmentation | None = None,
-        second_view: Augmentation | None = None,
+        first_view: Augmentation = lazy_instance(RandomCrop),  # noqa: B008 (made anew for each data module)
+        second_view: Augmentation = lazy_instance(SimulatedVisit),  # noqa: B008
         batch_pairs: int = 24,
         anchors_per_epoch: int | None = None,
         n_views: int | None = None,
@@ -77,8 +78,8 @@ class PairDataModule(LightningDataModule):
         self.root = root
         self.database = database
         self.pairing = pairing
-        self.first_view = first_view or RandomCrop()
-        self.second_view = second_view or SimulatedVisit()
+        self.first_view = first_view
+        self.second_view = second_view
         self.batch_pairs = batch_pairs
         self.anchors_per_epoch = anchors_per_epoch
         self.n_views = n_views
