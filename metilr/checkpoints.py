@@ -27,7 +27,7 @@ FORMAT = "metilr.checkpoint/1"
 EMBEDDER = "embedder."  # where the LightningModule keeps the model
 
 # torchvision's ResNets: bottleneck blocks?, blocks of each stage, groups and width of the 3x3 convolution.
-_RESNETS = {
+_RESNETS: dict[tuple[bool, tuple[int, ...], int, int], str] = {
     (False, (2, 2, 2, 2), 1, 64): "resnet18",
     (False, (3, 4, 6, 3), 1, 64): "resnet34",
     (True, (3, 4, 6, 3), 1, 64): "resnet50",
@@ -108,9 +108,7 @@ def load_embedder(path: Path, scales: Sequence[float] | None = None) -> tuple[Em
     }
     backbone = build_backbone(model["backbone"], "random", model["stage"], model["patch_rounding"])
     # p as a parameter or as a buffer has the same key; only its shape matters here.
-    pooling = build_pooling(
-        model["pooling"], backbone.width, model["p"] if model["pooling"] == "gem" else 3.0
-    )
+    pooling = build_pooling(model["pooling"], backbone.width, model["p"] if model["pooling"] == "gem" else 3.0)
     projector = None if model["projector_dim"] is None else Projector(backbone.width, model["projector_dim"])
     embedder = Embedder(backbone, pooling, projector, model["scales"] if scales is None else scales)
     load_strictly(embedder, weights, (), f"--ckpt {path} for {model['backbone']}")
@@ -156,7 +154,9 @@ def _reference_embedder(path: Path, state_dict: Mapping[str, Any], scales: Seque
         fitting = {"linear.weight": weight, "linear.bias": linear.get("bias", torch.zeros(len(weight))).flatten()}
         load_strictly(projector, fitting, (), f"--ckpt {path}, its projector")
         if weight.shape[1] != backbone.width:
-            raise UserError(f"--ckpt {path}: its projector takes {weight.shape[1]} channels, {architecture} gives others")
+            raise UserError(
+                f"--ckpt {path}: its projector takes {weight.shape[1]} channels, {architecture} gives others"
+            )
     pooling = build_pooling("gem", backbone.width, 3.0 if p is None else float(p.flatten()[0]))
     return Embedder(backbone, pooling, projector, SCALES if scales is None else scales).eval()
 
@@ -184,7 +184,7 @@ def _architecture(weights: StateDict) -> str | None:
         return None
     blocks = tuple(len({key.split(".")[1] for key in weights if key.startswith(f"layer{i}.")}) for i in range(1, 5))
     groups = kernel.shape[0] // max(kernel.shape[1], 1)
-    return _RESNETS.get(("layer1.0.conv3.weight" in weights, blocks, groups, kernel.shape[0]))  # type: ignore[call-overload]
+    return _RESNETS.get(("layer1.0.conv3.weight" in weights, blocks, groups, kernel.shape[0]))
 
 
 def _provenance(path: Path, backbone: Backbone, licence: str | None) -> Provenance:

@@ -89,7 +89,7 @@ class OneLineErrors:
         return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
 
 
-class _Parser(OneLineErrors, ArgumentParser):  # type: ignore[misc]
+class _Parser(OneLineErrors, ArgumentParser):
     """The commands' parser."""
 
 

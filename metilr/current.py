@@ -55,9 +55,7 @@ class CurrentDescriptors:
             self._pooled = CurrentDescriptors(
                 ground_truth, sizes, folder.with_name("pooled"), image_size, batch_size, num_workers, bad_images
             )
-        self._data = ImageDataModule(
-            ground_truth, sizes, self.store, image_size, batch_size, num_workers, bad_images
-        )
+        self._data = ImageDataModule(ground_truth, sizes, self.store, image_size, batch_size, num_workers, bad_images)
 
     def describe(self, trainer: pl.Trainer, embedder: Embedder) -> DescriptorStore:
         """Fill the store, or find it filled: the same weights describe once. Every process must call it.
@@ -71,7 +69,9 @@ class CurrentDescriptors:
         """
         single = single_scale(embedder).to(trainer.strategy.root_device)
         if self._pooled is not None and embedder.projector is not None:
-            return self._project(trainer, single, self._pooled.describe(trainer, single_scale(embedder, projector=False)))
+            return self._project(
+                trainer, single, self._pooled.describe(trainer, single_scale(embedder, projector=False))
+            )
         data = self._data
         data.trainer = trainer
         with agree(trainer):
@@ -143,6 +143,4 @@ class CurrentDescriptors:
 
 def single_scale(embedder: Embedder, projector: bool = True) -> Embedder:
     """The same modules, describing images at their own size alone; without the projector if asked for."""
-    return Embedder(
-        embedder.backbone, embedder.pooling, embedder.projector if projector else None, scales=(1.0,)
-    )
+    return Embedder(embedder.backbone, embedder.pooling, embedder.projector if projector else None, scales=(1.0,))

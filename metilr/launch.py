@@ -1,9 +1,11 @@
 """Which process this is: the only one, or one of several that torchrun or SLURM started."""
 
 import os
+from typing import Any
 
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_utilities.core import rank_zero
 
 
 def has_launcher() -> bool:
@@ -16,3 +18,9 @@ def launched_as_first() -> bool:
     if TorchElasticEnvironment.detect():
         return os.environ["RANK"] == "0"
     return not SLURMEnvironment.detect() or os.environ["SLURM_PROCID"] == "0"
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all, those that Lightning itself starts included."""
+    only: Any = rank_zero.rank_zero_only
+    return int(getattr(only, "rank", 0) or 0) == 0

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -54,10 +55,11 @@ def gather_rows(module: pl.LightningModule, local: Tensor) -> Tensor:
     world_size, rank = module.trainer.world_size, module.trainer.global_rank
     if world_size == 1:
         return local
-    counts = module.all_gather(torch.tensor(len(local), device=local.device)).tolist()
+    counts: Any = module.all_gather(torch.tensor(len(local), device=local.device))
+    counts = counts.tolist()
     # Collectives take equal shapes: fill up with rows that are cut off again.
     padding = [0, 0] * (local.ndim - 1) + [0, max(counts) - len(local)]
-    gathered = module.all_gather(F.pad(local.detach(), padding))
+    gathered: Any = module.all_gather(F.pad(local.detach(), padding))
     if local.requires_grad:
         local.register_hook(lambda gradient: gradient * world_size)
     return torch.cat([local if i == rank else gathered[i, :count] for i, count in enumerate(counts)])

@@ -12,18 +12,17 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 import yaml
 from jsonargparse import Namespace
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.markup import escape
 from typing_extensions import override
@@ -34,7 +33,7 @@ from metilr.cli import OneLineErrors, check_config
 from metilr.data.pair_datamodule import PairDataModule
 from metilr.errors import UserError
 from metilr.files import write_atomically
-from metilr.launch import has_launcher
+from metilr.launch import has_launcher, is_first_process
 from metilr.results import RUNS, make_new_folder
 from metilr.training import FineTuning
 from metilr.training_callbacks import KNNValidation, PairPictures
@@ -120,7 +119,7 @@ class TrainingCLI(LightningCLI):
         try:
             yield
         except BaseException:
-            if self.config.output is None and rank_zero_only.rank == 0 and not (self.output / f"{LAST}.ckpt").exists():
+            if self.config.output is None and is_first_process() and not (self.output / f"{LAST}.ckpt").exists():
                 shutil.rmtree(self.output, ignore_errors=True)
             raise
 
@@ -179,7 +178,7 @@ def train(args: Sequence[str] | None = None) -> None:
         KeyboardInterrupt: If interrupted; finished epochs are kept.
     """
     _quieten()
-    console = Console(highlight=False, quiet=rank_zero_only.rank != 0)
+    console = Console(highlight=False, quiet=not is_first_process())
     try:
         cli = TrainingCLI(sys.argv[1:] if args is None else args)
     except MisconfigurationException as error:  # Lightning's word for options that cannot work
@@ -210,7 +209,7 @@ def open_run(output: Path | None, options: Mapping[str, Any]) -> tuple[Path, Pat
     Raises:
         UserError: If the folder cannot be written, or holds a finished run, one of other options, or other files.
     """
-    if OUTPUT_VARIABLE in os.environ and rank_zero_only.rank != 0:
+    if OUTPUT_VARIABLE in os.environ and not is_first_process():
         output = Path(os.environ[OUTPUT_VARIABLE])
     elif output is None:
         if has_launcher():
@@ -219,7 +218,7 @@ def open_run(output: Path | None, options: Mapping[str, Any]) -> tuple[Path, Pat
     os.environ[OUTPUT_VARIABLE] = str(output)
     config = output / "config.yaml"
     last = output / f"{LAST}.ckpt"
-    if rank_zero_only.rank == 0:
+    if is_first_process():
         _claim(output, config, options)
     if not last.exists():
         return output, None
@@ -278,10 +277,12 @@ def _wandb_logger(config: Namespace, output: Path, options: Mapping[str, Any]) -
 
     mode = config.wandb
     if mode == "auto":
-        mode = "online" if _has_wandb_key() and os.environ.get("WANDB_MODE") not in ("offline", "disabled") else "offline"
+        mode = (
+            "online" if _has_wandb_key() and os.environ.get("WANDB_MODE") not in ("offline", "disabled") else "offline"
+        )
     elif mode == "online" and not _has_wandb_key():
         raise UserError("--wandb online: no key; run wandb login, set WANDB_API_KEY, or use --wandb offline")
-    if rank_zero_only.rank != 0:
+    if not is_first_process():
         return WandbLogger(project=config.wandb_project, offline=True, save_dir=output)
     # Pictures of an offline run wait there for wandb sync: beside the run and not in the user's home.
     os.environ.setdefault("WANDB_DATA_DIR", str((output / "wandb").absolute()))
@@ -295,7 +296,10 @@ def _wandb_logger(config: Namespace, output: Path, options: Mapping[str, Any]) -
     if mode == "online":
         try:
             run = wandb.init(
-                mode="online", resume="allow", settings=wandb.Settings(silent=True, init_timeout=WANDB_TIMEOUT), **arguments
+                mode="online",
+                resume="allow",
+                settings=wandb.Settings(silent=True, init_timeout=WANDB_TIMEOUT),
+                **arguments,
             )
         except Exception as error:  # whatever keeps W&B from being reached must not stop the training
             print(f"W&B cannot be reached ({str(error).splitlines()[0]}); logging offline", file=sys.stderr)
@@ -326,7 +330,9 @@ def _finish(cli: TrainingCLI, console: Console) -> None:
     if score is not None:
         console.print(f"val GAP {100 * float(score):.2f} at best{start} (single-scale, k = 1, τ = 1, no whitening)")
         if before is not None and float(score) <= before["val/gap"]:
-            console.print("[bold yellow]note:[/] training did not improve GAP on val; the starting weights were no worse")
+            console.print(
+                "[bold yellow]note:[/] training did not improve GAP on val; the starting weights were no worse"
+            )
     root = cli.datamodule.root
     options = [] if root is None else ["--root", str(root)]
     options += [] if cli.datamodule.database == "full" else ["--database", cli.datamodule.database]

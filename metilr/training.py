@@ -1,6 +1,7 @@
 """Contrastive fine-tuning: the LightningModule around backbone, pooling and projector."""
 
 import math
+import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -161,7 +162,7 @@ class FineTuning(pl.LightningModule):
                     raise UserError(message) from None
                 mean, projection = torch.from_numpy(whitening.mean), torch.from_numpy(whitening.projection)
                 start = [projection.T.contiguous(), -mean @ projection]
-        weight, bias = self.trainer.strategy.broadcast(start)
+        weight, bias = typing.cast(list[Tensor], self.trainer.strategy.broadcast(start))
         with torch.no_grad():
             projector.linear.weight.copy_(weight)
             projector.linear.bias.copy_(bias)
@@ -259,7 +260,9 @@ class FineTuning(pl.LightningModule):
             return 1.0
         total = steps_per_epoch * (self.trainer.max_epochs or 1)
         if self.trainer.max_steps > 0:
-            total = min(total, self.trainer.max_steps) if (self.trainer.max_epochs or -1) > 0 else self.trainer.max_steps
+            total = (
+                min(total, self.trainer.max_steps) if (self.trainer.max_epochs or -1) > 0 else self.trainer.max_steps
+            )
         done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 

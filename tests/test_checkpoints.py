@@ -1,8 +1,8 @@
 """What evaluate.py --ckpt takes and what it refuses; the reference code's form is made up here, key by key."""
 
-import re
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np

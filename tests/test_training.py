@@ -24,7 +24,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 NTXENT = ["--model.loss", "pytorch_metric_learning.losses.NTXentLoss", "--model.loss.temperature", "0.1"]
 CONTRASTIVE = ["--model.loss", "metilr.losses.ContrastiveLoss"]
 TINY = [
-    "--data.root", "museum", "--model.backbone", "r18_in", "--model.weights", "random", "--data.first_view", "RandomCrop",
+    "--data.root", "museum", "--model.backbone", "r18_in", "--model.weights", "random",
+    "--data.first_view", "RandomCrop",
     "--data.first_view.size", "40", "--data.second_view", "SimulatedVisit", "--data.second_view.size", "40",
     "--data.batch_pairs", "4", "--data.num_workers", "0", "--trainer.accelerator", "cpu", "--trainer.precision", "32",
     "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "2", "--wandb", "off",
@@ -125,8 +126,8 @@ def test_frozen_backbone_trains_the_projector_alone():
 
 def test_the_projector_starts_as_whitening():
     run("--output", "out", "--model.freeze_backbone", "true", "--model.projector_dim", "4", "--model.lr", "0")
-    evaluate(root=Path("museum"), ckpt=Path("out/last.ckpt"), scales=[1], whitening="none", k=1, tau=1, accelerator="cpu",
-             num_workers=0, output=Path("a"), store=Path("projected"))  # fmt: skip
+    evaluate(root=Path("museum"), ckpt=Path("out/last.ckpt"), scales=[1], whitening="none", k=1, tau=1,
+             accelerator="cpu", num_workers=0, output=Path("a"), store=Path("projected"))  # fmt: skip
     evaluate(root=Path("museum"), backbone="r18_in", weights="random", scales=[1], whitening_dim=4, k=1, tau=1,
              accelerator="cpu", num_workers=0, output=Path("b"))  # fmt: skip
     a, b = (json.loads(Path(f"{name}/results.json").read_text()) for name in "ab")
@@ -274,7 +275,8 @@ def test_a_corrupt_image_stops_all_processes_or_is_left_out(museum):
 
 def test_the_fast_path_of_a_frozen_backbone_gives_the_plain_result():
     options = [
-        "--model.freeze_backbone", "true", "--model.projector_dim", "4", "--data.n_views", "3", "--data.pairing", "syn+neg",
+        "--model.freeze_backbone", "true", "--model.projector_dim", "4", "--data.n_views", "3",
+        "--data.pairing", "syn+neg",
         "--model.lr", "1e-3", *CONTRASTIVE,
     ]  # fmt: skip
     run("--output", "plain", *options)

@@ -1,12 +1,13 @@
 """The training data: database images in pairs that are drawn anew for each epoch, and val to validate on."""
 
+import typing
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import faiss
 import numpy as np
-from jsonargparse import lazy_instance
+from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
@@ -20,6 +21,7 @@ from metilr.data.pair_dataset import CachedPairDataset, PairBatch, PairDataset, 
 from metilr.data.pairs import Pairing, Pairs, deal_batches, draw_pairs, needs_descriptors
 from metilr.errors import UserError
 from metilr.extraction import default_workers
+from metilr.models.embedder import Embedder
 from metilr.processes import agree
 from metilr.results import RUNS
 from metilr.view_cache import ViewCache
@@ -113,7 +115,7 @@ class PairDataModule(LightningDataModule):
                 f"--data.pairing {self.pairing}: negatives need at least two exhibits, {root} has one; use syn"
             )
         if self.cache_views and not self.trainer.lightning_module.freeze_backbone:
-            raise UserError("--data.cache_views: views stay the same behind a frozen backbone only; give --model.freeze_backbone true")
+            raise UserError("--data.cache_views: needs a frozen backbone; give --model.freeze_backbone true")
         workers = default_workers(self.trainer.num_devices) if self.num_workers is None else self.num_workers
         self.workers = workers
         self.ground_truth = truth
@@ -149,15 +151,13 @@ class PairDataModule(LightningDataModule):
         with agree(self.trainer):
             pairs = self._draw() if not self._mines else None
         if self._mines:
-            store = self.current.describe(self.trainer, self.trainer.lightning_module.embedder)
+            store = self.current.describe(self.trainer, self._embedder)
             with agree(self.trainer):
                 if self.trainer.is_global_zero:
                     pairs = self._draw(np.asarray(store.rows("database")), store.made("database"))
-        self.pairs = self.trainer.strategy.broadcast(pairs)
-        batches = deal_batches(
-            len(self.pairs), self.batch_pairs, self.trainer.global_rank, self.trainer.world_size
-        )
-        dataset = self._dataset(self.pairs, batches)
+        self.pairs = pairs = typing.cast(Pairs, self.trainer.strategy.broadcast(pairs))
+        batches = deal_batches(len(pairs), self.batch_pairs, self.trainer.global_rank, self.trainer.world_size)
+        dataset = self._dataset(pairs, batches)
         workers = 0 if self.cache_views else min(self.workers, len(batches))
         return DataLoader(
             dataset,
@@ -166,6 +166,11 @@ class PairDataModule(LightningDataModule):
             worker_init_fn=leave_signals_to_the_parent,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
+
+    @property
+    def _embedder(self) -> Embedder:
+        assert self.trainer is not None
+        return typing.cast(Embedder, self.trainer.lightning_module.embedder)
 
     @property
     def _mines(self) -> bool:
@@ -200,8 +205,6 @@ class PairDataModule(LightningDataModule):
             return PairDataset(pairs, batches, labels, self.views, self.first_view, self.second_view)
         assert self.n_views is not None
         cache = ViewCache(self.views, self.n_views, self.batch_pairs, self.workers)
-        embedder = self.trainer.lightning_module.embedder
-        first, second = (
-            cache.vectors(self.trainer, embedder, augmentation) for augmentation in (self.first_view, self.second_view)
-        )
+        first = cache.vectors(self.trainer, self._embedder, self.first_view)
+        second = cache.vectors(self.trainer, self._embedder, self.second_view)
         return CachedPairDataset(pairs, batches, labels, first, second, self.n_views)

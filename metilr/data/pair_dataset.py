@@ -88,7 +88,10 @@ class PairDataset(Dataset[PairBatch]):
 
     def _images(self, rows: np.ndarray, numbers: np.ndarray, augmentation: Augmentation) -> Tensor:
         return torch.stack(
-            [self.views.view(row, number, augmentation) for row, number in zip(rows.tolist(), numbers.tolist(), strict=True)]
+            [
+                self.views.view(row, number, augmentation)
+                for row, number in zip(rows.tolist(), numbers.tolist(), strict=True)
+            ]
         )
 
 

@@ -58,9 +58,7 @@ def test_fewer_than_ten_negatives_and_one_class(descriptors):
 def test_rows_left_out_are_never_drawn(descriptors):
     rows = np.setdiff1d(ROWS, [1, 4, 13])
     for seed in range(30):
-        pairs = draw_pairs(
-            rows, LABELS, "syn+real+neg", descriptors, n_anchors=None, n_views=None, epoch=0, seed=seed
-        )
+        pairs = draw_pairs(rows, LABELS, "syn+real+neg", descriptors, n_anchors=None, n_views=None, epoch=0, seed=seed)
         assert set(pairs.first) == set(rows) and set(pairs.second) <= set(rows)
 
 
@@ -120,7 +118,7 @@ def test_each_pair_once_over_all_processes(n, size, world):
     assert len({len(part) for part in parts}) == 1
     for batches in zip(*parts, strict=True):
         sizes = [len(batch) for batch in batches]
-        assert max(sizes) - min(sizes) <= 1 and 1 <= min(sizes) and sum(sizes) <= size
+        assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1 and sum(sizes) <= size
     whole = deal_batches(n, size, 0, 1)
     for i, batch in enumerate(whole):
         assert np.concatenate([part[i] for part in parts]).tolist() == batch.tolist()
