@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
@@ -164,9 +165,12 @@ class TrainingCLI(LightningCLI):
         )
 
     def _loggers(self) -> list[Logger]:
-        loggers: list[Logger] = [CSVLogger(str(self.output), name="", version="csv")]
+        # A continued run gets a file of its own: the logger would overwrite the first one's.
+        taken = len(list(self.output.glob("csv*"))) if self.resume_from else 0
+        loggers: list[Logger] = [CSVLogger(str(self.output), name="", version=f"csv_{taken + 1}" if taken else "csv")]
         if self.config.wandb != "off":
-            loggers.append(_wandb_logger(self.config, self.output, self.options))
+            wandb_logger = _wandb_logger(self.config, self.output, self.options)
+            loggers += [] if wandb_logger is None else [wandb_logger]
         return loggers
 
 
@@ -185,12 +189,17 @@ def train(args: Sequence[str] | None = None) -> None:
         raise UserError(f"--trainer: {error}") from None
     trainer: Trainer = cli.trainer
     doing = f"continuing after {cli.resume_from}" if cli.resume_from else "training"
-    console.print(f"[bold]{doing}[/] into {escape(str(cli.output))}; W&B: {cli.config.wandb}", soft_wrap=True)
+    device = f"{trainer.world_size} x {trainer.strategy.root_device.type.upper()}, precision {trainer.precision}"
+    console.print(f"[bold]{doing}[/] into {escape(str(cli.output))}, on {device}", soft_wrap=True)
     try:
         with cli.kept_if_of_use():
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from)
     except SystemExit:  # what Lightning turns Ctrl-C into
+        if cli.config.output is None and (cli.output / f"{LAST}.ckpt").exists():
+            console.print(f"to continue, add: --output {escape(str(cli.output))}", soft_wrap=True)
         raise KeyboardInterrupt from None
+    except MisconfigurationException as error:
+        raise UserError(f"--trainer: {error}") from None
     finally:
         launcher: Any = trainer.strategy.launcher
         if sys.exc_info()[0] is not None and launcher is not None:
@@ -231,7 +240,11 @@ def _claim(output: Path, config: Path, options: Mapping[str, Any]) -> None:
     if (output / "finished").exists():
         raise UserError(f"--output {output}: holds a finished run; name another folder")
     if config.exists():
-        other = _differing(yaml.safe_load(config.read_text()), yaml.safe_load(text))
+        try:
+            before = yaml.safe_load(config.read_text())
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{config}: cannot be read ({type(error).__name__}); name another --output") from None
+        other = _differing(before, yaml.safe_load(text))
         if other:
             raise UserError(
                 f"--output {output}: holds a run with other options ({', '.join(other[:4])}); name another folder, or "
@@ -267,11 +280,13 @@ def _refuse_what_would_not_resume(trainer: Any) -> None:
     for name in ("logger", "plugins"):
         if trainer.get(name) not in (None, True):
             raise UserError(f"--trainer.{name}: is set by train.py (see --wandb and --output); leave it out")
+    if str(trainer.get("precision")).startswith("16") and not torch.cuda.is_available():
+        raise UserError("--trainer.precision 16-mixed: needs an NVIDIA GPU; elsewhere use 32 or bf16-mixed")
     if (trainer.get("max_epochs") or 0) < 1:
         raise UserError("--trainer.max_epochs: give a number from 1 up; an epoch is what is validated and resumed")
 
 
-def _wandb_logger(config: Namespace, output: Path, options: Mapping[str, Any]) -> WandbLogger:
+def _wandb_logger(config: Namespace, output: Path, options: Mapping[str, Any]) -> WandbLogger | None:
     """A logger that never asks for a key and never stops a run for want of a network."""
     import wandb
 
@@ -305,8 +320,12 @@ def _wandb_logger(config: Namespace, output: Path, options: Mapping[str, Any]) -
             print(f"W&B cannot be reached ({str(error).splitlines()[0]}); logging offline", file=sys.stderr)
             mode = "offline"
     if mode == "offline":
-        run = wandb.init(mode="offline", settings=wandb.Settings(silent=True), **arguments)
-    return WandbLogger(experiment=run, log_model=bool(config.wandb_checkpoint))
+        try:
+            run = wandb.init(mode="offline", settings=wandb.Settings(silent=True), **arguments)
+        except Exception as error:  # its service cannot start here
+            print(f"W&B cannot start ({str(error).splitlines()[0]}); going on with CSV logs alone", file=sys.stderr)
+            return None
+    return WandbLogger(experiment=run)
 
 
 def _has_wandb_key() -> bool:
@@ -322,6 +341,10 @@ def _finish(cli: TrainingCLI, console: Console) -> None:
     for logger in cli.trainer.loggers:
         logger.finalize("success")
         if isinstance(logger, WandbLogger):
+            if cli.config.wandb_checkpoint and cli.best.best_model_path:
+                logger.experiment.log_artifact(
+                    cli.best.best_model_path, f"model-{logger.experiment.id}", "model", ["best"]
+                )
             logger.experiment.finish()
     write_atomically(cli.output / "finished", f"{datetime.now().astimezone().isoformat(timespec='seconds')}\n")
     best, score = cli.best.best_model_path, cli.best.best_model_score

@@ -250,6 +250,8 @@ def test_bad_options_and_data(capsys, museum):
     assert "--backbone r19: unknown" in error_of(capsys, "--model.backbone", "r19")
     assert "nothing is left to train" in error_of(capsys, "--model.freeze_backbone", "true")
     assert "--model.projector_dim" in error_of(capsys, "--model.projector_dim", "8")  # 8 images support 7
+    if not torch.cuda.is_available():
+        assert "needs an NVIDIA GPU" in error_of(capsys, "--trainer.precision", "16-mixed")
     assert "max_epochs" in error_of(capsys, "--trainer.max_epochs", "0")
     assert "--config none.yaml: cannot be read" in error_of(capsys, "--config", "none.yaml")
     assert "no such folder" in error_of(capsys, "--data.root", "nowhere")
