@@ -68,7 +68,9 @@ class CurrentDescriptors:
             UserError: In all processes, if one of them met an image that cannot be decoded or described.
         """
         single = single_scale(embedder).to(trainer.strategy.root_device)
-        if self._pooled is not None and embedder.projector is not None:
+        if self._pooled is not None and embedder.projector is None:
+            return self._pooled.describe(trainer, embedder)
+        if self._pooled is not None:
             return self._project(
                 trainer, single, self._pooled.describe(trainer, single_scale(embedder, projector=False))
             )
@@ -118,7 +120,8 @@ class CurrentDescriptors:
     def _prepare(self, single: Embedder) -> None:
         settings = store_settings(single, self.ground_truth, self._data.image_size, "32")
         counts = {split: len(paths) for split, paths in self.ground_truth.paths.items()}
-        if (self.store.path / "manifest.json").exists() and self.store.manifest()["settings"] != settings:
+        is_a_store = (self.store.path / "manifest.json").exists()  # not after a kill in the middle of the removal
+        if self.store.path.exists() and not (is_a_store and self.store.manifest()["settings"] == settings):
             shutil.rmtree(self.store.path)
         self.store.prepare(settings, counts, single.dim)
 

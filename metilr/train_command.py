@@ -1,9 +1,11 @@
 """``python train.py``: a Lightning CLI around FineTuning and PairDataModule, with one-line errors."""
 
 import contextlib
+import inspect
 import logging
 import netrc
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -24,6 +26,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.strategies import DDPStrategy
 from rich.console import Console
 from rich.markup import escape
 from typing_extensions import override
@@ -33,6 +36,7 @@ from metilr.checkpoints import AtomicCheckpointIO, read_checkpoint
 from metilr.cli import OneLineErrors, check_config
 from metilr.data.pair_datamodule import PairDataModule
 from metilr.errors import UserError
+from metilr.extraction import PLAN_TIMEOUT
 from metilr.files import write_atomically
 from metilr.launch import has_launcher, is_first_process
 from metilr.results import RUNS, make_new_folder
@@ -43,6 +47,13 @@ WandbMode = Literal["auto", "online", "offline", "off"]
 OUTPUT_VARIABLE = "METILR_TRAINING_OUTPUT"  # tells the processes that Lightning starts which folder the first chose
 WANDB_TIMEOUT = 30  # seconds for the first contact; then the run goes on offline
 BEST, LAST = "best", "last"
+PRECISIONS = ("32", "32-true", "bf16-mixed", "16-mixed")  # mining and validation are float32 in any case
+# What this command gives the trainer: an epoch is what is drawn, validated and resumed.
+SET_HERE = (
+    "logger", "plugins", "limit_val_batches", "num_sanity_val_steps", "reload_dataloaders_every_n_epochs",
+    "default_root_dir", "use_distributed_sampler", "enable_model_summary", "check_val_every_n_epoch",
+    "val_check_interval", "enable_checkpointing",
+)  # fmt: skip
 
 
 class TrainingParser(OneLineErrors, LightningArgumentParser):
@@ -101,8 +112,9 @@ class TrainingCLI(LightningCLI):
             if option in ("--config", "-c") and (file or i + 1 < len(args)):
                 check_config(parser, file or args[i + 1])
         self.config = parser.parse_args(args)
-        if isinstance(self.config.seed_everything, bool):
-            parser.error("--seed_everything: give a number from 0 up")
+        seed = self.config.seed_everything
+        if isinstance(seed, bool) or not 0 <= seed < 2**32:
+            parser.error(f"--seed_everything {seed}: give a number from 0 to 2**32 - 1")
         if self.config.pictures_every < 1:
             parser.error(f"--pictures_every {self.config.pictures_every}: must be at least 1")
 
@@ -152,6 +164,8 @@ class TrainingCLI(LightningCLI):
         if SLURMEnvironment.detect():
             # Its requeue would save in the middle of an epoch; the same command continues at the last whole one.
             plugins.append(SLURMEnvironment(auto_requeue=False))
+        if self.config.trainer.strategy in ("auto", "ddp") and _several_processes(self.config.trainer):
+            kwargs["strategy"] = DDPStrategy(timeout=PLAN_TIMEOUT)  # the others wait while the first one mines
         return super().instantiate_trainer(
             logger=self._loggers(),
             plugins=plugins,
@@ -168,7 +182,7 @@ class TrainingCLI(LightningCLI):
         # A continued run gets a file of its own: the logger would overwrite the first one's.
         taken = len(list(self.output.glob("csv*"))) if self.resume_from else 0
         loggers: list[Logger] = [CSVLogger(str(self.output), name="", version=f"csv_{taken + 1}" if taken else "csv")]
-        if self.config.wandb != "off":
+        if self.config.wandb != "off" and os.environ.get("WANDB_MODE") != "disabled":
             wandb_logger = _wandb_logger(self.config, self.output, self.options)
             loggers += [] if wandb_logger is None else [wandb_logger]
         return loggers
@@ -185,7 +199,9 @@ def train(args: Sequence[str] | None = None) -> None:
     console = Console(highlight=False, quiet=not is_first_process())
     try:
         cli = TrainingCLI(sys.argv[1:] if args is None else args)
-    except MisconfigurationException as error:  # Lightning's word for options that cannot work
+    except (MisconfigurationException, ValueError) as error:  # Lightning's words for options that cannot work
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"--trainer: {error}") from None
     trainer: Trainer = cli.trainer
     doing = f"continuing after {cli.resume_from}" if cli.resume_from else "training"
@@ -195,11 +211,12 @@ def train(args: Sequence[str] | None = None) -> None:
         with cli.kept_if_of_use():
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from)
     except SystemExit:  # what Lightning turns Ctrl-C into
-        if cli.config.output is None and (cli.output / f"{LAST}.ckpt").exists():
-            console.print(f"to continue, add: --output {escape(str(cli.output))}", soft_wrap=True)
+        console.print(escape(_how_to_continue(cli)), soft_wrap=True)
         raise KeyboardInterrupt from None
     except MisconfigurationException as error:
         raise UserError(f"--trainer: {error}") from None
+    except UserError as error:
+        raise UserError(_without_traceback(str(error)) + _how_to_continue(cli)) from None
     finally:
         launcher: Any = trainer.strategy.launcher
         if sys.exc_info()[0] is not None and launcher is not None:
@@ -207,6 +224,19 @@ def train(args: Sequence[str] | None = None) -> None:
                 process.kill()
     if trainer.is_global_zero:
         _finish(cli, console)
+
+
+def _without_traceback(message: str) -> str:
+    """The error itself, where a loader's process has put its traceback before it."""
+    found = re.findall(r"^metilr\.\S*Error: (.*)$", message, flags=re.MULTILINE)
+    return found[-1] if found else message
+
+
+def _how_to_continue(cli: TrainingCLI) -> str:
+    """What a dated run needs to be continued, which the same command alone would not do."""
+    if cli.config.output is not None or not (cli.output / f"{LAST}.ckpt").exists():
+        return ""
+    return f" (to continue, add --output {cli.output})"
 
 
 def open_run(output: Path | None, options: Mapping[str, Any]) -> tuple[Path, Path | None]:
@@ -275,12 +305,25 @@ def _plain(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]
     return dict(options)
 
 
+def _several_processes(trainer: Any) -> bool:
+    on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
+    devices = trainer.devices if trainer.devices not in ("auto", -1, "-1") else None
+    if devices is None:
+        devices = torch.cuda.device_count() if on_gpu else 1
+    several = len(devices) > 1 if isinstance(devices, list) else str(devices) != "1"
+    return has_launcher() or trainer.num_nodes > 1 or several
+
+
 def _refuse_what_would_not_resume(trainer: Any) -> None:
     """Refuse options of the trainer that this command decides, or that would silently do nothing."""
-    for name in ("logger", "plugins"):
-        if trainer.get(name) not in (None, True):
-            raise UserError(f"--trainer.{name}: is set by train.py (see --wandb and --output); leave it out")
-    if str(trainer.get("precision")).startswith("16") and not torch.cuda.is_available():
+    defaults = {name: parameter.default for name, parameter in inspect.signature(Trainer).parameters.items()}
+    for name in SET_HERE:
+        if trainer.get(name) not in (None, defaults[name]):
+            raise UserError(f"--trainer.{name}: is decided by train.py; leave it out")
+    precision = str(trainer.get("precision"))
+    if precision not in PRECISIONS:
+        raise UserError(f"--trainer.precision {precision}: choose one of {', '.join(PRECISIONS)}")
+    if precision.startswith("16") and not torch.cuda.is_available():
         raise UserError("--trainer.precision 16-mixed: needs an NVIDIA GPU; elsewhere use 32 or bf16-mixed")
     if (trainer.get("max_epochs") or 0) < 1:
         raise UserError("--trainer.max_epochs: give a number from 1 up; an epoch is what is validated and resumed")
@@ -317,15 +360,19 @@ def _wandb_logger(config: Namespace, output: Path, options: Mapping[str, Any]) -
                 **arguments,
             )
         except Exception as error:  # whatever keeps W&B from being reached must not stop the training
-            print(f"W&B cannot be reached ({str(error).splitlines()[0]}); logging offline", file=sys.stderr)
+            print(f"W&B cannot be reached ({_short(error)}); logging offline", file=sys.stderr)
             mode = "offline"
     if mode == "offline":
         try:
             run = wandb.init(mode="offline", settings=wandb.Settings(silent=True), **arguments)
         except Exception as error:  # its service cannot start here
-            print(f"W&B cannot start ({str(error).splitlines()[0]}); going on with CSV logs alone", file=sys.stderr)
+            print(f"W&B cannot start ({_short(error)}); going on with CSV logs alone", file=sys.stderr)
             return None
     return WandbLogger(experiment=run)
+
+
+def _short(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _has_wandb_key() -> bool:
@@ -338,15 +385,21 @@ def _has_wandb_key() -> bool:
 
 
 def _finish(cli: TrainingCLI, console: Console) -> None:
-    for logger in cli.trainer.loggers:
-        logger.finalize("success")
-        if isinstance(logger, WandbLogger):
-            if cli.config.wandb_checkpoint and cli.best.best_model_path:
-                logger.experiment.log_artifact(
-                    cli.best.best_model_path, f"model-{logger.experiment.id}", "model", ["best"]
-                )
-            logger.experiment.finish()
     write_atomically(cli.output / "finished", f"{datetime.now().astimezone().isoformat(timespec='seconds')}\n")
+    _print_outcome(cli, console)
+    for logger in cli.trainer.loggers:
+        if not isinstance(logger, WandbLogger):
+            continue
+        try:
+            best = cli.best.best_model_path
+            if cli.config.wandb_checkpoint and best:
+                logger.experiment.log_artifact(best, f"model-{logger.experiment.id}", "model", ["best"])
+            logger.experiment.finish()
+        except Exception as error:  # the training is done, whatever W&B's network does
+            print(f"W&B could not be finished ({_short(error)}); see wandb sync", file=sys.stderr)
+
+
+def _print_outcome(cli: TrainingCLI, console: Console) -> None:
     best, score = cli.best.best_model_path, cli.best.best_model_score
     before = cli.validation.before
     start = "" if before is None else f", {100 * before['val/gap']:.2f} before training"

@@ -251,7 +251,10 @@ class FineTuning(pl.LightningModule):
 
     def _factor(self, step: int) -> float:
         """What the learning rates are multiplied by at an optimizer step."""
-        steps_per_epoch = max(1, -(-self._data.n_batches // self.trainer.accumulate_grad_batches))
+        limit = self.trainer.limit_train_batches  # a share if a float
+        n_batches = self._data.n_batches
+        n_batches = min(n_batches, limit) if isinstance(limit, int) else int(n_batches * limit)
+        steps_per_epoch = max(1, -(-n_batches // self.trainer.accumulate_grad_batches))
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.schedule == "step":
@@ -286,6 +289,9 @@ class FineTuning(pl.LightningModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.resumed = True
+        entry = checkpoint.get("metilr", {})
+        if entry.get("data", {}).get("fingerprint") != self._data.ground_truth.fingerprint():
+            raise UserError("--output: its data changed (database or valset.json); name another folder")
 
 
 def _trainable(module: nn.Module | None) -> Iterator[nn.Parameter]:

@@ -77,6 +77,8 @@ class PairDataModule(LightningDataModule):
                 raise UserError(f"--data.{name} {value}: must be at least 1")
         if cache_views and n_views is None:
             raise UserError("--data.cache_views: needs --data.n_views, the number of views to keep of each image")
+        if cache_views and bad_images == "skip":
+            raise UserError("--data.bad_images skip: not with --data.cache_views; mend the images or leave one out")
         self.root = root
         self.database = database
         self.pairing = pairing

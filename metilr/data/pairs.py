@@ -139,7 +139,7 @@ def hard_negatives(
     k = min(len(rows), 3 * N_NEGATIVES)
     unsettled = asked
     while len(unsettled):
-        found = search(database, _rows_of(descriptors, unsettled), k, device if k <= GPU_MAX_K else "cpu").rows
+        found = search(database, _rows_of(descriptors, unsettled), k, device if k <= GPU_MAX_K // 2 else "cpu").rows
         others = labels[rows[found]] != labels[unsettled][:, None]
         settled = (others.sum(axis=1) >= N_NEGATIVES) | (k == len(rows))
         for i in np.flatnonzero(settled):
