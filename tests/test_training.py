@@ -208,6 +208,21 @@ def test_a_finished_run_and_one_of_other_options_are_not_continued(capsys):
     assert "other options (model.lr)" in message and "--config out/config.yaml" in message
 
 
+def test_data_that_changed_is_not_continued(capsys, museum):
+    run("--output", "out")
+    Path("out/finished").unlink()
+    file = museum / "ground_truth" / "valset.json"
+    file.write_text(json.dumps(json.loads(file.read_text())[1:]))
+    assert "its data changed" in error_of(capsys, "--output", "out", "--trainer.max_epochs", "2")
+
+
+def test_descriptors_half_removed_by_a_kill():
+    run("--output", "out", "--data.pairing", "syn+neg")
+    for file in ("finished", "descriptors/manifest.json", "descriptors/val.npy"):
+        (Path("out") / file).unlink()
+    run("--output", "out", "--data.pairing", "syn+neg")
+
+
 def test_a_truncated_checkpoint_of_the_run(capsys):
     run("--output", "out")
     Path("out/finished").unlink()
@@ -253,6 +268,10 @@ def test_bad_options_and_data(capsys, museum):
     if not torch.cuda.is_available():
         assert "needs an NVIDIA GPU" in error_of(capsys, "--trainer.precision", "16-mixed")
     assert "max_epochs" in error_of(capsys, "--trainer.max_epochs", "0")
+    assert "decided by train.py" in error_of(capsys, "--trainer.limit_val_batches", "3")
+    assert "choose one of 32" in error_of(capsys, "--trainer.precision", "bf16-true")
+    assert "--seed_everything -1" in error_of(capsys, "--seed_everything", "-1")
+    assert "--trainer" in error_of(capsys, "--trainer.strategy", "dpp")
     assert "--config none.yaml: cannot be read" in error_of(capsys, "--config", "none.yaml")
     assert "no such folder" in error_of(capsys, "--data.root", "nowhere")
     (museum / "ground_truth" / "valset.json").unlink()
