@@ -335,9 +335,7 @@ def _wandb_logger(config: Namespace, output: Path, options: Mapping[str, Any]) -
 
     mode = config.wandb
     if mode == "auto":
-        mode = (
-            "online" if _has_wandb_key() and os.environ.get("WANDB_MODE") not in ("offline", "disabled") else "offline"
-        )
+        mode = "online" if _has_wandb_key() and os.environ.get("WANDB_MODE") != "offline" else "offline"
     elif mode == "online" and not _has_wandb_key():
         raise UserError("--wandb online: no key; run wandb login, set WANDB_API_KEY, or use --wandb offline")
     if not is_first_process():

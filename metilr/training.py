@@ -261,11 +261,10 @@ class FineTuning(pl.LightningModule):
             return float(0.1 ** (step // steps_per_epoch // self.step_epochs))
         if self.schedule == "constant":
             return 1.0
-        total = steps_per_epoch * (self.trainer.max_epochs or 1)
+        assert self.trainer.max_epochs is not None and self.trainer.max_epochs > 0  # the command refuses less
+        total = steps_per_epoch * self.trainer.max_epochs
         if self.trainer.max_steps > 0:
-            total = (
-                min(total, self.trainer.max_steps) if (self.trainer.max_epochs or -1) > 0 else self.trainer.max_steps
-            )
+            total = min(total, self.trainer.max_steps)
         done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 

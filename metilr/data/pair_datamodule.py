@@ -96,6 +96,7 @@ class PairDataModule(LightningDataModule):
         self.folder = RUNS / "training"  # of the descriptors of the day; the command names the run's own
         self.ground_truth: GroundTruth | None = None
         self.pairs: Pairs | None = None
+        self._vectors: list[np.ndarray] | None = None
 
     @override
     def prepare_data(self) -> None:
@@ -206,7 +207,8 @@ class PairDataModule(LightningDataModule):
         if not self.cache_views:
             return PairDataset(pairs, batches, labels, self.views, self.first_view, self.second_view)
         assert self.n_views is not None
-        cache = ViewCache(self.views, self.n_views, self.batch_pairs, self.workers)
-        first = cache.vectors(self.trainer, self._embedder, self.first_view)
-        second = cache.vectors(self.trainer, self._embedder, self.second_view)
-        return CachedPairDataset(pairs, batches, labels, first, second, self.n_views)
+        if self._vectors is None:  # behind a frozen backbone they stay the same in all epochs
+            cache = ViewCache(self.views, self.n_views, self.batch_pairs, self.workers)
+            views = (self.first_view, self.second_view)
+            self._vectors = [cache.vectors(self.trainer, self._embedder, augmentation) for augmentation in views]
+        return CachedPairDataset(pairs, batches, labels, self._vectors[0], self._vectors[1], self.n_views)
