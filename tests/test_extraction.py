@@ -167,7 +167,11 @@ def test_a_killed_command_continues_to_the_same_bytes(embedder, museum, tmp_path
     ]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, str(tmp_path / "killed.py"), *options, str(int(number))]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+        # Whoever runs the tests in the background hands down an ignored Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     if number == signal.SIGKILL:
         assert run.returncode == -signal.SIGKILL
     else:
