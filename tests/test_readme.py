@@ -105,7 +105,16 @@ def test_every_option_that_the_readme_names_exists(capsys):
         run_main("metilr.train_command:train", ["--help"], prog="train.py")
     known = set(re.findall(r"--[\w.]+", capsys.readouterr().out))
     # pip, metilr visits, torchrun and srun have options of their own
-    elsewhere = {"--index", "--preset", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"}
+    elsewhere = {
+        "--root",
+        "--views",
+        "--index",
+        "--preset",
+        "--nnodes",
+        "--nproc_per_node",
+        "--rdzv_backend",
+        "--rdzv_endpoint",
+    }
     elsewhere |= {"--trainer.x", "--model.x", "--data.x", "--model.loss.temperature"}  # placeholders; a loss's own
     elsewhere |= {"--nodes", "--ntasks", "--ntasks-per-node", "--gpus", "--gpus-per-node", "--requeue"}
     assert set(re.findall(r"--[a-z_][\w.]*\w", README)) - elsewhere <= known
