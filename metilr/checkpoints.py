@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
@@ -60,6 +61,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     @override
     def load_checkpoint(self, path: Any, map_location: Any = None, *_: Any, **__: Any) -> dict[str, Any]:
         return dict(read_checkpoint(Path(path)))
+
+
+class MovableModelCheckpoint(ModelCheckpoint):
+    """Lightning's, except that it remembers the best score of a run whose folder was moved or renamed."""
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def moved(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        best = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(
+            {**state_dict, **{name: moved(state_dict[name]) for name in paths}, "best_k_models": best,
+             "dirpath": self.dirpath}
+        )  # fmt: skip
 
 
 def read_checkpoint(path: Path) -> Mapping[str, Any]:

@@ -23,7 +23,7 @@ from jsonargparse import Namespace
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 from pytorch_lightning.strategies import DDPStrategy
@@ -32,7 +32,7 @@ from rich.markup import escape
 from typing_extensions import override
 
 from metilr.callbacks import ExactFloat32
-from metilr.checkpoints import AtomicCheckpointIO, read_checkpoint
+from metilr.checkpoints import AtomicCheckpointIO, MovableModelCheckpoint, read_checkpoint
 from metilr.cli import OneLineErrors, check_config
 from metilr.data.pair_datamodule import PairDataModule
 from metilr.errors import UserError
@@ -52,7 +52,7 @@ PRECISIONS = ("32", "32-true", "bf16-mixed", "16-mixed")  # mining and validatio
 SET_HERE = (
     "logger", "plugins", "limit_val_batches", "num_sanity_val_steps", "reload_dataloaders_every_n_epochs",
     "default_root_dir", "use_distributed_sampler", "enable_model_summary", "check_val_every_n_epoch",
-    "val_check_interval", "enable_checkpointing",
+    "val_check_interval", "enable_checkpointing", "fast_dev_run", "overfit_batches", "barebones",
 )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ class TrainingCLI(LightningCLI):
         self.datamodule.folder = self.output
         self.model.run_config = self.options
         self.validation = KNNValidation(self.config.validate_first)
-        self.best = ModelCheckpoint(
+        self.best = MovableModelCheckpoint(
             self.output,
             filename=BEST,
             monitor="val/gap",
@@ -153,7 +153,7 @@ class TrainingCLI(LightningCLI):
             self.validation, PairPictures(self.config.pictures_every), LearningRateMonitor("step"), ExactFloat32(),
             self.best,
             # After the best: it is what a killed run continues from, and has the best's state in it.
-            ModelCheckpoint(
+            MovableModelCheckpoint(
                 self.output, filename=LAST, save_on_train_epoch_end=True, enable_version_counter=False
             ),
         ]  # fmt: skip
@@ -410,6 +410,8 @@ def _print_outcome(cli: TrainingCLI, console: Console) -> None:
     root = cli.datamodule.root
     options = [] if root is None else ["--root", str(root)]
     options += [] if cli.datamodule.database == "full" else ["--database", cli.datamodule.database]
+    # Whitening would undo a linear projector: it makes the database's covariance the identity, whatever comes before.
+    options += ["--whitening", "none"] if cli.model.freeze_backbone else []
     command = shlex.join(["python", "evaluate.py", "--ckpt", best or str(cli.output / f"{LAST}.ckpt"), *options])
     console.print(f"evaluate it with\n  {escape(command)}", soft_wrap=True)
 

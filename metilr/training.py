@@ -1,5 +1,6 @@
 """Contrastive fine-tuning: the LightningModule around backbone, pooling and projector."""
 
+import copy
 import math
 import typing
 from collections.abc import Iterator, Sequence
@@ -138,14 +139,20 @@ class FineTuning(pl.LightningModule):
             self._start_projector(self.embedder.projector)
 
     def _check_loss(self) -> None:
-        """Refuse a classification loss whose weights fit neither the embeddings nor the data."""
-        weights = getattr(self.loss, "W", None)
-        wanted = (self.embedder.dim, self._data.ground_truth.n_classes)
-        if isinstance(weights, Tensor) and tuple(weights.shape) != wanted:
+        """Refuse a loss whose own weights fit neither the embeddings nor the data."""
+        if isinstance(self.loss, ContrastiveLoss):
+            return
+        dim, n_classes = self.embedder.dim, self._data.ground_truth.n_classes
+        labels = torch.tensor([0, 0, n_classes - 1, n_classes - 1], device=self.device)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                copy.deepcopy(self.loss)(torch.eye(4, dim, device=self.device), labels)
+        except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
+            name = type(self.loss).__name__
             raise UserError(
-                f"--model.loss: needs embedding_size {wanted[0]} and num_classes {wanted[1]} here, "
-                f"not {weights.shape[0]} and {weights.shape[1]}"
-            )
+                f"--model.loss {name}: does not take this model's embeddings of size {dim} and labels of {n_classes} "
+                f"classes ({' '.join(str(error).split())}); check its embedding_size and num_classes, if it has them"
+            ) from None
 
     def _start_projector(self, projector: Projector) -> None:
         """Let the projector be the PCA-whitening of the database's descriptors as they are now."""

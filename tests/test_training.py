@@ -234,6 +234,28 @@ def test_a_truncated_checkpoint_of_the_run(capsys):
     assert "out/last.ckpt: cannot be read as a checkpoint" in error_of(capsys, "--output", "out")
 
 
+def test_a_run_whose_folder_was_renamed_keeps_its_best(monkeypatch):
+    """The last epoch must not replace a better one because the run has moved."""
+    epochs = iter([0.9, 0.1])
+    figures = {"val/gap_minus": torch.tensor(0.5), "val/acc": torch.tensor(0.5)}
+    validate = lambda *_: {"val/gap": torch.tensor(next(epochs)), **figures}  # noqa: E731
+    monkeypatch.setattr("metilr.training_callbacks.KNNValidation._validate", validate)
+    options = ["--validate_first", "false", *NTXENT]
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTuning, "on_train_epoch_start", stop_in_the_second_epoch)
+        with pytest.raises(SystemExit):
+            run("--output", "before", *options)
+    Path("before").rename("after")
+    run("--output", "after", *options)
+    assert checkpoint("after/last.ckpt")["epoch"] == 1
+    assert checkpoint("after/best.ckpt")["epoch"] == 0
+
+
+def stop_in_the_second_epoch(module: FineTuning) -> None:
+    if module.current_epoch == 1:
+        raise KeyboardInterrupt
+
+
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     """The second checkpoint passes the limit on a file's size, as it would pass the disk's end."""
     limit = 5_000_000
@@ -271,6 +293,8 @@ def test_bad_options_and_data(capsys, museum):
         assert "needs an NVIDIA GPU" in error_of(capsys, "--trainer.precision", "16-mixed")
     assert "max_epochs" in error_of(capsys, "--trainer.max_epochs", "0")
     assert "decided by train.py" in error_of(capsys, "--trainer.limit_val_batches", "3")
+    assert "decided by train.py" in error_of(capsys, "--trainer.fast_dev_run", "true")
+    assert "two numbers" in error_of(capsys, "--data.first_view.scale", "[0.5]")
     assert "choose one of 32" in error_of(capsys, "--trainer.precision", "bf16-true")
     assert "--seed_everything -1" in error_of(capsys, "--seed_everything", "-1")
     assert "--trainer" in error_of(capsys, "--trainer.strategy", "dpp")
@@ -339,6 +363,8 @@ def test_arcface_and_its_classes(capsys):
     run("--output", "out", *loss, "--model.loss.num_classes", "6")
     assert "loss.W" in checkpoint("out/last.ckpt")["state_dict"]
     assert "num_classes" in error_of(capsys, *loss, "--model.loss.num_classes", "3")
+    proxies = ["--model.loss", "pytorch_metric_learning.losses.ProxyAnchorLoss", "--model.loss.num_classes", "6"]
+    assert "embeddings of size 512" in error_of(capsys, *proxies, "--model.loss.embedding_size", "64")
 
 
 def test_wandb_offline_logs_curves_config_and_pictures(monkeypatch):

@@ -48,6 +48,8 @@ class RandomCrop(Augmentation):
         scale: Sequence[float] = (0.7, 1.0),
         ratio: Sequence[float] = (0.9, 1 / 0.9),
     ) -> None:
+        if len(scale) != 2 or len(ratio) != 2:
+            raise UserError(f"RandomCrop: scale {list(scale)} and ratio {list(ratio)} need two numbers each")
         if size < 1 or not 0 < scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
             raise UserError(f"RandomCrop: size {size}, scale {list(scale)} or ratio {list(ratio)} is out of range")
         self.size, self.scale, self.ratio = size, tuple(scale), tuple(ratio)
