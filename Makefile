@@ -19,7 +19,7 @@ test: $(VENV)/.installed-dev
 # The tests on the lower bounds that pyproject.toml declares, in an environment of their own.
 test-lowest:
 	test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python -m pip install -q -e '.[demo,dev]' -c tests/lowest.txt
+	.venv-lowest/bin/python -m pip install -q -e '.[demo,serve,dev]' -c tests/lowest.txt
 	.venv-lowest/bin/python -m pytest
 
 lint: $(VENV)/.installed-dev
@@ -29,11 +29,11 @@ lint: $(VENV)/.installed-dev
 
 # A stamp per set of extras, renewed when pyproject.toml changes: a second run installs nothing.
 $(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[demo]'
+	$(BIN)/python -m pip install -q -e '.[demo,serve]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[demo,dev]'
+	$(BIN)/python -m pip install -q -e '.[demo,serve,dev]'
 	@touch $@ $(VENV)/.installed-demo
 
 # Some systems ship venv without ensurepip; then the system's pip puts one in.

@@ -9,7 +9,7 @@ Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021 Datasets and Benchmarks
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -21,6 +21,9 @@ from metilr.metrics import DISTRACTOR
 DatabaseName = Literal["full", "mini"]
 DATABASE_FILES: dict[DatabaseName, str] = {"full": "MET_database.json", "mini": "mini_MET_database.json"}
 QUERY_FILES = {"val": "valset.json", "test": "testset.json"}
+NOT_NAMED = -1  # photographer of a query whose entry names none
+MET = "met"
+DISTRACTOR_KINDS = {"test_other": "other-artwork", "test_noart": "non-art"}  # by folder, as published
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class GroundTruth:
         labels: Labels of each split, int64 ``(n,)``.
         exhibit_ids: The database's exhibits, ascending, int64 ``(n_classes,)``.
         digests: sha256 of each split's JSON file.
+        photographers: Who took each query of a split, int64 ``(n,)``, numbered from 0; NOT_NAMED where the file
+            does not say.
     """
 
     root: Path
@@ -45,6 +50,7 @@ class GroundTruth:
     labels: Mapping[str, np.ndarray]
     exhibit_ids: np.ndarray
     digests: Mapping[str, str]
+    photographers: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def query_splits(self) -> list[str]:
@@ -63,6 +69,19 @@ class GroundTruth:
     def n_met(self, split: str) -> int:
         """Number of queries of ``split`` that show an exhibit of the database."""
         return int((self.labels[split] != DISTRACTOR).sum())
+
+    def kinds(self, split: str) -> list[str]:
+        """What each query shows: ``MET``, or the kind of distractor, which its first folder tells."""
+        folders = (PurePosixPath(path).parts[0] for path in self.paths[split])
+        labels = self.labels[split].tolist()
+        return [
+            MET if label != DISTRACTOR else DISTRACTOR_KINDS.get(folder, folder)
+            for label, folder in zip(labels, folders, strict=True)
+        ]
+
+    def class_sizes(self) -> np.ndarray:
+        """Number of database images of each exhibit, int64 ``(n_classes,)``."""
+        return np.bincount(self.labels["database"], minlength=self.n_classes)
 
     def counts(self) -> dict[str, int]:
         """Images, exhibits and queries, for tables and results."""
@@ -110,7 +129,8 @@ def load_ground_truth(
     labels = {"database": database_labels.astype(np.int64).reshape(-1)}
     for split in queries:
         labels[split] = _query_labels(files[split], entries[split], exhibit_ids, database)
-    return GroundTruth(root, database, paths, labels, exhibit_ids, digests)
+    photographers = {split: _photographers(entries[split]) for split in queries}
+    return GroundTruth(root, database, paths, labels, exhibit_ids, digests, photographers)
 
 
 def image_sizes(ground_truth: GroundTruth) -> dict[str, np.ndarray]:
@@ -224,6 +244,12 @@ def _query_labels(
     if (labels == DISTRACTOR).all():
         raise UserError(f"{file}: no query has a 'MET_id', so GAP and ACC are undefined; add met queries")
     return labels
+
+
+def _photographers(entries: list[dict[str, Any]]) -> np.ndarray:
+    names = [entry.get("photographer") for entry in entries]
+    number_of = {name: i for i, name in enumerate(sorted({name for name in names if isinstance(name, str) and name}))}
+    return np.array([number_of.get(name, NOT_NAMED) if isinstance(name, str) else NOT_NAMED for name in names])
 
 
 def _file_size(path: Path) -> int:
