@@ -1,10 +1,8 @@
 """``python evaluate.py``: from photographs to GAP, top to bottom."""
 
 import inspect
-import logging
 import time
 import typing
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,15 +19,18 @@ from metilr.data.demo import make_demo
 from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_truth
 from metilr.data.transforms import BadImageError, load_image
 from metilr.errors import UserError
-from metilr.extraction import Accelerator, ExtractionOptions, Precision, describe_images
+from metilr.extraction import Accelerator, ExtractionOptions, Precision, describe_images, quieten_lightning
 from metilr.knn import K_GRID
 from metilr.launch import launched_as_first
-from metilr.models.backbones import PatchRounding, build_backbone
-from metilr.models.embedder import SCALES, Embedder
-from metilr.models.pooling import PoolingName, build_pooling
+from metilr.models.backbones import PatchRounding
+from metilr.models.embedder import build_embedder
+from metilr.models.pooling import PoolingName
 from metilr.recognition import Recognition, SearchDevice, check_options, recognise
-from metilr.results import RUNS, output_folder, print_table, results_of, write_results
+from metilr.report.dashboard import log_evaluation
+from metilr.report.page import PICTURES_PER_OUTCOME, write_report
+from metilr.results import RUNS, output_folder, plain_options, print_table, results_of, write_results
 from metilr.sources import Descriptors, open_descriptors
+from metilr.wandb_run import PROJECT, WandbMode, check_key, open_wandb, staged_in, unharmed
 from metilr.whitening import DEFAULT_DIM
 
 # Options that make descriptors from images.
@@ -66,6 +67,11 @@ def evaluate(
     num_workers: int | None = None,
     search_device: SearchDevice | None = None,
     seed: int = 0,
+    report: bool = True,
+    report_pictures: int = PICTURES_PER_OUTCOME,
+    wandb: WandbMode = "auto",
+    wandb_project: str = PROJECT,
+    quiet: bool = False,
 ) -> dict[str, Any] | None:
     """Measure how well a model recognises exhibits: images and ground truth in, GAP, GAP⁻ and ACC out.
 
@@ -112,6 +118,12 @@ def evaluate(
         search_device: Where the exact search runs; without it on all GPUs if FAISS sees some and the
             accelerator is not cpu, else on the CPU.
         seed: Seeds random weights.
+        report: Write the report page, OUTPUT/report/index.html.
+        report_pictures: Queries with pictures in the report, of each split and outcome (wrong, false alarm, right,
+            passed over); it lists all queries in any case.
+        wandb: Log to Weights & Biases: auto is online if there is a key (WANDB_API_KEY or netrc), else offline.
+        wandb_project: Project in Weights & Biases.
+        quiet: Print the table and the paths alone.
 
     Returns:
         What results.json says; None in the processes of a launcher other than the first.
@@ -124,18 +136,19 @@ def evaluate(
     started = time.perf_counter()
     _check_arguments(arguments)
     scales = [scales] if isinstance(scales, (int, float)) else scales
-    _quieten_lightning()
+    quieten_lightning()
     embedder = None
     if ckpt is not None:
         embedder, trained_size = load_embedder(Path(ckpt), scales)
         image_size = trained_size if image_size is None else image_size
     options = ExtractionOptions(
-        image_size, bad_images, accelerator, devices, num_nodes, precision, batch_size, num_workers
+        image_size, bad_images, accelerator, devices, num_nodes, precision, batch_size, num_workers, quiet
     )
     search_device = search_device or _default_search_device(options.device)
-    console = Console(highlight=False, quiet=not launched_as_first())
+    console = Console(highlight=False, quiet=quiet or not launched_as_first())
+    check_key(wandb)
 
-    root = make_demo(RUNS / "demo") if root is None else Path(root)
+    root = make_demo(RUNS / "demo", progress=not quiet) if root is None else Path(root)
     synthetic = (root / "demo.json").exists()
     ground_truth = load_ground_truth(root, database)
     console.print(_data_line(ground_truth, synthetic), soft_wrap=True)
@@ -143,8 +156,7 @@ def evaluate(
     name = "descriptors"
     if not descriptors:
         if embedder is None:
-            network = build_backbone(backbone, weights, stage, patch_rounding, seed)
-            embedder = Embedder(network, build_pooling(pooling, network.width, p), scales=scales or SCALES)
+            embedder = build_embedder(backbone, weights, pooling, p, stage, scales, patch_rounding, seed)
         name = embedder.backbone.name.replace("/", "_") + ("" if ckpt is None else f"_{Path(ckpt).stem}")
         n_database = len(ground_truth.paths["database"])
         check_options(n_database, embedder.dim, whitening, whitening_dim, whitening_shrinkage, k, tau, search_device)
@@ -183,6 +195,15 @@ def evaluate(
         )
         assert folder is not None
         written = write_results(folder, results, ground_truth, recognition)
+    page = None
+    if report:
+        page = write_report(folder, results, ground_truth, recognition, console, report_pictures)
+        written.insert(0, page)
+    run = open_wandb(wandb, wandb_project, folder, plain_options(arguments))
+    if run is not None:
+        with staged_in(folder), unharmed(run):
+            log_evaluation(run, results, ground_truth, recognition, None if page is None else page.parent)
+    console.quiet = not launched_as_first()
     print_table(console, results)
     console.print("wrote " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)
     return results
@@ -278,18 +299,7 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         raise UserError(f"--{idle[0]}: has no effect with --ckpt, which carries its model; leave it out")
     if "p" in changed and arguments["pooling"] != "gem":
         raise UserError(f"--p: has no effect with --pooling {arguments['pooling']}; leave it out")
+    if arguments["report_pictures"] < 0:
+        raise UserError(f"--report_pictures {arguments['report_pictures']}: choose 0 or more")
     if not 0 <= arguments["seed"] < 2**63:
         raise UserError(f"--seed {arguments['seed']}: choose a number from 0 to 2**63 - 1")
-
-
-def _quieten_lightning() -> None:
-    """Keep hints meant for training out of the terminal; errors still come through."""
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("pytorch_lightning.trainer.connectors.signal_connector").setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*infer the batch indices.*",  # batches carry their rows themselves
-        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning's own call
-    ):
-        warnings.filterwarnings("ignore", message=message)

@@ -1,8 +1,10 @@
 """From images to descriptors on disk: a Lightning prediction loop over batches of one shape."""
 
+import logging
 import os
 import re
 import signal
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -75,6 +77,7 @@ class ExtractionOptions:
         precision: Of the backbone; pooling and normalisation are float32 in any case.
         batch_size: Most images in a batch.
         num_workers: Decoding processes beside each process; ``None``: the cores, at most 8.
+        quiet: Show no progress.
     """
 
     image_size: int | None = None
@@ -85,6 +88,7 @@ class ExtractionOptions:
     precision: Precision = "32"
     batch_size: int = 32
     num_workers: int | None = None
+    quiet: bool = False
 
     @property
     def device(self) -> Literal["cuda", "mps", "cpu"]:
@@ -208,7 +212,9 @@ def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: Extr
         UserError: If an image cannot be decoded (with ``"stop"``) or gives a descriptor that is not finite.
         KeyboardInterrupt: If interrupted; finished rows are kept.
     """
-    callbacks: list[pl.Callback] = [DescriptorWriter(data), ImageProgress()]
+    callbacks: list[pl.Callback] = [DescriptorWriter(data)]
+    if not options.quiet:
+        callbacks.append(ImageProgress())
     if options.precision == "32":
         callbacks.append(ExactFloat32())
     trainer = pl.Trainer(
@@ -237,6 +243,19 @@ def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: Extr
     return trainer.is_global_zero
 
 
+def quieten_lightning() -> None:
+    """Keep hints meant for training out of the terminal; errors still come through."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning.trainer.connectors.signal_connector").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*infer the batch indices.*",  # batches carry their rows themselves
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning's own call
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
 def _data_module(
     ground_truth: GroundTruth,
     sizes: Mapping[str, np.ndarray],
@@ -245,7 +264,14 @@ def _data_module(
 ) -> ImageDataModule:
     num_workers = default_workers(options.n_processes) if options.num_workers is None else options.num_workers
     return ImageDataModule(
-        ground_truth, sizes, store, options.image_size, options.batch_size, num_workers, options.bad_images
+        ground_truth,
+        sizes,
+        store,
+        options.image_size,
+        options.batch_size,
+        num_workers,
+        options.bad_images,
+        options.quiet,
     )
 
 

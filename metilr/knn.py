@@ -85,7 +85,7 @@ def classify(neighbours: Neighbours, database_labels: np.ndarray, n_classes: int
     check_tau(tau)
     _check_k(k, neighbours, database_labels)
     labels = _neighbour_labels(neighbours, database_labels, n_classes)
-    ballot = _count(neighbours, labels, _first_of_class(labels), n_classes, k)
+    ballot = _count(neighbours, labels, first_of_class(labels), n_classes, k)
     return Predictions(ballot.labels, _log_confidence(ballot, tau), ballot.similarity, ballot.nearest)
 
 
@@ -164,7 +164,7 @@ def tune(
         _check_k(k, neighbours, database_labels)
     skipped = np.zeros(len(query_labels), dtype=bool) if skipped is None else skipped
     labels = _neighbour_labels(neighbours, database_labels, n_classes)
-    is_first = _first_of_class(labels)
+    is_first = first_of_class(labels)
 
     surface = np.empty((len(k_tried), len(tau_tried)))
     for i, k in enumerate(k_tried):
@@ -225,7 +225,7 @@ def _log_confidence(ballot: _Ballot, tau: float) -> np.ndarray:
     return 0.0 - np.log1p(odds)  # not -log1p, which would print -0.0 for a single class
 
 
-def _first_of_class(labels: np.ndarray) -> np.ndarray:
+def first_of_class(labels: np.ndarray) -> np.ndarray:
     """Return which neighbours ``(Q, K)`` are the nearest of their class, for every k at once."""
     order = np.argsort(labels, axis=1, kind="stable")
     ordered = np.take_along_axis(labels, order, axis=1)

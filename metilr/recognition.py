@@ -12,6 +12,7 @@ from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.descriptors import SPLITS, row_chunks
 from metilr.errors import UserError
 from metilr.knn import K_GRID, NO_ROW, TAU_GRID, Predictions, Tuning, check_tau, classify, tune, with_skipped
+from metilr.matches import N_NEIGHBOURS, Matches, top_matches
 from metilr.metrics.functional import acc, gap, gap_bounds, gap_minus
 from metilr.search import Neighbours, check_device, search
 from metilr.sources import Descriptors
@@ -31,6 +32,7 @@ class Recognition:
         k: Number of neighbours.
         tau: Inverse temperature.
         tuning: The grid on val, or None where both were given.
+        matches: By split, what each query resembles most; rows of the whole database.
     """
 
     answers: Mapping[str, Predictions]
@@ -39,6 +41,7 @@ class Recognition:
     k: int
     tau: float
     tuning: Tuning | None
+    matches: Mapping[str, Matches]
 
 
 def recognise(
@@ -78,14 +81,15 @@ def recognise(
     check_options(n_database, descriptors.width, whitening, whitening_dim, whitening_shrinkage, k, tau, search_device)
     say(f"[bold]whitening[/]    {escape(whitening)}, database {n_database:,} x {descriptors.width}")
     transform = _whitening(descriptors, whitening, whitening_dim, whitening_shrinkage)
-    ready = {split: _unit_rows(descriptors, split, transform) for split in SPLITS}
+    ready = {split: unit_rows(descriptors, split, transform) for split in SPLITS}
 
     labels = {split: ground_truth.labels[split] for split in QUERY_FILES}
     database_labels = ground_truth.labels["database"][made["database"]]
     n_classes = ground_truth.n_classes
     k_grid = K_GRID if k is None else (k,)
     tau_grid = TAU_GRID if tau is None else (tau,)
-    k_search = max(i for i in k_grid if i <= n_database)  # 1 is in the grid, so one fits
+    n_neighbours = min(N_NEIGHBOURS, n_database)
+    k_search = max(n_neighbours, *(i for i in k_grid if i <= n_database))
 
     say(f"[bold]search[/]       exact, {search_device}: val, {k_search} neighbours among {n_database:,} rows")
     neighbours = {"val": search(ready["database"], ready["val"], k_search, search_device)}
@@ -101,14 +105,16 @@ def recognise(
             skipped=~made["val"],
         )
         k, tau = tuning.k, tuning.tau
-    say(f"[bold]search[/]       test, {k} neighbours")
-    neighbours["test"] = search(ready["database"], ready["test"], k, search_device)
+    k_search = max(n_neighbours, k)
+    say(f"[bold]search[/]       test, {k_search} neighbours")
+    neighbours["test"] = search(ready["database"], ready["test"], k_search, search_device)
 
     answers = {
         split: _answer(neighbours[split], database_labels, n_classes, k, tau, made, split) for split in QUERY_FILES
     }
     figures = {split: _figures(answers[split], labels[split], made[split]) for split in QUERY_FILES}
-    return Recognition(answers, figures, transform, k, tau, tuning)
+    matches = {split: _matches(neighbours[split], database_labels, made, split) for split in QUERY_FILES}
+    return Recognition(answers, figures, transform, k, tau, tuning, matches)
 
 
 def check_options(
@@ -170,20 +176,23 @@ def _whitening(descriptors: Descriptors, whitening: str, dim: int | None, shrink
     return PCAWhitening.load(whitening)
 
 
-def _unit_rows(descriptors: Descriptors, split: str, transform: PCAWhitening | None) -> np.ndarray:
+def unit_rows(descriptors: Descriptors, split: str, transform: PCAWhitening | None) -> np.ndarray:
     """Rows as they are compared, float32 ``(n made, D)``: whitened if asked for, of unit length in any case."""
     made = descriptors.made[split]
     width = descriptors.width if transform is None else transform.dim
     ready = np.empty((int(made.sum()), width), dtype=np.float32)
     start = 0
     for chunk in row_chunks(descriptors.parts[split], made):
-        part = ready[start : start + len(chunk)]
-        if transform is None:
-            np.divide(chunk, np.maximum(np.linalg.norm(chunk, axis=1, keepdims=True), 1e-12), out=part)
-        else:
-            part[:] = transform.transform(chunk)
+        ready[start : start + len(chunk)] = as_compared(chunk, transform)
         start += len(chunk)
     return ready
+
+
+def as_compared(rows: np.ndarray, transform: PCAWhitening | None) -> np.ndarray:
+    """Whiten rows ``(n, D)`` if asked for, and give them unit length."""
+    if transform is None:
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return transform.transform(rows)
 
 
 def _answer(
@@ -196,9 +205,24 @@ def _answer(
     split: str,
 ) -> Predictions:
     answers = with_skipped(classify(neighbours, database_labels, n_classes, k, tau), ~made[split])
-    all_rows = np.flatnonzero(made["database"])  # rows left out of the database shift the others
-    nearest = np.where(answers.nearest == NO_ROW, NO_ROW, all_rows[answers.nearest])
+    nearest = _in_whole_database(answers.nearest, made)
     return Predictions(answers.labels, answers.log_confidence, answers.similarity, nearest)
+
+
+def _matches(
+    neighbours: Neighbours, database_labels: np.ndarray, made: Mapping[str, np.ndarray], split: str
+) -> Matches:
+    found = top_matches(neighbours, database_labels)
+    shape = (len(made[split]), found.rows.shape[1])
+    matches = Matches(np.full(shape, NO_ROW, dtype=np.int64), np.full(shape, np.nan))
+    matches.rows[made[split]] = _in_whole_database(found.rows, made)
+    matches.similarities[made[split]] = found.similarities
+    return matches
+
+
+def _in_whole_database(rows: np.ndarray, made: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Rows among those that were made, as rows of all: those left out shift the others."""
+    return np.where(rows == NO_ROW, NO_ROW, np.flatnonzero(made["database"])[rows])
 
 
 def _figures(answers: Predictions, labels: np.ndarray, made: np.ndarray) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from metilr.files import write_atomically
 from metilr.knn import NO_LABEL, NO_ROW, Predictions
 from metilr.metrics import DISTRACTOR
 from metilr.recognition import Recognition
+from metilr.scoring import further_figures, headline_unit
 from metilr.sources import Descriptors
 from metilr.versions import library_versions
 
@@ -44,17 +45,37 @@ def open_output(output: Path | None, name: str, options: Mapping[str, Any]) -> P
     Raises:
         UserError: If the folder cannot be written, or holds results already.
     """
-    named = output or RUNS
     try:
-        output = output or make_new_folder(RUNS, f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}")
-        if (output / "results.json").exists():
+        if output is not None and (output / "results.json").exists():
             raise UserError(f"--output {output}: holds results already; name another folder, or delete it")
-        output.mkdir(parents=True, exist_ok=True)
+        folder = make_output(output, name)
         config = {key: _plain(value) for key, value in options.items() if key != "output"}
-        write_atomically(output / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        write_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     except OSError as error:
-        raise UserError(f"--output {named}: cannot be written ({error.strerror}); name another folder") from None
-    return output
+        raise _unwritable(output, error) from None
+    return folder
+
+
+def make_output(output: Path | None, name: str) -> Path:
+    """Make the folder that a command writes into.
+
+    Args:
+        output: The folder, which may be there; None: a new, dated one under ``runs/``.
+        name: Ends the dated folder's name.
+
+    Raises:
+        UserError: If it cannot be made.
+    """
+    try:
+        folder = output or make_new_folder(RUNS, f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(output, error) from None
+    return folder
+
+
+def _unwritable(output: Path | None, error: OSError) -> UserError:
+    return UserError(f"--output {output or RUNS}: cannot be written ({error.strerror}); name another folder")
 
 
 @contextlib.contextmanager
@@ -83,6 +104,7 @@ def results_of(
 ) -> dict[str, Any]:
     """Put together what ``results.json`` says; every figure in [0, 1]."""
     applied, tuning = recognition.whitening, recognition.tuning
+    further = further_figures(ground_truth, recognition)
     return {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -117,7 +139,8 @@ def results_of(
             if tuning is None
             else {"k": list(tuning.k_grid), "tau": list(tuning.tau_grid), "val_gap": tuning.surface.tolist()},
         },
-        **{split: dict(recognition.figures[split]) for split in QUERY_FILES},
+        **{name: further[name] for name in ("bootstrap", "threshold")},
+        **{split: {**recognition.figures[split], **further[split]} for split in QUERY_FILES},
         "skipped_images": skipped_images,
         "versions": library_versions(),
     }
@@ -148,7 +171,7 @@ def print_table(console: Console, results: Mapping[str, Any]) -> None:
     kind = "SYNTHETIC demo museum" if data["synthetic"] else escape(data["root"])
     table = Table(title=f"{kind}, {data['database']} database", title_justify="left")
     for column, justify in [
-        ("split", "left"), ("queries", "right"), ("met", "right"), ("GAP", "right"), ("GAP⁻", "right"),
+        ("split", "left"), ("met of all", "right"), ("GAP", "right"), ("GAP⁻", "right"),
         ("ACC", "right"), ("role", "left"),
     ]:  # fmt: skip
         table.add_column(column, justify=justify, no_wrap=column != "role")  # type: ignore[arg-type]
@@ -156,14 +179,25 @@ def print_table(console: Console, results: Mapping[str, Any]) -> None:
         [] if knn["grid"] is None else [name for name, key in (("k", "k"), ("τ", "tau")) if len(knn["grid"][key]) > 1]
     )
     chosen = f"{' and '.join(tuned)} tuned here" if tuned else "k and τ given"
+    unit = headline_unit(results)
     for split, role in (("val", chosen), ("test", "scored once")):
         figures = results[split]
-        percents = [f"{100 * figures[name]:.2f}" for name in ("gap", "gap_minus", "acc")]
-        table.add_row(split, f"{figures['n_queries']:,}", f"{figures['n_met']:,}", *percents, role)
+        percents = [_with_interval(figures, name, unit) for name in ("gap", "gap_minus", "acc")]
+        table.add_row(split, f"{figures['n_met']:,} of {figures['n_queries']:,}", *percents, role)
     console.print(table)
-    console.print(f"k = {knn['k']}, τ = {knn['tau']:g}; figures in percent")
+    made = results["bootstrap"]
+    interval = "" if unit is None else f", in brackets {100 * made['level']:g}% intervals (bootstrap over {unit})"
+    console.print(f"k = {knn['k']}, τ = {knn['tau']:g}; figures in percent{interval}", soft_wrap=True)
     for note in results["notes"]:
         console.print(f"[bold yellow]note:[/] {escape(note)}")
+
+
+def _with_interval(figures: Mapping[str, Any], name: str, unit: str | None) -> str:
+    value = f"{100 * figures[name]:.2f}"
+    if unit is None:
+        return value
+    low, high = figures["intervals"][unit][name]
+    return f"{value} [dim]({100 * low:.0f}–{100 * high:.0f})[/]"
 
 
 def _command() -> str | None:
@@ -204,6 +238,11 @@ def _write_predictions(file: Path, split: str, ground_truth: GroundTruth, answer
                     int(labels[i] != DISTRACTOR and label == labels[i]),
                 ]
             )
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options but the output folder, as what YAML and JSON can say."""
+    return {key: _plain(value) for key, value in options.items() if key != "output"}
 
 
 def make_new_folder(parent: Path, name: str) -> Path:

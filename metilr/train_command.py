@@ -3,19 +3,16 @@
 import contextlib
 import inspect
 import logging
-import netrc
 import os
 import re
 import shlex
 import shutil
 import sys
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlparse
+from typing import Any
 
 import torch
 import yaml
@@ -42,10 +39,9 @@ from metilr.launch import has_launcher, is_first_process
 from metilr.results import RUNS, make_new_folder
 from metilr.training import FineTuning
 from metilr.training_callbacks import KNNValidation, PairPictures
+from metilr.wandb_run import PROJECT, WandbMode, open_wandb, staged_in, unharmed
 
-WandbMode = Literal["auto", "online", "offline", "off"]
 OUTPUT_VARIABLE = "METILR_TRAINING_OUTPUT"  # tells the processes that Lightning starts which folder the first chose
-WANDB_TIMEOUT = 30  # seconds for the first contact; then the run goes on offline
 BEST, LAST = "best", "last"
 PRECISIONS = ("32", "32-true", "bf16-mixed", "16-mixed")  # mining and validation are float32 in any case
 # What this command gives the trainer: an epoch is what is drawn, validated and resumed.
@@ -95,7 +91,7 @@ class TrainingCLI(LightningCLI):
             "--wandb", type=WandbMode, default="auto",
             help="Log to Weights & Biases: auto is online if there is a key (WANDB_API_KEY or netrc), else offline.",
         )  # fmt: skip
-        parser.add_argument("--wandb_project", type=str, default="metilr", help="Project in Weights & Biases.")
+        parser.add_argument("--wandb_project", type=str, default=PROJECT, help="Project in Weights & Biases.")
         parser.add_argument(
             "--wandb_checkpoint", type=bool, default=False, help="Store the best checkpoint as an artifact there."
         )
@@ -182,10 +178,8 @@ class TrainingCLI(LightningCLI):
         # A continued run gets a file of its own: the logger would overwrite the first one's.
         taken = len(list(self.output.glob("csv*"))) if self.resume_from else 0
         loggers: list[Logger] = [CSVLogger(str(self.output), name="", version=f"csv_{taken + 1}" if taken else "csv")]
-        if self.config.wandb != "off" and os.environ.get("WANDB_MODE") != "disabled":
-            wandb_logger = _wandb_logger(self.config, self.output, self.options)
-            loggers += [] if wandb_logger is None else [wandb_logger]
-        return loggers
+        wandb_logger = _wandb_logger(self.config, self.output, self.options)
+        return loggers if wandb_logger is None else [*loggers, wandb_logger]
 
 
 def train(args: Sequence[str] | None = None) -> None:
@@ -208,7 +202,7 @@ def train(args: Sequence[str] | None = None) -> None:
     device = f"{trainer.world_size} x {trainer.strategy.root_device.type.upper()}, precision {trainer.precision}"
     console.print(f"[bold]{doing}[/] into {escape(str(cli.output))}, on {device}", soft_wrap=True)
     try:
-        with cli.kept_if_of_use():
+        with cli.kept_if_of_use(), staged_in(cli.output):
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from)
     except SystemExit:  # what Lightning turns Ctrl-C into
         console.print(escape(_how_to_continue(cli)), soft_wrap=True)
@@ -223,7 +217,8 @@ def train(args: Sequence[str] | None = None) -> None:
             for process in getattr(launcher, "procs", None) or []:
                 process.kill()
     if trainer.is_global_zero:
-        _finish(cli, console)
+        with staged_in(cli.output):
+            _finish(cli, console)
 
 
 def _without_traceback(message: str) -> str:
@@ -330,56 +325,12 @@ def _refuse_what_would_not_resume(trainer: Any) -> None:
 
 
 def _wandb_logger(config: Namespace, output: Path, options: Mapping[str, Any]) -> WandbLogger | None:
-    """A logger that never asks for a key and never stops a run for want of a network."""
-    import wandb
-
-    mode = config.wandb
-    if mode == "auto":
-        mode = "online" if _has_wandb_key() and os.environ.get("WANDB_MODE") != "offline" else "offline"
-    elif mode == "online" and not _has_wandb_key():
-        raise UserError("--wandb online: no key; run wandb login, set WANDB_API_KEY, or use --wandb offline")
+    if config.wandb == "off" or os.environ.get("WANDB_MODE") == "disabled":
+        return None
     if not is_first_process():
         return WandbLogger(project=config.wandb_project, offline=True, save_dir=output)
-    # Pictures of an offline run wait there for wandb sync: beside the run and not in the user's home.
-    os.environ.setdefault("WANDB_DATA_DIR", str((output / "wandb").absolute()))
-    id_file = output / "wandb_id"
-    if not id_file.exists():
-        write_atomically(id_file, uuid.uuid4().hex[:8])
-    arguments: dict[str, Any] = {
-        "project": config.wandb_project, "name": output.name, "id": id_file.read_text(), "dir": str(output),
-        "config": dict(options),
-    }  # fmt: skip
-    if mode == "online":
-        try:
-            run = wandb.init(
-                mode="online",
-                resume="allow",
-                settings=wandb.Settings(silent=True, init_timeout=WANDB_TIMEOUT),
-                **arguments,
-            )
-        except Exception as error:  # whatever keeps W&B from being reached must not stop the training
-            print(f"W&B cannot be reached ({_short(error)}); logging offline", file=sys.stderr)
-            mode = "offline"
-    if mode == "offline":
-        try:
-            run = wandb.init(mode="offline", settings=wandb.Settings(silent=True), **arguments)
-        except Exception as error:  # its service cannot start here
-            print(f"W&B cannot start ({_short(error)}); going on with CSV logs alone", file=sys.stderr)
-            return None
-    return WandbLogger(experiment=run)
-
-
-def _short(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        return netrc.netrc().authenticators(host) is not None
-    return False
+    run = open_wandb(config.wandb, config.wandb_project, output, options)
+    return None if run is None else WandbLogger(experiment=run)
 
 
 def _finish(cli: TrainingCLI, console: Console) -> None:
@@ -388,13 +339,10 @@ def _finish(cli: TrainingCLI, console: Console) -> None:
     for logger in cli.trainer.loggers:
         if not isinstance(logger, WandbLogger):
             continue
-        try:
+        with unharmed(logger.experiment):
             best = cli.best.best_model_path
             if cli.config.wandb_checkpoint and best:
                 logger.experiment.log_artifact(best, f"model-{logger.experiment.id}", "model", ["best"])
-            logger.experiment.finish()
-        except Exception as error:  # the training is done, whatever W&B's network does
-            print(f"W&B could not be finished ({_short(error)}); see wandb sync", file=sys.stderr)
 
 
 def _print_outcome(cli: TrainingCLI, console: Console) -> None:

@@ -8,6 +8,12 @@ from tests.museum import write_museum
 SHARED = Path(os.environ.get("METILR_SHARED", Path(__file__).parents[2] / "shared"))
 
 
+@pytest.fixture(autouse=True)
+def no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the tests of W&B log to it."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
 @pytest.fixture
 def tiny_museum(tmp_path: Path) -> Path:
     return write_museum(tmp_path / "museum")

@@ -13,6 +13,7 @@ from metilr import results as results_module
 from metilr.data.ground_truth import GroundTruth
 from metilr.errors import UserError
 from metilr.knn import Predictions, Tuning
+from metilr.matches import Matches
 from metilr.recognition import Recognition
 from metilr.results import open_output, print_table, results_of, write_results
 from metilr.sources import Descriptors
@@ -49,7 +50,11 @@ def a_recognition(tuned=True, whitened=True):
         "test": {**FIGURES, "n_queries": 5, "n_met": 3, "n_skipped": 2},
     }
     whitening = fit_pca_whitening([x], dim=2) if whitened else None
-    return Recognition({"val": VAL, "test": TEST}, figures, whitening, 1, 5.0, tuning)
+    matches = {
+        split: Matches(answers.nearest[:, None], answers.similarity[:, None])
+        for split, answers in (("val", VAL), ("test", TEST))
+    }
+    return Recognition({"val": VAL, "test": TEST}, figures, whitening, 1, 5.0, tuning, matches)
 
 
 def results(recognition, origins=None, notes=(), synthetic=False):

@@ -369,6 +369,7 @@ def test_arcface_and_its_classes(capsys):
 
 def test_wandb_offline_logs_curves_config_and_pictures(monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("HOME", str(Path.cwd()))  # no netrc
     options = ["--data.pairing", "syn+neg", "--output", "out"]
     arguments = [o for o in command(*options) if o not in ("--wandb", "off")]

@@ -57,6 +57,7 @@ class ImageDataModule(LightningDataModule):
         batch_size: Most images in a batch.
         num_workers: Decoding processes beside each process that runs the backbone.
         bad_images: ``"stop"`` raises on a file that cannot be decoded, ``"skip"`` leaves it out.
+        quiet: Show no progress.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class ImageDataModule(LightningDataModule):
         batch_size: int,
         num_workers: int,
         bad_images: BadImages,
+        quiet: bool = False,
     ) -> None:
         super().__init__()
+        self.quiet = quiet
         self.store = store
         self.image_size = image_size
         self.batch_size = batch_size
@@ -127,7 +130,8 @@ class ImageDataModule(LightningDataModule):
         try:
             with ThreadPoolExecutor(8) as pool:  # the time goes into waiting for the disk
                 found = pool.map(self._shape_or_error, rows.tolist())
-                for i, shape in enumerate(track(found, "reading image sizes", len(rows), transient=True)):
+                bar = track(found, "reading image sizes", len(rows), transient=True, disable=self.quiet)
+                for i, shape in enumerate(bar):
                     if not isinstance(shape, BadImageError):
                         shapes[i] = shape
                     elif self.bad_images == "stop":

@@ -34,7 +34,7 @@ def gap(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.Arr
     ``average_precision_score`` in the denominator (met queries, not right answers) and in ties (kept in
     order, not taken together).
     """
-    confidence, right, is_met = _checked(log_confidence, predicted, target)
+    confidence, right, is_met = checked(log_confidence, predicted, target)
     return _average_precision(right[np.argsort(-confidence, kind="stable")], is_met.sum())
 
 
@@ -54,7 +54,7 @@ def gap_minus(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: n
 
     Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021.
     """
-    confidence, right, is_met = _checked(log_confidence, predicted, target)
+    confidence, right, is_met = checked(log_confidence, predicted, target)
     order = np.argsort(-confidence[is_met], kind="stable")
     return _average_precision(right[is_met][order], is_met.sum())
 
@@ -75,7 +75,7 @@ def acc(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.Arr
 
     Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021.
     """
-    _, right, is_met = _checked(log_confidence, predicted, target)
+    _, right, is_met = checked(log_confidence, predicted, target)
     return float(right.sum() / is_met.sum())
 
 
@@ -96,7 +96,7 @@ def gap_bounds(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: 
     Raises:
         UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
     """
-    confidence, right, is_met = _checked(log_confidence, predicted, target)
+    confidence, right, is_met = checked(log_confidence, predicted, target)
     wrong_first, right_first = np.lexsort((right, -confidence)), np.lexsort((~right, -confidence))
     n_met = is_met.sum()
     return _average_precision(right[wrong_first], n_met), _average_precision(right[right_first], n_met)
@@ -108,7 +108,7 @@ def _average_precision(right: np.ndarray, n_met: int) -> float:
     return float(precision[right].sum() / n_met)
 
 
-def _checked(
+def checked(
     log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the confidence in float64, and where an answer is right and a query met; all ``(Q,)``."""

@@ -1,0 +1,304 @@
+"""How well the confidence tells right answers from wrong ones, and exhibits from all else, beyond GAP.
+
+All take the three arrays of ``metilr.metrics.functional``, one entry a query. A threshold accepts the answers
+that are at least as confident, so it cannot split equally confident ones. A met query counts by what it shows
+in ``auroc`` and ``fpr_at_tpr``, and by whether its answer is right in the rest.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from metilr.errors import UserError
+from metilr.metrics.functional import acc, checked, gap_minus
+
+FARS = (0.01, 0.1)  # false alarm rates of the figures: the usual ones that some thousand distractors can still tell
+CLASS_SIZES = {"1": (1, 1), "2-3": (2, 3), "4+": (4, np.inf)}  # database images of an exhibit; most have one
+
+
+class OperatingPoint(NamedTuple):
+    """Where to put the threshold, and what it gives.
+
+    Attributes:
+        threshold: Answers with at least this log-confidence are accepted.
+        precision: Share of accepted answers that are right.
+        recall: Share of met queries whose answer is right and accepted.
+    """
+
+    threshold: float
+    precision: float
+    recall: float
+
+
+def open_set_figures(
+    log_confidence: npt.ArrayLike,
+    predicted: npt.ArrayLike,
+    target: npt.ArrayLike,
+    kinds: Sequence[str],
+    class_sizes: np.ndarray,
+) -> dict[str, Any]:
+    """Compute all figures of one split, also by kind of distractor and by size of the true class.
+
+    Args:
+        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
+        predicted: Predicted labels, ``(Q,)``.
+        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
+        kinds: What each query shows, ``Q`` names; read at distractors only.
+        class_sizes: Number of database images of each class, ``(n_classes,)``; a met query's class has some.
+
+    Returns:
+        Figures ready for JSON: ``auroc``, ``fpr95``, ``aurc``, ``dir`` (by false alarm rate); ``by_kind`` with
+        ``n``, ``auroc``, ``fpr95`` of all met queries against this kind of distractor; ``by_class_size`` with
+        ``n``, ``acc``, ``gap_minus`` of the met queries whose class has so many images, as if they alone had
+        been asked. None where a figure is undefined: without distractors, or in a bin without queries.
+
+    Raises:
+        UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
+        ValueError: If ``kinds`` or ``class_sizes`` does not fit the queries.
+    """
+    confidence, _, is_met = checked(log_confidence, predicted, target)
+    answers, truth, kind_of = np.asarray(predicted), np.asarray(target), np.asarray(kinds)
+    if kind_of.shape != truth.shape:
+        raise ValueError(f"{len(kinds)} kinds for {len(truth)} queries")
+    sizes = np.asarray(class_sizes)[truth[is_met]]
+    if sizes.min() < 1:
+        raise ValueError("a met query's class has no database image in class_sizes")
+
+    has_distractors = not is_met.all()
+    by_kind = {}
+    for kind in np.unique(kind_of[~is_met]).tolist():
+        kept = is_met | (kind_of == kind)
+        kept_answers = confidence[kept], answers[kept], truth[kept]
+        by_kind[kind] = {
+            "n": int((kept & ~is_met).sum()),
+            "auroc": auroc(*kept_answers),
+            "fpr95": fpr_at_tpr(*kept_answers),
+        }
+    by_class_size: dict[str, dict[str, float | None]] = {}
+    for name, (least, most) in CLASS_SIZES.items():
+        kept = np.flatnonzero(is_met)[(sizes >= least) & (sizes <= most)]
+        kept_answers = confidence[kept], answers[kept], truth[kept]
+        by_class_size[name] = {
+            "n": len(kept),
+            "acc": acc(*kept_answers) if len(kept) else None,
+            "gap_minus": gap_minus(*kept_answers) if len(kept) else None,
+        }
+    return {
+        "auroc": auroc(confidence, answers, truth) if has_distractors else None,
+        "fpr95": fpr_at_tpr(confidence, answers, truth) if has_distractors else None,
+        "aurc": aurc(confidence, answers, truth),
+        "dir": {
+            f"{far:g}": detection_identification_rate(confidence, answers, truth, far) if has_distractors else None
+            for far in FARS
+        },
+        "by_kind": by_kind,
+        "by_class_size": by_class_size,
+    }
+
+
+def auroc(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike) -> float:
+    """Compute the area under the ROC curve: how often a met query is more confident than a distractor.
+
+    The share of (met query, distractor) pairs in which the met query is surer; equal ones count half. Whether
+    the answers are right does not matter.
+
+    Args:
+        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
+        predicted: Taken so that the metrics are called alike; only its shape is checked, ``(Q,)``.
+        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
+
+    Returns:
+        Scalar in [0, 1]; 0.5 is chance.
+
+    Raises:
+        UserError: If shapes differ, a confidence is NaN, or no query is met or none is a distractor.
+
+    Source: Hendrycks and Gimpel, A Baseline for Detecting Misclassified and Out-of-Distribution Examples,
+    ICLR 2017.
+    """
+    met, _, distractors = _strata(log_confidence, predicted, target)
+    distractors = np.sort(distractors)
+    n_below = np.searchsorted(distractors, met, side="left")
+    n_up_to = np.searchsorted(distractors, met, side="right")
+    return float((n_below + n_up_to).sum() / (2 * len(met) * len(distractors)))
+
+
+def fpr_at_tpr(
+    log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike, level: float = 0.95
+) -> float:
+    """Compute the share of distractors accepted by the highest threshold that keeps ``level`` of met queries.
+
+    Args:
+        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
+        predicted: Taken so that the metrics are called alike; only its shape is checked, ``(Q,)``.
+        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
+        level: Least share of met queries to accept, in (0, 1]; their answers may be wrong.
+
+    Returns:
+        Scalar in [0, 1]; 0 is best.
+
+    Raises:
+        UserError: If shapes differ, a confidence is NaN, no query is met or none is a distractor, or ``level``
+            is out of range.
+
+    Source: Liang et al., Enhancing the Reliability of Out-of-Distribution Image Detection, ICLR 2018.
+    """
+    if not 0 < level <= 1:
+        raise UserError(f"level {level}: choose a share of met queries above 0, at most 1")
+    met, _, distractors = _strata(log_confidence, predicted, target)
+    # The share, not level * M rounded up, which is one query too many where the product is not exact.
+    last_kept = (np.arange(1, len(met) + 1) / len(met) >= level).argmax()
+    threshold = -np.sort(-met)[last_kept]
+    return float((distractors >= threshold).mean())
+
+
+def detection_identification_rate(
+    log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike, far: float
+) -> float:
+    """Compute DIR: the share of met queries that are right and accepted when at most ``far`` of distractors are.
+
+    The threshold is as low as that allows: just above the most confident distractor that may not pass. So an
+    answer as confident as that one is rejected with it.
+
+    Args:
+        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
+        predicted: Predicted labels, ``(Q,)``.
+        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
+        far: False alarm rate, the greatest share of distractors to accept, in [0, 1]. At 1, DIR is ACC.
+
+    Returns:
+        Scalar in [0, 1].
+
+    Raises:
+        UserError: If shapes differ, a confidence is NaN, no query is met or none is a distractor, or ``far``
+            is out of range.
+
+    Source: Phillips, Grother and Micheals, Evaluation Methods in Face Recognition, Handbook of Face Recognition,
+    2011 (open-set identification, rank 1). NIST's FRVT reports 1 - DIR as FNIR at a FPIR of ``far``.
+    """
+    if not 0 <= far <= 1:
+        raise UserError(f"far {far}: choose a share of distractors from 0 to 1")
+    met, right, distractors = _strata(log_confidence, predicted, target)
+    n_passing = (np.arange(1, len(distractors) + 1) / len(distractors) <= far).sum()
+    if n_passing == len(distractors):
+        return float(right.mean())
+    first_stopped = -np.sort(-distractors)[n_passing]
+    return float((right & (met > first_stopped)).mean())
+
+
+def risk_coverage(
+    log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the risk of answering only the surest queries, for each number of answers.
+
+    Queries are ranked as in ``gap``: equal ones keep their input order. An answer to a distractor is wrong.
+
+    Args:
+        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
+        predicted: Predicted labels, ``(Q,)``.
+        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
+
+    Returns:
+        Coverage, the share of all queries that are answered, ascending, and risk, the share of these answers
+        that are wrong; both ``(Q,)`` float64.
+
+    Raises:
+        UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
+
+    Source: Geifman and El-Yaniv, Selective Classification for Deep Neural Networks, NeurIPS 2017.
+    """
+    precision, _ = precision_recall(log_confidence, predicted, target)
+    return np.arange(1, len(precision) + 1) / len(precision), 1 - precision
+
+
+def aurc(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike) -> float:
+    """Compute the area under the risk-coverage curve: the mean risk over all coverages 1/Q, 2/Q, ..., 1.
+
+    Args:
+        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
+        predicted: Predicted labels, ``(Q,)``.
+        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
+
+    Returns:
+        Scalar in [0, 1]; lower is better. Its floor rises with the share of distractors, so only figures on the
+        same queries compare.
+
+    Raises:
+        UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
+
+    Source: Geifman, Uziel and El-Yaniv, Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers, ICLR 2019.
+    """
+    _, risk = risk_coverage(log_confidence, predicted, target)
+    return float(risk.mean())
+
+
+def precision_recall(
+    log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute precision and recall after each query in rank order: the curve whose step area is GAP.
+
+    Queries are ranked as in ``gap``: equal ones keep their input order. The area is Σ p(i) (recall(i) -
+    recall(i-1)), without interpolation. Recall ends at ACC, not at 1.
+
+    Args:
+        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
+        predicted: Predicted labels, ``(Q,)``.
+        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
+
+    Returns:
+        Precision, the share of right answers so far, and recall, the right answers so far over all met
+        queries; both ``(Q,)`` float64.
+
+    Raises:
+        UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
+    """
+    confidence, right, is_met = checked(log_confidence, predicted, target)
+    n_right = np.cumsum(right[np.argsort(-confidence, kind="stable")])
+    return n_right / np.arange(1, len(n_right) + 1), n_right / is_met.sum()
+
+
+def threshold_for_precision(
+    log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike, precision: float
+) -> OperatingPoint | None:
+    """Find the lowest threshold at which at least ``precision`` of the accepted answers are right.
+
+    Lowest accepts most, so no other threshold of this precision has more recall. A higher one can be less
+    precise, since precision does not fall steadily. -inf stands for no answer and is never accepted.
+
+    Args:
+        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
+        predicted: Predicted labels, ``(Q,)``.
+        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
+        precision: Least share of right answers among the accepted, in (0, 1].
+
+    Returns:
+        The threshold, one of the log-confidences, with what it gives on these queries (chosen on them, it is
+        optimistic there: choose on val); None if no threshold is that precise.
+
+    Raises:
+        UserError: If shapes differ, a confidence is NaN, no query shows an exhibit, or ``precision`` is out of
+            range.
+    """
+    if not 0 < precision <= 1:
+        raise UserError(f"precision {precision}: choose a share of right answers above 0, at most 1")
+    confidence, _, _ = checked(log_confidence, predicted, target)
+    reached, recall = precision_recall(log_confidence, predicted, target)
+    ranked = -np.sort(-confidence)
+    ends_tie = np.append(ranked[1:] < ranked[:-1], True)
+    possible = np.flatnonzero(ends_tie & (reached >= precision) & (ranked > -np.inf))
+    if not len(possible):
+        return None
+    last = possible[-1]
+    return OperatingPoint(float(ranked[last]), float(reached[last]), float(recall[last]))
+
+
+def _strata(
+    log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return met queries' confidence and whether each is right, both ``(M,)``, and distractors' confidence."""
+    confidence, right, is_met = checked(log_confidence, predicted, target)
+    if is_met.all():
+        raise UserError("every query shows an exhibit, so there is nothing to reject: add distractors")
+    return confidence[is_met], right[is_met], confidence[~is_met]

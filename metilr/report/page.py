@@ -1,0 +1,95 @@
+"""``OUTPUT/report/index.html``: the figures, the curves, the gallery, and how all of it was made."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from metilr.data.ground_truth import QUERY_FILES, GroundTruth
+from metilr.metrics.open_set import precision_recall, risk_coverage
+from metilr.recognition import Recognition
+from metilr.report.gallery import OUTCOMES, arrange, write_gallery
+from metilr.report.plots import as_svg, confidence_plot, precision_recall_plot, risk_coverage_plot, tuning_plot
+from metilr.scoring import headline_unit
+
+PICTURES_PER_OUTCOME = 100
+
+
+def write_report(
+    output: Path,
+    results: Mapping[str, Any],
+    ground_truth: GroundTruth,
+    recognition: Recognition,
+    console: Console,
+    pictures_per_outcome: int = PICTURES_PER_OUTCOME,
+) -> Path:
+    """Write the page of an evaluation.
+
+    Args:
+        output: The run's folder.
+        results: What ``results.json`` says.
+        ground_truth: Names the images; those that are missing are left out of the page.
+        recognition: Answers, matches and tuning.
+        console: Shows progress.
+        pictures_per_outcome: Queries of each split and outcome (wrong, false alarm, right, passed over) with
+            pictures; the gallery lists all queries in any case.
+
+    Returns:
+        The page.
+    """
+    folder = output / "report"
+    folder.mkdir(exist_ok=True)
+    threshold = results["threshold"]["log_confidence"]
+    galleries = {split: arrange(ground_truth, recognition, split, threshold) for split in QUERY_FILES}
+    n_missing = write_gallery(folder, ground_truth, recognition, galleries, pictures_per_outcome, console)
+    plots = draw_plots(results, ground_truth, recognition)
+    templates = jinja2.Environment(loader=jinja2.PackageLoader("metilr.report"), autoescape=True)
+    page = templates.get_template("index.html").render(
+        results=results,
+        splits=list(QUERY_FILES),
+        unit=headline_unit(results),
+        example_id=int(ground_truth.exhibit_ids[0]),
+        plots={name: Markup(as_svg(plot, name)) for name, plot in plots.items()},
+        outcome_counts={
+            split: dict(zip(OUTCOMES, np.bincount(gallery.outcomes, minlength=len(OUTCOMES)).tolist(), strict=True))
+            for split, gallery in galleries.items()
+        },
+        n_missing=n_missing,
+    )
+    for name in ("style.css", "gallery_page.js"):
+        (folder / name).write_text(templates.get_template(name).render(), encoding="utf-8")
+    (folder / "index.html").write_text(page, encoding="utf-8")
+    return folder / "index.html"
+
+
+def draw_plots(results: Mapping[str, Any], ground_truth: GroundTruth, recognition: Recognition) -> dict[str, Figure]:
+    """Draw the plots of an evaluation, by name."""
+    arguments = {
+        split: (answers.log_confidence, answers.labels, ground_truth.labels[split])
+        for split, answers in recognition.answers.items()
+    }
+    points = {
+        split: (point["recall"], point["precision"])
+        for split, point in results["threshold"]["splits"].items()
+        if point is not None and point["precision"] is not None
+    }
+    plots = {
+        "precision_recall": precision_recall_plot(
+            {split: precision_recall(*arguments[split]) for split in QUERY_FILES},
+            {split: results[split]["gap"] for split in QUERY_FILES},
+            points,
+        ),
+        "risk_coverage": risk_coverage_plot({split: risk_coverage(*arguments[split]) for split in QUERY_FILES}),
+    }
+    for split in QUERY_FILES:
+        confidence, kinds = recognition.answers[split].log_confidence, ground_truth.kinds(split)
+        plots[f"confidence_{split}"] = confidence_plot(confidence, kinds, results["threshold"]["log_confidence"])
+    tuning = recognition.tuning
+    if tuning is not None and tuning.surface.size > 1:
+        plots["tuning"] = tuning_plot(tuning.k_grid, tuning.tau_grid, tuning.surface, tuning.k, tuning.tau)
+    return plots
