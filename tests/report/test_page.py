@@ -1,0 +1,148 @@
+"""The report page in a real browser: from disk, on made-up and on real-sized data."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from metilr.data.ground_truth import QUERY_FILES, load_ground_truth
+from metilr.evaluation import evaluate
+from metilr.knn import Predictions, Tuning
+from metilr.matches import Matches
+from metilr.metrics import acc, gap, gap_minus
+from metilr.recognition import Recognition
+from metilr.report import write_report
+from metilr.results import results_of
+from metilr.sources import Descriptors
+from tests.browser import browser as browser  # a fixture
+from tests.museum import write_museum
+
+HOSTILE = "<img src=x onerror=alert(1)>.jpg"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """An evaluation of the tiny museum, one query of which has HTML in its name."""
+    folder = tmp_path_factory.mktemp("report")
+    root = write_museum(folder / "museum")
+    file = root / "ground_truth" / "testset.json"
+    entries = json.loads(file.read_text())
+    (root / "images" / entries[0]["path"]).rename(root / "images" / "test_met" / HOSTILE)
+    entries[0]["path"] = f"test_met/{HOSTILE}"
+    file.write_text(json.dumps(entries))
+    options = {"backbone": "r18_in", "weights": "random", "accelerator": "cpu", "num_workers": 0, "wandb": "off"}
+    evaluate(root, store=folder / "store", output=folder / "out", **options)
+    return folder / "out"
+
+
+def open_page(browser, file: Path, width: int = 1400):
+    """The page, loaded; what goes wrong in it is collected."""
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.errors = []
+    page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.on("dialog", lambda dialog: (page.errors.append("dialog"), dialog.dismiss()))
+    page.goto(file.as_uri())
+    return page
+
+
+def count(page) -> tuple[int, int]:
+    shown, _, total, _ = page.locator("#count").inner_text().replace(",", "").split()
+    return int(shown), int(total)
+
+
+def test_figures_on_the_page_are_those_of_the_results(browser, run):
+    page = open_page(browser, run / "report" / "index.html")
+    results = json.loads((run / "results.json").read_text())
+    for split in QUERY_FILES:
+        for name in ("gap", "gap_minus", "acc"):
+            shown = page.locator(f"[data-figure='{split}.{name}']").inner_text()
+            assert float(shown) == pytest.approx(100 * results[split][name], abs=0.005)
+    assert int(page.locator("[data-figure=k]").inner_text()) == results["knn"]["k"]
+    assert float(page.locator("[data-figure=tau]").inner_text()) == results["knn"]["tau"]
+    assert page.locator("figure svg").count() == 5
+    assert page.errors == []
+
+
+def test_filters_search_and_pages_change_the_gallery(browser, run):
+    page = open_page(browser, run / "report" / "index.html")
+    assert count(page) == (7, 7) and page.locator("#cards > li").count() == 7
+    shown = {}
+    for choice in ("wrong", "right", "false alarm", "distractor"):
+        page.select_option("select[name=show]", choice)
+        shown[choice] = count(page)[0]
+        assert page.locator("#cards > li").count() == shown[choice]
+    assert shown["wrong"] + shown["right"] == 4 and shown["distractor"] == 3
+    page.select_option("select[name=show]", "all")
+    page.fill("input[name=search]", "500")
+    assert 1 <= count(page)[0] < 7
+    page.fill("input[name=search]", "no such exhibit")
+    assert count(page)[0] == 0
+    page.fill("input[name=search]", "")
+    page.check("input[value=val]")
+    assert "test_met/val0.jpg" in page.locator("#cards").inner_text()
+    assert page.errors == []
+
+
+def test_html_in_a_file_name_is_shown_as_text(browser, run):
+    page = open_page(browser, run / "report" / "index.html")
+    assert HOSTILE in page.locator("#cards").inner_text()
+    assert page.locator("img[src=x]").count() == 0
+    assert page.errors == []
+
+
+@pytest.mark.parametrize("width", [360, 1400])
+def test_it_fits_narrow_and_wide_windows_and_loads_its_pictures(browser, run, width):
+    page = open_page(browser, run / "report" / "index.html", width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.locator("#cards > li").last.scroll_into_view_if_needed()
+    page.wait_for_function("[...document.querySelectorAll('#cards li:last-child img')].every(i => i.naturalWidth > 0)")
+    assert page.locator("#cards img").count() >= 7
+    assert page.errors == []
+
+
+def test_the_keyboard_reaches_the_controls(browser, run):
+    page = open_page(browser, run / "report" / "index.html")
+    reached = set()
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.name || document.activeElement.hash || ''"))
+    assert {"#gallery", "split", "show", "search"} <= reached
+
+
+def test_nineteen_thousand_queries(browser, met_root, tmp_path):
+    truth = load_ground_truth(met_root, "mini")
+    rng = np.random.default_rng(0)
+    n_database = len(truth.paths["database"])
+    answers, figures, matches = {}, {}, {}
+    for split in QUERY_FILES:
+        labels = truth.labels[split]
+        rows = rng.integers(0, n_database, (len(labels), 5))
+        predicted = np.where(rng.random(len(labels)) < 0.5, labels, truth.labels["database"][rows[:, 0]])
+        predicted = np.where(predicted < 0, truth.labels["database"][rows[:, 0]], predicted)
+        similarities = -np.sort(-rng.random(rows.shape), axis=1)
+        answers[split] = Predictions(predicted, -rng.exponential(1, len(labels)), similarities[:, 0], rows[:, 0])
+        arguments = (answers[split].log_confidence, predicted, labels)
+        figures[split] = {
+            "gap": gap(*arguments), "gap_minus": gap_minus(*arguments), "acc": acc(*arguments),
+            "n_queries": len(labels), "n_met": truth.n_met(split), "n_skipped": 0,
+        }  # fmt: skip
+        matches[split] = Matches(rows, similarities)
+    tuning = Tuning(1, 50.0, np.array([[0.1, 0.2]]), (1,), (1.0, 50.0))
+    recognition = Recognition(answers, figures, None, 1, 50.0, tuning, matches)
+    opened = Descriptors({}, {}, [{"model": {"backbone": "r18_in", "pooling": {"kind": "gem", "p": 3}, "scales": [1]}}])
+    results = results_of(
+        truth, recognition, opened, synthetic=False, search_device="cpu", whitening="pca",
+        skipped_images=[], notes=[], seconds=1.0,
+    )  # fmt: skip
+    page = open_page(browser, write_report(tmp_path, results, truth, recognition, Console(quiet=True)))
+    assert count(page) == (19319, 19319) and page.locator("#cards > li").count() == 24
+    page.click("#next")
+    assert page.locator("#page").inner_text().startswith("page 2 of ")
+    page.select_option("select[name=show]", "wrong")
+    right = answers["test"].labels == truth.labels["test"]
+    assert count(page)[0] == 1003 - right.sum()
+    assert "photographers" in page.locator("#figures").inner_text()
+    assert page.errors == []
