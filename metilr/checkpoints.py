@@ -85,6 +85,8 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     Raises:
         UserError: If the file is missing, damaged, or holds more than tensors, plain values and NumPy scalars.
     """
+    if path.is_dir():
+        raise UserError(f"--ckpt {path}: is a folder; name a file in it, such as {path / 'best.ckpt'}")
     if not path.is_file():
         raise UserError(f"--ckpt {path}: no such file")
     try:

@@ -20,7 +20,7 @@ from metilr.descriptors import CHUNK_ROWS, DescriptorStore
 from metilr.errors import UserError
 from metilr.extraction import DescriptorModule, store_settings
 from metilr.models.embedder import Embedder
-from metilr.processes import agree
+from metilr.processes import agree, hidden
 
 
 class CurrentDescriptors:
@@ -134,7 +134,7 @@ class CurrentDescriptors:
             with (
                 torch.inference_mode(),
                 tqdm(total=sum(len(batch.rows) for batch in self._data.plan) // trainer.world_size,
-                     desc="describing images", unit="image", leave=False, disable=not trainer.is_global_zero) as bar,
+                     desc="describing images", unit="image", leave=False, disable=hidden(trainer)) as bar,
             ):  # fmt: skip
                 for i, batch in enumerate(batches):
                     on_device = batch._replace(images=batch.images.to(trainer.strategy.root_device))

@@ -63,3 +63,8 @@ def gather_rows(module: pl.LightningModule, local: Tensor) -> Tensor:
     if local.requires_grad:
         local.register_hook(lambda gradient: gradient * world_size)
     return torch.cat([local if i == rank else gathered[i, :count] for i, count in enumerate(counts)])
+
+
+def hidden(trainer: pl.Trainer) -> bool | None:
+    """What tqdm's ``disable`` takes: a bar in the first process, and there on a terminal alone."""
+    return None if trainer.is_global_zero else True

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -49,8 +50,7 @@ def open_output(output: Path | None, name: str, options: Mapping[str, Any]) -> P
         if output is not None and (output / "results.json").exists():
             raise UserError(f"--output {output}: holds results already; name another folder, or delete it")
         folder = make_output(output, name)
-        config = {key: _plain(value) for key, value in options.items() if key != "output"}
-        write_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        write_atomically(folder / "config.yaml", yaml.safe_dump(plain_options(options), sort_keys=False))
     except OSError as error:
         raise _unwritable(output, error) from None
     return folder
@@ -169,27 +169,31 @@ def print_table(console: Console, results: Mapping[str, Any]) -> None:
     """Print the figures of val and test in percent, and what must be known to read them."""
     data, knn = results["data"], results["knn"]
     kind = "SYNTHETIC demo museum" if data["synthetic"] else escape(data["root"])
-    table = Table(title=f"{kind}, {data['database']} database", title_justify="left")
-    for column, justify in [
-        ("split", "left"), ("met of all", "right"), ("GAP", "right"), ("GAP⁻", "right"),
-        ("ACC", "right"), ("role", "left"),
-    ]:  # fmt: skip
-        table.add_column(column, justify=justify, no_wrap=column != "role")  # type: ignore[arg-type]
-    tuned = (
-        [] if knn["grid"] is None else [name for name, key in (("k", "k"), ("τ", "tau")) if len(knn["grid"][key]) > 1]
-    )
-    chosen = f"{' and '.join(tuned)} tuned here" if tuned else "k and τ given"
+    table = Table(title=f"{kind}, {data['database']} database", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("split", "met of all", "GAP", "GAP⁻", "ACC"):
+        table.add_column(column, justify="left" if column == "split" else "right", no_wrap=True)
     unit = headline_unit(results)
-    for split, role in (("val", chosen), ("test", "scored once")):
+    for split in QUERY_FILES:
         figures = results[split]
         percents = [_with_interval(figures, name, unit) for name in ("gap", "gap_minus", "acc")]
-        table.add_row(split, f"{figures['n_met']:,} of {figures['n_queries']:,}", *percents, role)
+        table.add_row(split, f"{figures['n_met']:,} of {figures['n_queries']:,}", *percents)
     console.print(table)
-    made = results["bootstrap"]
-    interval = "" if unit is None else f", in brackets {100 * made['level']:g}% intervals (bootstrap over {unit})"
-    console.print(f"k = {knn['k']}, τ = {knn['tau']:g}; figures in percent{interval}", soft_wrap=True)
+    console.print(f"in percent; {_chosen(knn)}; test scored once", soft_wrap=True)
+    if unit is not None:
+        level = 100 * results["bootstrap"]["level"]
+        console.print(f"in brackets {level:g}% intervals: bootstrap over {unit} and distractors", soft_wrap=True)
     for note in results["notes"]:
         console.print(f"[bold yellow]note:[/] {escape(note)}")
+
+
+def _chosen(knn: Mapping[str, Any]) -> str:
+    """How k and tau came about."""
+    values = {"k": f"k = {knn['k']}", "tau": f"τ = {knn['tau']:g}"}
+    if knn["grid"] is None:
+        return f"{values['k']}, {values['tau']} given"
+    given = [text for key, text in values.items() if len(knn["grid"][key]) == 1]
+    tuned = [text for key, text in values.items() if len(knn["grid"][key]) > 1]
+    return ", ".join([*(f"{text} given" for text in given), f"{', '.join(tuned)} tuned by GAP on val"])
 
 
 def _with_interval(figures: Mapping[str, Any], name: str, unit: str | None) -> str:

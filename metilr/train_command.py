@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -20,7 +20,7 @@ from jsonargparse import Namespace
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 from pytorch_lightning.strategies import DDPStrategy
@@ -38,8 +38,8 @@ from metilr.files import write_atomically
 from metilr.launch import has_launcher, is_first_process
 from metilr.results import RUNS, make_new_folder
 from metilr.training import FineTuning
-from metilr.training_callbacks import KNNValidation, PairPictures
-from metilr.wandb_run import PROJECT, WandbMode, open_wandb, staged_in, unharmed
+from metilr.training_callbacks import Announcement, EpochLines, KNNValidation, PairPictures, TrainingProgress
+from metilr.wandb_run import PROJECT, WandbMode, open_wandb, staged_in, unharmed, where_logged
 
 OUTPUT_VARIABLE = "METILR_TRAINING_OUTPUT"  # tells the processes that Lightning starts which folder the first chose
 BEST, LAST = "best", "last"
@@ -54,6 +54,16 @@ SET_HERE = (
 
 class TrainingParser(OneLineErrors, LightningArgumentParser):
     """Lightning's parser, whose errors are one line."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parameter = re.search(r"NestedArg\(key='([\w.]+)'|^Option '(\w+)' is not accepted", message)
+        no_class = re.search(r"Problem with given class_path '([\w.]+)'", message)
+        if parameter:  # of a class such as a loss
+            message = f"{parameter[1] or parameter[2]}: the class that is named has no such parameter or value"
+        elif no_class:
+            message = f"{no_class[1]}: there is no such class"
+        super().error(message, ex)
 
 
 class TrainingCLI(LightningCLI):
@@ -79,6 +89,7 @@ class TrainingCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.allow_abbrev = False  # a config or a script with half a name would break with the next option
         parser.add_argument(
             "--output", type=Path | None, default=None,
             help="Folder of the run; without it a dated one under runs/. With an unfinished run of the same options in "
@@ -146,15 +157,15 @@ class TrainingCLI(LightningCLI):
             enable_version_counter=False,
         )
         callbacks: list[Callback] = [
-            self.validation, PairPictures(self.config.pictures_every), LearningRateMonitor("step"), ExactFloat32(),
-            self.best,
+            Announcement(), self.validation, PairPictures(self.config.pictures_every), LearningRateMonitor("step"),
+            ExactFloat32(), self.best,
             # After the best: it is what a killed run continues from, and has the best's state in it.
             MovableModelCheckpoint(
                 self.output, filename=LAST, save_on_train_epoch_end=True, enable_version_counter=False
             ),
         ]  # fmt: skip
         if self.config.trainer.enable_progress_bar is not False:
-            callbacks.append(TQDMProgressBar())
+            callbacks.append(TrainingProgress() if sys.stdout.isatty() else EpochLines())
         self.trainer_defaults["callbacks"] = callbacks
         plugins: list[Any] = [AtomicCheckpointIO()]
         if SLURMEnvironment.detect():
@@ -193,24 +204,34 @@ def train(args: Sequence[str] | None = None) -> None:
     console = Console(highlight=False, quiet=not is_first_process())
     try:
         cli = TrainingCLI(sys.argv[1:] if args is None else args)
+    except UserError as error:
+        raise UserError(_as_typed(str(error))) from None
     except (MisconfigurationException, ValueError) as error:  # Lightning's words for options that cannot work
-        if isinstance(error, UserError):
-            raise
+        if "Does not validate" in str(error):  # jsonargparse's, for a class whose constructor failed
+            reason = re.search(r"^\s*- (.*)$", str(error), re.MULTILINE)
+            why = f" ({reason[1]})" if reason else ""
+            raise UserError(
+                f"--model.loss, or a view of --data: cannot be built with these parameters{why}; losses with weights "
+                "of their own need num_classes and embedding_size"
+            ) from None
         raise UserError(f"--trainer: {error}") from None
     trainer: Trainer = cli.trainer
     doing = f"continuing after {cli.resume_from}" if cli.resume_from else "training"
     device = f"{trainer.world_size} x {trainer.strategy.root_device.type.upper()}, precision {trainer.precision}"
     console.print(f"[bold]{doing}[/] into {escape(str(cli.output))}, on {device}", soft_wrap=True)
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger) and is_first_process():
+            console.print(escape(where_logged(logger.experiment, cli.output)), soft_wrap=True)
     try:
         with cli.kept_if_of_use(), staged_in(cli.output):
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from)
     except SystemExit:  # what Lightning turns Ctrl-C into
-        console.print(escape(_how_to_continue(cli)), soft_wrap=True)
-        raise KeyboardInterrupt from None
+        raise UserError(f"interrupted; {_what_is_kept(cli)}") from None
     except MisconfigurationException as error:
         raise UserError(f"--trainer: {error}") from None
     except UserError as error:
-        raise UserError(_without_traceback(str(error)) + _how_to_continue(cli)) from None
+        kept = f" (to continue, add --output {cli.output})" if _needs_its_name(cli) else ""
+        raise UserError(_as_typed(_without_traceback(str(error))) + kept) from None
     finally:
         launcher: Any = trainer.strategy.launcher
         if sys.exc_info()[0] is not None and launcher is not None:
@@ -227,11 +248,24 @@ def _without_traceback(message: str) -> str:
     return found[-1] if found else message
 
 
-def _how_to_continue(cli: TrainingCLI) -> str:
-    """What a dated run needs to be continued, which the same command alone would not do."""
-    if cli.config.output is not None or not (cli.output / f"{LAST}.ckpt").exists():
-        return ""
-    return f" (to continue, add --output {cli.output})"
+def _as_typed(message: str) -> str:
+    """An error's option names as this command has them: --data.root for --root."""
+    for prefix, of in (("model", FineTuning), ("data", PairDataModule)):
+        names = "|".join(inspect.signature(of.__init__).parameters)
+        message = re.sub(rf"--({names})\b(?!\.)", rf"--{prefix}.\1", message)
+    return message
+
+
+def _what_is_kept(cli: TrainingCLI) -> str:
+    if not (cli.output / f"{LAST}.ckpt").exists():
+        return "no epoch was finished, so nothing is kept"
+    how = f"the same command with --output {cli.output}" if _needs_its_name(cli) else "the same command"
+    return f"finished epochs are kept, {how} continues"
+
+
+def _needs_its_name(cli: TrainingCLI) -> bool:
+    """Whether the run can be continued, but not by the same command alone: its folder was not named."""
+    return cli.config.output is None and (cli.output / f"{LAST}.ckpt").exists()
 
 
 def open_run(output: Path | None, options: Mapping[str, Any]) -> tuple[Path, Path | None]:
@@ -256,7 +290,11 @@ def open_run(output: Path | None, options: Mapping[str, Any]) -> tuple[Path, Pat
         _claim(output, config, options)
     if not last.exists():
         return output, None
-    read_checkpoint(last)
+    try:
+        read_checkpoint(last)
+    except UserError as error:
+        reason = str(error).removeprefix("--ckpt ").partition(";")[0]
+        raise UserError(f"{reason}; this run cannot be continued: delete {output}, or name another --output") from None
     return output, last
 
 
@@ -264,7 +302,7 @@ def _claim(output: Path, config: Path, options: Mapping[str, Any]) -> None:
     text = yaml.safe_dump(dict(options), sort_keys=False)
     if (output / "finished").exists():
         raise UserError(f"--output {output}: holds a finished run; name another folder")
-    if config.exists():
+    if config.exists() and (output / f"{LAST}.ckpt").exists():
         try:
             before = yaml.safe_load(config.read_text())
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -278,7 +316,7 @@ def _claim(output: Path, config: Path, options: Mapping[str, Any]) -> None:
         return
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if any(output.iterdir()):
+        if any(output.iterdir()) and not config.exists():  # what failed before its first epoch is tried anew
             raise UserError(f"--output {output}: holds other files; name an empty or new folder")
         write_atomically(config, text)
     except OSError as error:
@@ -378,5 +416,7 @@ def _quieten() -> None:
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*does not have a `val_dataloader`.*|.*You defined a `validation_step`.*",
         ".*TensorFloat32.*",
+        ".*all_gather is deprecated.*",  # the one whose gradient is exact
+        ".*sync_dist=True.*",  # the logged values are the same in all processes
     ):
         warnings.filterwarnings("ignore", message=message)

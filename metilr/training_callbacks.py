@@ -1,11 +1,12 @@
 """Lightning callbacks of the training: validation by kNN, and pictures of the pairs."""
 
+import time
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
 from torchmetrics import MetricCollection
 from torchvision.transforms.v2 import functional as F
@@ -74,6 +75,52 @@ class KNNValidation(Callback):
                 none = torch.full(target.shape, -1)
                 metrics.update(torch.full(target.shape, -torch.inf), none, target, torch.from_numpy(left_out))
         return dict(metrics.compute())
+
+
+class Announcement(Callback):
+    """Say what is trained on."""
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        counts = data.ground_truth.counts()
+        print(
+            f"data: {data.ground_truth.root} ({data.ground_truth.database}): {counts['database_images']:,} images of "
+            f"{counts['exhibits']:,} exhibits; val {counts['val_queries']:,} queries ({counts['val_met']:,} met); an "
+            f"epoch is {data.n_pairs:,} pairs in {data.n_batches:,} batches",
+            flush=True,
+        )
+
+
+class TrainingProgress(TQDMProgressBar):
+    """Lightning's bar, without the loggers' names."""
+
+    @override
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+
+class EpochLines(Callback):
+    """A line an epoch, where the output is no terminal: a bar would fill a log file."""
+
+    def __init__(self) -> None:
+        self.started = 0.0
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.started = time.perf_counter()
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        figures = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        shown = ", ".join(f"{name} {100 * figures[name]:.2f}" for name in METRICS if name in figures)
+        loss = f"loss {figures['train/epoch_loss']:.4g}, " if "train/epoch_loss" in figures else ""
+        seconds = time.perf_counter() - self.started
+        print(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}: {loss}{shown} ({seconds:.0f} s)", flush=True)
 
 
 class PairPictures(Callback):

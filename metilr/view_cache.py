@@ -82,8 +82,15 @@ class ViewCache:
         writer = store.writer()
         try:
             with torch.inference_mode():
-                quiet = not trainer.is_global_zero
-                for i, images in enumerate(tqdm(loader, "caching views", unit="batch", leave=False, disable=quiet)):
+                for i, images in enumerate(
+                    tqdm(
+                        loader,
+                        "caching views",
+                        unit="batch",
+                        leave=False,
+                        disable=None if trainer.is_global_zero else True,
+                    )
+                ):
                     vectors = pooled(pooled.normalise(images.to(trainer.strategy.root_device))).float().cpu().numpy()
                     for row, vector in zip(mine[i].tolist(), vectors, strict=True):
                         writer.write(SPLIT, row, vector, 1)

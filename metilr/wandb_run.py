@@ -91,6 +91,13 @@ def unharmed(run: Any) -> Iterator[None]:
         print(f"W&B could not be finished ({short(error)}); see wandb sync", file=sys.stderr)
 
 
+def where_logged(run: Any, folder: Path) -> str:
+    """Say where the run can be looked at."""
+    if run.offline:
+        return f"W&B: offline; wandb sync {folder}/wandb/offline-run-* sends it"
+    return f"W&B: {run.url}"
+
+
 def short(error: Exception) -> str:
     """The first line of an error's message."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -71,8 +71,12 @@ def test_results_predictions_and_table(museum, capsys):
         assert figures["acc"] == len(right) / len(ids)
         assert all(a["exhibit_id"] == a["predicted_id"] for a in right)
         assert gap_from_csv(answers) == pytest.approx(figures["gap"], abs=1e-12)
-    printed = capsys.readouterr().out
-    assert "k and τ tuned here" in printed and "RANDOM WEIGHTS" in printed and "out/results.json" in printed
+    unit = results["val"]["intervals"]["classes"]
+    assert unit["acc"][0] <= results["val"]["acc"] <= unit["acc"][1]
+    assert results["threshold"]["chosen_on"] == "val" and results["bootstrap"]["resamples"] == 1000
+    assert Path("out/report/index.html").exists()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "scored once" in printed and "RANDOM WEIGHTS" in printed and "out/results.json" in printed
 
 
 def gap_from_csv(answers: list[dict[str, str]]) -> float:
@@ -276,6 +280,14 @@ def test_real_photographs(tmp_path, monkeypatch):
     chance = 1 / results["data"]["counts"]["exhibits"]
     assert results["test"]["acc"] > 20 * chance  # photographs of paintings find their paintings
     assert results["test"]["gap"] <= results["test"]["gap_minus"] <= results["test"]["acc"]
+
+
+def test_quiet_prints_the_table_and_the_paths_alone(museum, capfd):
+    run("--root", museum, *UNTRAINED, "--output", "out", "--quiet", "true", "--report", "false")
+    printed = capfd.readouterr()
+    assert printed.err == "" and "descriptors" not in printed.out and "whitening  " not in printed.out
+    assert "GAP" in printed.out and "out/results.json" in printed.out
+    assert not Path("out/report").exists()
 
 
 def test_precision_as_a_number_is_the_same_exact_precision(museum):

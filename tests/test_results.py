@@ -184,9 +184,12 @@ def table_of(said):
 
 def test_table_shows_both_splits_in_percent_and_what_was_tuned():
     printed = table_of(results(a_recognition(), notes=["see [/this]"]))
-    rows = {line.split()[1]: line for line in printed.splitlines() if line.startswith("│")}
+    rows = {line.split()[0]: line for line in printed.splitlines() if line.split()[:1] in (["val"], ["test"])}
     assert "50.00" in rows["val"] and "75.00" in rows["val"] and "33.33" in rows["test"]
-    assert "tuned" in rows["val"] and "tuned" not in rows["test"]
-    assert "given" in table_of(results(a_recognition(tuned=False)))
+    assert "k = 1 given, τ = 5 tuned by GAP on val; test scored once" in printed
+    assert "k = 1, τ = 5 given; test" in table_of(results(a_recognition(tuned=False)))
+    narrow = io.StringIO()
+    print_table(Console(file=narrow, width=80), results(a_recognition()))
+    assert "50.00" in narrow.getvalue() and "…" not in narrow.getvalue()
     assert "note: see [/this]" in printed and "SYNTHETIC" not in printed
     assert "SYNTHETIC" in table_of(results(a_recognition(), synthetic=True))

@@ -69,7 +69,7 @@ def column(folder: str | Path, name: str) -> list[float]:
     return [float(row[name]) for row in metrics_of(folder) if row.get(name)]
 
 
-def checkpoint(file: str) -> dict:
+def checkpoint(file: str | Path) -> dict:
     return torch.load(file, weights_only=True)
 
 
@@ -231,7 +231,8 @@ def test_a_truncated_checkpoint_of_the_run(capsys):
     Path("out/finished").unlink()
     content = Path("out/last.ckpt").read_bytes()
     Path("out/last.ckpt").write_bytes(content[: len(content) // 2])
-    assert "out/last.ckpt: cannot be read as a checkpoint" in error_of(capsys, "--output", "out")
+    message = error_of(capsys, "--output", "out")
+    assert "out/last.ckpt: cannot be read as a checkpoint" in message and "delete out" in message
 
 
 def test_a_run_whose_folder_was_renamed_keeps_its_best(monkeypatch):
@@ -249,6 +250,24 @@ def test_a_run_whose_folder_was_renamed_keeps_its_best(monkeypatch):
     run("--output", "after", *options)
     assert checkpoint("after/last.ckpt")["epoch"] == 1
     assert checkpoint("after/best.ckpt")["epoch"] == 0
+
+
+def test_a_first_attempt_that_failed_does_not_block_its_folder(capsys, museum):
+    assert "--data.root nowhere: no such folder" in error_of(capsys, "--output", "out", "--data.root", "nowhere")
+    run("--output", "out", "--trainer.max_epochs", "1")
+    assert yaml.safe_load(Path("out/config.yaml").read_text())["data"]["root"] == str(museum.name)
+    printed = capsys.readouterr().out
+    assert "8 images of 6 exhibits" in printed
+
+
+def test_an_interrupted_dated_run_says_how_to_continue(capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTuning, "on_train_epoch_start", stop_in_the_second_epoch)
+        message = error_of(capsys)
+    [folder] = Path("runs").glob("*_train")
+    assert f"finished epochs are kept, the same command with --output {folder} continues" in message
+    run("--output", folder)
+    assert checkpoint(folder / "last.ckpt")["epoch"] == 1
 
 
 def stop_in_the_second_epoch(module: FineTuning) -> None:
@@ -286,11 +305,17 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
 def test_bad_options_and_data(capsys, museum):
     assert "--data.pairing" in error_of(capsys, "--data.pairing", "real")
     assert "unknown option --model.bakbone" in error_of(capsys, "--model.bakbone", "x")
-    assert "--backbone r19: unknown" in error_of(capsys, "--model.backbone", "r19")
+    assert "--model.backbone r19: unknown" in error_of(capsys, "--model.backbone", "r19")
     assert "nothing is left to train" in error_of(capsys, "--model.freeze_backbone", "true")
     assert "--model.projector_dim" in error_of(capsys, "--model.projector_dim", "8")  # 8 images support 7
     if not torch.cuda.is_available():
         assert "needs an NVIDIA GPU" in error_of(capsys, "--trainer.precision", "16-mixed")
+    assert "unknown option --trainer.max_epoch" in error_of(capsys, "--trainer.max_epoch", "3")
+    loss = "pytorch_metric_learning.losses."
+    assert "there is no such class" in error_of(capsys, "--model.loss", f"{loss}NoSuchLoss")
+    misspelt = ["--model.loss", f"{loss}TripletMarginLoss", "--model.loss.marginn", "3"]
+    assert "marginn: the class that is named has no such parameter" in error_of(capsys, *misspelt)
+    assert "need num_classes" in error_of(capsys, "--model.loss", f"{loss}ArcFaceLoss")
     assert "max_epochs" in error_of(capsys, "--trainer.max_epochs", "0")
     assert "decided by train.py" in error_of(capsys, "--trainer.limit_val_batches", "3")
     assert "decided by train.py" in error_of(capsys, "--trainer.fast_dev_run", "true")
