@@ -416,7 +416,7 @@ def _quieten() -> None:
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*does not have a `val_dataloader`.*|.*You defined a `validation_step`.*",
         ".*TensorFloat32.*",
-        ".*all_gather is deprecated.*",  # the one whose gradient is exact
+        ".*all_gather is deprecated.*",  # Lightning's own call
         ".*sync_dist=True.*",  # the logged values are the same in all processes
     ):
         warnings.filterwarnings("ignore", message=message)

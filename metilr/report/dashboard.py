@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
@@ -16,12 +15,11 @@ from metilr.metrics.open_set import precision_recall
 from metilr.recognition import Recognition
 from metilr.report.gallery import OUTCOMES, arrange, first_images
 from metilr.report.page import draw_plots
-from metilr.report.plots import as_png
+from metilr.report.plots import as_png, shown_points
 from metilr.scoring import headline_unit
 from metilr.thumbnails import jpeg_thumbnail
 
 FAILURES = 50  # a split: each has three pictures
-CURVE_POINTS = 1000  # what a chart of W&B shows
 
 
 def log_evaluation(
@@ -83,7 +81,7 @@ def _curve(ground_truth: GroundTruth, recognition: Recognition) -> Any:
     for split in QUERY_FILES:
         answers = recognition.answers[split]
         precision, recall = precision_recall(answers.log_confidence, answers.labels, ground_truth.labels[split])
-        shown = np.unique(np.linspace(0, len(recall) - 1, CURVE_POINTS).round().astype(int))
+        shown = shown_points(len(recall))
         xs.append(recall[shown].tolist())
         ys.append(precision[shown].tolist())
     return wandb.plot.line_series(xs, ys, keys=list(QUERY_FILES), title="precision and recall", xname="recall")

@@ -34,6 +34,8 @@ def precision_recall_plot(
     figure, axes = _figure()
     for split, (precision, recall) in curves.items():
         colour = SPLIT_COLOURS[split]
+        shown = shown_points(len(recall))
+        precision, recall = precision[shown], recall[shown]
         axes.plot(recall, precision, color=colour, linewidth=1.8, label=f"{split}: GAP {100 * gaps[split]:.1f}")
         axes.fill_between(recall, precision, color=colour, alpha=0.12, linewidth=0)
         if split in threshold_points:
@@ -94,7 +96,8 @@ def risk_coverage_plot(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> F
     """Draw the share of wrong answers over the share of queries answered, the surest first."""
     figure, axes = _figure()
     for split, (coverage, risk) in curves.items():
-        axes.plot(coverage, risk, color=SPLIT_COLOURS[split], linewidth=1.8, label=split)
+        shown = shown_points(len(coverage))
+        axes.plot(coverage[shown], risk[shown], color=SPLIT_COLOURS[split], linewidth=1.8, label=split)
     axes.set(
         xlabel="coverage: share of all queries answered", ylabel="risk: share of answers wrong",
         xlim=(0, 1), ylim=(0, 1.02),
@@ -117,6 +120,11 @@ def as_png(figure: Figure) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=160, facecolor="white")
     return stream.getvalue()
+
+
+def shown_points(n: int) -> np.ndarray:
+    """The places in a curve of n points that are drawn: the first ones, where it is steep, and 1,000 in all."""
+    return np.unique(np.concatenate([np.arange(min(n, 200)), np.linspace(0, n - 1, 800).astype(int)]))
 
 
 def log_odds(log_confidence: np.ndarray) -> np.ndarray:
