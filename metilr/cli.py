@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,9 +19,15 @@ from jsonargparse import ArgumentParser
 from metilr.errors import UserError
 
 EXIT_USER_ERROR = 2
-
+WITHOUT_VALUE = ("-h", "--help", "--print_config")
 
 SUBCOMMANDS = {
+    "identify": "metilr.identify:identify",
+    "index": "metilr.index:index",
+    "serve": "metilr.serve.app:serve",
+    "compare": "metilr.compare:compare",
+    "sweep": "metilr.sweep:sweep",
+    "describe": "metilr.describe:describe",
     "export-descriptors": "metilr.reference_format:export_descriptors",
     "visits": "metilr.data.contact_sheet:write_contact_sheet",
     "demo": "metilr.data.demo:draw_demo",
@@ -43,7 +49,7 @@ def run_command(function: Callable[..., Any] | str, args: Sequence[str] | None =
 
     def call() -> None:
         loaded = _load(function) if isinstance(function, str) else function
-        loaded(**_parsed(_parser(loaded, prog), args))
+        loaded(**parse_options(loaded, args, prog))
 
     _run(call, prog)
 
@@ -61,7 +67,7 @@ def main(args: Sequence[str] | None = None) -> None:
     elif args[0] in SUBCOMMANDS:
         run_command(SUBCOMMANDS[args[0]], args[1:], prog=f"metilr {args[0]}")
     else:
-        _fail("metilr", f"no subcommand {args[0]!r}{_did_you_mean(args[0], SUBCOMMANDS)}; metilr --help lists them")
+        _fail("metilr", f"no subcommand {args[0]!r}{did_you_mean(args[0], SUBCOMMANDS)}; metilr --help lists them")
 
 
 def _print_subcommands() -> None:
@@ -82,8 +88,8 @@ class OneLineErrors:
     _actions: list[argparse.Action]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End the command, with what is wrong in one line."""
-        _fail(self.prog, _one_line(message, self._option_names()))
+        """Say what is wrong in one line."""
+        raise UserError(_one_line(message, self._option_names()))
 
     def _option_names(self) -> list[str]:
         return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
@@ -103,7 +109,15 @@ def _parser(function: Callable[..., Any], prog: str | None = None) -> _Parser:
     return parser
 
 
-def _parsed(parser: _Parser, args: Sequence[str] | None) -> dict[str, Any]:
+def parse_options(
+    function: Callable[..., Any], args: Sequence[str] | None = None, prog: str | None = None
+) -> dict[str, Any]:
+    """Read a command line into the arguments that ``run_command`` calls the function with, defaults included.
+
+    Raises:
+        UserError: If an option is unknown, lacks a value or has one of a wrong type.
+    """
+    parser = _parser(function, prog)
     args = _join_lists(parser, list(sys.argv[1:] if args is None else args))
     for i, arg in enumerate(args):
         option, _, file = arg.partition("=")
@@ -127,28 +141,48 @@ def check_config(parser: ArgumentParser, file: str) -> None:
 
 
 def _join_lists(parser: _Parser, args: list[str]) -> list[str]:
-    """Let ``--scales 1 0.5`` mean ``--scales [1,0.5]`` for every option that takes a list."""
-    lists = {
-        option: re.search(r"\b(Path|str)\b", str(getattr(action, "_typehint", ""))) is not None
-        for action in _list_actions(parser)
-        for option in action.option_strings
-    }
+    """Let ``--scales 1 0.5`` mean ``--scales [1,0.5]``, and ``a.jpg b.jpg`` ``[a.jpg,b.jpg]`` where a list is due."""
+    lists = {option: action for action in _list_actions(parser) for option in action.option_strings}
+    are_flags = [action for action in parser._actions if getattr(action, "_typehint", None) is bool]
+    flags = {option for action in are_flags for option in action.option_strings}  # --json means --json true
     joined: list[str] = []
+    bare: list[str] = []  # what belongs to no option
     rest = list(args)
     while rest:
         option = rest.pop(0)
-        joined.append(option)
-        if option not in lists:
+        if not option.startswith("-"):
+            bare.append(option)
             continue
-        values = []
-        while rest and not rest[0].startswith("--"):
-            values.append(rest.pop(0))
-        if len(values) == 1 and (values[0].startswith("[") or values[0] == "null"):
-            joined.append(values[0])
-        elif values:
-            holds_text = lists[option]  # a folder may be called 2024
-            joined.append(json.dumps(values if holds_text else [_number_or_text(value) for value in values]))
-    return joined
+        joined.append(option)
+        if option in lists:
+            values = []
+            while rest and not rest[0].startswith("--"):
+                values.append(rest.pop(0))
+            joined += [_joined(lists[option], values)] if values else []
+        elif option in flags:
+            joined.append(rest.pop(0) if rest and rest[0] in ("true", "false") else "true")
+        elif rest and "=" not in option and option not in WITHOUT_VALUE and not rest[0].startswith("--"):
+            joined[-1] += f"={rest.pop(0)}"  # apart, argparse takes -1e-5 for an option
+    return _join_bare(parser, bare) + joined
+
+
+def _join_bare(parser: _Parser, bare: list[str]) -> list[str]:
+    """Join for a list among the arguments without a name: it takes what the others leave."""
+    positionals = [action for action in parser._actions if not action.option_strings]
+    places = [i for i, action in enumerate(positionals) if action in _list_actions(parser)]
+    if not places or len(bare) <= places[0]:
+        return bare  # nothing for the list: the parser says what is missing
+    first = places[0]
+    end = max(first + 1, len(bare) - (len(positionals) - first - 1))
+    return [*bare[:first], _joined(positionals[first], bare[first:end]), *bare[end:]]
+
+
+def _joined(action: argparse.Action, values: list[str]) -> str:
+    if len(values) == 1 and (re.fullmatch(r"\[.*\]", values[0]) or values[0] == "null"):
+        return values[0]
+    holds_text = re.search(r"\b(Path|str)\b", str(getattr(action, "_typehint", "")))  # a folder may be called 2024
+    text = json.dumps(values if holds_text else [_number_or_text(value) for value in values], ensure_ascii=False)
+    return re.sub(r"[^ -~]", lambda letter: f"\\U{ord(letter[0]):08x}", text)  # YAML's: any letter of a file name
 
 
 def _list_actions(parser: _Parser) -> list[argparse.Action]:
@@ -207,7 +241,7 @@ def _one_line(message: str, options: list[str]) -> str:
     )
     if unknown:
         name = "--" + unknown[1].lstrip("-")
-        return f"unknown option {name}{_did_you_mean(name, options)}; --help lists them"
+        return f"unknown option {name}{did_you_mean(name, options)}; --help lists them"
     bad_value = re.search(r"Parser key [\"']([\w.-]+)[\"']:", message)
     if bad_value:
         expected = dict.fromkeys(re.findall(r"Expected (?:an? )?(.*?)(?:\. Got value.*)?$", message, re.MULTILINE))
@@ -226,7 +260,8 @@ def _readable_type(kind: str) -> str:
     return re.sub(r"<class '(?:pathlib\.)?(\w+)'>", r"\1", kind).replace("NoneType", "null").replace("typing.", "")
 
 
-def _did_you_mean(name: str, names: Any) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return the names nearest to a wrong one, as a remark in brackets after it; empty if none is near."""
     bare = {known.lstrip("-"): known for known in names}  # two dashes are no likeness
     near = [bare[match] for match in difflib.get_close_matches(name.lstrip("-"), list(bare), n=2)]
     return f" (did you mean {' or '.join(near)}?)" if near else ""

@@ -136,6 +136,7 @@ def evaluate(
     started = time.perf_counter()
     _check_arguments(arguments)
     scales = [scales] if isinstance(scales, (int, float)) else scales
+    output = None if output is None else Path(output)
     quieten_lightning()
     embedder = None
     if ckpt is not None:

@@ -99,6 +99,71 @@ def test_lists(called_with, args, option, expected):
     assert called_with(*args)[option] == expected
 
 
+@pytest.mark.parametrize(
+    ("args", "quiet"),
+    [
+        (["a.jpg", "--quiet"], True),
+        (["--quiet", "a.jpg"], True),
+        (["--quiet", "true", "a.jpg"], True),
+        (["--quiet", "false", "a.jpg"], False),
+        (["--quiet=true", "a.jpg"], True),
+        (["a.jpg"], False),
+    ],
+)
+def test_a_switch_needs_no_value(args, quiet):
+    def look(photos: Sequence[Path], quiet: bool = False) -> None:
+        """Look."""
+        calls.append((list(photos), quiet))
+
+    calls: list[tuple[list[Path], bool]] = []
+    run_command(look, args)
+    assert calls == [([Path("a.jpg")], quiet)]
+
+
+def test_small_negative_numbers_and_any_letters_of_file_names():
+    def look(photos: Sequence[Path], least: float = 0.0) -> None:
+        """Look."""
+        calls.append((list(photos), least))
+
+    calls: list[tuple[list[Path], float]] = []
+    names = ["😀 ü.jpg", "<b>\"'.jpg", "\x1b[31m.jpg", "a\nb: c.jpg"]
+    run_command(look, [*names, "--least", "-1e-5"])
+    assert calls == [([Path(name) for name in names], -1e-5)]
+
+
+@pytest.mark.parametrize(
+    ("args", "folder", "files", "k"),
+    [
+        (["a", "b"], "a", ["b"], None),
+        (["a", "b", "2024", "null"], "a", ["b", "2024", "null"], None),
+        (["--k", "2", "a", "b", "c"], "a", ["b", "c"], 2),
+        (["a", "b", "--k=2", "c"], "a", ["b", "c"], 2),
+        (["a", '["b", "c"]', "--k", "2"], "a", ["b", "c"], 2),
+        (["a", "[1] b.jpg"], "a", ["[1] b.jpg"], None),
+        (["--sizes", "1", "2", "--k", "2", "a", "b", "c"], "a", ["b", "c"], 2),
+    ],
+)
+def test_a_list_without_a_name_takes_what_the_others_leave(args, folder, files, k):
+    def pack(folder: Path, files: Sequence[Path], k: int | None = None, sizes: Sequence[int] = ()) -> None:
+        """Pack."""
+        assert (folder, list(files), k) == expected
+        assert list(sizes) == ([1, 2] if "--sizes" in args else [])
+
+    expected = (Path(folder), [Path(file) for file in files], k)
+    run_command(pack, args)
+
+
+def test_a_list_between_others_and_one_that_is_missing(failure):
+    def move(files: list[Path], target: Path) -> None:
+        """Move."""
+        assert (files, target) == ([Path("a"), Path("b")], Path("c"))
+
+    run_command(move, ["a", "b", "c"])
+    assert "target" in failure("a", function=move)
+    assert "files" in failure(function=move)
+    assert "unknown option --targt" in failure("a", "--targt", "b", function=move)
+
+
 def test_yaml_options_and_the_command_line_after_it_wins(called_with, tmp_path):
     file = yaml_file(tmp_path, "scales: [2, 0.5]\nfolders: [a, '2024']\nk: 4\nkind: mini\nprecision: '32'\n")
     called = called_with("--config", file, "--k", "5")

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from metilr import evaluation
-from metilr.cli import main, run_command, run_main
+from metilr.cli import SUBCOMMANDS, main, run_command, run_main
 from metilr.data import pair_datamodule
 from metilr.data.demo import MuseumSize, make_demo
 
@@ -27,6 +28,7 @@ UNTRAINED = [
     "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--data.batch_pairs", "4", "--wandb", "off",
     "--data.first_view.size", "40", "--data.second_view.size", "40", "--trainer.precision", "32",
 ]  # fmt: skip
+UNTRAINED_BACKBONE = ["--backbone", "r18_in", "--weights", "random", "--accelerator", "cpu"]
 CHEAP = ["--accelerator", "cpu", "--num_workers", "0"]
 
 
@@ -43,6 +45,24 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 def make_store() -> None:
     evaluation.evaluate("DIR", backbone="r18_in", weights="random", store="STORE", accelerator="cpu", num_workers=0)
+
+
+def make_what_is_named(arguments: list[str]) -> None:
+    """Stand-ins for the README's placeholders."""
+    if "STORE" in arguments:
+        make_store()
+    for run in {"RUN", "RUN2"} & set(arguments):
+        evaluation.evaluate(
+            "DIR", backbone="r18_in", weights="random", store="store", accelerator="cpu", num_workers=0,
+            output=run, report=False,
+        )  # fmt: skip
+    photo = next(Path("DIR/images/test_met").iterdir())
+    Path("photos").mkdir()
+    for file in (Path("photo.jpg"), Path("photos/1.jpg")):
+        shutil.copy(photo, file)
+    Path("collection").symlink_to("DIR/images/MET")
+    if "--store" in arguments:
+        main(["index", "collection", "INDEX", *UNTRAINED_BACKBONE])
 
 
 def test_the_readme_shows_the_commands():
@@ -78,13 +98,19 @@ def test_train_command(workplace, line):
 
 
 @pytest.mark.parametrize("line", METILR)
-def test_metilr_command(workplace, line):
+def test_metilr_command(workplace, line, monkeypatch, capsys):
     arguments = shlex.split(line)[1:]
-    if "STORE" in arguments:
-        make_store()
+    make_what_is_named(arguments)
     arguments = ["DIR/images/MET" if argument == "FOLDER" else argument for argument in arguments]
+    if arguments[0] == "index":
+        arguments += UNTRAINED_BACKBONE
+    if arguments[0] == "sweep":
+        arguments += ["--root", "DIR", "--options", "backbone=r18_in", "weights=random", "accelerator=cpu"]
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
+    before = set(Path.cwd().rglob("*"))
     main(arguments)
-    assert any(Path(argument).is_file() for argument in arguments)
+    answered = arguments[0] in ("identify", "serve")
+    assert capsys.readouterr().out and (answered or set(Path.cwd().rglob("*")) - before)
 
 
 def test_python_example(workplace):
@@ -98,23 +124,28 @@ def test_python_example(workplace):
     assert 0 <= float(run.stdout.splitlines()[-1]) <= 1
 
 
-def test_every_option_that_the_readme_names_exists(capsys):
-    with pytest.raises(SystemExit):
-        run_command(evaluation.evaluate, ["--help"])
-    with pytest.raises(SystemExit):
-        run_main("metilr.train_command:train", ["--help"], prog="train.py")
+DOCS = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+PLACEHOLDERS = {"--trainer.x", "--model.x", "--data.x", "--model.loss.temperature"}  # the last is a loss's own
+OTHERS_COMMANDS = {  # of pip, torchrun, srun and benchmarks
+    "--index", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint", "--nodes", "--ntasks-per-node",
+    "--gpus-per-node", "--index-url", "--views",
+}  # fmt: skip
+
+
+def test_every_option_that_readme_and_docs_name_exists(capsys):
+    commands = [lambda: run_command(evaluation.evaluate, ["--help"])]
+    commands += [lambda: run_main("metilr.train_command:train", ["--help"], prog="train.py")]
+    commands += [lambda name=name: main([name, "--help"]) for name in SUBCOMMANDS]
+    for command in commands:
+        with pytest.raises(SystemExit):
+            command()
     known = set(re.findall(r"--[\w.]+", capsys.readouterr().out))
-    # pip, metilr visits, torchrun and srun have options of their own
-    elsewhere = {
-        "--root",
-        "--views",
-        "--index",
-        "--preset",
-        "--nnodes",
-        "--nproc_per_node",
-        "--rdzv_backend",
-        "--rdzv_endpoint",
-    }
-    elsewhere |= {"--trainer.x", "--model.x", "--data.x", "--model.loss.temperature"}  # placeholders; a loss's own
-    elsewhere |= {"--nodes", "--ntasks", "--ntasks-per-node", "--gpus", "--gpus-per-node", "--requeue"}
-    assert set(re.findall(r"--[a-z_][\w.]*\w", README)) - elsewhere <= known
+    text = "\n".join([README, *(file.read_text() for file in DOCS)])
+    named = set(re.findall(r"(?<![\w-])--[a-z_][\w.-]*\w", text))
+    assert named - PLACEHOLDERS - OTHERS_COMMANDS <= known
+
+
+def test_links_to_files_lead_somewhere():
+    for file in (Path(__file__).parents[1] / "README.md", *DOCS):
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", file.read_text()):
+            assert (file.parent / link).exists(), (file, link)

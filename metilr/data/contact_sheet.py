@@ -1,16 +1,17 @@
 """A contact sheet: images of a folder, each beside a few simulated visits to it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2 import functional as F
 
+from metilr.data.image_files import find_images
 from metilr.data.transforms import BadImageError, load_image, resized_shape
 from metilr.data.visits import PRESETS, derive_seed, refuse_bad_seed, simulate_visit
 from metilr.errors import UserError
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 _LONGEST_SIDE = 500  # the Met's own images are as large; a sheet shows no more
 
 
@@ -46,7 +47,7 @@ def write_contact_sheet(
         raise UserError(f"{output}: a contact sheet is a PNG or JPEG file; end its name with .png or .jpg")
     refuse_bad_seed(seed)
 
-    paths = _find_images(folder)
+    paths = find_images(folder)
     chosen = [paths[row * len(paths) // images] for row in range(images)] if len(paths) > images else paths
     rows = []
     for path in chosen:
@@ -54,7 +55,7 @@ def write_contact_sheet(
         name = path.relative_to(folder).as_posix()
         seeds = [derive_seed(seed, name, visit) for visit in range(visits)]
         rows.append([image, *(simulate_visit(image, PRESETS[preset], each) for each in seeds)])
-    sheet = _arrange(rows)
+    sheet = arrange(rows)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(output)
@@ -63,15 +64,6 @@ def write_contact_sheet(
         raise UserError(f"cannot write {output} ({reason}); choose another --output") from error
     print(f"wrote {output}")
     return output
-
-
-def _find_images(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name a folder of images")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not paths:
-        raise UserError(f"{folder}: no images inside; name a folder with {', '.join(sorted(IMAGE_SUFFIXES))} files")
-    return paths
 
 
 def _read_image(path: Path, folder: Path) -> torch.Tensor:
@@ -86,13 +78,30 @@ def _read_image(path: Path, folder: Path) -> torch.Tensor:
     return image
 
 
-def _arrange(rows: list[list[torch.Tensor]], cell: int = 200, margin: int = 6) -> Image.Image:
-    sheet = Image.new("RGB", (margin + len(rows[0]) * (cell + margin), margin + len(rows) * (cell + margin)), "white")
+def arrange(
+    rows: Sequence[Sequence[torch.Tensor]], captions: Sequence[str] = (), cell: int = 200, margin: int = 6
+) -> Image.Image:
+    """Lay images out on a white sheet.
+
+    Args:
+        rows: Images, uint8 ``(3, H, W)`` each; rows may differ in length.
+        captions: A line above each row; none if empty.
+        cell: Longest side that an image is reduced to, in px.
+        margin: Between images, in px.
+    """
+    line = 24 if captions else 0
+    columns = max(len(images) for images in rows)
+    height = margin + len(rows) * (line + cell + margin)
+    sheet = Image.new("RGB", (margin + columns * (cell + margin), height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
     for row, images in enumerate(rows):
+        row_top = margin + row * (line + cell + margin)
+        if captions:
+            draw.text((margin, row_top), captions[row], fill="black", font=font)
         for column, image in enumerate(images):
             tile = F.to_pil_image(image)
             tile.thumbnail((cell, cell))
             left = margin + column * (cell + margin) + (cell - tile.width) // 2
-            top = margin + row * (cell + margin) + (cell - tile.height) // 2
+            top = row_top + line + (cell - tile.height) // 2
             sheet.paste(tile, (left, top))
     return sheet

@@ -42,6 +42,7 @@ class GroundTruth:
         digests: sha256 of each split's JSON file.
         photographers: Who took each query of a split, int64 ``(n,)``, numbered from 0; NOT_NAMED where the file
             does not say.
+        folder: Below ``root``, what image paths are relative to.
     """
 
     root: Path
@@ -51,6 +52,7 @@ class GroundTruth:
     exhibit_ids: np.ndarray
     digests: Mapping[str, str]
     photographers: Mapping[str, np.ndarray] = field(default_factory=dict)
+    folder: str = "images"
 
     @property
     def query_splits(self) -> list[str]:
@@ -64,7 +66,7 @@ class GroundTruth:
 
     def image(self, path: str) -> Path:
         """Where the image with this ground-truth path lies."""
-        return self.root / "images" / path
+        return self.root / self.folder / path
 
     def n_met(self, split: str) -> int:
         """Number of queries of ``split`` that show an exhibit of the database."""
@@ -72,10 +74,10 @@ class GroundTruth:
 
     def kinds(self, split: str) -> list[str]:
         """What each query shows: ``MET``, or the kind of distractor, which its first folder tells."""
-        folders = (PurePosixPath(path).parts[0] for path in self.paths[split])
+        folders = (PurePosixPath(path).parts[:-1] for path in self.paths[split])
         labels = self.labels[split].tolist()
         return [
-            MET if label != DISTRACTOR else DISTRACTOR_KINDS.get(folder, folder)
+            MET if label != DISTRACTOR else DISTRACTOR_KINDS.get(folder[0], folder[0]) if folder else "distractor"
             for label, folder in zip(labels, folders, strict=True)
         ]
 
@@ -157,8 +159,9 @@ def require_images(ground_truth: GroundTruth, sizes: Mapping[str, np.ndarray]) -
     by_split = ", ".join(f"{split} {len(paths):,}" for split, paths in missing.items() if paths)
     named = ", ".join([path for paths in missing.values() for path in paths][:3])
     more = ", ..." if total > 3 else ""
+    folder = ground_truth.root / ground_truth.folder
     raise UserError(
-        f"{ground_truth.root / 'images'}: {total:,} image files are missing or empty ({by_split}): {named}{more}; "
+        f"{folder}: {total:,} image files are missing or empty ({by_split}): {named}{more}; "
         "put them there, or leave them out with --bad_images skip"
     )
 
