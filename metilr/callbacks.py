@@ -145,5 +145,10 @@ class ExactFloat32(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        torch.backends.cudnn.allow_tf32 = False
-        torch.set_float32_matmul_precision("highest")
+        keep_float32_exact()
+
+
+def keep_float32_exact() -> None:
+    """Switch TF32 off, for this process."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")

@@ -200,6 +200,11 @@ class RowWriter:
             content = content[file.write(content) :]
 
 
+def differing_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Name each setting that differs between two, with both values in short."""
+    return _differing_keys(_as_json(found), _as_json(wanted), "settings")
+
+
 def settings_fingerprint(settings: Mapping[str, Any]) -> str:
     """Twelve hex digits that change with any setting."""
     return hashlib.sha256(json.dumps(_as_json(settings), sort_keys=True).encode()).hexdigest()[:12]

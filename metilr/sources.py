@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
-from metilr.descriptors import CHUNK_ROWS, SPLITS, DescriptorStore
+from metilr.descriptors import CHUNK_ROWS, DescriptorStore
 from metilr.errors import UserError
 from metilr.files import file_sha256
 from metilr.reference_format import read_reference_descriptors
@@ -50,8 +50,8 @@ def open_descriptors(paths: Sequence[Path], ground_truth: GroundTruth) -> Descri
         for path in paths
     ]
     return Descriptors(
-        parts={split: [part for one in opened for part in one.parts[split]] for split in SPLITS},
-        made={split: np.logical_and.reduce([one.made[split] for one in opened]) for split in SPLITS},
+        parts={split: [part for one in opened for part in one.parts[split]] for split in ground_truth.paths},
+        made={split: np.logical_and.reduce([one.made[split] for one in opened]) for split in ground_truth.paths},
         origins=[origin for one in opened for origin in one.origins],
     )
 
@@ -62,15 +62,15 @@ def _open_store(path: Path, ground_truth: GroundTruth) -> Descriptors:
     if not manifest["complete"]:
         raise UserError(f"{path}: is not finished; run the evaluation that makes it again to complete it")
     found = manifest["settings"].get("ground_truth", {})
-    for split in SPLITS:
+    for split in ground_truth.paths:
         if found.get(split) != ground_truth.digests[split]:
             raise UserError(
                 f"{path}: was made for another {split} file than {ground_truth.root}/ground_truth has; "
                 "give the --root and --database that it was made with"
             )
-    parts = {split: [store.rows(split)] for split in SPLITS}
+    parts = {split: [store.rows(split)] for split in ground_truth.paths}
     _check(path, {split: part[0] for split, part in parts.items()}, ground_truth)
-    made = {split: store.made(split) for split in SPLITS}
+    made = {split: store.made(split) for split in ground_truth.paths}
     origin = {"store": str(path), **manifest["settings"], "made_with": manifest.get("made_with", [])}
     return Descriptors(parts, made, [origin])
 

@@ -40,14 +40,16 @@ def load_image(path: Path, image_size: int | None = None) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            rgb = _to_rgb(ImageOps.exif_transpose(image))
-    except BadImageError:
-        raise
+            return to_tensor(image, image_size)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise many types on broken files; each means the same here
-        _refuse_failing_machine(error)
         raise _bad_image(path, error) from None
+
+
+def to_tensor(image: Image.Image, image_size: int | None = None) -> Tensor:
+    """Decode an opened image as ``load_image`` does; raises whatever Pillow's decoders raise."""
+    rgb = _to_rgb(ImageOps.exif_transpose(image))
     height, width = resized_shape(rgb.height, rgb.width, image_size)
     if (height, width) != (rgb.height, rgb.width):
         rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
@@ -70,7 +72,6 @@ def image_shape(path: Path, image_size: int | None = None) -> tuple[int, int]:
     except MemoryError:
         raise
     except Exception as error:
-        _refuse_failing_machine(error)
         raise _bad_image(path, error) from None
     return resized_shape(height, width, image_size)
 
@@ -104,10 +105,19 @@ def _refuse_failing_machine(error: Exception) -> None:
 
 
 def _bad_image(path: Path, error: Exception) -> BadImageError:
-    if isinstance(error, FileNotFoundError):
-        reason = "no such file"
-    elif isinstance(error, OSError) and "cannot identify" in str(error):
-        reason = "not an image"
-    else:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    reason = why_undecodable(error)
     return BadImageError(f"{path}: cannot be decoded ({reason}); replace it, or leave it out with --bad_images skip")
+
+
+def why_undecodable(error: Exception) -> str:
+    """Say in a few words what an error of Pillow's decoders means.
+
+    Raises:
+        OSError: If the disk, not the file, is at fault.
+    """
+    _refuse_failing_machine(error)
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, OSError) and "cannot identify" in str(error):
+        return "not an image"
+    return " ".join(str(error).split()) or type(error).__name__

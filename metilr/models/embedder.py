@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metilr.errors import UserError
-from metilr.models.features import Backbone
-from metilr.models.pooling import CLS, Pooling
+from metilr.models.backbones import build_backbone
+from metilr.models.features import Backbone, PatchRounding
+from metilr.models.pooling import CLS, Pooling, PoolingName, build_pooling
 from metilr.models.weights import tensors_sha256
 
 SCALES = (1.0, 2**-0.5, 0.5)  # the Met paper's
@@ -185,3 +186,22 @@ class Embedder(nn.Module):
             "std": self.std.flatten().tolist(),
             "provenance": asdict(self.backbone.provenance),
         }
+
+
+def build_embedder(
+    backbone: str,
+    weights: str | None = None,
+    pooling: PoolingName = "gem",
+    p: float = 3.0,
+    stage: int | None = None,
+    scales: Sequence[float] | None = None,
+    patch_rounding: PatchRounding = "nearest",
+    seed: int = 0,
+) -> Embedder:
+    """Build a model by the names of its parts; None for scales: the paper's.
+
+    Raises:
+        UserError: If a part is unknown or its weights cannot be had.
+    """
+    network = build_backbone(backbone, weights, stage, patch_rounding, seed)
+    return Embedder(network, build_pooling(pooling, network.width, p), scales=scales or SCALES)
