@@ -31,9 +31,7 @@ MATCHES = Matches(
 def answered(tiny_museum):
     truth = load_ground_truth(tiny_museum)
     splits = ("val", "test")
-    recognition = Recognition(
-        dict.fromkeys(splits, ANSWERS), {}, None, 1, 50.0, None, dict.fromkeys(splits, MATCHES)
-    )
+    recognition = Recognition(dict.fromkeys(splits, ANSWERS), {}, None, 1, 50.0, None, dict.fromkeys(splits, MATCHES))
     return truth, recognition
 
 

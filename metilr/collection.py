@@ -1,0 +1,249 @@
+"""What identification needs: the database as it is searched, and the very model that described it."""
+
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from metilr.callbacks import keep_float32_exact
+from metilr.data.dataset import ImageBatch
+from metilr.data.ground_truth import GroundTruth
+from metilr.descriptors import UNIT_TOLERANCE, DescriptorStore, differing_settings
+from metilr.errors import UserError
+from metilr.extraction import DescriptorModule, ExtractionOptions, store_settings
+from metilr.knn import NO_ROW, classify
+from metilr.matches import N_MATCHES, N_NEIGHBOURS, top_matches
+from metilr.models.embedder import Embedder
+from metilr.photos import BadPhotoError
+from metilr.recognition import as_compared, unit_rows
+from metilr.search import search
+from metilr.sources import open_descriptors
+from metilr.whitening import PCAWhitening
+
+MAX_HEADERS = 5000  # of images, read for the largest size: about a second
+
+
+@dataclass(frozen=True)
+class Match:
+    """A database image that a photo resembles.
+
+    Attributes:
+        row: Of the collection, for ``Collection.image``.
+        exhibit: What it shows.
+        similarity: Inner product with the photo's descriptor.
+    """
+
+    row: int
+    exhibit: str
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Which exhibit a photo shows most likely.
+
+    Attributes:
+        exhibit: Its name.
+        log_confidence: As in an evaluation's predictions.
+        similarity: Of the nearest image of that exhibit; 0 if none of the neighbours shows it.
+        matches: The nearest image of each of the nearest exhibits, most similar first.
+    """
+
+    exhibit: str
+    log_confidence: float
+    similarity: float
+    matches: tuple[Match, ...]
+
+
+class Describer:
+    """Describes one photo at a time as the extraction describes images.
+
+    Args:
+        embedder: The model.
+        options: Where it runs and in which precision.
+    """
+
+    def __init__(self, embedder: Embedder, options: ExtractionOptions) -> None:
+        self.device = torch.device(options.device)
+        self.precision = options.precision
+        self.module = DescriptorModule(embedder).to(self.device).eval()
+        self.module.on_predict_start()
+        if self.precision == "32":
+            keep_float32_exact()
+
+    def describe(self, image: Tensor) -> np.ndarray:
+        """Describe an image, uint8 ``(3, H, W)``: float32 ``(1, D)`` of unit length.
+
+        Raises:
+            BadPhotoError: If the model makes nothing of it.
+        """
+        batch = ImageBatch(np.zeros(1, dtype=np.int64), image[None].to(self.device), [])
+        dtype = torch.float16 if self.precision == "16-mixed" else torch.bfloat16
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "32"),
+        ):
+            descriptor = self.module.predict_step(batch, 0).float().cpu().numpy()
+        if not abs(np.linalg.norm(descriptor) - 1) < UNIT_TOLERANCE:  # also true for NaN
+            raise BadPhotoError("gives a descriptor that is not finite or all zero; take another photo")
+        return descriptor
+
+
+@dataclass(frozen=True, eq=False)
+class Collection:
+    """A museum's exhibits, ready to be recognised.
+
+    Attributes:
+        name: Of the data root.
+        ground_truth: Names the images.
+        exhibits: Name of each label.
+        describer: Makes descriptors of photos.
+        image_size: That images were resized to; None: they kept their size.
+        whitening: Applied to descriptors; None for none.
+        descriptors: Of the database as they are searched, float32 ``(N, D)``, unit length.
+        database_rows: Where each of the N lies in the ground truth's database, ``(N,)``; some images may have been
+            left out.
+        k: Number of neighbours.
+        tau: Inverse temperature.
+    """
+
+    name: str
+    ground_truth: GroundTruth
+    exhibits: Sequence[str]
+    describer: Describer
+    image_size: int | None
+    whitening: PCAWhitening | None
+    descriptors: np.ndarray
+    database_rows: np.ndarray
+    k: int
+    tau: float
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Label of each database descriptor, int64 ``(N,)``."""
+        return self.ground_truth.labels["database"][self.database_rows]
+
+    def path(self, row: int) -> str:
+        """Where a database image lies, relative to the museum's images."""
+        return self.ground_truth.paths["database"][self.database_rows[row]]
+
+    def image(self, row: int) -> Path:
+        """The file of a database image."""
+        return self.ground_truth.image(self.path(row))
+
+    @functools.cached_property
+    def largest_side(self) -> int | None:
+        """Longest side in px of the images that were described at their own size; None if their size was set.
+
+        A photo beyond it is to be reduced to it: no descriptor here was made at such a scale. Of more than
+        ``MAX_HEADERS`` images as many are looked at, evenly spread; missing ones are passed over.
+        """
+        if self.image_size is not None:
+            return None
+        files = [self.ground_truth.image(path) for paths in self.ground_truth.paths.values() for path in paths]
+        chosen = files[:: -(-len(files) // MAX_HEADERS)]
+        with ThreadPoolExecutor(8) as pool:
+            return max(pool.map(_longest_side, chosen)) or None
+
+    def answer(self, image: Tensor, n_matches: int = N_MATCHES) -> Answer:
+        """Recognise what a photo shows, as the evaluation does.
+
+        Args:
+            image: uint8 ``(3, H, W)``, of the size that ``image_size`` or ``largest_side`` says.
+            n_matches: Exhibits in the answer's matches.
+
+        Raises:
+            BadPhotoError: If the model makes nothing of the photo.
+        """
+        query = as_compared(self.describer.describe(image), self.whitening)
+        labels, n = self.labels, len(self.descriptors)
+        n_matches = min(n_matches, len(np.unique(labels)))
+        n_neighbours = min(n, max(self.k, n_matches, N_NEIGHBOURS))
+        while True:
+            neighbours = search(self.descriptors, query, n_neighbours)
+            matches = top_matches(neighbours, labels, n_matches)
+            if NO_ROW not in matches.rows:
+                break
+            n_neighbours = min(n, 4 * n_neighbours)  # the nearest exhibits have many images
+        predictions = classify(neighbours, labels, len(self.exhibits), self.k, self.tau)
+        return Answer(
+            exhibit=self.exhibits[int(predictions.labels[0])],
+            log_confidence=float(predictions.log_confidence[0]),
+            similarity=float(predictions.similarity[0]),
+            matches=tuple(
+                Match(row, self.exhibits[int(labels[row])], similarity)
+                for row, similarity in zip(matches.rows[0].tolist(), matches.similarities[0].tolist(), strict=True)
+            ),
+        )
+
+
+def open_collection(
+    name: str,
+    ground_truth: GroundTruth,
+    exhibits: Sequence[str],
+    store: DescriptorStore,
+    embedder: Embedder,
+    options: ExtractionOptions,
+    whitening: PCAWhitening | None,
+    k: int,
+    tau: float,
+) -> Collection:
+    """Put a collection together from a finished store, refusing a model that did not make it.
+
+    Args:
+        name: Of the data root.
+        ground_truth: Names the images of the store.
+        exhibits: Name of each label.
+        store: Holds the database's descriptors.
+        embedder: Shall describe photos.
+        options: Size of images, precision, and where the model runs.
+        whitening: Applied to descriptors; None for none.
+        k: Number of neighbours.
+        tau: Inverse temperature.
+
+    Raises:
+        UserError: If the store is missing or unfinished, or other settings made it.
+    """
+    wanted = store_settings(embedder, ground_truth, options.image_size, options.precision)
+    refuse_another_model(store.path, store.manifest()["settings"], wanted)
+    opened = open_descriptors([store.path], ground_truth)
+    return Collection(
+        name=name,
+        ground_truth=ground_truth,
+        exhibits=exhibits,
+        describer=Describer(embedder, options),
+        image_size=options.image_size,
+        whitening=whitening,
+        descriptors=unit_rows(opened, "database", whitening),
+        database_rows=np.flatnonzero(opened.made["database"]),
+        k=k,
+        tau=tau,
+    )
+
+
+def refuse_another_model(path: Path, found: dict[str, object], wanted: dict[str, object]) -> None:
+    """Refuse to compare descriptors that were made differently.
+
+    Raises:
+        UserError: If the settings differ; names how.
+    """
+    differing = differing_settings(found, wanted)
+    if differing:
+        raise UserError(
+            f"{path}: was made by another model or from other images than photos would be compared by "
+            f"({'; '.join(differing[:3])}); give the --ckpt that made it, or make it again"
+        )
+
+
+def _longest_side(file: Path) -> int:
+    try:
+        with Image.open(file) as image:
+            return max(image.size)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return 0

@@ -1,0 +1,136 @@
+"""Collections from what earlier commands wrote: the folder of an evaluation, or an index."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from metilr.checkpoints import load_embedder
+from metilr.collection import Collection, open_collection, refuse_another_model
+from metilr.data.ground_truth import load_ground_truth
+from metilr.descriptors import DescriptorStore
+from metilr.errors import UserError
+from metilr.extraction import Accelerator, ExtractionOptions, store_settings
+from metilr.index import Index, build_model
+from metilr.models.backbones import RANDOM
+from metilr.models.embedder import Embedder, build_embedder
+from metilr.results import RUNS
+from metilr.runs import Run, read_run
+from metilr.scoring import MIN_PRECISION
+from metilr.threshold import Threshold, choose_threshold
+from metilr.whitening import PCAWhitening
+
+_OF_THE_MODEL = ("backbone", "weights", "pooling", "p", "stage", "patch_rounding", "seed")  # options of evaluate
+
+
+def open_with_threshold(
+    run: Path | None,
+    store: Path | None,
+    ckpt: Path | None = None,
+    min_precision: float = MIN_PRECISION,
+    threshold: float | None = None,
+    accelerator: Accelerator = "auto",
+) -> tuple[Collection, Threshold]:
+    """Open a run or an index, with the threshold that decisions are made by.
+
+    Args:
+        run: An evaluation's folder.
+        store: Or an index's.
+        ckpt: The checkpoint that made it, where it lies now; None: where it lay then, if there was one.
+        min_precision: See ``choose_threshold``.
+        threshold: See ``choose_threshold``.
+        accelerator: Where the model runs.
+
+    Raises:
+        UserError: If not exactly one is given, something is missing, or the model is not the one that made it.
+    """
+    if (run is None) == (store is None):
+        raise UserError("give either --run (a folder that evaluate.py wrote) or --store (one that metilr index wrote)")
+    if run is None:
+        assert store is not None
+        chosen = choose_threshold(None, threshold, min_precision)
+        return collection_of_index(Path(store), ckpt, accelerator), chosen
+    finished = read_run(Path(run))
+    chosen = choose_threshold(finished, threshold, min_precision)
+    return collection_of_run(finished, ckpt, accelerator), chosen
+
+
+def collection_of_index(path: Path, ckpt: Path | None = None, accelerator: Accelerator = "auto") -> Collection:
+    """Open what ``metilr index`` wrote."""
+    index = Index.load(path)
+    embedder, _ = build_model(index.model if ckpt is None else {**index.model, "ckpt": ckpt})
+    return open_collection(
+        index.catalogue.folder.name,
+        index.catalogue.ground_truth(),
+        index.catalogue.names,
+        DescriptorStore(path / "store"),
+        embedder,
+        ExtractionOptions(index.image_size, accelerator=accelerator),
+        PCAWhitening.load(path / "whitening.npz") if index.is_whitened else None,
+        index.k,
+        index.tau,
+    )
+
+
+def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerator = "auto") -> Collection:
+    """Open the database of an evaluation that described images with a model.
+
+    Paths that were relative are so to the folder that the evaluation was started in, or else to the current one.
+    """
+    results, config, model = run.results, run.config, run.results["model"]
+    if config.get("descriptors") or "store" not in model:
+        raise UserError(f"{run.path}: was made from --descriptors, so it has no model for photos; evaluate with --root")
+    root = RUNS / "demo" if config.get("root") is None else Path(config["root"])
+    ground_truth = load_ground_truth(_found(run, "--root", root), results["data"]["database"])
+    if ground_truth.fingerprint() != results["data"]["fingerprint"]:
+        raise UserError(f"{ground_truth.root}/ground_truth: changed since the evaluation {run.path}; evaluate again")
+
+    options = ExtractionOptions(model["image_size"], accelerator=accelerator, precision=model["precision"])
+    embedder = _embedder(run, ckpt)
+    wanted = store_settings(embedder, ground_truth, options.image_size, options.precision)
+    refuse_another_model(run.path, {name: model.get(name) for name in wanted["model"]}, wanted["model"])
+    return open_collection(
+        ground_truth.root.name + (" (synthetic)" if results["data"].get("synthetic") else ""),
+        ground_truth,
+        [str(exhibit_id) for exhibit_id in ground_truth.exhibit_ids.tolist()],
+        DescriptorStore(_found(run, "--store", Path(model["store"]))),
+        embedder,
+        options,
+        _whitening(run),
+        results["knn"]["k"],
+        results["knn"]["tau"],
+    )
+
+
+def _embedder(run: Run, ckpt: Path | None) -> Embedder:
+    config: Mapping[str, Any] = run.config
+    missing = {"ckpt", "scales", *_OF_THE_MODEL} - config.keys()
+    if missing:
+        raise UserError(f"{run.path / 'config.yaml'}: lacks {', '.join(sorted(missing))}; evaluate again")
+    scales = [config["scales"]] if isinstance(config["scales"], (int, float)) else config["scales"]
+    if ckpt is None and config["ckpt"] is not None:
+        ckpt = _found(run, "--ckpt", Path(config["ckpt"]))
+    if ckpt is not None:
+        embedder, _ = load_embedder(Path(ckpt), scales)
+        return embedder
+    options = {name: config[name] for name in _OF_THE_MODEL}
+    if options["weights"] not in (None, RANDOM):
+        options["weights"] = str(_found(run, "--weights", Path(options["weights"])))
+    return build_embedder(**options, scales=scales)
+
+
+def _whitening(run: Run) -> PCAWhitening | None:
+    recorded = run.results["whitening"]
+    if recorded is None:
+        return None
+    whitening = PCAWhitening.load(run.path / "whitening.npz")
+    if whitening.sha256() != recorded["sha256"]:
+        raise UserError(f"{run.path / 'whitening.npz'}: is not the whitening of this evaluation; evaluate again")
+    return whitening
+
+
+def _found(run: Run, option: str, path: Path) -> Path:
+    for place in (Path(run.results.get("directory", ".")) / path, path):
+        if place.exists():
+            return place
+    hint = "give it with --ckpt" if option == "--ckpt" else "put it back, or evaluate again"
+    raise UserError(f"{run.path}: {path}, its {option}, is no longer there; {hint}")

@@ -1,0 +1,149 @@
+"""``metilr identify``: which exhibit of a collection each photo shows."""
+
+from collections.abc import Iterator, Sequence
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from metilr.answers import Identified, answer_document, collection_document, shown
+from metilr.answers_page import write_page
+from metilr.collection import Collection
+from metilr.collections_on_disk import open_with_threshold
+from metilr.data.image_files import find_images
+from metilr.errors import UserError
+from metilr.extraction import Accelerator
+from metilr.matches import N_MATCHES
+from metilr.photos import BadPhotoError, load_photo
+from metilr.scoring import MIN_PRECISION
+from metilr.threshold import Threshold
+from metilr.thumbnails import jpeg_of
+
+SCHEMA = "metilr.identify/1"
+
+
+def identify(
+    photos: Sequence[Path],
+    run: Path | None = None,
+    store: Path | None = None,
+    ckpt: Path | None = None,
+    min_precision: float = MIN_PRECISION,
+    threshold: float | None = None,
+    matches: int = N_MATCHES,
+    json: bool = False,
+    page: Path | None = None,
+    accelerator: Accelerator = "auto",
+) -> None:
+    """Say which exhibit each photo shows, or that it shows none of the collection.
+
+    A photo that cannot be read is reported and the others are answered; if none can be read, the command fails.
+
+    Args:
+        photos: Photos and folders of photos (with their sub-folders).
+        run: Folder that evaluate.py wrote: its database, its model, its k and tau, and its val for the threshold.
+        store: Folder that metilr index wrote, in place of a run.
+        ckpt: The checkpoint that made the run or the index, if it was moved. Another one is refused.
+        min_precision: An exhibit is named where at least this share of such answers was right on val of the run.
+        threshold: An exhibit is named from this log-confidence on, in place of one chosen on val.
+        matches: Exhibits listed for each photo, with their nearest images.
+        json: Print a JSON document and nothing else.
+        page: Also write this .html file, one page with the pictures in it.
+        accelerator: Where the model runs; auto takes a GPU if there is one.
+
+    Raises:
+        UserError: If an option or a file is not usable, or no photo can be read; says which and what to do.
+    """
+    if matches < 1:
+        raise UserError(f"--matches {matches}: must be at least 1")
+    if page is not None and Path(page).suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--page {page}: name a file that ends in .html")
+    photos = [photos] if isinstance(photos, (str, Path)) else photos
+    if not photos:
+        raise UserError("name one or more photos, or folders of photos")
+    console = Console(highlight=False, quiet=json)
+    collection, chosen = open_with_threshold(run, store, ckpt, min_precision, threshold, accelerator)
+    console.print(_head(collection, chosen), soft_wrap=True)
+
+    answered = []
+    for photo in _answers(collection, chosen, photos, matches, with_pictures=page is not None):
+        console.print(_lines(photo, collection), soft_wrap=True)
+        answered.append(photo)
+    if json:
+        print(dumps(_document(collection, chosen, answered), indent=1, allow_nan=False))
+    if page is not None:
+        write_page(Path(page), collection, chosen, answered)
+        console.print(f"wrote {escape(str(page))}", soft_wrap=True)
+    if all(photo.answer is None for photo in answered):
+        raise UserError(f"no photo could be read; the first, {shown(answered[0].name)}: {answered[0].error}")
+
+
+def _answers(
+    collection: Collection, threshold: Threshold, photos: Sequence[Path], n_matches: int, with_pictures: bool
+) -> Iterator[Identified]:
+    for named in map(Path, photos):
+        try:
+            files = find_images(named) if named.is_dir() else [named]
+        except UserError as error:
+            yield Identified(str(named), error=str(error).removeprefix(f"{named}: "))
+            continue
+        for file in files:
+            try:
+                photo = load_photo(file, collection.image_size, collection.largest_side)
+                answer = collection.answer(photo.image, n_matches)
+            except BadPhotoError as error:
+                yield Identified(str(file), error=str(error))
+                continue
+            picture = jpeg_of(photo.image) if with_pictures else None
+            decision = threshold.decide(answer.log_confidence)
+            yield Identified(str(file), answer, decision, reduced=photo.reduced, picture=picture)
+
+
+def _head(collection: Collection, threshold: Threshold) -> str:
+    value = "none" if threshold.log_confidence is None else f"log-confidence {threshold.log_confidence:.4g}"
+    return (
+        f"[bold]collection[/]   {escape(collection.name)}: {len(collection.descriptors):,} images of "
+        f"{len(collection.exhibits):,} exhibits, k = {collection.k}, τ = {collection.tau:g}\n"
+        f"[bold]threshold[/]    {value}: {escape(threshold.origin)}"
+    )
+
+
+def _lines(photo: Identified, collection: Collection) -> str:
+    name, answer = escape(shown(photo.name)), photo.answer
+    if answer is None:
+        return f"\n[bold]{name}[/]  [red]{escape(shown(photo.headline))}[/]"
+    colour = {"exhibit": "green", "not in the collection": "yellow", "undecided": "yellow"}[
+        photo.decision or "undecided"
+    ]
+    lines = [
+        f"\n[bold]{name}[/]  [{colour}]{escape(shown(photo.headline))}[/]  "
+        f"{escape(shown(photo.detail))} (log {answer.log_confidence:.4g})"
+    ]
+    if photo.reduced:
+        lines.append(
+            f"  reduced to {collection.largest_side} px, the longest side that the collection was described at"
+        )
+    width = max(len(match.exhibit) for match in answer.matches)
+    for place, match in enumerate(answer.matches, start=1):
+        exhibit, path = shown(match.exhibit), shown(collection.path(match.row))
+        lines.append(
+            f"  {place}  similarity {match.similarity:6.3f}  exhibit {escape(exhibit):<{width}}  {escape(path)}"
+        )
+    return "\n".join(lines)
+
+
+def _document(collection: Collection, threshold: Threshold, photos: Sequence[Identified]) -> dict[str, Any]:
+    listed: list[dict[str, Any]] = []
+    for photo in photos:
+        if photo.answer is None or photo.decision is None:
+            listed.append({"photo": photo.name, "error": photo.error})
+        else:
+            answer = answer_document(collection, photo.answer, photo.decision)
+            listed.append({"photo": photo.name, **answer, "reduced": photo.reduced})
+    return {
+        "schema": SCHEMA,
+        "collection": collection_document(collection),
+        "threshold": threshold.as_json(),
+        "photos": listed,
+    }

@@ -1,0 +1,77 @@
+"""From log-confidence to a decision: does the photo show an exhibit of the collection at all?"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from metilr.errors import UserError
+from metilr.metrics.open_set import threshold_for_precision
+from metilr.runs import Run
+from metilr.scoring import MIN_PRECISION
+
+Decision = Literal["exhibit", "not in the collection", "undecided"]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Least log-confidence to name an exhibit, and where it comes from.
+
+    Attributes:
+        log_confidence: None where there is none: then nothing is decided.
+        origin: Where it comes from, or why there is none, in words.
+        figures: What it gives on the val queries that it was chosen on: precision, recall, n_queries; else None.
+    """
+
+    log_confidence: float | None
+    origin: str
+    figures: dict[str, Any] | None = None
+
+    def decide(self, log_confidence: float) -> Decision:
+        """Say what an answer of such log-confidence comes to."""
+        if self.log_confidence is None:
+            return "undecided"
+        return "exhibit" if log_confidence >= self.log_confidence else "not in the collection"
+
+    def as_json(self) -> dict[str, Any]:
+        """What documents say about it."""
+        return {"log_confidence": self.log_confidence, "origin": self.origin, "on_val": self.figures}
+
+
+def choose_threshold(run: Run | None, threshold: float | None, min_precision: float = MIN_PRECISION) -> Threshold:
+    """Take the threshold that was given, or the lowest one that is precise enough on val of a run.
+
+    Args:
+        run: Its val answers are looked at; None for an index, which has no val.
+        threshold: A log-confidence, given by hand.
+        min_precision: Least share of right answers among those accepted.
+
+    Raises:
+        UserError: If an option is out of range or would have no effect.
+    """
+    if threshold is not None:
+        if not threshold <= 0:  # also true for NaN
+            raise UserError(f"--threshold {threshold}: is a log-confidence, at most 0 (log 0.5 is -0.69)")
+        if min_precision != MIN_PRECISION:
+            raise UserError("--min_precision: has no effect with --threshold; leave one of them out")
+        return Threshold(threshold, "given by --threshold")
+    if run is None:
+        if min_precision != MIN_PRECISION:
+            raise UserError("--min_precision: has no effect on an index, which has no val queries; give --threshold")
+        return Threshold(
+            None, "an index has no val queries to choose a threshold on; give --threshold, or evaluate and use --run"
+        )
+    if not 0 < min_precision <= 1:
+        raise UserError(f"--min_precision {min_precision}: choose a share above 0, at most 1")
+    val = run.answers["val"]
+    point = threshold_for_precision(val.log_confidence, val.predicted_ids, val.exhibit_ids, min_precision)
+    if point is None:
+        return Threshold(
+            None,
+            f"no threshold reaches a precision of {min_precision:g} on val; lower --min_precision or give --threshold",
+        )
+    figures = {"precision": point.precision, "recall": point.recall, "n_queries": len(val.paths)}
+    return Threshold(
+        point.threshold,
+        f"the lowest with a precision of at least {min_precision:g} on val: precision {point.precision:.3f}, recall "
+        f"{point.recall:.3f} on its {len(val.paths):,} queries",
+        {"min_precision": min_precision, **figures},
+    )
