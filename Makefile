@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 
 # Threads that wait for each other by spinning bring a busy machine to a crawl: let them sleep.
 export OMP_WAIT_POLICY := passive
+# A process per core with a thread each is twice as fast as one process with all of them.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-lowest lint clean
 demo: $(VENV)/.installed-demo
@@ -14,13 +16,13 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
 
 # The tests on the lower bounds that pyproject.toml declares, in an environment of their own.
 test-lowest:
 	test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install -q -e '.[demo,serve,dev]' -c tests/lowest.txt
-	.venv-lowest/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(PARALLEL)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -39,7 +39,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
     (tmp_path / "configs").symlink_to(Path(__file__).parents[1] / "configs")
     make_demo(tmp_path / "DIR", size=SMALL, progress=False)
     for module in (evaluation, pair_datamodule):
-        monkeypatch.setattr(module, "make_demo", lambda root: make_demo(root, size=SMALL, progress=False))
+        monkeypatch.setattr(module, "make_demo", lambda root, **_: make_demo(root, size=SMALL, progress=False))
     return tmp_path
 
 
