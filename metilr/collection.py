@@ -26,6 +26,7 @@ from metilr.search import search
 from metilr.sources import open_descriptors
 from metilr.whitening import PCAWhitening
 
+SIDE_OF_LOST_IMAGES = 1024  # px, where the images that tell are gone
 MAX_HEADERS = 5000  # of images, read for the largest size: about a second
 
 
@@ -149,7 +150,7 @@ class Collection:
         files = [self.ground_truth.image(path) for paths in self.ground_truth.paths.values() for path in paths]
         chosen = files[:: -(-len(files) // MAX_HEADERS)]
         with ThreadPoolExecutor(8) as pool:
-            return max(pool.map(_longest_side, chosen)) or None
+            return max(pool.map(_longest_side, chosen)) or SIDE_OF_LOST_IMAGES
 
     def answer(self, image: Tensor, n_matches: int = N_MATCHES) -> Answer:
         """Recognise what a photo shows, as the evaluation does.

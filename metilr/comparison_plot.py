@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from metilr.data.ground_truth import QUERY_FILES
 from metilr.published import Published
-from metilr.report.plots import COLOURS
+from metilr.report.plots import COLOURS, plain
 from metilr.scoring import LEVEL, headline_unit
 
 METRICS = {"gap": "GAP", "gap_minus": "GAP⁻", "acc": "ACC"}
@@ -42,8 +42,8 @@ def plot_comparison(
             _draw_bars(axes, split, runs, published)
             first = next(iter(runs.values()))[split]
             queries = f"{split}: {first['n_met']:,} met of {first['n_queries']:,} queries"
-            axes.set_title(f"{title if column == 0 else ''}\n{queries}", fontsize=9, loc="left")
-            axes.set_yticks(range(len(runs)), list(runs) if column == 0 else [""] * len(runs))
+            axes.set_title(plain(f"{title if column == 0 else ''}\n{queries}"), fontsize=9, loc="left")
+            axes.set_yticks(range(len(runs)), [plain(name) if column == 0 else "" for name in runs])
     for axes in panels[-1]:
         axes.set_xlabel("%")
     figure.legend(handles=_legend(groups, published), loc="outside upper center", ncols=5, frameon=False, fontsize=9)

@@ -6,6 +6,7 @@ from metilr.comparison_plot import METRICS
 from metilr.data.ground_truth import QUERY_FILES
 from metilr.differences import PairedDifferences
 from metilr.published import Published
+from metilr.results import chosen
 from metilr.runs import Run
 from metilr.scoring import LEVEL
 from metilr.tables import TextTable
@@ -54,8 +55,7 @@ def _notes_of_runs(runs: Mapping[str, Run]) -> list[str]:
     """What the evaluations themselves noted, each thing once with the runs that it is true of."""
     names: dict[str, list[str]] = {}
     for name, run in runs.items():
-        is_tuned = run.results["knn"]["tuned_on"] is not None
-        how = "k and τ tuned by GAP on val, test scored once" if is_tuned else "k and τ given, not tuned"
+        how = f"{chosen(run.results['knn'], with_values=False)}; test scored once"
         names.setdefault(how, []).append(name)
         for note in run.results.get("notes", []):
             names.setdefault(note, []).append(name)
@@ -65,19 +65,24 @@ def _notes_of_runs(runs: Mapping[str, Run]) -> list[str]:
 def differences_table(
     split: str, base_name: str, differences: Mapping[str, Sequence[PairedDifferences]], notes: Sequence[str]
 ) -> TextTable:
-    """Put the paired differences to ``base_name`` on one split in a table, with the most honest intervals there are."""
+    """Put the paired differences to ``base_name`` on one split in a table, with the widest intervals of all units."""
     rows = []
     drawn: dict[str, None] = {}
     for name, pairs in differences.items():
         for pair in pairs:
             if pair.split == split and pair.differences:
-                unit, figures = next(iter(pair.differences.items()))  # the most honest; comparison.json has all
+                unit, figures = max(pair.differences.items(), key=_width)  # the widest; comparison.json has all
                 rows.append([name, *(_with_interval(figures[metric]) for metric in METRICS)])
                 drawn[unit] = None
     interval = f"in brackets {100 * LEVEL:g}% intervals"
     explained = f"in points, {interval}: paired bootstrap over {' or '.join(drawn)} and distractors"
     notes = [*([explained] if rows else []), *notes]
     return TextTable(f"{split}: difference to {base_name}", [], ["run", *METRICS.values()], rows, notes=notes)
+
+
+def _width(of_unit: tuple[str, Mapping[str, Sequence[float]]]) -> float:
+    _, low, high = of_unit[1]["gap"]
+    return high - low
 
 
 def _with_interval(difference: Sequence[float]) -> str:

@@ -30,7 +30,7 @@ from metilr.report.dashboard import log_evaluation
 from metilr.report.page import PICTURES_PER_OUTCOME, write_report
 from metilr.results import RUNS, output_folder, plain_options, print_table, results_of, write_results
 from metilr.sources import Descriptors, open_descriptors
-from metilr.wandb_run import PROJECT, WandbMode, check_key, open_wandb, staged_in, unharmed
+from metilr.wandb_run import PROJECT, WandbMode, check_key, open_wandb, staged_in, unharmed, where_logged
 from metilr.whitening import DEFAULT_DIM
 
 # Options that make descriptors from images.
@@ -196,6 +196,9 @@ def evaluate(
         )
         assert folder is not None
         written = write_results(folder, results, ground_truth, recognition)
+    console.quiet = not launched_as_first()
+    print_table(console, results)  # before the page, so that nothing that happens there hides it
+    console.quiet = quiet or console.quiet
     page = None
     if report:
         page = write_report(folder, results, ground_truth, recognition, console, report_pictures)
@@ -203,9 +206,9 @@ def evaluate(
     run = open_wandb(wandb, wandb_project, folder, plain_options(arguments))
     if run is not None:
         with staged_in(folder), unharmed(run):
+            console.print(escape(where_logged(run, folder)), soft_wrap=True)
             log_evaluation(run, results, ground_truth, recognition, None if page is None else page.parent)
     console.quiet = not launched_as_first()
-    print_table(console, results)
     console.print("wrote " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)
     return results
 

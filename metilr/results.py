@@ -178,17 +178,20 @@ def print_table(console: Console, results: Mapping[str, Any]) -> None:
         percents = [_with_interval(figures, name, unit) for name in ("gap", "gap_minus", "acc")]
         table.add_row(split, f"{figures['n_met']:,} of {figures['n_queries']:,}", *percents)
     console.print(table)
-    console.print(f"in percent; {_chosen(knn)}; test scored once", soft_wrap=True)
+    console.print(f"in percent; {chosen(knn)}; test scored once", soft_wrap=True)
     if unit is not None:
         level = 100 * results["bootstrap"]["level"]
-        console.print(f"in brackets {level:g}% intervals: bootstrap over {unit} and distractors", soft_wrap=True)
+        console.print(
+            f"in brackets {level:g}% intervals: bootstrap over {unit} and distractors (a lower bound of the doubt)",
+            soft_wrap=True,
+        )
     for note in results["notes"]:
         console.print(f"[bold yellow]note:[/] {escape(note)}")
 
 
-def _chosen(knn: Mapping[str, Any]) -> str:
+def chosen(knn: Mapping[str, Any], with_values: bool = True) -> str:
     """How k and tau came about."""
-    values = {"k": f"k = {knn['k']}", "tau": f"τ = {knn['tau']:g}"}
+    values = {"k": f"k = {knn['k']}", "tau": f"τ = {knn['tau']:g}"} if with_values else {"k": "k", "tau": "τ"}
     if knn["grid"] is None:
         return f"{values['k']}, {values['tau']} given"
     given = [text for key, text in values.items() if len(knn["grid"][key]) == 1]

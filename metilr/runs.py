@@ -85,8 +85,10 @@ def read_results(path: Path) -> Mapping[str, Any]:
     if not isinstance(results, dict) or results.get("schema_version") != SCHEMA_VERSION:
         raise UserError(f"{file}: not of schema {SCHEMA_VERSION}; run the evaluation again")
     missing = {"data", "model", "knn", *QUERY_FILES} - results.keys()
+    figures = {"gap", "gap_minus", "acc", "n_queries", "n_met"}
+    missing |= {f"{split}.{name}" for split in QUERY_FILES for name in figures - dict(results.get(split) or {}).keys()}
     if missing:
-        raise UserError(f"{file}: lacks {', '.join(sorted(missing))}; run the evaluation again")
+        raise UserError(f"{file}: lacks {', '.join(sorted(missing)[:4])}; run the evaluation again")
     return results
 
 

@@ -1,5 +1,6 @@
 """From log-confidence to a decision: does the photo show an exhibit of the collection at all?"""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ from metilr.metrics.open_set import threshold_for_precision
 from metilr.runs import Run
 from metilr.scoring import MIN_PRECISION
 
+FEW_ACCEPTED = 20  # answers: one more or less that is wrong moves their precision by 5 points
 Decision = Literal["exhibit", "not in the collection", "undecided"]
 
 
@@ -48,8 +50,8 @@ def choose_threshold(run: Run | None, threshold: float | None, min_precision: fl
         UserError: If an option is out of range or would have no effect.
     """
     if threshold is not None:
-        if not threshold <= 0:  # also true for NaN
-            raise UserError(f"--threshold {threshold}: is a log-confidence, at most 0 (log 0.5 is -0.69)")
+        if not -math.inf < threshold <= 0:  # NaN neither
+            raise UserError(f"--threshold {threshold}: is a log-confidence, at most 0 and finite (log 0.5 is -0.69)")
         if min_precision != MIN_PRECISION:
             raise UserError("--min_precision: has no effect with --threshold; leave one of them out")
         return Threshold(threshold, "given by --threshold")
@@ -68,10 +70,15 @@ def choose_threshold(run: Run | None, threshold: float | None, min_precision: fl
             None,
             f"no threshold reaches a precision of {min_precision:g} on val; lower --min_precision or give --threshold",
         )
-    figures = {"precision": point.precision, "recall": point.recall, "n_queries": len(val.paths)}
+    figures = {
+        "precision": point.precision, "recall": point.recall, "n_accepted": point.n_accepted,
+        "n_queries": len(val.paths),
+    }  # fmt: skip
+    n_right = round(point.precision * point.n_accepted)
+    shaky = ", so few that it may be far off" if point.n_accepted < FEW_ACCEPTED else ""
     return Threshold(
         point.threshold,
-        f"the lowest with a precision of at least {min_precision:g} on val: precision {point.precision:.3f}, recall "
-        f"{point.recall:.3f} on its {len(val.paths):,} queries",
+        f"the lowest with a precision of at least {min_precision:g} on val: {n_right:,} of {point.n_accepted:,} "
+        f"accepted answers were right{shaky}, recall {point.recall:.3f}, {len(val.paths):,} queries",
         {"min_precision": min_precision, **figures},
     )

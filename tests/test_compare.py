@@ -242,7 +242,7 @@ def test_notes_of_the_evaluations_are_kept_with_the_runs_they_are_true_of(museum
     write_run(Path("third"), museum, 2, knn={"k": 1, "tau": 1.0, "tuned_on": None, "grid": None})
     compare("first", "second", "third")
     text = Path("out/comparison.md").read_text()
-    assert "- RANDOM WEIGHTS (first, second)" in text and "- k and τ given, not tuned (third)" in text
+    assert "- RANDOM WEIGHTS (first, second)" in text and "- k, τ given; test scored once (third)" in text
 
 
 def test_names_that_markup_would_swallow(museum):

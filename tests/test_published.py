@@ -9,7 +9,7 @@ from metilr.models.specs import BACKBONES
 from metilr.published import PUBLISHED, published
 from tests.test_evaluation import REPOSITORY
 
-REPORT_BACKBONES = sorted(set(BACKBONES) - {"lite0_in"})
+REPORT_BACKBONES = sorted({row.backbone for row in PUBLISHED})
 
 
 def results_of(backbone: str = "r18_in", database: str = "full") -> dict:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metilr.errors import UserError
-from metilr.metrics.functional import acc, checked, gap_minus
+from metilr.metrics.functional import DISTRACTOR, acc, checked, gap_minus
 
 FARS = (0.01, 0.1)  # false alarm rates of the figures: the usual ones that some thousand distractors can still tell
 CLASS_SIZES = {"1": (1, 1), "2-3": (2, 3), "4+": (4, np.inf)}  # database images of an exhibit; most have one
@@ -25,11 +25,13 @@ class OperatingPoint(NamedTuple):
         threshold: Answers with at least this log-confidence are accepted.
         precision: Share of accepted answers that are right.
         recall: Share of met queries whose answer is right and accepted.
+        n_accepted: Number of accepted answers: few make a shaky threshold.
     """
 
     threshold: float
     precision: float
     recall: float
+    n_accepted: int
 
 
 def open_set_figures(
@@ -49,10 +51,11 @@ def open_set_figures(
         class_sizes: Number of database images of each class, ``(n_classes,)``; a met query's class has some.
 
     Returns:
-        Figures ready for JSON: ``auroc``, ``fpr95``, ``aurc``, ``dir`` (by false alarm rate); ``by_kind`` with
-        ``n``, ``auroc``, ``fpr95`` of all met queries against this kind of distractor; ``by_class_size`` with
-        ``n``, ``acc``, ``gap_minus`` of the met queries whose class has so many images, as if they alone had
-        been asked. None where a figure is undefined: without distractors, or in a bin without queries.
+        Figures ready for JSON: ``auroc``, ``fpr95``, ``aurc``, ``dir`` (by false alarm rate); the same by kind of
+        distractor, ``by_kind``, with all met queries, and by the number of images of the shown exhibit,
+        ``by_class_size``, with all distractors; ``n`` is the number of distractors or met queries of the group. The
+        latter also have ``acc`` and ``gap_minus``. None where a figure is undefined: without distractors, or in a
+        bin without queries.
 
     Raises:
         UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
@@ -66,35 +69,35 @@ def open_set_figures(
     if sizes.min() < 1:
         raise ValueError("a met query's class has no database image in class_sizes")
 
-    has_distractors = not is_met.all()
     by_kind = {}
     for kind in np.unique(kind_of[~is_met]).tolist():
         kept = is_met | (kind_of == kind)
-        kept_answers = confidence[kept], answers[kept], truth[kept]
-        by_kind[kind] = {
-            "n": int((kept & ~is_met).sum()),
-            "auroc": auroc(*kept_answers),
-            "fpr95": fpr_at_tpr(*kept_answers),
-        }
-    by_class_size: dict[str, dict[str, float | None]] = {}
+        n = int((kept & ~is_met).sum())
+        by_kind[kind] = {"n": n, **_rejection_figures(confidence[kept], answers[kept], truth[kept])}
+    by_class_size: dict[str, dict[str, Any]] = {}
     for name, (least, most) in CLASS_SIZES.items():
-        kept = np.flatnonzero(is_met)[(sizes >= least) & (sizes <= most)]
-        kept_answers = confidence[kept], answers[kept], truth[kept]
+        of_size = np.zeros(len(truth), dtype=bool)
+        of_size[np.flatnonzero(is_met)[(sizes >= least) & (sizes <= most)]] = True
+        kept, alone = of_size | ~is_met, (confidence[of_size], answers[of_size], truth[of_size])
         by_class_size[name] = {
-            "n": len(kept),
-            "acc": acc(*kept_answers) if len(kept) else None,
-            "gap_minus": gap_minus(*kept_answers) if len(kept) else None,
+            "n": int(of_size.sum()),
+            "acc": acc(*alone) if of_size.any() else None,
+            "gap_minus": gap_minus(*alone) if of_size.any() else None,
+            **_rejection_figures(confidence[kept], answers[kept], truth[kept]),
         }
+    return {**_rejection_figures(confidence, answers, truth), "by_kind": by_kind, "by_class_size": by_class_size}
+
+
+def _rejection_figures(confidence: np.ndarray, answers: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    """The figures of some queries; None where met queries or distractors are missing."""
+    is_met = truth != DISTRACTOR
+    case = confidence, answers, truth
+    both = is_met.any() and not is_met.all()
     return {
-        "auroc": auroc(confidence, answers, truth) if has_distractors else None,
-        "fpr95": fpr_at_tpr(confidence, answers, truth) if has_distractors else None,
-        "aurc": aurc(confidence, answers, truth),
-        "dir": {
-            f"{far:g}": detection_identification_rate(confidence, answers, truth, far) if has_distractors else None
-            for far in FARS
-        },
-        "by_kind": by_kind,
-        "by_class_size": by_class_size,
+        "auroc": auroc(*case) if both else None,
+        "fpr95": fpr_at_tpr(*case) if both else None,
+        "aurc": aurc(*case) if is_met.any() else None,
+        "dir": {f"{far:g}": detection_identification_rate(*case, far) if both else None for far in FARS},
     }
 
 
@@ -274,8 +277,9 @@ def threshold_for_precision(
         precision: Least share of right answers among the accepted, in (0, 1].
 
     Returns:
-        The threshold, one of the log-confidences, with what it gives on these queries (chosen on them, it is
-        optimistic there: choose on val); None if no threshold is that precise.
+        The threshold, midway between the least sure accepted answer and the next one (so that rounding does not
+        move a query across; that answer's own log-confidence if no other is less sure), with what it gives on these
+        queries (chosen on them, it is optimistic there: choose on val); None if no threshold is that precise.
 
     Raises:
         UserError: If shapes differ, a confidence is NaN, no query shows an exhibit, or ``precision`` is out of
@@ -291,7 +295,9 @@ def threshold_for_precision(
     if not len(possible):
         return None
     last = possible[-1]
-    return OperatingPoint(float(ranked[last]), float(reached[last]), float(recall[last]))
+    below = ranked[last + 1] if last + 1 < len(ranked) else -np.inf
+    threshold = (ranked[last] + below) / 2 if below > -np.inf else ranked[last]
+    return OperatingPoint(float(threshold), float(reached[last]), float(recall[last]), int(last) + 1)
 
 
 def _strata(

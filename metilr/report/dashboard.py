@@ -15,7 +15,7 @@ from metilr.metrics.open_set import precision_recall
 from metilr.recognition import Recognition
 from metilr.report.gallery import OUTCOMES, arrange, first_images
 from metilr.report.page import draw_plots
-from metilr.report.plots import as_png, shown_points
+from metilr.report.plots import as_png, gap_steps
 from metilr.scoring import headline_unit
 from metilr.thumbnails import jpeg_thumbnail
 
@@ -81,9 +81,9 @@ def _curve(ground_truth: GroundTruth, recognition: Recognition) -> Any:
     for split in QUERY_FILES:
         answers = recognition.answers[split]
         precision, recall = precision_recall(answers.log_confidence, answers.labels, ground_truth.labels[split])
-        shown = shown_points(len(recall))
-        xs.append(recall[shown].tolist())
-        ys.append(precision[shown].tolist())
+        corners, heights = gap_steps(precision, recall)
+        xs.append(corners.tolist())
+        ys.append(heights.tolist())
     return wandb.plot.line_series(xs, ys, keys=list(QUERY_FILES), title="precision and recall", xname="recall")
 
 

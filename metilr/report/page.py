@@ -1,11 +1,11 @@
 """``OUTPUT/report/index.html``: the figures, the curves, the gallery, and how all of it was made."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -13,8 +13,9 @@ from rich.console import Console
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.metrics.open_set import precision_recall, risk_coverage
 from metilr.recognition import Recognition
-from metilr.report.gallery import OUTCOMES, arrange, write_gallery
+from metilr.report.gallery import arrange, write_gallery
 from metilr.report.plots import as_svg, confidence_plot, precision_recall_plot, risk_coverage_plot, tuning_plot
+from metilr.results import chosen
 from metilr.scoring import headline_unit
 
 PICTURES_PER_OUTCOME = 100
@@ -55,14 +56,12 @@ def write_report(
         unit=headline_unit(results),
         example_id=int(ground_truth.exhibit_ids[0]),
         plots={name: Markup(as_svg(plot, name)) for name, plot in plots.items()},
-        outcome_counts={
-            split: dict(zip(OUTCOMES, np.bincount(gallery.outcomes, minlength=len(OUTCOMES)).tolist(), strict=True))
-            for split, gallery in galleries.items()
-        },
         n_missing=n_missing,
+        chosen=chosen(results["knn"]),
+        kinds=sorted({kind for split in QUERY_FILES for kind in results[split]["open_set"]["by_kind"]}),
     )
     for name in ("style.css", "gallery_page.js"):
-        (folder / name).write_text(templates.get_template(name).render(), encoding="utf-8")
+        shutil.copy(Path(__file__).parent / "templates" / name, folder / name)
     (folder / "index.html").write_text(page, encoding="utf-8")
     return folder / "index.html"
 

@@ -1,6 +1,8 @@
 """Plots of the figures, as SVG in the text colour of a page that is light or dark, or as PNG."""
 
 import io
+import itertools
+import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -34,8 +36,7 @@ def precision_recall_plot(
     figure, axes = _figure()
     for split, (precision, recall) in curves.items():
         colour = SPLIT_COLOURS[split]
-        shown = shown_points(len(recall))
-        precision, recall = precision[shown], recall[shown]
+        recall, precision = gap_steps(precision, recall)
         axes.plot(recall, precision, color=colour, linewidth=1.8, label=f"{split}: GAP {100 * gaps[split]:.1f}")
         axes.fill_between(recall, precision, color=colour, alpha=0.12, linewidth=0)
         if split in threshold_points:
@@ -77,10 +78,10 @@ def confidence_plot(log_confidence: np.ndarray, kinds: Sequence[str], threshold:
     present = [MET, *sorted(set(kinds) - {MET})]
     low, high = (odds[answered].min(), odds[answered].max()) if answered.any() else (0.0, 1.0)
     edges = np.linspace(low, max(high, low + 1e-6), 31)
-    for kind, colour in zip(present, COLOURS, strict=False):
+    for kind, colour in zip(present, itertools.cycle(COLOURS), strict=False):
         values = odds[answered & (kinds_of == kind)]
         share = np.histogram(values, edges)[0] / max(1, len(values))
-        axes.stairs(share, edges, color=colour, linewidth=1.8, label=f"{kind} ({len(values):,})")
+        axes.stairs(share, edges, color=colour, linewidth=1.8, label=plain(f"{kind} ({len(values):,})"))
         axes.stairs(share, edges, color=colour, fill=True, alpha=0.15)
     if threshold is not None:
         at = float(log_odds(np.array([threshold]))[0])
@@ -112,6 +113,7 @@ def as_svg(figure: Figure, name: str) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     document = stream.getvalue()
+    document = re.sub(r'(\bid="|"#|url\(#)', rf"\1{name}-", document)
     return document[document.index("<svg") :].replace(TEXT, "currentColor")
 
 
@@ -120,6 +122,23 @@ def as_png(figure: Figure) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=160, facecolor="white")
     return stream.getvalue()
+
+
+def gap_steps(precision: np.ndarray, recall: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return recall and precision of the corners of the steps whose area is GAP, from rank order.
+
+    Each right answer moves recall on, at the precision that it reaches; wrong answers move nothing.
+    """
+    before = np.concatenate([[0.0], recall[:-1]])
+    is_right = recall > before
+    corners = np.stack([before[is_right], recall[is_right]], axis=1).ravel()
+    return corners, np.repeat(precision[is_right], 2)
+
+
+def plain(text: str) -> str:
+    """A text from a file name, without what matplotlib would read as a formula or as no label."""
+    text = text.replace("$", r"\$")
+    return f"\N{ZERO WIDTH SPACE}{text}" if text.startswith("_") else text
 
 
 def shown_points(n: int) -> np.ndarray:

@@ -1,6 +1,5 @@
 """The web application: three routes, and the walls around them."""
 
-import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +20,6 @@ from metilr.data.transforms import BadImageError
 from metilr.photos import MAX_PIXELS, BadPhotoError, TooManyPixelsError, load_photo
 from metilr.threshold import Threshold
 from metilr.thumbnails import jpeg_thumbnail
-
-logger = logging.getLogger(__name__)
 
 HEADERS = {
     "Content-Security-Policy": (

@@ -62,9 +62,9 @@ def test_hand_worked_case():
     precision, recall = precision_recall(*CASE)
     assert precision == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4, 2 / 5, 3 / 6, 3 / 7])
     assert recall == pytest.approx([1 / 4, 1 / 4, 1 / 4, 1 / 4, 2 / 4, 3 / 4, 3 / 4])
-    assert threshold_for_precision(*CASE, precision=1) == (-0.1, 1, 1 / 4)
-    assert threshold_for_precision(*CASE, precision=0.5) == (-4, 1 / 2, 3 / 4)
-    assert threshold_for_precision(*CASE, precision=0.41) == (-5, 3 / 7, 3 / 4)
+    assert threshold_for_precision(*CASE, precision=1) == (-0.55, 1, 1 / 4, 1)
+    assert threshold_for_precision(*CASE, precision=0.5) == (-4.5, 1 / 2, 3 / 4, 6)
+    assert threshold_for_precision(*CASE, precision=0.41) == (-5, 3 / 7, 3 / 4, 7)
 
 
 def test_auroc_equals_scikit_learn():
@@ -135,15 +135,16 @@ def test_threshold_for_precision_equals_the_lowest_of_all_thresholds(wanted):
         assert found[-1] == bool(possible)
         if point is not None:
             accepted = confidence >= min(possible)
-            expected = min(possible), right[accepted].mean(), (right & accepted).sum() / met.sum()
-            assert point == pytest.approx(expected, abs=1e-14)
+            assert np.array_equal(confidence >= point.threshold, accepted)
+            expected = right[accepted].mean(), (right & accepted).sum() / met.sum(), accepted.sum()
+            assert point[1:] == pytest.approx(expected, abs=1e-14)
     assert any(found)
 
 
 def test_a_precision_that_no_threshold_reaches_has_none():
     # The right answer comes first in its tie, but a threshold accepts or rejects both.
     assert threshold_for_precision([0, 0], [1, 2], [1, DISTRACTOR], 0.51) is None
-    assert threshold_for_precision([0, 0], [1, 2], [1, DISTRACTOR], 0.5) == (0, 0.5, 1)
+    assert threshold_for_precision([0, 0], [1, 2], [1, DISTRACTOR], 0.5) == (0, 0.5, 1, 2)
     assert threshold_for_precision([-np.inf], [1], [1], 0.5) is None
 
 
@@ -169,13 +170,20 @@ def test_figures_are_those_of_their_queries_alone():
         scores = np.concatenate([confidence[met], confidence[kinds == kind]])
         truth = np.concatenate([np.ones(met.sum()), np.zeros((kinds == kind).sum())])
         fpr, tpr, _ = roc_curve(truth, scores, drop_intermediate=False)
-        expected = {"n": (kinds == kind).sum(), "auroc": roc_auc_score(truth, scores), "fpr95": fpr[tpr >= 0.95].min()}
-        assert of_kind == pytest.approx(expected)
+        assert of_kind["n"] == (kinds == kind).sum()
+        assert of_kind["auroc"] == pytest.approx(roc_auc_score(truth, scores))
+        assert of_kind["fpr95"] == pytest.approx(fpr[tpr >= 0.95].min())
+        kept = met | (kinds == kind)
+        alone = confidence[kept], predicted[kept], target[kept]
+        assert of_kind["aurc"] == aurc(*alone)
+        assert of_kind["dir"]["0.1"] == detection_identification_rate(*alone, far=0.1)
 
     for label, size in enumerate(["1", "2-3", "4+"]):
         shown = confidence[target == label], predicted[target == label], target[target == label]
-        expected = {"n": len(shown[0]), "acc": acc(*shown), "gap_minus": gap_minus(*shown)}
-        assert figures["by_class_size"][size] == expected
+        of_size = figures["by_class_size"][size]
+        assert (of_size["n"], of_size["acc"], of_size["gap_minus"]) == (len(shown[0]), acc(*shown), gap_minus(*shown))
+        kept = (target == label) | ~met
+        assert of_size["auroc"] == auroc(confidence[kept], predicted[kept], target[kept])
 
 
 def test_class_sizes_fall_into_their_bins():
@@ -186,10 +194,11 @@ def test_class_sizes_fall_into_their_bins():
 
 def test_undefined_figures_are_none():
     figures = open_set_figures([0, -np.inf], [0, 0], [0, 1], ["met", "met"], np.array([2, 3, 1]))
-    nothing = {"n": 0, "acc": None, "gap_minus": None}
+    rejection = {"auroc": None, "fpr95": None, "dir": {"0.01": None, "0.1": None}}
+    nothing = {"n": 0, "acc": None, "gap_minus": None, "aurc": None, **rejection}
+    some = {"n": 2, "acc": 0.5, "gap_minus": 0.5, "aurc": 0.25, **rejection}
     assert figures == {
-        "auroc": None, "fpr95": None, "aurc": 0.25, "dir": {"0.01": None, "0.1": None}, "by_kind": {},
-        "by_class_size": {"1": nothing, "2-3": {"n": 2, "acc": 0.5, "gap_minus": 0.5}, "4+": nothing},
+        **rejection, "aurc": 0.25, "by_kind": {}, "by_class_size": {"1": nothing, "2-3": some, "4+": nothing},
     }  # fmt: skip
     json.dumps(figures, allow_nan=False)
 

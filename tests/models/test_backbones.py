@@ -63,7 +63,7 @@ def random_weights(architecture: str) -> StateDict:
 
 
 def test_the_table_holds_the_reports_ten_and_the_offline_one() -> None:
-    assert sorted(BACKBONES) == sorted([*REPORT, "lite0_in"])
+    assert {*REPORT, "lite0_in"} <= set(BACKBONES)
 
 
 @pytest.mark.parametrize("name", REPORT)

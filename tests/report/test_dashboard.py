@@ -50,7 +50,7 @@ def test_without_a_service_the_results_are_kept(tiny_museum, monkeypatch, capsys
 
 def test_a_service_that_dies_in_the_middle_loses_nothing(tiny_museum, monkeypatch, capsys):
     class Dead:
-        id = "x"
+        id, offline = "x", True
 
         @property
         def summary(self):

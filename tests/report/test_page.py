@@ -60,8 +60,8 @@ def test_figures_on_the_page_are_those_of_the_results(browser, run):
         for name in ("gap", "gap_minus", "acc"):
             shown = page.locator(f"[data-figure='{split}.{name}']").inner_text()
             assert float(shown) == pytest.approx(100 * results[split][name], abs=0.005)
-    assert int(page.locator("[data-figure=k]").inner_text()) == results["knn"]["k"]
-    assert float(page.locator("[data-figure=tau]").inner_text()) == results["knn"]["tau"]
+    knn = results["knn"]
+    assert f"k = {knn['k']}, τ = {knn['tau']:g} tuned by GAP on val" in page.locator("#figures").inner_text()
     assert page.locator("figure svg").count() == 5
     assert page.errors == []
 
@@ -78,6 +78,11 @@ def test_filters_search_and_pages_change_the_gallery(browser, run):
     page.select_option("select[name=show]", "all")
     page.fill("input[name=search]", "500")
     assert 1 <= count(page)[0] < 7
+    assert all("500" in title for title in page.locator("#cards h3").all_inner_texts())
+    page.fill("input[name=search]", "")
+    page.select_option("select[name=show]", "low margin")
+    assert 1 <= count(page)[0] < 4  # the lower quartile of the margins of four met queries
+    page.select_option("select[name=show]", "all")
     page.fill("input[name=search]", "no such exhibit")
     assert count(page)[0] == 0
     page.fill("input[name=search]", "")
@@ -100,6 +105,10 @@ def test_it_fits_narrow_and_wide_windows_and_loads_its_pictures(browser, run, wi
     page.locator("#cards > li").last.scroll_into_view_if_needed()
     page.wait_for_function("[...document.querySelectorAll('#cards li:last-child img')].every(i => i.naturalWidth > 0)")
     assert page.locator("#cards img").count() >= 7
+    for true_exhibit in page.locator(".picture.true").all():
+        box = true_exhibit.bounding_box()
+        card = true_exhibit.locator("xpath=ancestor::li").bounding_box()
+        assert card["x"] <= box["x"] and box["x"] + box["width"] <= card["x"] + card["width"]
     assert page.errors == []
 
 

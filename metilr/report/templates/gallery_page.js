@@ -23,7 +23,8 @@
         : show === "distractor" ? q.label !== null
         : show !== "all" && q.outcome !== show) return false;
       if (!text) return true;
-      return [q.label, q.answer].some((l) => l !== null && exhibit(l) === text) || q.path.toLowerCase().includes(text);
+      if (/^\d+$/.test(text)) return [q.label, q.answer].some((l) => l !== null && exhibit(l) === text);
+      return q.path.toLowerCase().includes(text);
     });
   }
 
