@@ -6,7 +6,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BasePredictionWriter, Callback
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor
 from typing_extensions import override
 
@@ -15,6 +15,7 @@ from metilr.data.dataset import ImageBatch
 from metilr.data.transforms import BadImageError
 from metilr.descriptors import UNIT_TOLERANCE, RowWriter
 from metilr.errors import UserError
+from metilr.progress import progress_bar
 
 
 def write_rows(writer: RowWriter, data: ImageDataModule, batch: ImageBatch, descriptors: Tensor) -> None:
@@ -101,12 +102,9 @@ class ImageProgress(Callback):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         total = sum(len(batch.rows) for batch in data.plan)
-        self.progress = Progress(
-            TextColumn("describing images"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:.1f} images/s"), TimeRemainingColumn(),
-        )  # fmt: skip
+        self.progress = progress_bar("images")
         self.progress.start()
-        self.task = self.progress.add_task("images", total=total, rate=0.0)
+        self.task = self.progress.add_task("describing images", total=total)
 
     @override
     def on_predict_batch_end(
@@ -124,7 +122,6 @@ class ImageProgress(Callback):
         task = self.progress.tasks[0]
         if task.total and task.completed > task.total:
             self.progress.update(self.task, completed=task.total)
-        self.progress.update(self.task, rate=task.completed / max(task.elapsed or 0, 1e-9))
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

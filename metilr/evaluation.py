@@ -181,6 +181,7 @@ def evaluate(
             tau=tau,
             search_device=search_device,
             say=console.print,
+            quiet=quiet,
         )
         skipped_images = _skipped_images(opened, ground_truth)
         results = results_of(

@@ -1,6 +1,6 @@
 """From descriptors to answers and figures: whitening, search, kNN, metrics. Knows no images."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from metilr.errors import UserError
 from metilr.knn import K_GRID, NO_ROW, TAU_GRID, Predictions, Tuning, check_tau, classify, tune, with_skipped
 from metilr.matches import N_NEIGHBOURS, Matches, top_matches
 from metilr.metrics.functional import acc, gap, gap_bounds, gap_minus
+from metilr.progress import counted
 from metilr.search import Neighbours, check_device, search
 from metilr.sources import Descriptors
 from metilr.whitening import PCAWhitening, fit_pca_whitening
@@ -55,6 +56,7 @@ def recognise(
     tau: float | None = None,
     search_device: SearchDevice = "cpu",
     say: Callable[[str], None] = lambda step: None,
+    quiet: bool = True,
 ) -> Recognition:
     """Whiten, search once per split, choose k and tau by GAP on val, answer and score val and test.
 
@@ -70,6 +72,7 @@ def recognise(
         tau: Inverse temperature; None: chosen on val.
         search_device: Where FAISS searches.
         say: Told what is done, a line a step; at full size some take minutes.
+        quiet: Show no progress.
 
     Raises:
         UserError: If an option does not fit the data.
@@ -80,8 +83,8 @@ def recognise(
         raise UserError("no database image has a descriptor: there is nothing to search; mend the images")
     check_options(n_database, descriptors.width, whitening, whitening_dim, whitening_shrinkage, k, tau, search_device)
     say(f"[bold]whitening[/]    {escape(whitening)}, database {n_database:,} x {descriptors.width}")
-    transform = _whitening(descriptors, whitening, whitening_dim, whitening_shrinkage)
-    ready = {split: unit_rows(descriptors, split, transform) for split in SPLITS}
+    transform = _whitening(descriptors, whitening, whitening_dim, whitening_shrinkage, quiet)
+    ready = {split: unit_rows(descriptors, split, transform, quiet) for split in SPLITS}
 
     labels = {split: ground_truth.labels[split] for split in QUERY_FILES}
     database_labels = ground_truth.labels["database"][made["database"]]
@@ -92,7 +95,7 @@ def recognise(
     k_search = max(n_neighbours, *(i for i in k_grid if i <= n_database))
 
     say(f"[bold]search[/]       exact, {search_device}: val, {k_search} neighbours among {n_database:,} rows")
-    neighbours = {"val": search(ready["database"], ready["val"], k_search, search_device)}
+    neighbours = {"val": _searched(ready, "val", k_search, search_device, quiet)}
     tuning = None
     if k is None or tau is None:
         tuning = tune(
@@ -107,7 +110,7 @@ def recognise(
         k, tau = tuning.k, tuning.tau
     k_search = max(n_neighbours, k)
     say(f"[bold]search[/]       test, {k_search} neighbours")
-    neighbours["test"] = search(ready["database"], ready["test"], k_search, search_device)
+    neighbours["test"] = _searched(ready, "test", k_search, search_device, quiet)
 
     answers = {
         split: _answer(neighbours[split], database_labels, n_classes, k, tau, made, split) for split in QUERY_FILES
@@ -167,24 +170,40 @@ def check_options(
             raise UserError(f"--whitening {whitening}: is for descriptors of width {learned_on}, these have {width}")
 
 
-def _whitening(descriptors: Descriptors, whitening: str, dim: int | None, shrinkage: float) -> PCAWhitening | None:
+def _whitening(
+    descriptors: Descriptors, whitening: str, dim: int | None, shrinkage: float, quiet: bool
+) -> PCAWhitening | None:
     if whitening == "none":
         return None
-    if whitening == "pca":
-        chunks = row_chunks(descriptors.parts["database"], descriptors.made["database"])
-        return fit_pca_whitening(chunks, dim=dim, shrinkage=shrinkage)
-    return PCAWhitening.load(whitening)
+    if whitening != "pca":
+        return PCAWhitening.load(whitening)
+    made = descriptors.made["database"]
+    with counted("learning whitening", int(made.sum()), "rows", quiet) as done:
+
+        def chunks() -> Iterator[np.ndarray]:
+            for chunk in row_chunks(descriptors.parts["database"], made):
+                yield chunk
+                done(len(chunk))
+
+        return fit_pca_whitening(chunks(), dim=dim, shrinkage=shrinkage)
 
 
-def unit_rows(descriptors: Descriptors, split: str, transform: PCAWhitening | None) -> np.ndarray:
+def _searched(ready: Mapping[str, np.ndarray], split: str, k: int, device: SearchDevice, quiet: bool) -> Neighbours:
+    with counted(f"searching {split}", len(ready[split]), "queries", quiet) as done:
+        return search(ready["database"], ready[split], k, device, done)
+
+
+def unit_rows(descriptors: Descriptors, split: str, transform: PCAWhitening | None, quiet: bool = True) -> np.ndarray:
     """Rows as they are compared, float32 ``(n made, D)``: whitened if asked for, of unit length in any case."""
     made = descriptors.made[split]
     width = descriptors.width if transform is None else transform.dim
     ready = np.empty((int(made.sum()), width), dtype=np.float32)
     start = 0
-    for chunk in row_chunks(descriptors.parts[split], made):
-        ready[start : start + len(chunk)] = as_compared(chunk, transform)
-        start += len(chunk)
+    with counted(f"whitening {split}", len(ready), "rows", quiet) as done:
+        for chunk in row_chunks(descriptors.parts[split], made):
+            ready[start : start + len(chunk)] = as_compared(chunk, transform)
+            start += len(chunk)
+            done(len(chunk))
     return ready
 
 

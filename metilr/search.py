@@ -35,7 +35,13 @@ class Neighbours:
     rows: np.ndarray
 
 
-def search(database: np.ndarray, queries: np.ndarray, k: int, device: Literal["cpu", "gpu"] = "cpu") -> Neighbours:
+def search(
+    database: np.ndarray,
+    queries: np.ndarray,
+    k: int,
+    device: Literal["cpu", "gpu"] = "cpu",
+    done: Callable[[int], None] = lambda n: None,
+) -> Neighbours:
     """Find each query's k largest inner products over the whole database.
 
     FAISS proposes ``k`` and a few more candidates by float32 products; these are scored again in float64
@@ -51,6 +57,7 @@ def search(database: np.ndarray, queries: np.ndarray, k: int, device: Literal["c
         queries: Descriptors, ``(Q, D)`` float32.
         k: Neighbours per query, 1 to N.
         device: "cpu", or "gpu" for all GPUs, each of which holds a share of the database.
+        done: Told the number of queries that were answered since the last time.
 
     Returns:
         Similarities and rows, ``(Q, k)`` each.
@@ -92,6 +99,7 @@ def search(database: np.ndarray, queries: np.ndarray, k: int, device: Literal["c
                 find, database, queries[chunk], k, n_candidates, error[chunk]
             )
             unsettled.append(chunk[~settled])
+            done(int(settled.sum()))
         pending, n_candidates = np.concatenate(unsettled), min(n, 4 * n_candidates)
     return Neighbours(similarities, rows)
 

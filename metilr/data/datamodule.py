@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from pytorch_lightning import LightningDataModule
-from rich.progress import track
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -17,6 +16,7 @@ from metilr.data.dataset import BatchDataset, ImageBatch, PlannedBatch
 from metilr.data.ground_truth import GroundTruth
 from metilr.data.transforms import BadImageError, image_shape
 from metilr.descriptors import DescriptorStore
+from metilr.progress import tracked
 
 BadImages = Literal["stop", "skip"]
 
@@ -130,7 +130,7 @@ class ImageDataModule(LightningDataModule):
         try:
             with ThreadPoolExecutor(8) as pool:  # the time goes into waiting for the disk
                 found = pool.map(self._shape_or_error, rows.tolist())
-                bar = track(found, "reading image sizes", len(rows), transient=True, disable=self.quiet)
+                bar = tracked(found, "reading image sizes", len(rows), "images", self.quiet)
                 for i, shape in enumerate(bar):
                     if not isinstance(shape, BadImageError):
                         shapes[i] = shape

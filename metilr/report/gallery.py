@@ -1,7 +1,7 @@
 """The gallery's data: every query with its answer and its top matches, failures first, and some of the pictures."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.data.transforms import BadImageError
 from metilr.knn import NO_LABEL, NO_ROW
 from metilr.metrics import DISTRACTOR
+from metilr.progress import tracked
 from metilr.recognition import Recognition
 from metilr.thumbnails import jpeg_thumbnail
 
@@ -172,9 +172,7 @@ def _write_pictures(folder: Path, wanted: Mapping[str, Path], console: Console) 
 
     with ThreadPoolExecutor(THREADS) as pool:
         done = pool.map(write, wanted.items())
-        names: Sequence[str | None] = [
-            *track(done, "pictures of the report", len(wanted), console=console, transient=True)
-        ]
+        names = [*tracked(done, "pictures of the report", len(wanted), "pictures", console.quiet)]
     return [name for name in names if name is not None]
 
 

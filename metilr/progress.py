@@ -1,0 +1,42 @@
+"""Progress of long work: how much is done, how fast, and how long it will take."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+T = TypeVar("T")
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        rate = task.finished_speed or task.speed
+        return Text("" if rate is None else f"{rate:,.1f} {self.unit}/s")
+
+
+def progress_bar(unit: str, quiet: bool = False) -> Progress:
+    """A bar with what is done, units per second and time left; it disappears when it ends."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
+    return Progress(*columns, transient=True, disable=quiet)
+
+
+@contextlib.contextmanager
+def counted(description: str, total: int, unit: str, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """Show a bar while the block runs; it is given what to call with each number of units done."""
+    with progress_bar(unit, quiet) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda n: progress.advance(task, n)
+
+
+def tracked(items: Iterable[T], description: str, total: int, unit: str, quiet: bool = False) -> Iterator[T]:
+    """Pass items on, one unit each, under a bar."""
+    with counted(description, total, unit, quiet) as done:
+        for item in items:
+            yield item
+            done(1)
