@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import importlib
 import json
+import os
 import re
 import signal
 import sys
@@ -203,6 +204,8 @@ def _run(call: Callable[[], Any], prog: str) -> None:
             call()
     except UserError as error:
         _fail(prog, str(error))
+    except BrokenPipeError:  # whoever read the output has had enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain again
     except OSError as error:
         if error.errno is None:
             raise

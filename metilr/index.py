@@ -92,6 +92,8 @@ def index(
     _check(arguments)
     quieten_lightning()
     catalogue = read_catalogue(folder, csv)
+    if Path(folder).resolve() in (output.resolve(), *output.resolve().parents):
+        raise UserError(f"--output {output}: lies among the images of {folder}; name a folder elsewhere")
     ground_truth = catalogue.ground_truth()
     n_images, n_exhibits = len(catalogue.paths), len(catalogue.names)
     console.print(

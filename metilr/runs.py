@@ -76,6 +76,8 @@ def read_results(path: Path) -> Mapping[str, Any]:
         UserError: If it is missing, malformed, or of another schema.
     """
     file = Path(path) / "results.json"
+    if not Path(path).is_dir():
+        raise UserError(f"{path}: not a finished evaluation (no such folder)")
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -27,6 +27,14 @@ class Threshold:
     origin: str
     figures: dict[str, Any] | None = None
 
+    @property
+    def needed(self) -> str:
+        """The confidence that is needed, in words; only where there is a threshold."""
+        assert self.log_confidence is not None
+        odds = -math.expm1(self.log_confidence)  # 1 - confidence: what tells confidences near 1 apart
+        digits = max(1, 1 - math.floor(math.log10(odds)) - 2) if 0 < odds < 0.1 else 1
+        return f"a confidence of {100 * math.exp(self.log_confidence):.{digits}f}% (log {self.log_confidence:.4g})"
+
     def decide(self, log_confidence: float) -> Decision:
         """Say what an answer of such log-confidence comes to."""
         if self.log_confidence is None:

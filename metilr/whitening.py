@@ -144,9 +144,8 @@ class PCAWhitening:
             TypeError,
             zipfile.BadZipFile,
         ) as error:
-            raise UserError(
-                f"{path} cannot be read as a whitening that metilr saved ({error}): learn it anew"
-            ) from error
+            why = "not a .npz file" if "pickle" in str(error) else error  # NumPy's advice there would be unsafe
+            raise UserError(f"{path} cannot be read as a whitening that metilr saved ({why}): learn it anew") from error
         return whitening
 
     def _check(self) -> None:

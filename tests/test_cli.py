@@ -1,6 +1,7 @@
 import errno
 import inspect
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -294,3 +295,12 @@ def test_metilr_runs_a_subcommand_and_reports_its_user_errors(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["export-descriptors", "--help"])
     assert caught.value.code == 0 and "must not exist yet" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_had_enough_is_no_error():
+    code = "from metilr.cli import run_command\ndef f() -> None:\n    while True: print('line')\nrun_command(f, [])"
+    run = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" | head -2; exit ${PIPESTATUS[0]}', sys.executable, code],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (run.returncode, run.stdout, run.stderr) == (0, "line\nline\n", "")

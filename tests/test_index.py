@@ -135,6 +135,11 @@ def test_few_images_and_a_whitening_from_elsewhere(folder, tmp_path, failure):
     assert open_index(tmp_path / "c")[0].descriptors.shape == (3, 20)
 
 
+def test_an_index_is_not_written_among_the_images(folder, failure):
+    assert "lies among the images" in failure("index", folder, folder / "INDEX", *AS_OPTIONS)
+    assert not (folder / "INDEX").exists()
+
+
 def test_another_model_than_the_index_s_is_refused(folder, tmp_path, failure):
     index(folder, tmp_path / "index", **UNTRAINED)
     file = tmp_path / "index" / "index.json"

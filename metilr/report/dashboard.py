@@ -1,5 +1,6 @@
 """What W&B is told of an evaluation."""
 
+import contextlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,7 +58,8 @@ def log_evaluation(
     run.log(log)
     if report is not None:
         artifact = wandb.Artifact(f"report-{run.id}", "report")
-        artifact.add_dir(str(report))
+        with contextlib.redirect_stderr(io.StringIO()):  # it says so, even if it is to be silent
+            artifact.add_dir(str(report))
         run.log_artifact(artifact)
 
 

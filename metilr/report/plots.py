@@ -55,7 +55,7 @@ def tuning_plot(k_grid: Sequence[int], tau_grid: Sequence[float], val_gap: np.nd
     for i in range(len(k_grid)):
         for j in range(len(tau_grid)):
             colour = "black" if percent[i, j] > middle else "white"
-            axes.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", color=colour, fontsize=7)
+            axes.text(j, i, f"{percent[i, j]:.1f}", ha="center", va="center", color=colour, fontsize=6)
     i, j = list(k_grid).index(k), list(tau_grid).index(tau)
     axes.add_patch(matplotlib.patches.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="#e0281e", linewidth=3))
     axes.set_xticks(range(len(tau_grid)), [f"{value:g}" for value in tau_grid])
