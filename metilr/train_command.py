@@ -164,8 +164,8 @@ class TrainingCLI(LightningCLI):
                 self.output, filename=LAST, save_on_train_epoch_end=True, enable_version_counter=False
             ),
         ]  # fmt: skip
-        if self.config.trainer.enable_progress_bar is not False:
-            callbacks.append(TrainingProgress() if sys.stdout.isatty() else EpochLines())
+        shows_bar = self.config.trainer.enable_progress_bar is not False and sys.stdout.isatty()
+        callbacks.append(TrainingProgress() if shows_bar else EpochLines())
         self.trainer_defaults["callbacks"] = callbacks
         plugins: list[Any] = [AtomicCheckpointIO()]
         if SLURMEnvironment.detect():
@@ -181,6 +181,7 @@ class TrainingCLI(LightningCLI):
             reload_dataloaders_every_n_epochs=1,  # new pairs each epoch
             limit_val_batches=0,  # validation is the callback's
             num_sanity_val_steps=0,
+            enable_progress_bar=shows_bar,
             enable_model_summary=False,
             **kwargs,
         )

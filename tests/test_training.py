@@ -84,6 +84,7 @@ def test_a_run_leaves_checkpoints_metrics_and_options(capsys):
     assert entry["model"]["backbone"] == "r18_in" and entry["data"]["counts"]["database_images"] == 8
     assert entry["config"] == yaml.safe_load(Path("out/config.yaml").read_text())
     printed = capsys.readouterr().out
+    assert "epoch 2 of 2: loss " in printed and "v_num" not in printed
     assert "python evaluate.py --ckpt" in printed and "out/best.ckpt --root museum" in " ".join(printed.split())
 
 
