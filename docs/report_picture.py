@@ -38,7 +38,7 @@ def _photograph(page_file: Path) -> list[Image.Image]:
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport=WINDOW, color_scheme="light")  # type: ignore[arg-type]
+        page = browser.new_page(viewport=WINDOW, color_scheme="light")
         page.goto(page_file.as_uri())
         pictures = []
         for section in ("header", "#gallery"):

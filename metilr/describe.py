@@ -208,8 +208,7 @@ def _sample_rows(ground_truth: GroundTruth, n: int) -> tuple[dict[str, list[Tens
 
 def _met_pairs(ground_truth: GroundTruth) -> list[tuple[Path, ...]]:
     """One met query and one database image of every exhibit that is queried."""
-    database_labels, first_rows = np.unique(ground_truth.labels["database"], return_index=True)
-    first_row = dict(zip(database_labels.tolist(), first_rows.tolist(), strict=True))
+    first_row = ground_truth.first_images()
     pairs: dict[int, tuple[Path, ...]] = {}
     for split in ground_truth.query_splits:
         for path, label in zip(ground_truth.paths[split], ground_truth.labels[split].tolist(), strict=True):

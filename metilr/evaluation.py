@@ -146,13 +146,14 @@ def evaluate(
         image_size, bad_images, accelerator, devices, num_nodes, precision, batch_size, num_workers, quiet
     )
     search_device = search_device or _default_search_device(options.device)
-    console = Console(highlight=False, quiet=quiet or not launched_as_first())
+    console = Console(highlight=False, quiet=not launched_as_first())  # the table and the paths
+    progress = Console(highlight=False, quiet=quiet or console.quiet)
     check_key(wandb)
 
     root = make_demo(RUNS / "demo", progress=not quiet) if root is None else Path(root)
     synthetic = (root / "demo.json").exists()
     ground_truth = load_ground_truth(root, database)
-    console.print(_data_line(ground_truth, synthetic), soft_wrap=True)
+    progress.print(_data_line(ground_truth, synthetic), soft_wrap=True)
     descriptors = [descriptors] if isinstance(descriptors, (str, Path)) else descriptors
     name = "descriptors"
     if not descriptors:
@@ -166,7 +167,7 @@ def evaluate(
     # Opened before the long part, so as not to fail after it.
     with output_folder(output, name, arguments) if launched_as_first() else nullcontext() as folder:
         if embedder is not None:
-            made = describe_images(embedder, ground_truth, store, options, console)
+            made = describe_images(embedder, ground_truth, store, options, progress)
             if made is None:
                 return None  # another process goes on
             descriptors = [made.path]
@@ -180,7 +181,7 @@ def evaluate(
             k=k,
             tau=tau,
             search_device=search_device,
-            say=console.print,
+            say=progress.print,
             quiet=quiet,
         )
         skipped_images = _skipped_images(opened, ground_truth)
@@ -197,19 +198,16 @@ def evaluate(
         )
         assert folder is not None
         written = write_results(folder, results, ground_truth, recognition)
-    console.quiet = not launched_as_first()
     print_table(console, results)  # before the page, so that nothing that happens there hides it
-    console.quiet = quiet or console.quiet
     page = None
     if report:
-        page = write_report(folder, results, ground_truth, recognition, console, report_pictures)
+        page = write_report(folder, results, ground_truth, recognition, report_pictures, quiet)
         written.insert(0, page)
     run = open_wandb(wandb, wandb_project, folder, plain_options(arguments))
     if run is not None:
         with staged_in(folder), unharmed(run):
-            console.print(escape(where_logged(run, folder)), soft_wrap=True)
+            progress.print(escape(where_logged(run, folder)), soft_wrap=True)
             log_evaluation(run, results, ground_truth, recognition, None if page is None else page.parent)
-    console.quiet = not launched_as_first()
     console.print("wrote " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)
     return results
 

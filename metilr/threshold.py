@@ -7,9 +7,8 @@ from typing import Any, Literal
 from metilr.errors import UserError
 from metilr.metrics.open_set import threshold_for_precision
 from metilr.runs import Run
-from metilr.scoring import MIN_PRECISION
+from metilr.scoring import FEW_ACCEPTED, MIN_PRECISION
 
-FEW_ACCEPTED = 20  # answers: one more or less that is wrong moves their precision by 5 points
 Decision = Literal["exhibit", "not in the collection", "undecided"]
 
 

@@ -85,6 +85,10 @@ class GroundTruth:
         """Number of database images of each exhibit, int64 ``(n_classes,)``."""
         return np.bincount(self.labels["database"], minlength=self.n_classes)
 
+    def first_images(self) -> np.ndarray:
+        """The first database row of each exhibit, int64 ``(n_classes,)``."""
+        return np.unique(self.labels["database"], return_index=True)[1]
+
     def counts(self) -> dict[str, int]:
         """Images, exhibits and queries, for tables and results."""
         return {

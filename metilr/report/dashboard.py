@@ -14,7 +14,7 @@ from metilr.knn import NO_LABEL
 from metilr.metrics import DISTRACTOR
 from metilr.metrics.open_set import precision_recall
 from metilr.recognition import Recognition
-from metilr.report.gallery import OUTCOMES, arrange, first_images
+from metilr.report.gallery import OUTCOMES, arrange
 from metilr.report.page import draw_plots
 from metilr.report.plots import as_png, gap_steps
 from metilr.scoring import headline_unit
@@ -94,7 +94,7 @@ def _failures(ground_truth: GroundTruth, recognition: Recognition, split: str, t
 
     gallery = arrange(ground_truth, recognition, split, threshold)
     failed = [i for i in gallery.order.tolist() if OUTCOMES[gallery.outcomes[i]] in ("wrong", "false alarm")]
-    ids, answers, first = ground_truth.exhibit_ids, recognition.answers[split], first_images(ground_truth)
+    ids, answers, first = ground_truth.exhibit_ids, recognition.answers[split], ground_truth.first_images()
 
     def picture(of: str, row: int) -> Any:
         if row < 0:

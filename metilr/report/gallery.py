@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.data.transforms import BadImageError
@@ -77,7 +76,7 @@ def write_gallery(
     recognition: Recognition,
     galleries: Mapping[str, Gallery],
     per_outcome: int,
-    console: Console,
+    quiet: bool,
 ) -> int:
     """Write ``gallery.js`` and the pictures of the chosen queries and of their matches.
 
@@ -87,12 +86,12 @@ def write_gallery(
         recognition: Answers and matches.
         galleries: By split.
         per_outcome: Queries of each outcome and split that get pictures.
-        console: Shows progress.
+        quiet: Show no progress.
 
     Returns:
         Number of pictures whose image was missing or could not be decoded.
     """
-    first_image = first_images(ground_truth)
+    first_image = ground_truth.first_images()
     wanted: dict[str, Path] = {}
     for split, gallery in galleries.items():
         for query in queries_with_pictures(gallery, per_outcome).tolist():
@@ -103,7 +102,7 @@ def write_gallery(
             for row in rows:
                 if row != NO_ROW:
                     wanted[f"d{row}"] = ground_truth.image(ground_truth.paths["database"][row])
-    written = set(_write_pictures(folder / "pictures", wanted, console))
+    written = set(_write_pictures(folder / "pictures", wanted, quiet))
     content = {
         "outcomes": OUTCOMES,
         "exhibits": ground_truth.exhibit_ids.tolist(),
@@ -153,12 +152,7 @@ def _database(
     }
 
 
-def first_images(ground_truth: GroundTruth) -> np.ndarray:
-    """The first database row of each label."""
-    return np.unique(ground_truth.labels["database"], return_index=True)[1]
-
-
-def _write_pictures(folder: Path, wanted: Mapping[str, Path], console: Console) -> Iterable[str]:
+def _write_pictures(folder: Path, wanted: Mapping[str, Path], quiet: bool) -> Iterable[str]:
     folder.mkdir(exist_ok=True)
 
     def write(item: tuple[str, Path]) -> str | None:
@@ -172,7 +166,7 @@ def _write_pictures(folder: Path, wanted: Mapping[str, Path], console: Console) 
 
     with ThreadPoolExecutor(THREADS) as pool:
         done = pool.map(write, wanted.items())
-        names = [*tracked(done, "pictures of the report", len(wanted), "pictures", console.quiet)]
+        names = [*tracked(done, "pictures of the report", len(wanted), "pictures", quiet)]
     return [name for name in names if name is not None]
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.metrics.open_set import precision_recall, risk_coverage
@@ -16,7 +15,7 @@ from metilr.recognition import Recognition
 from metilr.report.gallery import arrange, write_gallery
 from metilr.report.plots import as_svg, confidence_plot, precision_recall_plot, risk_coverage_plot, tuning_plot
 from metilr.results import chosen
-from metilr.scoring import headline_unit
+from metilr.scoring import FEW_ACCEPTED, headline_unit
 
 PICTURES_PER_OUTCOME = 100
 
@@ -26,8 +25,8 @@ def write_report(
     results: Mapping[str, Any],
     ground_truth: GroundTruth,
     recognition: Recognition,
-    console: Console,
     pictures_per_outcome: int = PICTURES_PER_OUTCOME,
+    quiet: bool = False,
 ) -> Path:
     """Write the page of an evaluation.
 
@@ -36,9 +35,9 @@ def write_report(
         results: What ``results.json`` says.
         ground_truth: Names the images; those that are missing are left out of the page.
         recognition: Answers, matches and tuning.
-        console: Shows progress.
         pictures_per_outcome: Queries of each split and outcome (wrong, false alarm, right, passed over) with
             pictures; the gallery lists all queries in any case.
+        quiet: Show no progress.
 
     Returns:
         The page.
@@ -47,7 +46,7 @@ def write_report(
     folder.mkdir(exist_ok=True)
     threshold = results["threshold"]["log_confidence"]
     galleries = {split: arrange(ground_truth, recognition, split, threshold) for split in QUERY_FILES}
-    n_missing = write_gallery(folder, ground_truth, recognition, galleries, pictures_per_outcome, console)
+    n_missing = write_gallery(folder, ground_truth, recognition, galleries, pictures_per_outcome, quiet)
     plots = draw_plots(results, ground_truth, recognition)
     templates = jinja2.Environment(loader=jinja2.PackageLoader("metilr.report"), autoescape=True)
     page = templates.get_template("index.html").render(
@@ -57,6 +56,7 @@ def write_report(
         example_id=int(ground_truth.exhibit_ids[0]),
         plots={name: Markup(as_svg(plot, name)) for name, plot in plots.items()},
         n_missing=n_missing,
+        few_accepted=FEW_ACCEPTED,
         chosen=chosen(results["knn"]),
         kinds=sorted({kind for split in QUERY_FILES for kind in results[split]["open_set"]["by_kind"]}),
     )

@@ -1,10 +1,8 @@
-import io
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from metilr.data.ground_truth import load_ground_truth
 from metilr.knn import Predictions
@@ -59,7 +57,7 @@ def test_what_is_written(answered, tmp_path):
     truth, recognition = answered
     (truth.image(truth.paths["val"][3])).write_bytes(b"no image")
     galleries = {split: arrange(truth, recognition, split, -1.0) for split in ("val", "test")}
-    n_missing = write_gallery(tmp_path, truth, recognition, galleries, 9, Console(file=io.StringIO()))
+    n_missing = write_gallery(tmp_path, truth, recognition, galleries, 9, quiet=True)
     assert n_missing == 1
     text = (tmp_path / "gallery.js").read_text()
     content = json.loads(text.removeprefix("window.GALLERY = ").removesuffix(";\n"))

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from metilr.data.ground_truth import QUERY_FILES, load_ground_truth
 from metilr.evaluation import evaluate
@@ -146,7 +145,7 @@ def test_nineteen_thousand_queries(browser, met_root, tmp_path):
         truth, recognition, opened, synthetic=False, search_device="cpu", whitening="pca",
         skipped_images=[], notes=[], seconds=1.0,
     )  # fmt: skip
-    page = open_page(browser, write_report(tmp_path, results, truth, recognition, Console(quiet=True)))
+    page = open_page(browser, write_report(tmp_path, results, truth, recognition, quiet=True))
     assert count(page) == (19319, 19319) and page.locator("#cards > li").count() == 24
     page.click("#next")
     assert page.locator("#page").inner_text().startswith("page 2 of ")
