@@ -73,8 +73,9 @@ class DescriptorWriter(BasePredictionWriter):
         write_rows(self.writer, self.data, batch, prediction)
 
     @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
+        trainer.strategy.barrier()  # the first process goes on alone: by then the rows of all are there
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

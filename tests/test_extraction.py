@@ -187,17 +187,37 @@ def test_a_killed_command_continues_to_the_same_bytes(embedder, museum, tmp_path
         np.testing.assert_array_equal(continued.rows(split), whole.rows(split))
 
 
+SLOW_SECOND_PROCESS = """
+import os, sys, time
+from metilr.callbacks import DescriptorWriter
+from metilr.cli import run_command
+from metilr.evaluation import evaluate
+
+write = DescriptorWriter.write_on_batch_end
+
+def write_late(self, *args, **kwargs):
+    time.sleep(0.5 * int(os.environ["RANK"]))
+    write(self, *args, **kwargs)
+
+DescriptorWriter.write_on_batch_end = write_late
+if __name__ == "__main__":
+    run_command(evaluate, sys.argv[1:])
+"""
+
+
 def test_torchrun_gives_one_result_and_the_rows_of_one_process(embedder, museum, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_SECOND_PROCESS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = [
         *("--root", str(museum.root), "--backbone", "r18_in", "--weights", "random", "--accelerator", "cpu"),
         *("--devices", "2", "--num_workers", "0", "--store", str(tmp_path / "store")),
     ]
-    command = [*launcher, str(REPOSITORY / "evaluate.py"), *options]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
-    assert run.returncode == 0, run.stderr
+    slow = [*launcher, str(tmp_path / "slow.py"), *options]
+    run = subprocess.run(slow, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+    assert run.returncode == 0, run.stderr  # the first process waited for the other's rows
     assert len(list((tmp_path / "runs").glob("20*"))) == 1
+    command = [*launcher, str(REPOSITORY / "evaluate.py"), *options]
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
     assert again.returncode == 0, again.stderr  # nothing left to share out: the first process goes on alone
     assert len(list((tmp_path / "runs").glob("20*/results.json"))) == 2
