@@ -78,7 +78,7 @@ def collection_document(collection: Collection) -> dict[str, Any]:
     """A collection as JSON types."""
     return {
         "name": collection.name,
-        "images": len(collection.descriptors),
+        "images": len(collection.images),
         "exhibits": len(collection.exhibits),
         "k": collection.k,
         "tau": collection.tau,

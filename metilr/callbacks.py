@@ -33,13 +33,14 @@ def write_rows(writer: RowWriter, data: ImageDataModule, batch: ImageBatch, desc
     for row, descriptor in zip(batch.rows.tolist(), descriptors.float().cpu().numpy(), strict=True):
         if not abs(np.linalg.norm(descriptor) - 1) < UNIT_TOLERANCE:  # also true for NaN
             raise UserError(
-                f"{data.files[row]}: its descriptor is not finite or all zero; try --precision 32, or another --pooling"
+                f"{data.rows.file(row)}: its descriptor is not finite or all zero; "
+                "try --precision 32, or another --pooling"
             )
-        writer.write(*data.row_map.locate(row), descriptor, int(data.sizes[row]))
+        writer.write(*data.rows.locate(row), descriptor, int(data.sizes[row]))
     for row, reason in batch.bad:  # after the good ones, so that stopping loses nothing
         if data.bad_images == "stop":
             raise BadImageError(reason)
-        writer.mark_bad(*data.row_map.locate(row), int(data.sizes[row]))
+        writer.mark_bad(*data.rows.locate(row), int(data.sizes[row]))
 
 
 class DescriptorWriter(BasePredictionWriter):

@@ -14,15 +14,16 @@ from torch import Tensor
 from metilr.callbacks import keep_float32_exact
 from metilr.data.dataset import ImageBatch
 from metilr.data.ground_truth import GroundTruth
+from metilr.data.views import CentreCrops
 from metilr.descriptors import UNIT_TOLERANCE, DescriptorStore, differing_settings
 from metilr.errors import UserError
 from metilr.extraction import DescriptorModule, ExtractionOptions, store_settings
 from metilr.knn import NO_ROW, classify
 from metilr.matches import N_MATCHES, N_NEIGHBOURS, top_matches
+from metilr.method import Method
 from metilr.models.embedder import Embedder
 from metilr.photos import BadPhotoError
-from metilr.recognition import as_compared, unit_rows
-from metilr.search import search
+from metilr.searchable import Searchable, as_compared, build_searchable, joined_views
 from metilr.sources import open_descriptors
 from metilr.whitening import PCAWhitening
 
@@ -35,7 +36,7 @@ class Match:
     """A database image that a photo resembles.
 
     Attributes:
-        row: Of the collection, for ``Collection.image``.
+        row: Of the ground truth's database, for ``Collection.image``.
         exhibit: What it shows.
         similarity: Inner product with the photo's descriptor.
     """
@@ -106,10 +107,10 @@ class Collection:
         exhibits: Name of each label.
         describer: Makes descriptors of photos.
         image_size: That images were resized to; None: they kept their size.
+        method: How photos are compared with the database.
         whitening: Applied to descriptors; None for none.
-        descriptors: Of the database as they are searched, float32 ``(N, D)``, unit length.
-        database_rows: Where each of the N lies in the ground truth's database, ``(N,)``; some images may have been
-            left out.
+        database: As it is searched.
+        beta: See ``Recognition``.
         k: Number of neighbours.
         tau: Inverse temperature.
     """
@@ -119,20 +120,21 @@ class Collection:
     exhibits: Sequence[str]
     describer: Describer
     image_size: int | None
+    method: Method
     whitening: PCAWhitening | None
-    descriptors: np.ndarray
-    database_rows: np.ndarray
+    database: Searchable
+    beta: float
     k: int
     tau: float
 
-    @property
-    def labels(self) -> np.ndarray:
-        """Label of each database descriptor, int64 ``(N,)``."""
-        return self.ground_truth.labels["database"][self.database_rows]
+    @functools.cached_property
+    def images(self) -> frozenset[int]:
+        """Rows of the ground truth's database that can be found; some images may have been left out."""
+        return frozenset(self.database.images.tolist())
 
     def path(self, row: int) -> str:
         """Where a database image lies, relative to the museum's images."""
-        return self.ground_truth.paths["database"][self.database_rows[row]]
+        return self.ground_truth.paths["database"][row]
 
     def image(self, row: int) -> Path:
         """The file of a database image."""
@@ -162,12 +164,12 @@ class Collection:
         Raises:
             BadPhotoError: If the model makes nothing of the photo.
         """
-        query = as_compared(self.describer.describe(image), self.whitening)
-        labels, n = self.labels, len(self.descriptors)
+        query = self._compared(image)
+        labels, n = self.database.labels, len(self.database.rows)
         n_matches = min(n_matches, len(np.unique(labels)))
-        n_neighbours = min(n, max(self.k, n_matches, N_NEIGHBOURS))
+        n_neighbours = min(n, max(self.k, n_matches, N_NEIGHBOURS * self.method.rows_per_image))
         while True:
-            neighbours = search(self.descriptors, query, n_neighbours)
+            neighbours = self.database.nearest(query, n_neighbours, self.beta)
             matches = top_matches(neighbours, labels, n_matches)
             if NO_ROW not in matches.rows:
                 break
@@ -178,10 +180,19 @@ class Collection:
             log_confidence=float(predictions.log_confidence[0]),
             similarity=float(predictions.similarity[0]),
             matches=tuple(
-                Match(row, self.exhibits[int(labels[row])], similarity)
+                Match(int(self.database.images[row]), self.exhibits[int(labels[row])], similarity)
                 for row, similarity in zip(matches.rows[0].tolist(), matches.similarities[0].tolist(), strict=True)
             ),
         )
+
+    def _compared(self, image: Tensor) -> np.ndarray:
+        """The descriptors that a photo is searched by, ``(1, V, D)``."""
+        whole = as_compared(self.describer.describe(image), self.whitening)[:, None]
+        if not self.method.query_crops:
+            return whole
+        view = CentreCrops(tuple(self.method.query_crops))
+        crops = [self.describer.describe(view(image, "", i)) for i in range(view.n)]
+        return joined_views(whole, as_compared(np.concatenate(crops), self.whitening)[None], self.method)
 
 
 def open_collection(
@@ -191,7 +202,10 @@ def open_collection(
     store: DescriptorStore,
     embedder: Embedder,
     options: ExtractionOptions,
+    method: Method,
+    seed: int,
     whitening: PCAWhitening | None,
+    beta: float,
     k: int,
     tau: float,
 ) -> Collection:
@@ -204,7 +218,10 @@ def open_collection(
         store: Holds the database's descriptors.
         embedder: Shall describe photos.
         options: Size of images, precision, and where the model runs.
+        method: How photos are compared with the database.
+        seed: Of its simulated visits.
         whitening: Applied to descriptors; None for none.
+        beta: See ``Recognition``.
         k: Number of neighbours.
         tau: Inverse temperature.
 
@@ -213,16 +230,18 @@ def open_collection(
     """
     wanted = store_settings(embedder, ground_truth, options.image_size, options.precision)
     refuse_another_model(store.path, store.manifest()["settings"], wanted)
-    opened = open_descriptors([store.path], ground_truth)
+    used = [view for view in method.views(seed) if method.database_views != "none" and "visits" in view.of]
+    opened = open_descriptors([store.path], ground_truth, used)
     return Collection(
         name=name,
         ground_truth=ground_truth,
         exhibits=exhibits,
         describer=Describer(embedder, options),
         image_size=options.image_size,
+        method=method,
         whitening=whitening,
-        descriptors=unit_rows(opened, "database", whitening),
-        database_rows=np.flatnonzero(opened.made["database"]),
+        database=build_searchable(opened, ground_truth, method, whitening),
+        beta=beta,
         k=k,
         tau=tau,
     )

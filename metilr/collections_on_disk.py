@@ -11,6 +11,7 @@ from metilr.descriptors import DescriptorStore
 from metilr.errors import UserError
 from metilr.extraction import Accelerator, ExtractionOptions, store_settings
 from metilr.index import Index, build_model
+from metilr.method import Method
 from metilr.models.backbones import RANDOM
 from metilr.models.embedder import Embedder, build_embedder
 from metilr.results import RUNS
@@ -65,7 +66,10 @@ def collection_of_index(path: Path, ckpt: Path | None = None, accelerator: Accel
         DescriptorStore(path / "store"),
         embedder,
         ExtractionOptions(index.image_size, accelerator=accelerator),
+        index.method,
+        index.seed,
         PCAWhitening.load(path / "whitening.npz") if index.is_whitened else None,
+        0.0,
         index.k,
         index.tau,
     )
@@ -88,6 +92,7 @@ def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerat
     embedder = _embedder(run, ckpt)
     wanted = store_settings(embedder, ground_truth, options.image_size, options.precision)
     refuse_another_model(run.path, {name: model.get(name) for name in wanted["model"]}, wanted["model"])
+    method, beta = _method(run)
     return open_collection(
         ground_truth.root.name + (" (synthetic)" if results["data"].get("synthetic") else ""),
         ground_truth,
@@ -95,7 +100,10 @@ def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerat
         DescriptorStore(_found(run, "--store", Path(model["store"]))),
         embedder,
         options,
+        method,
+        config["seed"],
         _whitening(run),
+        beta,
         results["knn"]["k"],
         results["knn"]["tau"],
     )
@@ -116,6 +124,15 @@ def _embedder(run: Run, ckpt: Path | None) -> Embedder:
     if options["weights"] not in (None, RANDOM):
         options["weights"] = str(_found(run, "--weights", Path(options["weights"])))
     return build_embedder(**options, scales=scales)
+
+
+def _method(run: Run) -> tuple[Method, float]:
+    """How the run compared descriptors, and the beta that it chose; a run older than ``elements`` had none on."""
+    elements = dict(run.results.get("elements") or {})
+    hubness = elements.pop("hubness", None)
+    if hubness is None:
+        return Method("none", **elements), 0.0
+    return Method("none", hubness=hubness["neighbours"], **elements), hubness["beta"]
 
 
 def _whitening(run: Run) -> PCAWhitening | None:

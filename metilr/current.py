@@ -16,6 +16,7 @@ from tqdm import tqdm
 from metilr.callbacks import write_rows
 from metilr.data.datamodule import BadImages, ImageDataModule
 from metilr.data.ground_truth import GroundTruth
+from metilr.data.images import images_of
 from metilr.descriptors import CHUNK_ROWS, DescriptorStore
 from metilr.errors import UserError
 from metilr.extraction import DescriptorModule, store_settings
@@ -55,7 +56,9 @@ class CurrentDescriptors:
             self._pooled = CurrentDescriptors(
                 ground_truth, sizes, folder.with_name("pooled"), image_size, batch_size, num_workers, bad_images
             )
-        self._data = ImageDataModule(ground_truth, sizes, self.store, image_size, batch_size, num_workers, bad_images)
+        self.image_size = image_size
+        images = images_of(ground_truth, image_size)
+        self._data = ImageDataModule(images, sizes, self.store, batch_size, num_workers, bad_images)
 
     def describe(self, trainer: pl.Trainer, embedder: Embedder) -> DescriptorStore:
         """Fill the store, or find it filled: the same weights describe once. Every process must call it.
@@ -118,7 +121,7 @@ class CurrentDescriptors:
         return self.store
 
     def _prepare(self, single: Embedder) -> None:
-        settings = store_settings(single, self.ground_truth, self._data.image_size, "32")
+        settings = store_settings(single, self.ground_truth, self.image_size, "32")
         counts = {split: len(paths) for split, paths in self.ground_truth.paths.items()}
         is_a_store = (self.store.path / "manifest.json").exists()  # not after a kill in the middle of the removal
         if self.store.path.exists() and not (is_a_store and self.store.manifest()["settings"] == settings):

@@ -19,19 +19,28 @@ from metilr.data.demo import make_demo
 from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_truth
 from metilr.data.transforms import BadImageError, load_image
 from metilr.errors import UserError
-from metilr.extraction import Accelerator, ExtractionOptions, Precision, describe_images, quieten_lightning
+from metilr.extraction import (
+    Accelerator,
+    ExtractionOptions,
+    Precision,
+    describe_images,
+    describe_views,
+    quieten_lightning,
+)
 from metilr.knn import K_GRID
 from metilr.launch import launched_as_first
+from metilr.method import CropSimilarity, DatabaseViews, method_of
 from metilr.models.backbones import PatchRounding
 from metilr.models.embedder import build_embedder
 from metilr.models.pooling import PoolingName
-from metilr.recognition import Recognition, SearchDevice, check_options, recognise
+from metilr.recognition import Recognition, check_search, recognise
 from metilr.report.dashboard import log_evaluation
 from metilr.report.page import PICTURES_PER_OUTCOME, write_report
 from metilr.results import RUNS, output_folder, plain_options, print_table, results_of, write_results
+from metilr.search import SearchDevice
 from metilr.sources import Descriptors, open_descriptors
 from metilr.wandb_run import PROJECT, WandbMode, check_key, open_wandb, staged_in, unharmed, where_logged
-from metilr.whitening import DEFAULT_DIM
+from metilr.whitening import DEFAULT_DIM, PAIR_SHRINKAGE, LearnedWhitening
 
 # Options that make descriptors from images.
 OF_THE_MODEL = ("backbone", "weights", "pooling", "p", "stage", "patch_rounding")
@@ -54,6 +63,13 @@ def evaluate(
     whitening: str = "pca",
     whitening_dim: int | None = None,
     whitening_shrinkage: float = 1.0,
+    pair_shrinkage: float = PAIR_SHRINKAGE,
+    visits: int | None = None,
+    database_views: DatabaseViews = "none",
+    query_crops: Sequence[float] = (),
+    crop_similarity: CropSimilarity = "best",
+    dba: int = 0,
+    hubness: int = 0,
     k: int | None = None,
     tau: float | None = None,
     descriptors: Sequence[Path] = (),
@@ -99,9 +115,21 @@ def evaluate(
             checkpoint was trained.
         bad_images: Stop at an image that cannot be decoded, or skip it: it is left out of the database, and a
             query counts as wrong.
-        whitening: pca learns it on the database, none goes without, else a whitening.npz of another run.
-        whitening_dim: Dimensions after whitening; without it 512, or as many as the database supports.
-        whitening_shrinkage: 1 is whitening, 0 is plain PCA.
+        whitening: pca learns it on the database; learned from pairs of a database image and its simulated visits (and
+            of images of one exhibit); none goes without; else a whitening.npz of another run.
+        whitening_dim: Dimensions after whitening; without it 512 (pca) or all (learned), or as many as the database
+            supports.
+        whitening_shrinkage: Of pca: 1 is whitening, 0 is plain PCA.
+        pair_shrinkage: Of learned: weight of the identity in the covariance of pairs' differences.
+        visits: Simulated visitors' photographs of each database image to describe; without it 6 where learned
+            whitening or database_views need them, else none.
+        database_views: rows makes the visits further rows of their exhibit, mean averages them into its descriptor.
+        query_crops: Search these middle parts of each query too, such as 0.8 0.65 0.5 of its height and width: zooms
+            that drop wall and frame.
+        crop_similarity: A query is as similar as its best crop, or as the mean of whole and crops.
+        dba: Average each database row with this many nearest rows (database-side augmentation); 0 is off.
+        hubness: Take a share, chosen on val, of each row's mean similarity to this many nearest rows of other exhibits
+            off its similarities: what resembles everything loses; 0 is off.
         k: Number of neighbours; without it chosen on val.
         tau: Inverse temperature of the confidence; without it chosen on val.
         descriptors: Start from these instead of images: descriptor stores or the reference code's
@@ -117,7 +145,7 @@ def evaluate(
         num_workers: Image decoding processes beside each process; without it as many as cores are free, at most 8.
         search_device: Where the exact search runs; without it on all GPUs if FAISS sees some and the
             accelerator is not cpu, else on the CPU.
-        seed: Seeds random weights.
+        seed: Seeds random weights and simulated visits.
         report: Write the report page, OUTPUT/report/index.html.
         report_pictures: Queries with pictures in the report, of each split and outcome (wrong, false alarm, right,
             passed over); it lists all queries in any case.
@@ -145,6 +173,7 @@ def evaluate(
     options = ExtractionOptions(
         image_size, bad_images, accelerator, devices, num_nodes, precision, batch_size, num_workers, quiet
     )
+    method = method_of(arguments)
     search_device = search_device or _default_search_device(options.device)
     console = Console(highlight=False, quiet=not launched_as_first())  # the table and the paths
     progress = Console(highlight=False, quiet=quiet or console.quiet)
@@ -161,23 +190,24 @@ def evaluate(
             embedder = build_embedder(backbone, weights, pooling, p, stage, scales, patch_rounding, seed)
         name = embedder.backbone.name.replace("/", "_") + ("" if ckpt is None else f"_{Path(ckpt).stem}")
         n_database = len(ground_truth.paths["database"])
-        check_options(n_database, embedder.dim, whitening, whitening_dim, whitening_shrinkage, k, tau, search_device)
+        method.check(n_database, embedder.dim)
+        check_search(n_database * method.rows_per_image, k, tau, search_device)
     elif not launched_as_first():
         return None  # nothing to share out: the first process does it alone
     # Opened before the long part, so as not to fail after it.
     with output_folder(output, name, arguments) if launched_as_first() else nullcontext() as folder:
         if embedder is not None:
             made = describe_images(embedder, ground_truth, store, options, progress)
-            if made is None:
+            for view in method.views(seed):
+                describe_views(embedder, ground_truth, view, made, options, progress)
+            if not launched_as_first():
                 return None  # another process goes on
             descriptors = [made.path]
-        opened = open_descriptors(descriptors, ground_truth)
+        opened = open_descriptors(descriptors, ground_truth, method.views(seed))
         recognition = recognise(
             opened,
             ground_truth,
-            whitening=whitening,
-            whitening_dim=whitening_dim,
-            whitening_shrinkage=whitening_shrinkage,
+            method,
             k=k,
             tau=tau,
             search_device=search_device,
@@ -191,7 +221,7 @@ def evaluate(
             opened,
             synthetic=synthetic,
             search_device=search_device,
-            whitening=whitening,
+            method=method,
             skipped_images=skipped_images,
             notes=_notes(opened, recognition, synthetic, whitening_dim, skipped_images),
             seconds=time.perf_counter() - started,
@@ -243,6 +273,7 @@ def _notes(
     if (
         whitening_dim is None
         and whitening is not None
+        and not isinstance(whitening, LearnedWhitening)
         and whitening.dim == whitening.supported_dim < min(DEFAULT_DIM, opened.width)
     ):
         notes.append(
@@ -254,7 +285,7 @@ def _notes(
         and recognition.tuning.k_grid[-1] < K_GRID[-1]
         and len(recognition.tuning.k_grid) > 1
     ):
-        notes.append(f"the grid of k ends at {recognition.tuning.k_grid[-1]}: a larger k passes the database's images")
+        notes.append(f"the grid of k ends at {recognition.tuning.k_grid[-1]}: a larger k passes the database's rows")
     if skipped_images:
         counts = {split: int((~made).sum()) for split, made in opened.made.items()}
         parts = ", ".join(f"{n:,} of {len(opened.made[split]):,} in {split}" for split, n in counts.items() if n)

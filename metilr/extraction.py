@@ -1,5 +1,6 @@
 """From images to descriptors on disk: a Lightning prediction loop over batches of one shape."""
 
+import dataclasses
 import logging
 import os
 import re
@@ -25,10 +26,13 @@ from metilr.callbacks import DescriptorWriter, ExactFloat32, ImageProgress
 from metilr.data.datamodule import BadImages, ImageDataModule
 from metilr.data.dataset import ImageBatch
 from metilr.data.ground_truth import GroundTruth, image_sizes, require_images
+from metilr.data.images import Images, images_of
+from metilr.data.views import View
 from metilr.descriptors import DescriptorStore, settings_fingerprint
 from metilr.errors import UserError
 from metilr.launch import has_launcher, launched_as_first
 from metilr.models.embedder import Embedder
+from metilr.sources import views_store
 from metilr.versions import library_versions
 
 Accelerator = Literal["auto", "cpu", "gpu", "mps"]
@@ -139,8 +143,8 @@ def describe_images(
     path: Path | None,
     options: ExtractionOptions,
     console: Console,
-) -> DescriptorStore | None:
-    """Give the finished descriptor store of a ground truth: reused, continued or made.
+) -> DescriptorStore:
+    """Give the descriptor store of a ground truth's images: reused, continued or made.
 
     Args:
         embedder: Describes the images.
@@ -150,7 +154,7 @@ def describe_images(
         console: Told what is done.
 
     Returns:
-        The store; None in processes of a launcher other than the first.
+        The store, finished; in processes of a launcher other than the first, as far as this one filled it.
 
     Raises:
         UserError: If images are missing or cannot be decoded (with ``bad_images="stop"``), or the store was
@@ -158,29 +162,78 @@ def describe_images(
         KeyboardInterrupt: If interrupted; finished rows are kept.
     """
     settings = store_settings(embedder, ground_truth, options.image_size, options.precision)
-    weights_from = embedder.describe_settings()["provenance"]
     sizes = image_sizes(ground_truth)
     if options.bad_images == "stop":
         require_images(ground_truth, sizes)
     if path is None:
         path = STORES / f"{embedder.backbone.name.replace('/', '_')}-{settings_fingerprint(settings)}"
     store = DescriptorStore(path)
-    store.prepare(settings, {split: len(paths) for split, paths in ground_truth.paths.items()}, embedder.dim)
+    images = images_of(ground_truth, options.image_size)
+    _fill(store, f"[bold]descriptors[/]  {escape(str(path))}", settings, embedder, images, sizes, options, console)
+    return store
 
-    data = _data_module(ground_truth, sizes, store, options)
-    n_all, n_pending = len(data.files), len(data.pending_rows())
-    console.print(f"[bold]descriptors[/]  {escape(str(path))}: {_progress_so_far(n_all, n_pending)}")
-    if n_pending or not store.manifest()["complete"]:
-        device = f"{options.n_processes} x {_device_name(options.device)}"
-        console.print(f"[bold]running on[/]   {device}, precision {options.precision}")
-        if launched_as_first():
-            store.begin({"weights_from": weights_from, "device": device, "versions": library_versions()})
-        if not extract_descriptors(embedder, data, options):
-            return None
-        if len(data.pending_rows()):
-            raise UserError(f"{path}: image files changed during the run; run again to describe them anew")
-        store.finish()
-    return store if launched_as_first() else None
+
+def describe_views(
+    embedder: Embedder,
+    ground_truth: GroundTruth,
+    view: View,
+    store: DescriptorStore,
+    options: ExtractionOptions,
+    console: Console,
+) -> DescriptorStore:
+    """Give the descriptor store of views of images, a folder in the store of the images: as ``describe_images``.
+
+    Args:
+        embedder: Describes the views.
+        ground_truth: Names the images.
+        view: Makes the views; row ``i * view.n + v`` is view v of image i.
+        store: The images', made with the same options.
+        options: How images are read and where the backbone runs.
+        console: Told what is done.
+
+    Raises:
+        UserError: As ``describe_images``.
+        KeyboardInterrupt: If interrupted; finished rows are kept.
+    """
+    views, settings = views_store(store, view)
+    whole = images_of(ground_truth, options.image_size)
+    images = {split: dataclasses.replace(whole[source], view=view) for split, source in view.of.items()}
+    all_sizes = image_sizes(ground_truth, view.of.values())
+    sizes = {split: np.repeat(all_sizes[source], view.n) for split, source in view.of.items()}
+    name = f"[bold]views[/]        {view.settings()['kind']}, {view.n} an image"
+    _fill(views, name, settings, embedder, images, sizes, options, console)
+    return views
+
+
+def _fill(
+    store: DescriptorStore,
+    name: str,
+    settings: Mapping[str, Any],
+    embedder: Embedder,
+    images: Mapping[str, Images],
+    sizes: Mapping[str, np.ndarray],
+    options: ExtractionOptions,
+    console: Console,
+) -> None:
+    """Reuse, continue or make a store, and print under its name which."""
+    store.prepare(settings, {split: len(part) for split, part in images.items()}, embedder.dim)
+    num_workers = default_workers(options.n_processes) if options.num_workers is None else options.num_workers
+    data = ImageDataModule(images, sizes, store, options.batch_size, num_workers, options.bad_images, options.quiet)
+    n_all, n_pending = len(data.sizes), len(data.pending_rows())
+    console.print(f"{name}: {_progress_so_far(n_all, n_pending)}", soft_wrap=True)
+    if not n_pending and store.manifest()["complete"]:
+        return
+    device = f"{options.n_processes} x {_device_name(options.device)}"
+    console.print(f"[bold]running on[/]   {device}, precision {options.precision}")
+    if launched_as_first():
+        weights_from = embedder.describe_settings()["provenance"]
+        store.begin({"weights_from": weights_from, "device": device, "versions": library_versions()})
+    extract_descriptors(embedder, data, options)
+    if not launched_as_first():
+        return
+    if len(data.pending_rows()):
+        raise UserError(f"{store.path}: image files changed during the run; run again to describe them anew")
+    store.finish()
 
 
 def store_settings(
@@ -197,16 +250,12 @@ def store_settings(
     }
 
 
-def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: ExtractionOptions) -> bool:
+def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: ExtractionOptions) -> None:
     """Fill in the rows that a prepared store lacks.
 
     Batches hold images of equal height and width, so a row does not depend on its neighbours; each process
     takes every n-th batch and writes its rows where they belong, so a row does not depend on the number of
     processes either (beyond float32 rounding, about 1e-6).
-
-    Returns:
-        Whether this process is the one that goes on (false in all but the first, when a launcher started
-        several).
 
     Raises:
         UserError: If an image cannot be decoded (with ``"stop"``) or gives a descriptor that is not finite.
@@ -240,7 +289,6 @@ def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: Extr
             process.kill()
         signal.signal(signal.SIGINT, interrupt_handler)  # which Lightning has switched off
         raise KeyboardInterrupt from None
-    return trainer.is_global_zero
 
 
 def quieten_lightning() -> None:
@@ -256,30 +304,11 @@ def quieten_lightning() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _data_module(
-    ground_truth: GroundTruth,
-    sizes: Mapping[str, np.ndarray],
-    store: DescriptorStore,
-    options: ExtractionOptions,
-) -> ImageDataModule:
-    num_workers = default_workers(options.n_processes) if options.num_workers is None else options.num_workers
-    return ImageDataModule(
-        ground_truth,
-        sizes,
-        store,
-        options.image_size,
-        options.batch_size,
-        num_workers,
-        options.bad_images,
-        options.quiet,
-    )
-
-
 def _progress_so_far(n_all: int, n_pending: int) -> str:
     if n_pending == 0:
         return f"reusing {n_all:,} rows"
     if n_pending == n_all:
-        return f"describing {n_all:,} images"
+        return f"describing {n_all:,}"
     return f"continuing, {n_all - n_pending:,} of {n_all:,} rows are there"
 
 

@@ -103,7 +103,7 @@ def _answers(
 def _head(collection: Collection, threshold: Threshold) -> str:
     value = "none" if threshold.log_confidence is None else threshold.needed
     return (
-        f"[bold]collection[/]   {escape(collection.name)}: {len(collection.descriptors):,} images of "
+        f"[bold]collection[/]   {escape(collection.name)}: {len(collection.images):,} images of "
         f"{len(collection.exhibits):,} exhibits, k = {collection.k}, τ = {collection.tau:g}\n"
         f"[bold]threshold[/]    {value}: {escape(threshold.origin)}"
     )

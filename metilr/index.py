@@ -12,22 +12,25 @@ from rich.markup import escape
 from metilr.checkpoints import load_embedder
 from metilr.data.catalogue import Catalogue, read_catalogue
 from metilr.data.datamodule import BadImages
-from metilr.descriptors import row_chunks
 from metilr.errors import UserError
-from metilr.extraction import Accelerator, ExtractionOptions, describe_images, quieten_lightning
+from metilr.extraction import Accelerator, ExtractionOptions, describe_images, describe_views, quieten_lightning
 from metilr.files import write_atomically
 from metilr.knn import USUAL_TAU
+from metilr.launch import launched_as_first
+from metilr.method import CropSimilarity, DatabaseViews, Method, method_of
 from metilr.models.backbones import RANDOM
 from metilr.models.embedder import Embedder, build_embedder
 from metilr.models.pooling import PoolingName
-from metilr.recognition import check_options
+from metilr.recognition import check_search, whitening_of
 from metilr.sources import open_descriptors
 from metilr.versions import library_versions
-from metilr.whitening import DEFAULT_DIM, PCAWhitening, fit_pca_whitening
+from metilr.whitening import DEFAULT_DIM, PCAWhitening
 
-SCHEMA = "metilr.index/1"
+SCHEMA = "metilr.index/2"
 IMAGE_SIZE = 500  # px, as the Met's own images
 USUAL_K = 10  # with k = 1 every photo is answered with a confidence near 100%, whatever it shows
+SEED = 0
+ELEMENTS = ("visits", "database_views", "query_crops", "crop_similarity")
 OF_THE_MODEL = ("backbone", "weights", "pooling", "p", "scales")
 
 
@@ -45,6 +48,10 @@ def index(
     bad_images: BadImages = "stop",
     whitening: str = "pca",
     whitening_dim: int | None = None,
+    visits: int | None = None,
+    database_views: DatabaseViews = "none",
+    query_crops: Sequence[float] = (),
+    crop_similarity: CropSimilarity = "best",
     k: int | None = None,
     tau: float = USUAL_TAU,
     accelerator: Accelerator = "auto",
@@ -71,8 +78,14 @@ def index(
         image_size: Images and photos are resized so that the longest side has this many px; without it as the
             checkpoint was trained, else 500.
         bad_images: Stop at an image that cannot be decoded, or skip it.
-        whitening: pca learns it on the images, none goes without, else a whitening.npz of a run or an index.
-        whitening_dim: Dimensions after whitening; without it 512, or as many as the images support.
+        whitening: pca learns it on the images; learned from pairs of an image and its simulated visits; none goes
+            without; else a whitening.npz of a run or an index.
+        whitening_dim: Dimensions after whitening; without it 512 (pca) or all (learned), or as many as the images
+            support.
+        visits: Simulated visitors' photographs of each image to describe; without it 6 where they are needed.
+        database_views: rows makes the visits further rows of their exhibit, mean averages them into its descriptor.
+        query_crops: Search these middle parts of each photo too, such as 0.8 0.65 0.5 of its height and width.
+        crop_similarity: A photo is as similar as its best crop, or as the mean of whole and crops.
         k: Number of neighbours that count; without it 10, or all images if they are fewer. An evaluation chooses k
             and tau on val, which an index has not.
         tau: Inverse temperature of the confidence; 50 is what evaluations choose most often.
@@ -106,7 +119,9 @@ def index(
     embedder, trained_size = build_model(model)
     if image_size is None:
         image_size = IMAGE_SIZE if trained_size is None else trained_size
-    check_options(n_images, embedder.dim, whitening, whitening_dim, 1.0, k, tau, "cpu")
+    method = method_of(arguments)
+    method.check(n_images, embedder.dim)
+    check_search(n_images * method.rows_per_image, k, tau, "cpu")
     options = ExtractionOptions(
         image_size,
         bad_images,
@@ -116,9 +131,12 @@ def index(
         num_workers=num_workers,
     )
     store = describe_images(embedder, ground_truth, output / "store", options, console)
-    if store is None:
+    visits_of = [view for view in method.views(SEED) if "visits" in view.of]  # crops are those of photos to come
+    for view in visits_of:
+        describe_views(embedder, ground_truth, view, store, options, console)
+    if not launched_as_first():
         return None
-    opened = open_descriptors([store.path], ground_truth)
+    opened = open_descriptors([store.path], ground_truth, visits_of)
     made = opened.made["database"]
     n_made = int(made.sum())
     k = min(USUAL_K, n_made) if k is None else k
@@ -126,15 +144,11 @@ def index(
         raise UserError(f"--k {k}: {n_made:,} images could be decoded; choose k from 1 to {n_made}")
     if len(set(ground_truth.labels["database"][made].tolist())) < 2:
         raise UserError(f"{folder}: fewer than 2 exhibits have an image that can be decoded; mend the images")
-    transform = None
-    if whitening == "pca":
-        transform = fit_pca_whitening(row_chunks(opened.parts["database"], made), whitening_dim)
-    elif whitening != "none":
-        transform = PCAWhitening.load(whitening)
+    transform = whitening_of(opened, ground_truth, method)
     if transform is not None:
         transform.save(output / "whitening.npz")
     is_whitened = transform is not None
-    Index(catalogue, model, options.image_size, is_whitened, k, tau).save(output)
+    Index(catalogue, model, options.image_size, is_whitened, method, SEED, k, tau).save(output)
     for note in _notes(embedder, transform, whitening, whitening_dim, n_images - n_made):
         console.print(f"[bold yellow]note:[/] {escape(note)}", soft_wrap=True)
     console.print(
@@ -152,6 +166,8 @@ class Index:
         model: Options that the model was built from.
         image_size: That images were resized to.
         is_whitened: Whether there is a ``whitening.npz``.
+        method: How photos are compared with the images.
+        seed: Of the images' simulated visits.
         k: Number of neighbours.
         tau: Inverse temperature.
     """
@@ -160,6 +176,8 @@ class Index:
     model: Mapping[str, Any]
     image_size: int | None
     is_whitened: bool
+    method: Method
+    seed: int
     k: int
     tau: float
 
@@ -175,6 +193,7 @@ class Index:
             "model": dict(self.model),
             "image_size": self.image_size,
             "whitening": self.is_whitened,
+            "elements": {**{name: getattr(self.method, name) for name in ELEMENTS}, "seed": self.seed},
             "knn": {"k": self.k, "tau": self.tau},
             "versions": library_versions(),
         }
@@ -199,7 +218,18 @@ class Index:
                 tuple(image["exhibit"] for image in images),
             )
             knn = content["knn"]
-            return cls(catalogue, content["model"], content["image_size"], content["whitening"], knn["k"], knn["tau"])
+            elements = dict(content["elements"])
+            seed = elements.pop("seed")
+            return cls(
+                catalogue,
+                content["model"],
+                content["image_size"],
+                content["whitening"],
+                Method("none", **elements),
+                seed,
+                knn["k"],
+                knn["tau"],
+            )
         except FileNotFoundError:
             raise UserError(
                 f"--store {path}: not an index (it has no index.json); make one with metilr index, or give --run"

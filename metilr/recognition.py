@@ -1,25 +1,25 @@
 """From descriptors to answers and figures: whitening, search, kNN, metrics. Knows no images."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.markup import escape
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
-from metilr.descriptors import SPLITS, row_chunks
 from metilr.errors import UserError
 from metilr.knn import K_GRID, NO_ROW, TAU_GRID, Predictions, Tuning, check_tau, classify, tune, with_skipped
 from metilr.matches import N_NEIGHBOURS, Matches, top_matches
+from metilr.method import Method
 from metilr.metrics.functional import acc, gap, gap_bounds, gap_minus
 from metilr.progress import counted
-from metilr.search import Neighbours, check_device, search
+from metilr.search import Neighbours, SearchDevice, check_device
+from metilr.searchable import Searchable, build_searchable, learn_whitening, query_views
 from metilr.sources import Descriptors
-from metilr.whitening import PCAWhitening, fit_pca_whitening
+from metilr.whitening import PCAWhitening
 
-SearchDevice = Literal["cpu", "gpu"]
+BETA_GRID = (0.0, 0.25, 0.5, 0.75, 1.0)  # from no normalisation to a full one
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,7 @@ class Recognition:
         tau: Inverse temperature.
         tuning: The grid on val, or None where both were given.
         matches: By split, what each query resembles most; rows of the whole database.
+        beta: Share of the rows' background that is taken off their similarities; 0 without ``Method.hubness``.
     """
 
     answers: Mapping[str, Predictions]
@@ -43,15 +44,14 @@ class Recognition:
     tau: float
     tuning: Tuning | None
     matches: Mapping[str, Matches]
+    beta: float = 0.0
 
 
 def recognise(
     descriptors: Descriptors,
     ground_truth: GroundTruth,
+    method: Method = Method(),  # noqa: B008  (it cannot be changed)
     *,
-    whitening: str = "pca",
-    whitening_dim: int | None = None,
-    whitening_shrinkage: float = 1.0,
     k: int | None = None,
     tau: float | None = None,
     search_device: SearchDevice = "cpu",
@@ -63,11 +63,9 @@ def recognise(
     Test takes no part in any choice.
 
     Args:
-        descriptors: Rows of all splits.
+        descriptors: Rows of all splits, and of the views that the method needs.
         ground_truth: Labels of all splits.
-        whitening: ``"pca"`` learns it on the database, ``"none"`` goes without, else a file that was saved.
-        whitening_dim: Dimensions to keep; None: 512, or as many as the data supports.
-        whitening_shrinkage: 1 is whitening, 0 plain PCA.
+        method: How descriptors are compared.
         k: Number of neighbours; None: chosen on val.
         tau: Inverse temperature; None: chosen on val.
         search_device: Where FAISS searches.
@@ -81,64 +79,61 @@ def recognise(
     n_database = int(made["database"].sum())
     if n_database == 0:
         raise UserError("no database image has a descriptor: there is nothing to search; mend the images")
-    check_options(n_database, descriptors.width, whitening, whitening_dim, whitening_shrinkage, k, tau, search_device)
-    say(f"[bold]whitening[/]    {escape(whitening)}, database {n_database:,} x {descriptors.width}")
-    transform = _whitening(descriptors, whitening, whitening_dim, whitening_shrinkage, quiet)
-    ready = {split: unit_rows(descriptors, split, transform, quiet) for split in SPLITS}
+    method.check(n_database, descriptors.width)
+    check_search(n_database * method.rows_per_image, k, tau, search_device)
+    say(f"[bold]whitening[/]    {escape(method.whitening)}, database {n_database:,} x {descriptors.width}")
+    transform = whitening_of(descriptors, ground_truth, method, quiet)
+    database = build_searchable(descriptors, ground_truth, method, transform, search_device, quiet)
 
-    labels = {split: ground_truth.labels[split] for split in QUERY_FILES}
-    database_labels = ground_truth.labels["database"][made["database"]]
-    n_classes = ground_truth.n_classes
+    n_rows = len(database.rows)
+    n_neighbours = min(N_NEIGHBOURS * method.rows_per_image, n_rows)
+
+    def searched(split: str, queries: np.ndarray, k: int, beta: float) -> Neighbours:
+        with counted(f"searching {split}", queries.shape[0] * queries.shape[1], "queries", quiet) as done:
+            return database.nearest(queries, k, beta, search_device, done)
+
     k_grid = K_GRID if k is None else (k,)
     tau_grid = TAU_GRID if tau is None else (tau,)
-    n_neighbours = min(N_NEIGHBOURS, n_database)
-    k_search = max(n_neighbours, *(i for i in k_grid if i <= n_database))
-
-    say(f"[bold]search[/]       exact, {search_device}: val, {k_search} neighbours among {n_database:,} rows")
-    neighbours = {"val": _searched(ready, "val", k_search, search_device, quiet)}
-    tuning = None
-    if k is None or tau is None:
-        tuning = tune(
-            neighbours["val"],
-            database_labels,
-            n_classes,
-            labels["val"],
+    k_search = max(n_neighbours, *(i for i in k_grid if i <= n_rows))
+    say(f"[bold]search[/]       exact, {search_device}: val, {k_search} neighbours among {n_rows:,} rows")
+    queries = query_views(descriptors, "val", method, transform, quiet)
+    beta, tuning, neighbours = 0.0, None, {}
+    for tried in BETA_GRID if method.hubness else (0.0,):
+        found = searched("val", queries, k_search, tried)
+        on_val = tune(
+            found,
+            database.labels,
+            ground_truth.n_classes,
+            ground_truth.labels["val"],
             k_grid,
             tau_grid,
             skipped=~made["val"],
         )
-        k, tau = tuning.k, tuning.tau
+        if tuning is None or on_val.surface.max() > tuning.surface.max():
+            beta, tuning, neighbours["val"] = tried, on_val, found
+    assert tuning is not None
+    was_tuned = k is None or tau is None
+    k, tau = tuning.k, tuning.tau
     k_search = max(n_neighbours, k)
     say(f"[bold]search[/]       test, {k_search} neighbours")
-    neighbours["test"] = _searched(ready, "test", k_search, search_device, quiet)
+    queries = query_views(descriptors, "test", method, transform, quiet)
+    neighbours["test"] = searched("test", queries, k_search, beta)
 
     answers = {
-        split: _answer(neighbours[split], database_labels, n_classes, k, tau, made, split) for split in QUERY_FILES
+        split: _answer(neighbours[split], database, ground_truth.n_classes, k, tau, made[split])
+        for split in QUERY_FILES
     }
-    figures = {split: _figures(answers[split], labels[split], made[split]) for split in QUERY_FILES}
-    matches = {split: _matches(neighbours[split], database_labels, made, split) for split in QUERY_FILES}
-    return Recognition(answers, figures, transform, k, tau, tuning, matches)
+    figures = {split: figures_of(answers[split], ground_truth.labels[split], made[split]) for split in QUERY_FILES}
+    matches = {split: _matches(neighbours[split], database, made[split]) for split in QUERY_FILES}
+    return Recognition(answers, figures, transform, k, tau, tuning if was_tuned else None, matches, beta)
 
 
-def check_options(
-    n_database: int,
-    width: int,
-    whitening: str,
-    whitening_dim: int | None,
-    whitening_shrinkage: float,
-    k: int | None,
-    tau: float | None,
-    search_device: SearchDevice,
-) -> None:
-    """Refuse what cannot work with such a database, before hours go into describing it.
+def check_search(n_database: int, k: int | None, tau: float | None, search_device: SearchDevice) -> None:
+    """Refuse numbers out of range, before hours go into describing images.
 
     Args:
-        n_database: Images in the database.
-        width: Dimensions of the descriptors.
-        whitening: As in ``recognise``, like the rest.
-        whitening_dim: Refused beyond what ``n_database`` and ``width`` can support at most.
-        whitening_shrinkage: Refused where no whitening is learned.
-        k: Refused beyond the database.
+        n_database: Rows that are searched.
+        k: Refused beyond them.
         tau: Refused out of range.
         search_device: Refused where FAISS does not see it.
 
@@ -150,101 +145,49 @@ def check_options(
         raise UserError(f"--k {k}: the database has {n_database:,} images; choose k from 1 to {n_database}")
     if tau is not None:
         check_tau(tau)
-    if whitening not in ("pca", "none") and not Path(whitening).is_file():
-        raise UserError(f"--whitening {whitening}: no such file; choose pca, none or a saved whitening")
-    if whitening_dim is not None and whitening != "pca":
-        raise UserError("--whitening_dim: has no effect unless --whitening pca learns one; leave it out")
-    if whitening_shrinkage != 1 and whitening != "pca":
-        raise UserError("--whitening_shrinkage: has no effect unless --whitening pca learns one; leave it out")
-    if not 0 <= whitening_shrinkage <= 1:
-        raise UserError(f"--whitening_shrinkage {whitening_shrinkage}: choose a number from 0 (PCA) to 1 (whitening)")
-    largest = min(n_database - 1, width)
-    if whitening_dim is not None and not 1 <= whitening_dim <= largest:
-        raise UserError(
-            f"--whitening_dim {whitening_dim}: {n_database:,} database images of width {width} support 1 to {largest}; "
-            "choose one of these, or leave it out for the default"
-        )
-    if whitening not in ("pca", "none"):
-        learned_on = len(PCAWhitening.load(whitening).mean)
-        if learned_on != width:
-            raise UserError(f"--whitening {whitening}: is for descriptors of width {learned_on}, these have {width}")
 
 
-def _whitening(
-    descriptors: Descriptors, whitening: str, dim: int | None, shrinkage: float, quiet: bool
+def whitening_of(
+    descriptors: Descriptors, ground_truth: GroundTruth, method: Method, quiet: bool = True
 ) -> PCAWhitening | None:
-    if whitening == "none":
+    """Learn or load the whitening that the method asks for; None for none."""
+    if method.whitening == "none":
         return None
-    if whitening != "pca":
-        return PCAWhitening.load(whitening)
-    made = descriptors.made["database"]
-    with counted("learning whitening", int(made.sum()), "rows", quiet) as done:
-
-        def chunks() -> Iterator[np.ndarray]:
-            for chunk in row_chunks(descriptors.parts["database"], made):
-                yield chunk
-                done(len(chunk))
-
-        return fit_pca_whitening(chunks(), dim=dim, shrinkage=shrinkage)
-
-
-def _searched(ready: Mapping[str, np.ndarray], split: str, k: int, device: SearchDevice, quiet: bool) -> Neighbours:
-    with counted(f"searching {split}", len(ready[split]), "queries", quiet) as done:
-        return search(ready["database"], ready[split], k, device, done)
-
-
-def unit_rows(descriptors: Descriptors, split: str, transform: PCAWhitening | None, quiet: bool = True) -> np.ndarray:
-    """Rows as they are compared, float32 ``(n made, D)``: whitened if asked for, of unit length in any case."""
-    made = descriptors.made[split]
-    width = descriptors.width if transform is None else transform.dim
-    ready = np.empty((int(made.sum()), width), dtype=np.float32)
-    start = 0
-    with counted(f"whitening {split}", len(ready), "rows", quiet) as done:
-        for chunk in row_chunks(descriptors.parts[split], made):
-            ready[start : start + len(chunk)] = as_compared(chunk, transform)
-            start += len(chunk)
-            done(len(chunk))
-    return ready
-
-
-def as_compared(rows: np.ndarray, transform: PCAWhitening | None) -> np.ndarray:
-    """Whiten rows ``(n, D)`` if asked for, and give them unit length."""
-    if transform is None:
-        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    return transform.transform(rows)
+    if method.whitening in ("pca", "learned"):
+        return learn_whitening(descriptors, ground_truth, method, quiet)
+    return PCAWhitening.load(method.whitening)
 
 
 def _answer(
-    neighbours: Neighbours,
-    database_labels: np.ndarray,
-    n_classes: int,
-    k: int,
-    tau: float,
-    made: Mapping[str, np.ndarray],
-    split: str,
+    neighbours: Neighbours, database: Searchable, n_classes: int, k: int, tau: float, made: np.ndarray
 ) -> Predictions:
-    answers = with_skipped(classify(neighbours, database_labels, n_classes, k, tau), ~made[split])
-    nearest = _in_whole_database(answers.nearest, made)
+    answers = with_skipped(classify(neighbours, database.labels, n_classes, k, tau), ~made)
+    nearest = _as_images(answers.nearest, database)
     return Predictions(answers.labels, answers.log_confidence, answers.similarity, nearest)
 
 
-def _matches(
-    neighbours: Neighbours, database_labels: np.ndarray, made: Mapping[str, np.ndarray], split: str
-) -> Matches:
-    found = top_matches(neighbours, database_labels)
-    shape = (len(made[split]), found.rows.shape[1])
+def _matches(neighbours: Neighbours, database: Searchable, made: np.ndarray) -> Matches:
+    found = top_matches(neighbours, database.labels)
+    shape = (len(made), found.rows.shape[1])
     matches = Matches(np.full(shape, NO_ROW, dtype=np.int64), np.full(shape, np.nan))
-    matches.rows[made[split]] = _in_whole_database(found.rows, made)
-    matches.similarities[made[split]] = found.similarities
+    matches.rows[made] = _as_images(found.rows, database)
+    matches.similarities[made] = found.similarities
     return matches
 
 
-def _in_whole_database(rows: np.ndarray, made: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Rows among those that were made, as rows of all: those left out shift the others."""
-    return np.where(rows == NO_ROW, NO_ROW, np.flatnonzero(made["database"])[rows])
+def _as_images(rows: np.ndarray, database: Searchable) -> np.ndarray:
+    """The database images that searched rows were made from."""
+    return np.where(rows == NO_ROW, NO_ROW, database.images[rows])
 
 
-def _figures(answers: Predictions, labels: np.ndarray, made: np.ndarray) -> dict[str, Any]:
+def figures_of(answers: Predictions, labels: np.ndarray, made: np.ndarray) -> dict[str, Any]:
+    """GAP, GAP⁻, ACC in [0, 1], bounds of GAP, and counts, of one split.
+
+    Args:
+        answers: To all queries.
+        labels: What each shows, ``(Q,)``.
+        made: Whether each has a descriptor, ``(Q,)``.
+    """
     arguments = (answers.log_confidence, answers.labels, labels)
     least, greatest = gap_bounds(*arguments)
     return {

@@ -22,14 +22,17 @@ from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.errors import UserError
 from metilr.files import write_atomically
 from metilr.knn import NO_LABEL, NO_ROW, Predictions
+from metilr.method import Method
 from metilr.metrics import DISTRACTOR
 from metilr.recognition import Recognition
 from metilr.scoring import further_figures, headline_unit
 from metilr.sources import Descriptors
 from metilr.versions import library_versions
+from metilr.whitening import LearnedWhitening
 
 SCHEMA_VERSION = 1
 RUNS = Path("runs")
+_WHITENING_SOURCES = {"pca": "learned on the database", "learned": "learned from pairs"}
 PREDICTION_COLUMNS = (
     "path", "exhibit_id", "predicted_id", "log_confidence", "confidence", "similarity", "nearest_path", "correct",
 )  # fmt: skip
@@ -97,7 +100,7 @@ def results_of(
     *,
     synthetic: bool,
     search_device: str,
-    whitening: str,
+    method: Method,
     skipped_images: list[dict[str, str]],
     notes: list[str],
     seconds: float,
@@ -123,12 +126,23 @@ def results_of(
         "whitening": None
         if applied is None
         else {
-            "source": "learned on the database" if whitening == "pca" else Path(whitening).name,
+            "source": _WHITENING_SOURCES.get(method.whitening, Path(method.whitening).name),
             "sha256": applied.sha256(),
             "dim": applied.dim,
             "shrinkage": applied.shrinkage,
             "learned_on": applied.n,
+            **({"pairs": applied.n_pairs} if isinstance(applied, LearnedWhitening) else {}),
             "supported_dim": applied.supported_dim,
+        },
+        "elements": {
+            "visits": method.visits,
+            "database_views": method.database_views,
+            "query_crops": list(method.query_crops),
+            "crop_similarity": method.crop_similarity,
+            "dba": method.dba,
+            "hubness": {"neighbours": method.hubness, "beta": recognition.beta, "tuned_on": "val"}
+            if method.hubness
+            else None,
         },
         "search": {"device": search_device, "exact": True},
         "knn": {

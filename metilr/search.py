@@ -18,6 +18,8 @@ _QUERIES = 4096  # queries a chunk: FAISS's own block; shorter chunks would read
 _CANDIDATES = 2**21  # candidates a chunk: 16 MiB per int64 or float64 array, however wide the search
 _PRODUCTS = 2**17  # products a block: 1 MiB, stays in cache
 
+SearchDevice = Literal["cpu", "gpu"]
+
 # Takes queries (C, D) and a width; returns float32 similarities and rows, both (C, width).
 _Candidates = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
@@ -39,7 +41,7 @@ def search(
     database: np.ndarray,
     queries: np.ndarray,
     k: int,
-    device: Literal["cpu", "gpu"] = "cpu",
+    device: SearchDevice = "cpu",
     done: Callable[[int], None] = lambda n: None,
 ) -> Neighbours:
     """Find each query's k largest inner products over the whole database.
@@ -142,7 +144,7 @@ def _on_cpu(database: np.ndarray) -> _Candidates:
     return lambda queries, k: faiss.knn(queries, database, k, metric=faiss.METRIC_INNER_PRODUCT)
 
 
-def check_device(device: Literal["cpu", "gpu"], k: int) -> None:
+def check_device(device: SearchDevice, k: int) -> None:
     """Refuse a device that is not there, or that cannot select so many neighbours.
 
     Raises:

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from metilr.callbacks import DescriptorWriter
-from metilr.data import dataset
+from metilr.data import images
 from metilr.data.demo import MuseumSize, make_demo
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.descriptors import SPLITS, DescriptorStore
@@ -101,7 +101,7 @@ def test_a_second_call_describes_nothing(embedder, museum, tmp_path, monkeypatch
     def refuse(*args):
         raise AssertionError("described again")
 
-    monkeypatch.setattr(dataset, "load_image", refuse)
+    monkeypatch.setattr(images, "load_image", refuse)
     describe(embedder, museum, tmp_path / "store")
 
 
@@ -115,8 +115,8 @@ def test_an_interrupted_run_continues_where_it_stopped(embedder, museum, tmp_pat
     assert 0 < made < n_made(whole)
 
     decoded = []
-    load_image = dataset.load_image
-    monkeypatch.setattr(dataset, "load_image", lambda *args: decoded.append(args) or load_image(*args))
+    load_image = images.load_image
+    monkeypatch.setattr(images, "load_image", lambda *args: decoded.append(args) or load_image(*args))
     continued = describe(embedder, museum, tmp_path / "store")
     assert len(decoded) == n_made(whole) - made
     for split in SPLITS:
@@ -237,8 +237,8 @@ def test_a_truncated_image_stops_the_run_and_loses_nothing(embedder, museum, tmp
     path.write_bytes(intact)
     made = n_made(DescriptorStore(tmp_path / "store"))
     decoded = []
-    load_image = dataset.load_image
-    monkeypatch.setattr(dataset, "load_image", lambda *args: decoded.append(args) or load_image(*args))
+    load_image = images.load_image
+    monkeypatch.setattr(images, "load_image", lambda *args: decoded.append(args) or load_image(*args))
     store = describe(embedder, museum, tmp_path / "store")
     assert len(decoded) == n_made(store) - made
 

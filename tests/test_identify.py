@@ -93,7 +93,7 @@ def test_known_queries_give_the_evaluation_s_answers(run, split):
 def test_a_database_image_is_identified_as_itself(museum, tmp_path, options):
     evaluate(museum, store=tmp_path / "store", output=tmp_path / "run", **UNTRAINED, **options)
     collection, _ = open_with_threshold(tmp_path / "run", None, accelerator="cpu")
-    for row in range(len(collection.descriptors)):
+    for row in range(len(collection.images)):
         answer = collection.answer(load_image(collection.image(row), collection.image_size), n_matches=3)
         assert answer.matches[0].similarity == pytest.approx(1, abs=1e-4)
         assert answer.matches[0].row == row

@@ -111,7 +111,7 @@ def test_bad_images_stop_or_are_skipped(folder, tmp_path, capsys, failure):
     index(folder, tmp_path / "b", bad_images="skip", **UNTRAINED)
     assert "2 images are missing or cannot be decoded and were left out" in " ".join(capsys.readouterr().out.split())
     collection, _ = open_index(tmp_path / "b")
-    assert len(collection.descriptors) == 6 and len(collection.exhibits) == 6
+    assert len(collection.images) == 6 and len(collection.exhibits) == 6
     answer = collection.answer(load_photo(folder / "9" / "3.jpg", collection.image_size).image)
     assert answer.exhibit == "9" and collection.path(answer.matches[0].row) == "9/3.jpg"
     assert len(answer.matches) == 5  # the exhibit whose only image is bad is matched by nothing

@@ -7,7 +7,8 @@ from sklearn.decomposition import PCA
 
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.errors import UserError
-from metilr.recognition import check_options, recognise
+from metilr.method import Method
+from metilr.recognition import check_search, recognise
 from metilr.sources import Descriptors
 
 GRID_K = (1, 2, 3, 5, 7, 10, 15, 20, 50)  # the Met paper's
@@ -105,7 +106,7 @@ def check_against_loop(recognition, truth, ready, k, tau, kept=None):
 @pytest.mark.parametrize(("k", "tau"), [(1, 1.0), (3, 15.0), (10, 100.0), (50, 0.1), (7, 500.0)])
 def test_given_k_and_tau_without_whitening(k, tau):
     descriptors, truth, rows = synthetic()
-    recognition = recognise(descriptors, truth, whitening="none", k=k, tau=tau)
+    recognition = recognise(descriptors, truth, Method(whitening="none"), k=k, tau=tau)
     assert recognition.tuning is None and recognition.whitening is None
     assert (recognition.k, recognition.tau) == (k, tau)
     check_against_loop(recognition, truth, {s: unit(x.astype(np.float64)) for s, x in rows.items()}, k, tau)
@@ -115,7 +116,7 @@ def test_descriptors_of_any_length_are_compared_at_unit_length():
     descriptors, truth, rows = synthetic(n_parts=3)
     lengths = {split: np.linspace(0.1, 9, len(x), dtype=np.float32)[:, None] for split, x in rows.items()}
     parts = {split: [part * lengths[split] for part in descriptors.parts[split]] for split in rows}
-    scaled = recognise(Descriptors(parts, descriptors.made, [{}] * 3), truth, whitening="none", k=3, tau=15.0)
+    scaled = recognise(Descriptors(parts, descriptors.made, [{}] * 3), truth, Method(whitening="none"), k=3, tau=15.0)
     check_against_loop(scaled, truth, {s: unit(x.astype(np.float64)) for s, x in rows.items()}, 3, 15.0)
 
 
@@ -123,7 +124,7 @@ def test_descriptors_of_any_length_are_compared_at_unit_length():
 @pytest.mark.parametrize("dim", [None, 5])
 def test_pca_whitening_of_the_concatenation_equals_scikit_learn(dim, n_parts):
     descriptors, truth, rows = synthetic(seed=1, n_parts=n_parts)
-    recognition = recognise(descriptors, truth, whitening_dim=dim, k=3, tau=10.0)
+    recognition = recognise(descriptors, truth, Method(whitening_dim=dim), k=3, tau=10.0)
     pca = PCA(n_components=dim, whiten=True, svd_solver="full").fit(rows["database"].astype(np.float64))
     ready = {split: unit(pca.transform(x.astype(np.float64))) for split, x in rows.items()}
     assert recognition.whitening.dim == (dim or 12)
@@ -132,7 +133,7 @@ def test_pca_whitening_of_the_concatenation_equals_scikit_learn(dim, n_parts):
 
 def test_k_and_tau_are_the_best_of_the_grid_on_val():
     descriptors, truth, rows = synthetic(seed=2)
-    recognition = recognise(descriptors, truth, whitening="none")
+    recognition = recognise(descriptors, truth, Method(whitening="none"))
     ready = {split: unit(x.astype(np.float64)) for split, x in rows.items()}
     assert recognition.tuning.k_grid == GRID_K and recognition.tuning.tau_grid == GRID_TAU
     database, database_labels = ready["database"], truth.labels["database"]
@@ -151,13 +152,13 @@ def test_k_and_tau_are_the_best_of_the_grid_on_val():
 
 def test_only_what_is_not_given_is_tuned_and_test_has_no_say():
     descriptors, truth, _ = synthetic(seed=2)
-    given_k = recognise(descriptors, truth, whitening="none", k=4)
+    given_k = recognise(descriptors, truth, Method(whitening="none"), k=4)
     assert given_k.k == 4 and given_k.tuning.k_grid == (4,) and given_k.tuning.tau_grid == GRID_TAU
-    given_tau = recognise(descriptors, truth, whitening="none", tau=33.0)
+    given_tau = recognise(descriptors, truth, Method(whitening="none"), tau=33.0)
     assert given_tau.tau == 33.0 and given_tau.tuning.tau_grid == (33.0,) and given_tau.tuning.k_grid == GRID_K
     other_test = {**descriptors.parts, "test": [-part[::-1] for part in descriptors.parts["test"]]}
-    again = recognise(Descriptors(other_test, descriptors.made, [{}]), truth, whitening="none")
-    first = recognise(descriptors, truth, whitening="none")
+    again = recognise(Descriptors(other_test, descriptors.made, [{}]), truth, Method(whitening="none"))
+    first = recognise(descriptors, truth, Method(whitening="none"))
     np.testing.assert_array_equal(again.tuning.surface, first.tuning.surface)
     assert (again.k, again.tau) == (first.k, first.tau)
 
@@ -175,7 +176,7 @@ def test_images_left_out(whitening):
         x = x.copy()
         x[~made[split]] = 7.0  # must be read nowhere
         garbage[split] = [x]
-    recognition = recognise(Descriptors(garbage, made, [{}]), truth, whitening=whitening, k=3, tau=10.0)
+    recognition = recognise(Descriptors(garbage, made, [{}]), truth, Method(whitening=whitening), k=3, tau=10.0)
     if whitening == "none":
         ready = {split: unit(x.astype(np.float64)) for split, x in rows.items()}
     else:
@@ -202,7 +203,8 @@ def test_a_database_smaller_than_the_grid():
 
 def refused(descriptors, truth, **options):
     with pytest.raises(UserError) as caught:
-        recognise(descriptors, truth, **options)
+        of_method = {name: options.pop(name) for name in list(options) if name.startswith("whitening")}
+        recognise(descriptors, truth, Method(**of_method), **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -224,9 +226,9 @@ def test_options_that_do_not_fit():
 
 def test_a_saved_whitening_gives_the_same_answers(tmp_path):
     descriptors, truth, _ = synthetic()
-    first = recognise(descriptors, truth, whitening_dim=6, k=2, tau=10.0)
+    first = recognise(descriptors, truth, Method(whitening_dim=6), k=2, tau=10.0)
     first.whitening.save(tmp_path / "w.npz")
-    again = recognise(descriptors, truth, whitening=str(tmp_path / "w.npz"), k=2, tau=10.0)
+    again = recognise(descriptors, truth, Method(whitening=str(tmp_path / "w.npz")), k=2, tau=10.0)
     np.testing.assert_array_equal(again.answers["test"].log_confidence, first.answers["test"].log_confidence)
     assert again.figures == first.figures
 
@@ -249,15 +251,18 @@ def test_a_saved_whitening_gives_the_same_answers(tmp_path):
     ],
 )
 def test_options_are_refused_before_any_image_is_read(options, said):
-    fine = {
-        "n_database": 50, "width": 64, "whitening": "pca", "whitening_dim": None, "whitening_shrinkage": 1.0,
-        "k": None, "tau": None, "search_device": "cpu",
-    }  # fmt: skip
+    def check(options):
+        of_search = {"k": None, "tau": None, "search_device": "cpu"}
+        of_search |= {name: options.pop(name) for name in of_search if name in options}
+        width = options.pop("width", 64)
+        Method(**options).check(50, width)
+        check_search(50, **of_search)
+
     with pytest.raises(UserError) as caught:
-        check_options(**{**fine, **options})
+        check(dict(options))
     assert said in str(caught.value) and "\n" not in str(caught.value)
-    check_options(**fine)
-    check_options(**{**fine, "whitening_dim": 49, "k": 50, "tau": 500.0})
+    check({})
+    check({"whitening_dim": 49, "k": 50, "tau": 500.0})
 
 
 def test_published_mini_set_at_its_real_scale(met_root):

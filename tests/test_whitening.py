@@ -2,11 +2,18 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import scipy.linalg
 from sklearn.decomposition import PCA
 
 from metilr import whitening as whitening_module
 from metilr.errors import UserError
-from metilr.whitening import DEFAULT_DIM, PCAWhitening, fit_pca_whitening
+from metilr.whitening import (
+    DEFAULT_DIM,
+    LearnedWhitening,
+    PCAWhitening,
+    fit_learned_whitening,
+    fit_pca_whitening,
+)
 
 
 def descriptors(n=400, width=24, seed=0):
@@ -215,3 +222,69 @@ def test_loading_another_file_names_it(tmp_path):
     for path in [*others, tmp_path / "missing.npz", tmp_path]:
         with pytest.raises(UserError, match=path.name):
             PCAWhitening.load(path)
+
+
+def pairs(n=500, width=24, seed=1):
+    """Differences of pairs: correlated, with a mean of their own."""
+    rng = np.random.default_rng(seed)
+    return (0.1 * rng.standard_normal((n, width)) @ rng.standard_normal((width, width)) + 0.05).astype(np.float32)
+
+
+def test_learned_whitening_gives_pairs_equal_variance_and_decorrelates_the_database():
+    x, d = descriptors(), pairs()
+    learned = fit_learned_whitening([x], [d], shrinkage=1e-12)
+    within = d.astype(np.float64) @ learned.projection
+    np.testing.assert_allclose(within.T @ within / len(d), np.eye(24), atol=1e-7)
+    database = (x.astype(np.float64) - learned.mean) @ learned.projection
+    np.testing.assert_allclose(database.T @ database / len(x), np.diag(learned.eigenvalues), atol=1e-6)
+    assert (np.diff(learned.eigenvalues) <= 0).all()
+    assert (learned.n, learned.n_pairs, learned.dim, learned.supported_dim) == (400, 500, 24, 24)
+
+
+@pytest.mark.parametrize(("n_pairs", "shrinkage"), [(500, 0.1), (7, 0.05), (1, 0.5), (500, 1.0)])
+def test_learned_whitening_solves_the_generalised_eigenproblem(n_pairs, shrinkage):
+    x, d = descriptors().astype(np.float64), pairs(n_pairs).astype(np.float64)
+    learned = fit_learned_whitening([x], [d], dim=9, shrinkage=shrinkage)
+    c = d.T @ d / n_pairs
+    metric = (1 - shrinkage) * c + shrinkage * np.trace(c) / 24 * np.eye(24)
+    values, vectors = scipy.linalg.eigh(np.cov(x.T, bias=True), metric)  # vectors.T @ metric @ vectors = 1
+    expected = vectors[:, ::-1][:, :9]
+    signs = np.sign((learned.projection * (metric @ expected)).sum(axis=0))
+    np.testing.assert_allclose(learned.projection, expected * signs, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(learned.eigenvalues, values[::-1], rtol=1e-6, atol=1e-12)
+
+
+def test_learned_whitening_of_fewer_images_than_dimensions():
+    learned = fit_learned_whitening([descriptors()[:10]], [pairs(5)])
+    assert learned.dim == learned.supported_dim == 9
+    assert np.isfinite(learned.transform(descriptors())).all()
+    with pytest.raises(UserError, match=r"--whitening_dim 10: .* support at most 9"):
+        fit_learned_whitening([descriptors()[:10]], [pairs(5)], dim=10)
+
+
+def test_learned_whitening_in_pieces_and_back_from_disk(tmp_path):
+    x, d = descriptors(), pairs()
+    whole = fit_learned_whitening([x], [d], dim=12)
+    cut = fit_learned_whitening((x[i : i + 7] for i in range(0, 400, 7)), (d[i : i + 3] for i in range(0, 500, 3)), 12)
+    np.testing.assert_allclose(cut.projection, whole.projection, rtol=1e-6, atol=1e-8)
+    whole.save(tmp_path / "w.npz")
+    loaded = PCAWhitening.load(tmp_path / "w.npz")
+    assert isinstance(loaded, LearnedWhitening) and loaded.n_pairs == 500
+    assert loaded.sha256() == whole.sha256()
+    np.testing.assert_array_equal(loaded.transform(x), whole.transform(x))
+
+
+@pytest.mark.parametrize(
+    ("differences", "options", "message"),
+    [
+        ([], {}, "at least 1 pairs, here 0"),
+        ([np.zeros((5, 24), np.float32)], {}, "pairs consist of equal descriptors"),
+        ([np.full((5, 24), np.nan, np.float32)], {}, "pair 0 holds NaN"),
+        ([pairs(width=8)], {}, "pairs have width 8, the database 24"),
+        ([pairs()], {"shrinkage": 0.0}, "--pair_shrinkage 0"),
+        ([pairs()], {"dim": 0}, "--whitening_dim 0"),
+    ],
+)
+def test_what_no_whitening_can_be_learned_from(differences, options, message):
+    with pytest.raises(UserError, match=message):
+        fit_learned_whitening([descriptors()], differences, **options)

@@ -5,7 +5,6 @@ else, so a view depends neither on the loader's workers nor on the number of pro
 """
 
 import abc
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from metilr.data.visits import PRESETS, VisitStrengths, derive_seed, simulate_visit
+from metilr.data.visits import PRESETS, derive_seed, simulate_visit, strengths_between
 from metilr.errors import UserError
 
 Preset = Literal["mild", "medium", "severe"]
@@ -121,8 +120,7 @@ class SimulatedVisit(Augmentation):
     def __call__(self, image: Tensor, seed: int) -> Tensor:
         """Simulate a visit."""
         share = derive_seed(seed, "strength", 0) / 2**63
-        weak, strong = (dataclasses.asdict(PRESETS[name]) for name in (self.weakest, self.strongest))
-        strengths = VisitStrengths(**{part: (1 - share) * weak[part] + share * strong[part] for part in weak})
+        strengths = strengths_between(self.weakest, self.strongest, share)
         photograph = simulate_visit(_at_most(image, 2 * self.size), strengths, seed, longest_side=self.size)
         return F.resize(photograph, [self.size, self.size], antialias=True)
 

@@ -1,10 +1,9 @@
-"""The images that are still to be described, dealt out to the processes that describe them."""
+"""The images, or views of them, that are still to be described, dealt out to the processes that describe them."""
 
 import signal
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from pytorch_lightning import LightningDataModule
@@ -13,8 +12,8 @@ from typing_extensions import override
 
 from metilr.data.batching import same_shape_batches
 from metilr.data.dataset import BatchDataset, ImageBatch, PlannedBatch
-from metilr.data.ground_truth import GroundTruth
-from metilr.data.transforms import BadImageError, image_shape
+from metilr.data.images import ImageRows, Images
+from metilr.data.transforms import BadImageError
 from metilr.descriptors import DescriptorStore
 from metilr.progress import tracked
 
@@ -27,33 +26,15 @@ def leave_signals_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class RowMap(NamedTuple):
-    """One numbering over the rows of all splits that a ground truth has: the database's first."""
-
-    starts: Mapping[str, int]
-
-    @classmethod
-    def of(cls, ground_truth: GroundTruth) -> "RowMap":
-        """Number the images of a ground truth."""
-        ends = np.cumsum([0] + [len(paths) for paths in ground_truth.paths.values()])
-        return cls(dict(zip(ground_truth.paths, ends.tolist(), strict=False)))
-
-    def locate(self, row: int) -> tuple[str, int]:
-        """Split of a row, and its position there."""
-        split = next(split for split in reversed(list(self.starts)) if row >= self.starts[split])
-        return split, row - self.starts[split]
-
-
 class ImageDataModule(LightningDataModule):
     """Pending images of a store, in batches of one shape.
 
     The plan is made by the first process and told to the others, since the store changes while they start.
 
     Args:
-        ground_truth: Names the images.
-        sizes: File size of every image by split, from ``image_sizes``.
+        images: What is described, by split.
+        sizes: Size in bytes of each row's file, by split.
         store: Says which rows are pending; already prepared.
-        image_size: See ``load_image``.
         batch_size: Most images in a batch.
         num_workers: Decoding processes beside each process that runs the backbone.
         bad_images: ``"stop"`` raises on a file that cannot be decoded, ``"skip"`` leaves it out.
@@ -62,31 +43,28 @@ class ImageDataModule(LightningDataModule):
 
     def __init__(
         self,
-        ground_truth: GroundTruth,
+        images: Mapping[str, Images],
         sizes: Mapping[str, np.ndarray],
         store: DescriptorStore,
-        image_size: int | None,
         batch_size: int,
         num_workers: int,
         bad_images: BadImages,
         quiet: bool = False,
     ) -> None:
         super().__init__()
-        self.quiet = quiet
+        self.rows = ImageRows(images)
+        self.sizes = np.concatenate([sizes[split] for split in images])
         self.store = store
-        self.image_size = image_size
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.bad_images = bad_images
-        self.row_map = RowMap.of(ground_truth)
-        self.files = [ground_truth.image(path) for paths in ground_truth.paths.values() for path in paths]
-        self.sizes = np.concatenate([sizes[split] for split in ground_truth.paths])
+        self.quiet = quiet
         self.plan: list[PlannedBatch] = []
 
     def pending_rows(self) -> np.ndarray:
         """Rows that the store lacks, ascending."""
-        splits = list(self.row_map.starts)
-        sizes = np.split(self.sizes, [self.row_map.starts[split] for split in splits[1:]])
+        splits = list(self.rows.starts)
+        sizes = np.split(self.sizes, [self.rows.starts[split] for split in splits[1:]])
         pending = [
             self.store.pending(split, split_sizes, retry_bad=self.bad_images == "stop")
             for split, split_sizes in zip(splits, sizes, strict=True)
@@ -104,7 +82,7 @@ class ImageDataModule(LightningDataModule):
         assert self.trainer is not None
         # Neighbours in the plan cost the same, so dealing them out in turn balances the processes.
         mine = self.plan[self.trainer.global_rank :: self.trainer.world_size]
-        dataset = BatchDataset(self.files, mine, self.image_size)
+        dataset = BatchDataset(self.rows, mine)
         return DataLoader(
             dataset,
             batch_size=None,
@@ -138,13 +116,13 @@ class ImageDataModule(LightningDataModule):
                         pool.shutdown(cancel_futures=True)
                         raise shape
                     else:
-                        writer.mark_bad(*self.row_map.locate(int(rows[i])), int(self.sizes[rows[i]]))
+                        writer.mark_bad(*self.rows.locate(int(rows[i])), int(self.sizes[rows[i]]))
         finally:
             writer.close()
         return shapes, shapes[:, 0] > 0
 
     def _shape_or_error(self, row: int) -> tuple[int, int] | BadImageError:
         try:
-            return image_shape(Path(self.files[row]), self.image_size)
+            return self.rows.shape(row)
         except BadImageError as error:
             return error

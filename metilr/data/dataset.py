@@ -1,7 +1,6 @@
 """Batches of equally shaped images, decoded on demand."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from metilr.data.transforms import BadImageError, load_image
+from metilr.data.images import ImageRows
+from metilr.data.transforms import BadImageError
 
 
 class PlannedBatch(NamedTuple):
@@ -37,15 +37,13 @@ class BatchDataset(Dataset[ImageBatch]):
     """An item is a whole batch, so the loader must not batch again (``batch_size=None``).
 
     Args:
-        files: Image file of every row.
+        images: What is decoded.
         batches: The plan: rows of equal image shape.
-        image_size: See ``load_image``.
     """
 
-    def __init__(self, files: Sequence[Path], batches: Sequence[PlannedBatch], image_size: int | None) -> None:
-        self.files = files
+    def __init__(self, images: ImageRows, batches: Sequence[PlannedBatch]) -> None:
+        self.images = images
         self.batches = batches
-        self.image_size = image_size
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -55,9 +53,9 @@ class BatchDataset(Dataset[ImageBatch]):
         rows, images, bad = [], [], []
         for row in planned.rows.tolist():
             try:
-                image = load_image(self.files[row], self.image_size)
+                image = self.images.load(row)
                 if tuple(image.shape[1:]) != planned.shape:
-                    raise BadImageError(f"{self.files[row]}: changed while the run was reading it; run again")
+                    raise BadImageError(f"{self.images.file(row)}: changed while the run was reading it; run again")
             except BadImageError as error:
                 bad.append((row, str(error)))
             else:

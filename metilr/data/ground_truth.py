@@ -139,11 +139,12 @@ def load_ground_truth(
     return GroundTruth(root, database, paths, labels, exhibit_ids, digests, photographers)
 
 
-def image_sizes(ground_truth: GroundTruth) -> dict[str, np.ndarray]:
-    """Size in bytes of every image file, int64 ``(n,)`` by split; 0 for a missing (or empty) file."""
+def image_sizes(ground_truth: GroundTruth, splits: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """Size in bytes of every image file, int64 ``(n,)`` by split (None: all); 0 for a missing (or empty) file."""
     return {
         split: np.fromiter((_file_size(ground_truth.image(path)) for path in paths), np.int64, len(paths))
         for split, paths in ground_truth.paths.items()
+        if splits is None or split in splits
     }
 
 

@@ -29,9 +29,15 @@ def shrink(image: torch.Tensor, strength: float, stream: Stream) -> torch.Tensor
     """Shrink to a small file's size."""
     if strength == 0:
         return image
+    return F.resize(image, list(shrunk_shape(image.shape[1], image.shape[2], strength, stream)), antialias=True)
+
+
+def shrunk_shape(height: int, width: int, strength: float, stream: Stream) -> tuple[int, int]:
+    """Height and width of what ``shrink`` makes of an image of that size."""
+    if strength == 0:
+        return height, width
     share = 1 - 0.75 * stream.effect(strength)
-    height, width = image.shape[1:]
-    return F.resize(image, [whole_pixels(height * share), whole_pixels(width * share)], antialias=True)
+    return whole_pixels(height * share), whole_pixels(width * share)
 
 
 def add_noise(image: torch.Tensor, strength: float, stream: Stream) -> torch.Tensor:

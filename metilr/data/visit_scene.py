@@ -36,8 +36,7 @@ def put_in_frame(image: torch.Tensor, strength: float, stream: Stream) -> torch.
     """Put a bevelled frame around the picture."""
     if strength == 0:
         return image
-    colour = stream.choose(_FRAME_COLOURS)
-    width = max(1, round(0.16 * stream.effect(strength) * min(image.shape[1:])))
+    colour, width = _choose_frame(image.shape[1], image.shape[2], strength, stream)
     bevels = stream.uniform(0.5, 2.5)
     framed = F.pad(image, [width] * 4)
     ys, xs = _pixel_centres(framed)
@@ -50,6 +49,20 @@ def put_in_frame(image: torch.Tensor, strength: float, stream: Stream) -> torch.
     lit = torch.where(from_top < from_side, torch.where(ys > height / 2, 1.15, 0.85), 1.0)
     bars = (colour * profile * lit).clamp(0, 1)
     return torch.where(depth < 1, bars, framed)
+
+
+def framed_shape(height: int, width: int, strength: float, stream: Stream) -> tuple[int, int]:
+    """Height and width of what ``put_in_frame`` makes of a picture of that size."""
+    if strength == 0:
+        return height, width
+    _, bar = _choose_frame(height, width, strength, stream)
+    return height + 2 * bar, width + 2 * bar
+
+
+def _choose_frame(height: int, width: int, strength: float, stream: Stream) -> tuple[torch.Tensor, int]:
+    """Colour ``(3, 1, 1)`` and width in px of the frame's bars."""
+    colour = stream.choose(_FRAME_COLOURS)
+    return colour, max(1, round(0.16 * stream.effect(strength) * min(height, width)))
 
 
 def paint_wall(coverage: torch.Tensor, strength: float, stream: Stream) -> torch.Tensor:

@@ -11,13 +11,14 @@ same viewpoint, lamp and tint at every strength, and switching one part off chan
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from metilr.data.visit_camera import add_noise, blur, compress, shrink, whole_pixels
+from metilr.data.visit_camera import add_noise, blur, compress, shrink, shrunk_shape, whole_pixels
 from metilr.data.visit_geometry import project_corners, warp, window_around, window_inside
-from metilr.data.visit_scene import add_glare, light_badly, paint_wall, put_in_frame
+from metilr.data.visit_scene import add_glare, framed_shape, light_badly, paint_wall, put_in_frame
 from metilr.data.visit_stream import Stream
 from metilr.errors import UserError
 
@@ -126,6 +127,27 @@ def simulate_visit(
     return compress(photograph, strengths.jpeg, stream("jpeg"))
 
 
+def visit_shape(
+    height: int, width: int, strengths: VisitStrengths, seed: int, longest_side: int | None = None
+) -> tuple[int, int]:
+    """Height and width of the photograph that ``simulate_visit`` makes of an image of that size, without making it."""
+    if longest_side is None:
+        longest_side = max(height, width)
+
+    def stream(part: str) -> Stream:
+        return Stream(derive_seed(seed, part, 0))
+
+    framed = framed_shape(height, width, strengths.frame, stream("frame"))
+    viewpoint = _choose_viewpoint(*framed, strengths, stream, longest_side)
+    return shrunk_shape(*viewpoint.size, strengths.scale, stream("scale"))
+
+
+def strengths_between(weakest: str, strongest: str, share: float) -> VisitStrengths:
+    """Strengths between two presets, ``share`` in [0, 1] of the way from the first to the second."""
+    weak, strong = (dataclasses.asdict(PRESETS[name]) for name in (weakest, strongest))
+    return VisitStrengths(**{part: (1 - share) * weak[part] + share * strong[part] for part in weak})
+
+
 def derive_seed(base_seed: int, name: str, index: int) -> int:
     """Derive a seed for one image and index, the same on every machine and in every process.
 
@@ -148,19 +170,27 @@ def refuse_bad_seed(seed: int) -> None:
         raise UserError(f"--seed {seed}: out of range; choose one from 0 to 2**63 - 1")
 
 
-def _hang_on_wall(
-    picture: torch.Tensor, strengths: VisitStrengths, stream: Callable[[str], Stream], longest_side: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the picture from somewhere, with wall around it or cut off by the photograph's edge.
+class _Viewpoint(NamedTuple):
+    """Where the picture lies in the photograph.
 
-    Returns:
-        The photograph, ``(3, H', W')``, and the picture's share of each of its pixels, ``(1, H', W')``.
+    Attributes:
+        corners: The picture's, in px of the photograph, clockwise from top left, ``(4, 2)``; None: it fills it.
+        size: Height and width of the photograph.
+        zoom: Size of the picture in the photograph, relative to its own.
     """
-    height, width = picture.shape[1:]
+
+    corners: torch.Tensor | None
+    size: tuple[int, int]
+    zoom: float
+
+
+def _choose_viewpoint(
+    height: int, width: int, strengths: VisitStrengths, stream: Callable[[str], Stream], longest_side: int
+) -> _Viewpoint:
+    """See a picture of that size from somewhere, with wall around it or cut off by the photograph's edge."""
     if strengths.wall == strengths.crop == strengths.perspective == strengths.rotation == 0:
         zoom = min(1.0, longest_side / max(height, width))
-        picture = F.resize(picture, [whole_pixels(height * zoom), whole_pixels(width * zoom)], antialias=True)
-        return picture, torch.ones_like(picture[:1])
+        return _Viewpoint(None, (whole_pixels(height * zoom), whole_pixels(width * zoom)), zoom)
 
     corners = project_corners(
         width, height, strengths.perspective, strengths.rotation, stream("perspective"), stream("rotation")
@@ -176,8 +206,25 @@ def _hang_on_wall(
     zoom = min(1.0, longest_side / max(window[2:]))
     size = (whole_pixels(window[3] * zoom), whole_pixels(window[2] * zoom))
     corners = (corners - torch.tensor(window[:2])) * torch.tensor([size[1] / window[2], size[0] / window[3]])
+    return _Viewpoint(corners, size, zoom)
+
+
+def _hang_on_wall(
+    picture: torch.Tensor, strengths: VisitStrengths, stream: Callable[[str], Stream], longest_side: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Photograph the picture where it hangs.
+
+    Returns:
+        The photograph, ``(3, H', W')``, and the picture's share of each of its pixels, ``(1, H', W')``.
+    """
+    height, width = picture.shape[1:]
+    viewpoint = _choose_viewpoint(height, width, strengths, stream, longest_side)
     # The warp below does not antialias, so the picture shrinks to its size in the photograph first.
-    picture = F.resize(picture, [whole_pixels(height * zoom), whole_pixels(width * zoom)], antialias=True)
-    seen = warp(picture, corners, size)
+    picture = F.resize(
+        picture, [whole_pixels(height * viewpoint.zoom), whole_pixels(width * viewpoint.zoom)], antialias=True
+    )
+    if viewpoint.corners is None:
+        return picture, torch.ones_like(picture[:1])
+    seen = warp(picture, viewpoint.corners, viewpoint.size)
     wall = paint_wall(seen[3:], strengths.wall, stream("wall"))
     return seen[:3] + (1 - seen[3:]) * wall, seen[3:]

@@ -77,7 +77,7 @@ def build_app(collection: Collection, threshold: Threshold, max_bytes: int, host
 
     @app.get("/images/{row}")
     def show_image(row: int) -> Response:
-        if not 0 <= row < len(collection.descriptors):
+        if row not in collection.images:
             raise HTTPException(404, "There is no such image.")
         try:
             return Response(jpeg_thumbnail(collection.image(row)), media_type="image/jpeg")

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from metilr.data.visits import PRESETS, VisitStrengths, derive_seed, refuse_bad_seed, simulate_visit
+from metilr.data.visits import (
+    PRESETS,
+    VisitStrengths,
+    derive_seed,
+    refuse_bad_seed,
+    simulate_visit,
+    strengths_between,
+    visit_shape,
+)
 from metilr.errors import UserError
 
 PARTS = [field.name for field in dataclasses.fields(VisitStrengths)]
@@ -171,3 +179,20 @@ def test_bad_seed_is_refused_in_one_line():
     for seed in (-1, 2**63):
         with pytest.raises(UserError, match=f"--seed {seed}: out of range"):
             refuse_bad_seed(seed)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (123, 77), (1, 9), (300, 200)])
+def test_the_shape_is_known_before_the_photograph_is_made(shape):
+    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+    parts_off = [VisitStrengths(), VisitStrengths(frame=1), VisitStrengths(scale=1), VisitStrengths(crop=1)]
+    for strengths in [*PRESETS.values(), *parts_off]:
+        for seed in range(8):
+            for longest_side in (None, 50):
+                photograph = simulate_visit(image, strengths, seed, longest_side)
+                assert tuple(photograph.shape[1:]) == visit_shape(*shape, strengths, seed, longest_side)
+
+
+def test_strengths_between_two_presets():
+    assert strengths_between("mild", "severe", 0) == PRESETS["mild"]
+    assert strengths_between("mild", "severe", 1) == PRESETS["severe"]
+    assert strengths_between("mild", "severe", 0.5).frame == pytest.approx(0.65)

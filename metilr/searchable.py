@@ -1,0 +1,292 @@
+"""The database as it is searched: unit rows, what each shows, and the search with all that the method asks for."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from metilr.data.ground_truth import GroundTruth
+from metilr.descriptors import CHUNK_ROWS, row_chunks
+from metilr.method import Method
+from metilr.progress import counted
+from metilr.search import Neighbours, SearchDevice, search
+from metilr.sources import Descriptors
+from metilr.whitening import PCAWhitening, fit_learned_whitening, fit_pca_whitening
+
+DBA_POWER = 3  # of the similarity that weighs a neighbour, as in Radenović et al., TPAMI 2019, section 4.3
+
+
+@dataclass(frozen=True, eq=False)
+class Searchable:
+    """What queries are compared with.
+
+    Attributes:
+        rows: Float32 ``(M, D)``, unit length.
+        labels: What each shows, int64 ``(M,)``.
+        images: Row of the ground truth's database that each was made from, int64 ``(M,)``.
+        background: Mean similarity of each row to its nearest rows of other exhibits, ``(M,)``; None where the method
+            does not ask for it.
+    """
+
+    rows: np.ndarray
+    labels: np.ndarray
+    images: np.ndarray
+    background: np.ndarray | None
+
+    def nearest(
+        self,
+        queries: np.ndarray,
+        k: int,
+        beta: float = 0.0,
+        device: SearchDevice = "cpu",
+        done: Callable[[int], None] = lambda n: None,
+    ) -> Neighbours:
+        """Find the k rows most similar to each query, exactly.
+
+        A query is as similar to a row as its most similar view; with ``beta``, less beta times the row's background.
+
+        Args:
+            queries: All views of each query, float32 ``(Q, V, D)``.
+            k: Neighbours of a query.
+            beta: Share of the background that is taken off.
+            device: See ``search``.
+            done: Told the number of views that were searched since the last time.
+
+        Returns:
+            Similarities and rows, ``(Q, k)``; equal similarities: smaller row first.
+        """
+        n_views, width = queries.shape[1:]
+        views, rows = queries.reshape(-1, width), self.rows
+        if beta:  # one more dimension makes the subtraction an inner product
+            assert self.background is not None
+            rows = np.column_stack([rows, (-beta * self.background).astype(np.float32)])
+            views = np.column_stack([views, np.ones(len(views), dtype=np.float32)])
+        found = search(rows, views, k, device, done)
+        if n_views == 1:
+            return found
+        return _best_of_views(found, n_views, k)
+
+
+def build_searchable(
+    descriptors: Descriptors,
+    ground_truth: GroundTruth,
+    method: Method,
+    transform: PCAWhitening | None,
+    device: SearchDevice = "cpu",
+    quiet: bool = True,
+) -> Searchable:
+    """Put the database together: whitened rows, with their visits, augmented.
+
+    Args:
+        descriptors: Rows of the database, and of its visits if the method has them.
+        ground_truth: Labels of the database.
+        method: Which elements are on.
+        transform: The whitening; None for none.
+        device: Where neighbours within the database are searched.
+        quiet: Show no progress.
+    """
+    made = descriptors.made["database"]
+    images = np.flatnonzero(made)
+    rows = unit_rows(descriptors, "database", transform, quiet)
+    if method.database_views == "rows":
+        rows = np.concatenate([rows, unit_rows(descriptors, "visits", transform, quiet)])
+        images = np.concatenate([images, np.repeat(images, method.visits)])
+    elif method.database_views == "mean":
+        visits = unit_rows(descriptors, "visits", transform, quiet).reshape(len(rows), method.visits, -1)
+        for v in range(method.visits):  # not one sum over all: it would need a copy of them
+            rows += visits[:, v]
+        _to_unit_length(rows)
+    labels = ground_truth.labels["database"][images]
+    if method.dba:
+        with counted("augmenting the database", len(rows), "rows", quiet) as done:
+            rows = augmented(rows, method.dba, device, done)
+    background = None
+    if method.hubness:
+        with counted("looking for hubs", len(rows), "rows", quiet) as done:
+            background = mean_background(rows, labels, method.hubness, device, done)
+    return Searchable(rows, labels, images, background)
+
+
+def query_views(
+    descriptors: Descriptors, split: str, method: Method, transform: PCAWhitening | None, quiet: bool = True
+) -> np.ndarray:
+    """Descriptors of the queries that have one and of their crops, as they are searched: ``(n made, V, D)``."""
+    whole = unit_rows(descriptors, split, transform, quiet)[:, None]
+    if not method.query_crops:
+        return whole
+    crops = unit_rows(descriptors, f"{split}_crops", transform, quiet)
+    return joined_views(whole, crops.reshape(len(whole), len(method.query_crops), -1), method)
+
+
+def joined_views(whole: np.ndarray, crops: np.ndarray, method: Method) -> np.ndarray:
+    """Put crops ``(Q, C, D)`` beside whole queries ``(Q, 1, D)``, or average them: ``(Q, V, D)``."""
+    views = np.concatenate([whole, crops], axis=1)
+    if method.crop_similarity == "best":
+        return views
+    mean = views.sum(axis=1)
+    _to_unit_length(mean)
+    return mean[:, None]
+
+
+def learn_whitening(descriptors: Descriptors, ground_truth: GroundTruth, method: Method, quiet: bool) -> PCAWhitening:
+    """Learn the whitening that the method asks for, in one pass over the database and one over the visits."""
+    made = descriptors.made["database"]
+    with counted("learning whitening", int(made.sum()), "rows", quiet) as done:
+
+        def database() -> Iterator[np.ndarray]:
+            for chunk in row_chunks(descriptors.parts["database"], made):
+                yield chunk
+                done(len(chunk))
+
+        if not method.is_learned:
+            return fit_pca_whitening(database(), method.whitening_dim, method.whitening_shrinkage)
+        return fit_learned_whitening(
+            database(), pair_differences(descriptors, ground_truth), method.whitening_dim, method.pair_shrinkage
+        )
+
+
+def pair_differences(descriptors: Descriptors, ground_truth: GroundTruth) -> Iterator[np.ndarray]:
+    """Differences of descriptors that show the same exhibit, float32 ``(m, D)``, some at a time.
+
+    Each database image and each of its visits; and each image and the next one of its exhibit, in a ring (two images
+    are one pair).
+    """
+    parts, made = descriptors.parts, descriptors.made["database"]
+    n_visits = descriptors.n_views("visits", "database")
+    for start in range(0, len(made) if n_visits else 0, CHUNK_ROWS // n_visits + 1 if n_visits else 1):
+        stop = min(len(made), start + CHUNK_ROWS // n_visits + 1)
+        images = _side_by_side([part[start:stop] for part in parts["database"]])
+        visits = _side_by_side([part[start * n_visits : stop * n_visits] for part in parts["visits"]])
+        kept = made[start:stop]
+        yield (images[kept, None] - visits.reshape(len(images), n_visits, -1)[kept]).reshape(-1, images.shape[1])
+
+    first, second = ring_pairs(np.where(made, ground_truth.labels["database"], -1))
+    for start in range(0, len(first), CHUNK_ROWS):
+        pairs = slice(start, start + CHUNK_ROWS)
+        yield _side_by_side([part[first[pairs]] - part[second[pairs]] for part in parts["database"]])
+
+
+def ring_pairs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pair each row with the next one of its label, and the last with the first; labels < 0 are left out.
+
+    Returns:
+        First and second row of each pair, int64 ``(P,)``: none for a label with one row, one for two, else as many as
+        it has rows.
+    """
+    order = np.argsort(labels, kind="stable")
+    order = order[labels[order] >= 0]
+    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    following = np.arange(1, len(order) + 1)
+    following[starts + counts - 1] = starts
+    place_in_label = np.arange(len(order)) - np.repeat(starts, counts)
+    n_pairs = np.where(counts > 2, counts, counts - 1)
+    is_pair = place_in_label < np.repeat(n_pairs, counts)
+    return order[is_pair], order[following[is_pair]]
+
+
+def augmented(
+    rows: np.ndarray, n: int, device: SearchDevice = "cpu", done: Callable[[int], None] = lambda n: None
+) -> np.ndarray:
+    """Database-side augmentation: each row becomes the sum of itself and its n nearest rows, of unit length.
+
+    A neighbour counts by its similarity (0 if negative) to the power of ``DBA_POWER``; the row itself counts 1.
+
+    Args:
+        rows: Float32 ``(M, D)``, unit length.
+        n: Neighbours, below M.
+        device: See ``search``.
+        done: See ``search``.
+
+    Returns:
+        Float32 ``(M, D)``.
+
+    Source: Turcot and Lowe, Better matching with fewer features, ICCV workshops 2009; the weights of Radenović et al.,
+    TPAMI 2019, section 4.3.
+    """
+    found = search(rows, rows, n + 1, device, done)
+    result = np.empty_like(rows)
+    for start in range(0, len(rows), chunk := max(1, CHUNK_ROWS // (n + 1))):
+        part = slice(start, start + chunk)
+        own = np.arange(start, start + len(rows[part]))[:, None]
+        is_own = found.rows[part] == own
+        is_own[~is_own.any(axis=1), -1] = True  # n + 1 or more copies of the row: it is as good as any of them
+        weights = np.where(is_own, 1.0, np.maximum(found.similarities[part], 0) ** DBA_POWER)
+        result[part] = np.einsum("mn,mnd->md", weights.astype(np.float32), rows[found.rows[part]])
+    _to_unit_length(result)
+    return result
+
+
+def mean_background(
+    rows: np.ndarray,
+    labels: np.ndarray,
+    n: int,
+    device: SearchDevice = "cpu",
+    done: Callable[[int], None] = lambda n: None,
+) -> np.ndarray:
+    """Mean similarity of each row to its n nearest rows of other exhibits: high for hubs, which resemble everything.
+
+    Args:
+        rows: Float32 ``(M, D)``, unit length.
+        labels: What each row shows, ``(M,)``.
+        n: Rows that count; fewer where the other exhibits have fewer.
+        device: See ``search``.
+        done: See ``search``.
+
+    Returns:
+        ``(M,)`` float64; 0 where there is no other exhibit.
+
+    Source: the query-independent half of cross-domain similarity local scaling, Conneau et al., Word Translation
+    Without Parallel Data, ICLR 2018, section 2.3.
+    """
+    largest_class = int(np.bincount(labels).max())
+    found = search(rows, rows, min(len(rows), n + largest_class), device, done)
+    is_other = labels[found.rows] != labels[:, None]
+    counts = is_other & (np.cumsum(is_other, axis=1) <= n)
+    total = np.where(counts, found.similarities, 0).sum(axis=1)
+    mean: np.ndarray = total / np.maximum(counts.sum(axis=1), 1)
+    return mean
+
+
+def unit_rows(descriptors: Descriptors, split: str, transform: PCAWhitening | None, quiet: bool = True) -> np.ndarray:
+    """Rows as they are compared, float32 ``(n made, D)``: whitened if asked for, of unit length in any case."""
+    made = descriptors.made[split]
+    width = descriptors.width if transform is None else transform.dim
+    ready = np.empty((int(made.sum()), width), dtype=np.float32)
+    start = 0
+    with counted(f"whitening {split}", len(ready), "rows", quiet) as done:
+        for chunk in row_chunks(descriptors.parts[split], made):
+            ready[start : start + len(chunk)] = as_compared(chunk, transform)
+            start += len(chunk)
+            done(len(chunk))
+    return ready
+
+
+def as_compared(rows: np.ndarray, transform: PCAWhitening | None) -> np.ndarray:
+    """Whiten rows ``(n, D)`` if asked for, and give them unit length."""
+    if transform is None:
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return transform.transform(rows)
+
+
+def _best_of_views(found: Neighbours, n_views: int, k: int) -> Neighbours:
+    """Of the k nearest rows of each view, ``(Q * V, k)``, the k nearest of each query by its most similar view.
+
+    A row among those is among the k nearest of the view that it is most similar to, so none is missed.
+    """
+    rows = found.rows.reshape(-1, n_views * k)
+    similarities = found.similarities.reshape(-1, n_views * k)
+    order = np.lexsort((-similarities, rows), axis=1)  # each row's greatest similarity first
+    rows, similarities = (np.take_along_axis(values, order, axis=1) for values in (rows, similarities))
+    is_repeated = np.zeros(rows.shape, dtype=bool)
+    is_repeated[:, 1:] = rows[:, 1:] == rows[:, :-1]
+    similarities = np.where(is_repeated, -np.inf, similarities)
+    order = np.lexsort((rows, -similarities), axis=1)[:, :k]
+    return Neighbours(np.take_along_axis(similarities, order, axis=1), np.take_along_axis(rows, order, axis=1))
+
+
+def _to_unit_length(rows: np.ndarray) -> None:
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def _side_by_side(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.asarray(part, dtype=np.float32) for part in parts], axis=1)
