@@ -68,7 +68,12 @@ def answer_document(collection: Collection, answer: Answer, decision: Decision) 
         "confidence": math.exp(answer.log_confidence),
         "similarity": answer.similarity,
         "matches": [
-            {"exhibit": match.exhibit, "similarity": match.similarity, "path": collection.path(match.row)}
+            {
+                "exhibit": match.exhibit,
+                "similarity": match.similarity,
+                **({} if match.inliers is None else {"inliers": match.inliers}),
+                "path": collection.path(match.row),
+            }
             for match in answer.matches
         ],
     }

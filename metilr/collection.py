@@ -1,5 +1,6 @@
 """What identification needs: the database as it is searched, and the very model that described it."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,15 @@ from metilr.data.views import CentreCrops
 from metilr.descriptors import UNIT_TOLERANCE, DescriptorStore, differing_settings
 from metilr.errors import UserError
 from metilr.extraction import DescriptorModule, ExtractionOptions, store_settings
-from metilr.knn import NO_ROW, classify
-from metilr.matches import N_MATCHES, N_NEIGHBOURS, top_matches
+from metilr.geometric_check import (
+    GeometricCheck,
+    check_photo,
+    inliers_of_answers,
+    labels_of,
+    reordered,
+)
+from metilr.knn import NO_ROW, Predictions, classify
+from metilr.matches import N_MATCHES, N_NEIGHBOURS, Matches, top_matches
 from metilr.method import Method
 from metilr.models.embedder import Embedder
 from metilr.photos import BadPhotoError
@@ -39,11 +47,13 @@ class Match:
         row: Of the ground truth's database, for ``Collection.image``.
         exhibit: What it shows.
         similarity: Inner product with the photo's descriptor.
+        inliers: Local features that agree about one transform; None without a geometric check.
     """
 
     row: int
     exhibit: str
     similarity: float
+    inliers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,12 +65,14 @@ class Answer:
         log_confidence: As in an evaluation's predictions.
         similarity: Of the nearest image of that exhibit; 0 if none of the neighbours shows it.
         matches: The nearest image of each of the nearest exhibits, most similar first.
+        regions: What the photo and the answer's image have in common, a JPEG; None where nothing is found or asked for.
     """
 
     exhibit: str
     log_confidence: float
     similarity: float
     matches: tuple[Match, ...]
+    regions: bytes | None = None
 
 
 class Describer:
@@ -113,6 +125,7 @@ class Collection:
         beta: See ``Recognition``.
         k: Number of neighbours.
         tau: Inverse temperature.
+        check: Geometric check of the best candidates; None for none.
     """
 
     name: str
@@ -126,6 +139,7 @@ class Collection:
     beta: float
     k: int
     tau: float
+    check: GeometricCheck | None = None
 
     @functools.cached_property
     def images(self) -> frozenset[int]:
@@ -154,36 +168,63 @@ class Collection:
         with ThreadPoolExecutor(8) as pool:
             return max(pool.map(_longest_side, chosen)) or SIDE_OF_LOST_IMAGES
 
-    def answer(self, image: Tensor, n_matches: int = N_MATCHES) -> Answer:
+    def answer(self, image: Tensor, n_matches: int = N_MATCHES, draw: bool = False) -> Answer:
         """Recognise what a photo shows, as the evaluation does.
 
         Args:
             image: uint8 ``(3, H, W)``, of the size that ``image_size`` or ``largest_side`` says.
             n_matches: Exhibits in the answer's matches.
+            draw: Draw what the photo and the answer's image have in common, where geometry is checked.
 
         Raises:
             BadPhotoError: If the model makes nothing of the photo.
         """
         query = self._compared(image)
         labels, n = self.database.labels, len(self.database.rows)
-        n_matches = min(n_matches, len(np.unique(labels)))
-        n_neighbours = min(n, max(self.k, n_matches, N_NEIGHBOURS * self.method.rows_per_image))
+        n_wanted = min(max(n_matches, self.check.candidates if self.check else 0), len(np.unique(labels)))
+        n_neighbours = min(n, max(self.k, n_wanted, N_NEIGHBOURS * self.method.rows_per_image))
         while True:
             neighbours = self.database.nearest(query, n_neighbours, self.beta)
-            matches = top_matches(neighbours, labels, n_matches)
+            matches = top_matches(neighbours, labels, n_wanted)
             if NO_ROW not in matches.rows:
                 break
             n_neighbours = min(n, 4 * n_neighbours)  # the nearest exhibits have many images
         predictions = classify(neighbours, labels, len(self.exhibits), self.k, self.tau)
+        matches = Matches(self.database.images[matches.rows], matches.similarities)
+        counts, regions = None, None
+        if self.check is not None:
+            predictions = dataclasses.replace(predictions, nearest=self.database.images[predictions.nearest])
+            predictions, counts, regions = self._checked(image, predictions, matches, self.check, draw)
+        exhibits = [self.exhibits[label] for label in self.ground_truth.labels["database"][matches.rows[0]].tolist()]
+        listed = zip(matches.rows[0].tolist(), exhibits, matches.similarities[0].tolist(), strict=True)
         return Answer(
             exhibit=self.exhibits[int(predictions.labels[0])],
             log_confidence=float(predictions.log_confidence[0]),
             similarity=float(predictions.similarity[0]),
             matches=tuple(
-                Match(int(self.database.images[row]), self.exhibits[int(labels[row])], similarity)
-                for row, similarity in zip(matches.rows[0].tolist(), matches.similarities[0].tolist(), strict=True)
+                Match(row, exhibit, similarity, None if counts is None or i >= len(counts) else counts[i])
+                for i, (row, exhibit, similarity) in enumerate(listed)
+                if i < n_matches
             ),
+            regions=regions,
         )
+
+    def _checked(
+        self, image: Tensor, predictions: Predictions, matches: Matches, check: GeometricCheck, draw: bool
+    ) -> tuple[Predictions, list[int], bytes | None]:
+        """Check the answer as the evaluation does; with the inliers of each candidate, and the picture."""
+        rows = matches.rows[:, : check.candidates]
+        photo = check_photo(check, image, [self.image(row) for row in rows[0].tolist()])
+        inliers = np.array([[found.n_inliers for found in photo.found]])
+        database_labels = self.ground_truth.labels["database"]
+        if check.reorder:
+            predictions = reordered(predictions, matches, database_labels, inliers, self.tau)
+        candidate_labels = labels_of(rows, database_labels)
+        evidence = inliers_of_answers(predictions.labels, candidate_labels, inliers)
+        log_confidence = check.gate.apply(predictions.log_confidence, evidence)
+        answered = np.flatnonzero(candidate_labels[0] == predictions.labels[0])
+        regions = photo.draw(int(answered[0]), check.image_size) if draw and len(answered) else None
+        return dataclasses.replace(predictions, log_confidence=log_confidence), inliers[0].tolist(), regions
 
     def _compared(self, image: Tensor) -> np.ndarray:
         """The descriptors that a photo is searched by, ``(1, V, D)``."""
@@ -208,6 +249,7 @@ def open_collection(
     beta: float,
     k: int,
     tau: float,
+    check: GeometricCheck | None = None,
 ) -> Collection:
     """Put a collection together from a finished store, refusing a model that did not make it.
 
@@ -224,6 +266,7 @@ def open_collection(
         beta: See ``Recognition``.
         k: Number of neighbours.
         tau: Inverse temperature.
+        check: Geometric check of the best candidates; None for none.
 
     Raises:
         UserError: If the store is missing or unfinished, or other settings made it.
@@ -244,6 +287,7 @@ def open_collection(
         beta=beta,
         k=k,
         tau=tau,
+        check=check,
     )
 
 

@@ -10,6 +10,7 @@ from metilr.data.ground_truth import load_ground_truth
 from metilr.descriptors import DescriptorStore
 from metilr.errors import UserError
 from metilr.extraction import Accelerator, ExtractionOptions, store_settings
+from metilr.geometric_check import Gate, GeometricCheck, geometric_check_of
 from metilr.index import Index, build_model
 from metilr.method import Method
 from metilr.models.backbones import RANDOM
@@ -106,6 +107,7 @@ def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerat
         beta,
         results["knn"]["k"],
         results["knn"]["tau"],
+        _check(run, embedder, options),
     )
 
 
@@ -133,6 +135,18 @@ def _method(run: Run) -> tuple[Method, float]:
     if hubness is None:
         return Method("none", **elements), 0.0
     return Method("none", hubness=hubness["neighbours"], **elements), hubness["beta"]
+
+
+def _check(run: Run, embedder: Embedder, options: ExtractionOptions) -> GeometricCheck | None:
+    recorded = run.results.get("geometric_check")
+    if recorded is None:
+        return None
+    gate = Gate(recorded["gate"]["weight"], recorded["gate"]["enough"])
+    check = geometric_check_of(
+        embedder.to(options.device), options.image_size, recorded["candidates"], recorded["reorder"], gate
+    )
+    refuse_another_model(run.path, recorded["features"], check.extractor.settings())
+    return check
 
 
 def _whitening(run: Run) -> PCAWhitening | None:

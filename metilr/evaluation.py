@@ -27,8 +27,10 @@ from metilr.extraction import (
     describe_views,
     quieten_lightning,
 )
+from metilr.geometric_check import check_recognition, geometric_check_of
 from metilr.knn import K_GRID
 from metilr.launch import launched_as_first
+from metilr.matches import N_MATCHES
 from metilr.method import CropSimilarity, DatabaseViews, method_of
 from metilr.models.backbones import PatchRounding
 from metilr.models.embedder import build_embedder
@@ -70,6 +72,8 @@ def evaluate(
     crop_similarity: CropSimilarity = "best",
     dba: int = 0,
     hubness: int = 0,
+    geometric_check: int = 0,
+    geometric_reorder: bool = False,
     k: int | None = None,
     tau: float | None = None,
     descriptors: Sequence[Path] = (),
@@ -130,6 +134,9 @@ def evaluate(
         dba: Average each database row with this many nearest rows (database-side augmentation); 0 is off.
         hubness: Take a share, chosen on val, of each row's mean similarity to this many nearest rows of other exhibits
             off its similarities: what resembles everything loses; 0 is off.
+        geometric_check: Compare local features of each query with those of so many nearest exhibits; where few agree
+            about one transform, confidence falls, by how much is chosen on val; 0 is off.
+        geometric_reorder: Answer with the exhibit on which most local features agree.
         k: Number of neighbours; without it chosen on val.
         tau: Inverse temperature of the confidence; without it chosen on val.
         descriptors: Start from these instead of images: descriptor stores or the reference code's
@@ -210,10 +217,17 @@ def evaluate(
             method,
             k=k,
             tau=tau,
+            n_matches=max(N_MATCHES, geometric_check),
             search_device=search_device,
             say=progress.print,
             quiet=quiet,
         )
+        check = None
+        if geometric_check:
+            assert embedder is not None
+            check = geometric_check_of(embedder.to(options.device), image_size, geometric_check, geometric_reorder)
+            progress.print(f"[bold]geometry[/]     {geometric_check} candidates a query, in float32")
+            recognition, check = check_recognition(recognition, ground_truth, check, quiet)
         skipped_images = _skipped_images(opened, ground_truth)
         results = results_of(
             ground_truth,
@@ -222,6 +236,7 @@ def evaluate(
             synthetic=synthetic,
             search_device=search_device,
             method=method,
+            check=check,
             skipped_images=skipped_images,
             notes=_notes(opened, recognition, synthetic, whitening_dim, skipped_images),
             seconds=time.perf_counter() - started,
@@ -231,7 +246,7 @@ def evaluate(
     print_table(console, results)  # before the page, so that nothing that happens there hides it
     page = None
     if report:
-        page = write_report(folder, results, ground_truth, recognition, report_pictures, quiet)
+        page = write_report(folder, results, ground_truth, recognition, report_pictures, check, quiet)
         written.insert(0, page)
     run = open_wandb(wandb, wandb_project, folder, plain_options(arguments))
     if run is not None:
@@ -333,6 +348,15 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         raise UserError(f"--{idle[0]}: has no effect with --ckpt, which carries its model; leave it out")
     if "p" in changed and arguments["pooling"] != "gem":
         raise UserError(f"--p: has no effect with --pooling {arguments['pooling']}; leave it out")
+    if arguments["geometric_check"] < 0:
+        raise UserError(f"--geometric_check {arguments['geometric_check']}: choose 0 (off) or more")
+    if arguments["geometric_check"] and arguments["descriptors"]:
+        raise UserError(
+            "--geometric_check: needs the model and the images; give --root with the model's options (and --store) "
+            "instead of --descriptors"
+        )
+    if arguments["geometric_reorder"] and not arguments["geometric_check"]:
+        raise UserError("--geometric_reorder: has no effect without --geometric_check, such as 20; leave it out")
     if arguments["report_pictures"] < 0:
         raise UserError(f"--report_pictures {arguments['report_pictures']}: choose 0 or more")
     if not 0 <= arguments["seed"] < 2**63:

@@ -91,7 +91,7 @@ def _answers(
         for file in files:
             try:
                 photo = load_photo(file, collection.image_size, collection.largest_side)
-                answer = collection.answer(photo.image, n_matches)
+                answer = collection.answer(photo.image, n_matches, draw=with_pictures)
             except BadPhotoError as error:
                 yield Identified(str(file), error=str(error))
                 continue
@@ -127,9 +127,9 @@ def _lines(photo: Identified, collection: Collection) -> str:
     width = max(len(match.exhibit) for match in answer.matches)
     for place, match in enumerate(answer.matches, start=1):
         exhibit, path = shown(match.exhibit), shown(collection.path(match.row))
-        lines.append(
-            f"  {place}  similarity {match.similarity:6.3f}  exhibit {escape(exhibit):<{width}}  {escape(path)}"
-        )
+        inliers = "" if match.inliers is None else f"  inliers {match.inliers:4}"
+        similarity = f"similarity {match.similarity:6.3f}{inliers}"
+        lines.append(f"  {place}  {similarity}  exhibit {escape(exhibit):<{width}}  {escape(path)}")
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.errors import UserError
 from metilr.knn import K_GRID, NO_ROW, TAU_GRID, Predictions, Tuning, check_tau, classify, tune, with_skipped
-from metilr.matches import N_NEIGHBOURS, Matches, top_matches
+from metilr.matches import N_MATCHES, N_NEIGHBOURS, Matches, top_matches
 from metilr.method import Method
 from metilr.metrics.functional import acc, gap, gap_bounds, gap_minus
 from metilr.progress import counted
@@ -35,6 +35,7 @@ class Recognition:
         tuning: The grid on val, or None where both were given.
         matches: By split, what each query resembles most; rows of the whole database.
         beta: Share of the rows' background that is taken off their similarities; 0 without ``Method.hubness``.
+        inliers: By split, of each query's first matches, int64 ``(Q, M)``; None without a geometric check.
     """
 
     answers: Mapping[str, Predictions]
@@ -45,6 +46,7 @@ class Recognition:
     tuning: Tuning | None
     matches: Mapping[str, Matches]
     beta: float = 0.0
+    inliers: Mapping[str, np.ndarray] | None = None
 
 
 def recognise(
@@ -54,6 +56,7 @@ def recognise(
     *,
     k: int | None = None,
     tau: float | None = None,
+    n_matches: int = N_MATCHES,
     search_device: SearchDevice = "cpu",
     say: Callable[[str], None] = lambda step: None,
     quiet: bool = True,
@@ -68,6 +71,7 @@ def recognise(
         method: How descriptors are compared.
         k: Number of neighbours; None: chosen on val.
         tau: Inverse temperature; None: chosen on val.
+        n_matches: Exhibits in each query's matches, as far as its neighbours show so many.
         search_device: Where FAISS searches.
         say: Told what is done, a line a step; at full size some take minutes.
         quiet: Show no progress.
@@ -86,7 +90,7 @@ def recognise(
     database = build_searchable(descriptors, ground_truth, method, transform, search_device, quiet)
 
     n_rows = len(database.rows)
-    n_neighbours = min(N_NEIGHBOURS * method.rows_per_image, n_rows)
+    n_neighbours = min(max(N_NEIGHBOURS, 2 * n_matches) * method.rows_per_image, n_rows)
 
     def searched(split: str, queries: np.ndarray, k: int, beta: float) -> Neighbours:
         with counted(f"searching {split}", queries.shape[0] * queries.shape[1], "queries", quiet) as done:
@@ -124,7 +128,7 @@ def recognise(
         for split in QUERY_FILES
     }
     figures = {split: figures_of(answers[split], ground_truth.labels[split], made[split]) for split in QUERY_FILES}
-    matches = {split: _matches(neighbours[split], database, made[split]) for split in QUERY_FILES}
+    matches = {split: _matches(neighbours[split], database, made[split], n_matches) for split in QUERY_FILES}
     return Recognition(answers, figures, transform, k, tau, tuning if was_tuned else None, matches, beta)
 
 
@@ -166,8 +170,8 @@ def _answer(
     return Predictions(answers.labels, answers.log_confidence, answers.similarity, nearest)
 
 
-def _matches(neighbours: Neighbours, database: Searchable, made: np.ndarray) -> Matches:
-    found = top_matches(neighbours, database.labels)
+def _matches(neighbours: Neighbours, database: Searchable, made: np.ndarray, n: int) -> Matches:
+    found = top_matches(neighbours, database.labels, n)
     shape = (len(made), found.rows.shape[1])
     matches = Matches(np.full(shape, NO_ROW, dtype=np.int64), np.full(shape, np.nan))
     matches.rows[made] = _as_images(found.rows, database)

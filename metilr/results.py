@@ -21,6 +21,7 @@ from rich.table import Table
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.errors import UserError
 from metilr.files import write_atomically
+from metilr.geometric_check import GeometricCheck, inliers_of_answers, labels_of
 from metilr.knn import NO_LABEL, NO_ROW, Predictions
 from metilr.method import Method
 from metilr.metrics import DISTRACTOR
@@ -101,6 +102,7 @@ def results_of(
     synthetic: bool,
     search_device: str,
     method: Method,
+    check: GeometricCheck | None,
     skipped_images: list[dict[str, str]],
     notes: list[str],
     seconds: float,
@@ -144,6 +146,14 @@ def results_of(
             if method.hubness
             else None,
         },
+        "geometric_check": None
+        if check is None
+        else {
+            "candidates": check.candidates,
+            "reorder": check.reorder,
+            "gate": {"weight": check.gate.weight, "enough": check.gate.enough, "tuned_on": "val"},
+            "features": check.extractor.settings(),
+        },
         "search": {"device": search_device, "exact": True},
         "knn": {
             "k": recognition.k,
@@ -171,7 +181,8 @@ def write_results(
     written = [output / "predictions" / f"{split}.csv" for split in QUERY_FILES]
     (output / "predictions").mkdir(exist_ok=True)
     for split, file in zip(QUERY_FILES, written, strict=True):
-        _write_predictions(file, split, ground_truth, recognition.answers[split])
+        inliers = None if recognition.inliers is None else _of_answers(recognition, ground_truth, split)
+        _write_predictions(file, split, ground_truth, recognition.answers[split], inliers)
     if recognition.whitening is not None:
         recognition.whitening.save(output / "whitening.npz")
         written.append(output / "whitening.npz")
@@ -238,12 +249,23 @@ def _model(opened: Descriptors) -> dict[str, Any]:
     }
 
 
-def _write_predictions(file: Path, split: str, ground_truth: GroundTruth, answers: Predictions) -> None:
+def _of_answers(recognition: Recognition, ground_truth: GroundTruth, split: str) -> np.ndarray:
+    """Inliers of each answer."""
+    assert recognition.inliers is not None
+    inliers = recognition.inliers[split]
+    rows = recognition.matches[split].rows[:, : inliers.shape[1]]
+    labels = labels_of(rows, ground_truth.labels["database"])
+    return inliers_of_answers(recognition.answers[split].labels, labels, inliers)
+
+
+def _write_predictions(
+    file: Path, split: str, ground_truth: GroundTruth, answers: Predictions, inliers: np.ndarray | None
+) -> None:
     ids, database_paths = ground_truth.exhibit_ids, ground_truth.paths["database"]
     labels = ground_truth.labels[split]
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(PREDICTION_COLUMNS)
+        writer.writerow([*PREDICTION_COLUMNS, *([] if inliers is None else ["inliers"])])
         for i, path in enumerate(ground_truth.paths[split]):
             label, nearest = int(answers.labels[i]), int(answers.nearest[i])
             log_confidence = float(answers.log_confidence[i])
@@ -257,6 +279,7 @@ def _write_predictions(file: Path, split: str, ground_truth: GroundTruth, answer
                     "" if np.isnan(answers.similarity[i]) else repr(float(answers.similarity[i])),
                     "" if nearest == NO_ROW else database_paths[nearest],
                     int(labels[i] != DISTRACTOR and label == labels[i]),
+                    *([] if inliers is None else [int(inliers[i])]),
                 ]
             )
 

@@ -1,6 +1,6 @@
 """The database as it is searched: unit rows, what each shows, and the search with all that the method asks for."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -146,24 +146,44 @@ def learn_whitening(descriptors: Descriptors, ground_truth: GroundTruth, method:
 
 
 def pair_differences(descriptors: Descriptors, ground_truth: GroundTruth) -> Iterator[np.ndarray]:
-    """Differences of descriptors that show the same exhibit, float32 ``(m, D)``, some at a time.
+    """Differences of descriptors that show the same exhibit: of images and their visits, and of its images."""
+    database, made = descriptors.parts["database"], descriptors.made["database"]
+    if "visits" in descriptors.parts:
+        yield from visit_differences(database, descriptors.parts["visits"], made)
+    yield from exhibit_differences(database, np.where(made, ground_truth.labels["database"], -1))
 
-    Each database image and each of its visits; and each image and the next one of its exhibit, in a ring (two images
-    are one pair).
+
+def visit_differences(
+    images: Sequence[np.ndarray], visits: Sequence[np.ndarray], made: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Differences of each image and each of its visits, float32 ``(m, D)``, some at a time.
+
+    Args:
+        images: Side by side, each ``(n, D_i)``.
+        visits: Of n visits an image, row ``i * n_visits + v``, each ``(n * n_visits, D_i)``.
+        made: Which images count, ``(n,)``.
     """
-    parts, made = descriptors.parts, descriptors.made["database"]
-    n_visits = descriptors.n_views("visits", "database")
-    for start in range(0, len(made) if n_visits else 0, CHUNK_ROWS // n_visits + 1 if n_visits else 1):
-        stop = min(len(made), start + CHUNK_ROWS // n_visits + 1)
-        images = _side_by_side([part[start:stop] for part in parts["database"]])
-        visits = _side_by_side([part[start * n_visits : stop * n_visits] for part in parts["visits"]])
-        kept = made[start:stop]
-        yield (images[kept, None] - visits.reshape(len(images), n_visits, -1)[kept]).reshape(-1, images.shape[1])
+    n_visits = len(visits[0]) // len(made)
+    size = CHUNK_ROWS // n_visits + 1
+    for start in range(0, len(made), size):
+        kept = made[start : start + size]
+        of_images = _side_by_side([part[start : start + size] for part in images])
+        of_visits = _side_by_side([part[start * n_visits : (start + size) * n_visits] for part in visits])
+        differences = of_images[:, None] - of_visits.reshape(len(of_images), n_visits, -1)
+        yield differences[kept].reshape(-1, of_images.shape[1])
 
-    first, second = ring_pairs(np.where(made, ground_truth.labels["database"], -1))
+
+def exhibit_differences(images: Sequence[np.ndarray], labels: np.ndarray) -> Iterator[np.ndarray]:
+    """Differences of each image and the next one of its exhibit, in a ring, float32 ``(m, D)``, some at a time.
+
+    Args:
+        images: Side by side, each ``(n, D_i)``.
+        labels: What each shows, ``(n,)``; those below 0 are left out.
+    """
+    first, second = ring_pairs(labels)
     for start in range(0, len(first), CHUNK_ROWS):
         pairs = slice(start, start + CHUNK_ROWS)
-        yield _side_by_side([part[first[pairs]] - part[second[pairs]] for part in parts["database"]])
+        yield _side_by_side([part[first[pairs]] - part[second[pairs]] for part in images])
 
 
 def ring_pairs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -288,5 +308,5 @@ def _to_unit_length(rows: np.ndarray) -> None:
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def _side_by_side(parts: list[np.ndarray]) -> np.ndarray:
+def _side_by_side(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.asarray(part, dtype=np.float32) for part in parts], axis=1)

@@ -18,11 +18,13 @@ from metilr.data.pair_dataset import PairBatch
 from metilr.descriptors import row_chunks
 from metilr.errors import UserError
 from metilr.losses import ContrastiveLoss
+from metilr.method import VISITS
 from metilr.models.backbones import PatchRounding, build_backbone
 from metilr.models.embedder import SCALES, Embedder, Projector
 from metilr.models.pooling import GeM, PoolingName, build_pooling
 from metilr.processes import agree, gather_rows
-from metilr.whitening import fit_pca_whitening
+from metilr.searchable import visit_differences
+from metilr.whitening import fit_learned_whitening, fit_pca_whitening
 
 P_BOUNDS = (1.0, 10.0)  # 1 is the mean; beyond 10 GeM is next to the maximum and its gradient next to nothing
 
@@ -41,7 +43,8 @@ class FineTuning(pl.LightningModule):
         p: GeM's exponent, its start if learned.
         learn_p: Whether to learn p, between 1 and 10.
         projector_dim: Outputs of a 1x1-convolution projector after the pooling; without it there is none.
-        projector_start: Start the projector as PCA-whitening of the database's current descriptors, or at random.
+        projector_start: Start the projector as PCA-whitening of the database's current descriptors, as whitening
+            learned from simulated visits, or at random.
         scales: Written to the checkpoint, for evaluation; training and its validation use the image's own size.
         freeze_backbone: Train the projector alone.
         loss: metilr.losses.ContrastiveLoss, or any loss of pytorch_metric_learning.losses by class_path: that gets
@@ -68,7 +71,7 @@ class FineTuning(pl.LightningModule):
         p: float = 3.0,
         learn_p: bool = False,
         projector_dim: int | None = None,
-        projector_start: Literal["pca", "random"] = "pca",
+        projector_start: Literal["pca", "learned", "random"] = "pca",
         scales: Sequence[float] = SCALES,
         freeze_backbone: bool = False,
         loss: nn.Module | None = None,
@@ -135,7 +138,7 @@ class FineTuning(pl.LightningModule):
     @override
     def on_fit_start(self) -> None:
         self._check_loss()
-        if self.embedder.projector is not None and self.projector_start == "pca" and not self.resumed:
+        if self.embedder.projector is not None and self.projector_start != "random" and not self.resumed:
             self._start_projector(self.embedder.projector)
 
     def _check_loss(self) -> None:
@@ -155,15 +158,20 @@ class FineTuning(pl.LightningModule):
             ) from None
 
     def _start_projector(self, projector: Projector) -> None:
-        """Let the projector be the PCA-whitening of the database's descriptors as they are now."""
+        """Let the projector be a whitening of the database's descriptors as they are now."""
         plain = single_scale(self.embedder, projector=False)
         store = self._data.current.describe(self.trainer, plain)
+        visits = self._data.visits(VISITS) if self.projector_start == "learned" else None
         start: list[Tensor] | None = None
         with agree(self.trainer):
             if self.trainer.is_global_zero:
-                chunks = row_chunks([store.rows("database")], store.made("database"))
+                database, made, dim = [store.rows("database")], store.made("database"), projector.linear.out_features
+                chunks = row_chunks(database, made)
                 try:
-                    whitening = fit_pca_whitening(chunks, projector.linear.out_features)
+                    if visits is None:
+                        whitening = fit_pca_whitening(chunks, dim)
+                    else:
+                        whitening = fit_learned_whitening(chunks, visit_differences(database, [visits], made), dim)
                 except UserError as error:
                     message = str(error).replace("--whitening_dim", "--model.projector_dim")
                     raise UserError(message) from None

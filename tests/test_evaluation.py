@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 from metilr.cli import run_command
 from metilr.errors import UserError
 from metilr.evaluation import evaluate
+from metilr.whitening import fit_pca_whitening
 from tests.conftest import SHARED
 from tests.museum import MET_IDS, write_ground_truth
 
@@ -129,6 +131,100 @@ def test_descriptors_alone_give_the_same_figures_without_images(museum, capsys):
     assert read_json(Path("pickle/results.json"))["test"] == read_json(Path("images/results.json"))["test"]
     run("--root", museum, "--descriptors", "descriptors.pkl", "store", "--output", "both")
     assert len(read_json(Path("both/results.json"))["model"]["concatenated"]) == 2
+
+
+ALL_ELEMENTS = [
+    *("--whitening", "learned", "--visits", 2, "--database_views", "rows", "--query_crops", 0.8, 0.5),
+    *("--dba", 1, "--hubness", 2),
+]
+
+
+def test_elements_beyond_the_recipe_are_recorded_and_start_from_the_store_alone(museum, capsys):
+    run("--root", museum, *UNTRAINED, "--store", "store", "--output", "all", *ALL_ELEMENTS)
+    results = read_json(Path("all/results.json"))
+    hubness = results["elements"].pop("hubness")
+    assert results["elements"] == {
+        "visits": 2, "database_views": "rows", "query_crops": [0.8, 0.5], "crop_similarity": "best", "dba": 1,
+    }  # fmt: skip
+    assert hubness["neighbours"] == 2 and hubness["tuned_on"] == "val" and 0 <= hubness["beta"] <= 1
+    n_pairs = 8 * 2 + 2  # two exhibits have two images
+    assert results["whitening"]["source"] == "learned from pairs" and results["whitening"]["pairs"] == n_pairs
+    run("--root", museum, "--descriptors", "store", "--output", "again", *ALL_ELEMENTS)
+    assert read_predictions("again/predictions/test.csv") == read_predictions("all/predictions/test.csv")
+
+
+def test_a_share_of_hubness_is_taken_off_only_where_val_gains(museum):
+    run("--root", museum, *UNTRAINED, "--store", "store", "--output", "without")
+    run("--root", museum, "--descriptors", "store", "--output", "with", "--hubness", 3)
+    without, with_ = (read_json(Path(name) / "results.json") for name in ("without", "with"))
+    assert with_["val"]["gap"] >= without["val"]["gap"]
+    if with_["elements"]["hubness"]["beta"] == 0:
+        assert with_["test"]["gap"] == without["test"]["gap"]
+
+
+def test_with_all_elements_off_predictions_are_those_of_the_recipe(museum):
+    """Against the recipe written out: PCA-whitening and inner products, k = 1."""
+    run("--root", museum, *UNTRAINED, "--store", "store", "--output", "out", "--k", 1, "--tau", 50)
+    rows = {split: np.load(f"store/{split}.npy") for split in ("database", "test")}
+    whitening = fit_pca_whitening([rows["database"]])
+    similarities = whitening.transform(rows["test"]).astype(float) @ whitening.transform(rows["database"]).T
+    found = [float(answer["similarity"]) for answer in read_predictions("out/predictions/test.csv")]
+    np.testing.assert_allclose(found, np.maximum(similarities.max(axis=1), 0), atol=1e-7)
+
+
+def test_a_geometric_check_gates_confidence_and_leaves_labels(museum):
+    run("--root", museum, *UNTRAINED, "--store", "store", "--output", "without")
+    run("--root", museum, *UNTRAINED, "--store", "store", "--output", "with", "--geometric_check", 3)
+    without, with_ = (read_json(Path(name) / "results.json") for name in ("without", "with"))
+    check = with_["geometric_check"]
+    assert check["candidates"] == 3 and check["reorder"] is False and check["gate"]["tuned_on"] == "val"
+    assert with_["val"]["gap"] >= without["val"]["gap"] and without["geometric_check"] is None
+    gate = check["gate"]
+    for split in ("val", "test"):
+        assert with_[split]["acc"] == without[split]["acc"]
+        before, after = (read_predictions(f"{name}/predictions/{split}.csv") for name in ("without", "with"))
+        for old, new in zip(before, after, strict=True):
+            assert old["predicted_id"] == new["predicted_id"] and old["nearest_path"] == new["nearest_path"]
+            lowered = gate["weight"] * math.log1p(gate["enough"] / (1 + int(new["inliers"])))
+            assert float(new["log_confidence"]) == pytest.approx(float(old["log_confidence"]) - lowered, abs=1e-9)
+    report = Path("with/report/index.html").read_text()
+    assert (
+        "geometric check of 3 candidates" in report
+        and "beyond the recipe" not in Path("without/report/index.html").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--geometric_check", -1], "--geometric_check -1: choose 0"),
+        (["--geometric_reorder"], "--geometric_reorder: has no effect without --geometric_check"),
+        (["--visits", 3], "--visits: has no effect without"),
+        (["--database_views", "rows", "--visits", 0], "--database_views rows: needs --visits, such as 6"),
+        (["--query_crops", 1.5], "--query_crops [1.5]: choose shares between 0 and 1"),
+        (["--crop_similarity", "mean"], "--crop_similarity: has no effect without --query_crops"),
+        (["--dba", 8], "--dba 8: the database has 8 rows"),
+        (["--hubness", -1], "--hubness -1: choose 0"),
+        (["--pair_shrinkage", 0.5], "--pair_shrinkage: has no effect without --whitening learned"),
+        (["--whitening", "learned", "--pair_shrinkage", 0], "--pair_shrinkage 0"),
+        (["--whitening", "learned", "--whitening_shrinkage", 0.5], "--whitening_shrinkage: has no effect"),
+    ],
+)
+def test_elements_that_cannot_work_are_refused_in_one_line(museum, capsys, options, message):
+    assert message in error_of(capsys, "--root", museum, *UNTRAINED, *options)
+    assert not list(Path("runs").glob("20*"))
+
+
+def test_a_geometric_check_needs_the_model(museum, capsys):
+    run("--root", museum, *UNTRAINED, "--store", "store", "--output", "out")
+    message = error_of(capsys, "--root", museum, "--descriptors", "store", "--geometric_check", 5)
+    assert "--geometric_check: needs the model and the images" in message
+
+
+def test_a_store_without_the_views_that_are_asked_for(museum, capsys):
+    run("--root", museum, *UNTRAINED, "--store", "store", "--output", "out")
+    message = error_of(capsys, "--root", museum, "--descriptors", "store", "--query_crops", 0.5)
+    assert "store: holds no descriptors of 1 centre crops an image; run the evaluation that made it" in message
 
 
 def test_a_saved_whitening_is_used_as_it_is(museum, capsys):

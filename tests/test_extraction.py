@@ -16,12 +16,15 @@ from metilr.callbacks import DescriptorWriter
 from metilr.data import images
 from metilr.data.demo import MuseumSize, make_demo
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
+from metilr.data.transforms import load_image
+from metilr.data.views import CentreCrops, SimulatedVisits
 from metilr.descriptors import SPLITS, DescriptorStore
 from metilr.errors import UserError
-from metilr.extraction import ExtractionOptions, describe_images
+from metilr.extraction import ExtractionOptions, describe_images, describe_views
 from metilr.models.backbones import build_backbone
 from metilr.models.embedder import Embedder
 from metilr.models.pooling import build_pooling
+from metilr.sources import open_descriptors
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SIZE = MuseumSize(exhibits=10, mini_exhibits=8, val=(4, 3, 2), test=(4, 3, 2), longest_side=72)
@@ -84,6 +87,38 @@ def test_two_processes_give_the_rows_of_one(embedder, museum, tmp_path):
     for split in SPLITS:
         np.testing.assert_allclose(two.rows(split), one.rows(split), atol=1e-5)
         assert two.made(split).all()
+
+
+@pytest.mark.parametrize("view", [SimulatedVisits(4, seed=3), CentreCrops((0.8, 0.5))])
+def test_views_are_described_as_one_by_one_by_one_process_and_by_two(embedder, museum, tmp_path, view):
+    store = describe(embedder, museum, tmp_path / "store")
+    views = describe_views(embedder, museum, view, store, ON_CPU, Console(quiet=True))
+    options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=32)
+    other = describe(embedder, museum, tmp_path / "other")
+    by_two = describe_views(embedder, museum, view, other, options, Console(quiet=True))
+    assert views.path.parent == store.path and views.path.name == by_two.path.name
+    assert views.manifest()["settings"]["view"] == view.settings()
+    for split, source in view.of.items():
+        expected = [
+            embedder.describe(embedder.normalise(view(load_image(museum.image(path)), path, number)[None]))[0]
+            for path in museum.paths[source]
+            for number in range(view.n)
+        ]
+        np.testing.assert_allclose(views.rows(split), torch.stack(expected).detach().numpy(), atol=1e-5)
+        np.testing.assert_allclose(by_two.rows(split), views.rows(split), atol=1e-5)
+
+
+def test_a_bad_image_has_no_views(embedder, museum, tmp_path):
+    museum.image(museum.paths["database"][3]).write_bytes(b"not an image")
+    skip = ExtractionOptions(accelerator="cpu", num_workers=0, bad_images="skip")
+    view = SimulatedVisits(3)
+    store = describe(embedder, museum, tmp_path / "store", skip)
+    views = describe_views(embedder, museum, view, store, skip, Console(quiet=True))
+    assert np.flatnonzero(~views.made("visits")).tolist() == [9, 10, 11]
+    opened = open_descriptors([store.path], museum, [view])
+    assert np.flatnonzero(~opened.made["database"]).tolist() == [3]
+    with pytest.raises(UserError, match="holds no descriptors of 4 simulated visits an image"):
+        open_descriptors([store.path], museum, [SimulatedVisits(4)])
 
 
 def test_a_bad_image_ends_two_processes_with_one_line(embedder, museum, tmp_path):
@@ -217,10 +252,12 @@ def test_torchrun_gives_one_result_and_the_rows_of_one_process(embedder, museum,
     run = subprocess.run(slow, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
     assert run.returncode == 0, run.stderr  # the first process waited for the other's rows
     assert len(list((tmp_path / "runs").glob("20*"))) == 1
-    command = [*launcher, str(REPOSITORY / "evaluate.py"), *options]
+    command = [*launcher, str(REPOSITORY / "evaluate.py"), *options, "--whitening", "learned", "--visits", "1"]
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
-    assert again.returncode == 0, again.stderr  # nothing left to share out: the first process goes on alone
-    assert len(list((tmp_path / "runs").glob("20*/results.json"))) == 2
+    assert again.returncode == 0, again.stderr  # the images are there, their visits are shared out
+    third = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+    assert third.returncode == 0, third.stderr  # nothing left to share out: the first process goes on alone
+    assert len(list((tmp_path / "runs").glob("20*/results.json"))) == 3
     one = describe(embedder, museum, tmp_path / "one")
     for split in SPLITS:
         np.testing.assert_allclose(DescriptorStore(tmp_path / "store").rows(split), one.rows(split), atol=1e-5)

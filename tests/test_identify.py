@@ -89,6 +89,32 @@ def test_known_queries_give_the_evaluation_s_answers(run, split):
     np.testing.assert_allclose([a.log_confidence for a in answers], expected.log_confidence, rtol=1e-4, atol=1e-4)
 
 
+def test_answers_are_the_evaluation_s_with_all_elements(museum, run, tmp_path):
+    elements = {
+        "whitening": "learned", "visits": 2, "database_views": "rows", "query_crops": [0.8, 0.5], "dba": 1,
+        "hubness": 2,
+    }  # fmt: skip
+    evaluate(museum, store=museum.parent / "store", output=tmp_path / "run", **UNTRAINED, **elements)
+    answers, expected = answers_of(tmp_path / "run", "test")
+    assert [answer.exhibit for answer in answers] == [str(id_) for id_ in expected.predicted_ids]
+    np.testing.assert_allclose([a.log_confidence for a in answers], expected.log_confidence, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reorder", [False, True])
+def test_answers_are_the_evaluation_s_with_a_geometric_check(museum, tmp_path, monkeypatch, reorder):
+    monkeypatch.chdir(tmp_path)
+    elements = {"query_crops": [0.7], "geometric_check": 4, "geometric_reorder": reorder}
+    evaluate(museum, store=tmp_path / "store", output=tmp_path / "run", **UNTRAINED, **elements)
+    answers, expected = answers_of(tmp_path / "run", "test")
+    assert [answer.exhibit for answer in answers] == [str(id_) for id_ in expected.predicted_ids]
+    np.testing.assert_allclose([a.log_confidence for a in answers], expected.log_confidence, rtol=1e-4, atol=1e-4)
+    collection, _ = open_with_threshold(tmp_path / "run", None, accelerator="cpu")
+    assert collection.check is not None and collection.check.candidates == 4
+    itself = collection.answer(load_image(collection.image(3)), n_matches=2, draw=True)
+    assert itself.matches[0].row == 3 and itself.matches[0].inliers > 20 and len(itself.matches) == 2
+    assert itself.regions is not None and itself.regions.startswith(b"\xff\xd8")
+
+
 @pytest.mark.parametrize("options", [{}, {"whitening": "none", "image_size": 40}], ids=["whitened", "resized"])
 def test_a_database_image_is_identified_as_itself(museum, tmp_path, options):
     evaluate(museum, store=tmp_path / "store", output=tmp_path / "run", **UNTRAINED, **options)

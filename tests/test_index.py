@@ -49,7 +49,15 @@ def open_index(path: Path, threshold: float | None = None):
 
 
 @pytest.mark.parametrize(
-    "options", [{"image_size": None}, {"whitening": "none"}, {"scales": [1.0]}], ids=["default", "unwhitened", "single"]
+    "options",
+    [
+        {"image_size": None},
+        {"whitening": "none"},
+        {"scales": [1.0]},
+        {"whitening": "learned", "visits": 2, "query_crops": [0.5]},
+        {"whitening": "learned", "visits": 2, "database_views": "rows", "k": 8},
+    ],
+    ids=["default", "unwhitened", "single", "learned", "visits"],
 )
 def test_an_image_of_the_folder_is_identified_as_itself(folder, tmp_path, options):
     assert index(folder, tmp_path / "index", **UNTRAINED | options) == tmp_path / "index"

@@ -15,8 +15,15 @@ import torch
 import yaml
 
 from metilr.cli import run_command, run_main
+from metilr.data.augmentations import SimulatedVisit
+from metilr.data.ground_truth import load_ground_truth
+from metilr.data.transforms import load_image
+from metilr.data.visits import derive_seed
 from metilr.evaluation import evaluate
+from metilr.method import VISITS
+from metilr.models.embedder import build_embedder
 from metilr.training import P_BOUNDS, FineTuning
+from metilr.whitening import fit_learned_whitening
 from tests.museum import write_ground_truth
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -134,6 +141,32 @@ def test_the_projector_starts_as_whitening():
     assert a["val"]["gap"] == pytest.approx(b["val"]["gap"], abs=1e-6)
     rows = np.load("projected/database.npy")
     assert rows.shape == (8, 4)
+
+
+def test_the_projector_starts_as_whitening_learned_from_simulated_visits():
+    """Against the same whitening of images and visits described one by one."""
+    frozen = ["--model.freeze_backbone", "true", "--model.projector_dim", "4", "--model.lr", "0"]
+    run("--output", "out", *frozen, "--model.projector_start", "learned", "--trainer.max_epochs", "1")
+    truth = load_ground_truth(Path("museum"))
+    paths = truth.paths["database"]
+    plain = build_embedder("r18_in", "random")
+    visit = SimulatedVisit(40)
+
+    def pooled(image: torch.Tensor) -> np.ndarray:
+        with torch.no_grad():
+            return plain(plain.normalise(image[None]))[0].numpy()
+
+    images = np.array([pooled(load_image(truth.image(path))) for path in paths])
+    differences = [
+        row - pooled(visit(load_image(truth.image(path)), derive_seed(0, path, number)))
+        for row, path in zip(images, paths, strict=True)
+        for number in range(VISITS)
+    ]
+    expected = fit_learned_whitening([images], [np.array(differences)], dim=4)
+    start = checkpoint("out/last.ckpt")["state_dict"]
+    weight, bias = (start[f"embedder.projector.linear.{name}"].numpy() for name in ("weight", "bias"))
+    found, wanted = images @ weight.T + bias, (images - expected.mean) @ expected.projection
+    np.testing.assert_allclose(found, wanted, atol=1e-3 * np.abs(wanted).max())
 
 
 def test_learned_p_stays_in_bounds_and_has_no_weight_decay():

@@ -201,6 +201,15 @@ class PairDataModule(LightningDataModule):
         on_gpu = self.trainer.strategy.root_device.type == "cuda" and faiss.get_num_gpus() > 0
         return "gpu" if on_gpu else "cpu"
 
+    def visits(self, n: int) -> np.ndarray:
+        """Pooled vectors of n simulated visits of each database image, ``(N * n, width)``; all processes must call it.
+
+        Of the strength and size of ``second_view``, if that simulates visits.
+        """
+        assert self.trainer is not None
+        visit = self.second_view if isinstance(self.second_view, SimulatedVisit) else SimulatedVisit()
+        return ViewCache(self.views, n, self.batch_pairs, self.workers).vectors(self.trainer, self._embedder, visit)
+
     def _dataset(self, pairs: Pairs, batches: list[np.ndarray]) -> Dataset[PairBatch]:
         assert self.trainer is not None and self.ground_truth is not None
         labels = self.ground_truth.labels["database"]

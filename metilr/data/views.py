@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as F
 
 from metilr.data.visits import PRESETS, VisitStrengths, derive_seed, simulate_visit, visit_shape
 
-SIDE_STEP = 32  # px: with sides in such steps views of different images share a shape, and so a batch
+SIDE_STEP = 16  # px: with sides in such steps views of different images share a shape, and so a batch
 
 
 class View(abc.ABC):
@@ -51,9 +51,9 @@ class SimulatedVisits(View):
     seed: int = 0
 
     def __call__(self, image: Tensor, name: str, number: int) -> Tensor:
-        """Simulate a visit; its sides are brought to multiples of ``SIDE_STEP``."""
+        """Simulate a visit, and cut its edges off to sides that are multiples of ``SIDE_STEP``."""
         photograph = simulate_visit(image, *self._draw(name, number))
-        return F.resize(photograph, list(_stepped(photograph.shape[1], photograph.shape[2])), antialias=True)
+        return F.center_crop(photograph, list(_stepped(photograph.shape[1], photograph.shape[2])))
 
     def shape(self, height: int, width: int, name: str, number: int) -> tuple[int, int]:
         """Height and width of a visit."""
@@ -65,7 +65,13 @@ class SimulatedVisits(View):
 
     def settings(self) -> dict[str, Any]:
         """What determines a visit."""
-        return {"kind": "simulated visits", "n": self.n, "seed": self.seed, "presets": list(PRESETS)}
+        return {
+            "kind": "simulated visits",
+            "n": self.n,
+            "seed": self.seed,
+            "presets": list(PRESETS),
+            "side_step": SIDE_STEP,
+        }
 
 
 @dataclass(frozen=True)
@@ -99,5 +105,6 @@ class CentreCrops(View):
 
 
 def _stepped(height: int, width: int) -> tuple[int, int]:
-    """Each side as the nearest multiple of ``SIDE_STEP``, at least one."""
-    return max(1, round(height / SIDE_STEP)) * SIDE_STEP, max(1, round(width / SIDE_STEP)) * SIDE_STEP
+    """Each side cut to a multiple of ``SIDE_STEP``; a shorter one as it is."""
+    cut_height, cut_width = (side - side % SIDE_STEP if side > SIDE_STEP else side for side in (height, width))
+    return cut_height, cut_width

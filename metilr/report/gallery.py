@@ -11,7 +11,9 @@ import numpy as np
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.data.transforms import BadImageError
+from metilr.geometric_check import GeometricCheck, draw_matching
 from metilr.knn import NO_LABEL, NO_ROW
+from metilr.matches import N_MATCHES
 from metilr.metrics import DISTRACTOR
 from metilr.progress import tracked
 from metilr.recognition import Recognition
@@ -76,6 +78,7 @@ def write_gallery(
     recognition: Recognition,
     galleries: Mapping[str, Gallery],
     per_outcome: int,
+    check: GeometricCheck | None,
     quiet: bool,
 ) -> int:
     """Write ``gallery.js`` and the pictures of the chosen queries and of their matches.
@@ -86,6 +89,7 @@ def write_gallery(
         recognition: Answers and matches.
         galleries: By split.
         per_outcome: Queries of each outcome and split that get pictures.
+        check: What was done, for pictures of the matching regions; None for none.
         quiet: Show no progress.
 
     Returns:
@@ -96,18 +100,22 @@ def write_gallery(
     for split, gallery in galleries.items():
         for query in queries_with_pictures(gallery, per_outcome).tolist():
             wanted[f"{split}{query}"] = ground_truth.image(ground_truth.paths[split][query])
-            rows = [*recognition.matches[split].rows[query].tolist()]
+            rows = [*recognition.matches[split].rows[query, :N_MATCHES].tolist()]
             label = int(ground_truth.labels[split][query])
             rows += [int(first_image[label])] if label != DISTRACTOR else []
             for row in rows:
                 if row != NO_ROW:
                     wanted[f"d{row}"] = ground_truth.image(ground_truth.paths["database"][row])
     written = set(_write_pictures(folder / "pictures", wanted, quiet))
+    regions = []
+    if check is not None:
+        chosen = {split: queries_with_pictures(gallery, per_outcome) for split, gallery in galleries.items()}
+        regions = _write_matching(folder / "pictures", ground_truth, recognition, chosen, check, quiet)
     content = {
         "outcomes": OUTCOMES,
         "exhibits": ground_truth.exhibit_ids.tolist(),
         "database": _database(ground_truth, recognition, first_image),
-        "pictures": sorted(written),
+        "pictures": sorted([*written, *regions]),
         "splits": {split: _entries(ground_truth, recognition, split, galleries[split]) for split in QUERY_FILES},
         "low_margin": {split: galleries[split].low_margin for split in QUERY_FILES},
     }
@@ -117,12 +125,17 @@ def write_gallery(
 
 
 def _entries(ground_truth: GroundTruth, recognition: Recognition, split: str, gallery: Gallery) -> list[list[Any]]:
-    """Each query as ``[row, path, kind, label, answer, outcome, log_confidence, margin, match rows, similarities]``."""
+    """List each query as row, path, kind, label, answer, outcome, log-confidence, margin, and its matches.
+
+    Of the matches rows, similarities, and inliers (none without a geometric check).
+    """
     answers, matches = recognition.answers[split], recognition.matches[split]
     kinds, paths, labels = ground_truth.kinds(split), ground_truth.paths[split], ground_truth.labels[split]
+    inliers = np.empty((len(paths), 0)) if recognition.inliers is None else recognition.inliers[split]
     entries = []
     for i in gallery.order.tolist():
         found = matches.rows[i] != NO_ROW
+        found[N_MATCHES:] = False
         answer = int(answers.labels[i])
         entries.append(
             [
@@ -132,6 +145,7 @@ def _entries(ground_truth: GroundTruth, recognition: Recognition, split: str, ga
                 int(gallery.outcomes[i]),
                 _number(answers.log_confidence[i]), _number(gallery.margins[i]),
                 matches.rows[i][found].tolist(), [round(s, 4) for s in matches.similarities[i][found].tolist()],
+                inliers[i, np.flatnonzero(found[: inliers.shape[1]])].tolist(),
             ]
         )  # fmt: skip
     return entries
@@ -142,7 +156,7 @@ def _database(
 ) -> dict[int, tuple[str, int]]:
     """Path and label of the database rows that the page can name."""
     labels = [ground_truth.labels[split] for split in QUERY_FILES]
-    rows = [recognition.matches[split].rows.ravel() for split in QUERY_FILES]
+    rows = [recognition.matches[split].rows[:, :N_MATCHES].ravel() for split in QUERY_FILES]
     rows += [first_image[met[met != DISTRACTOR]] for met in labels]
     paths, database_labels = ground_truth.paths["database"], ground_truth.labels["database"]
     return {
@@ -168,6 +182,30 @@ def _write_pictures(folder: Path, wanted: Mapping[str, Path], quiet: bool) -> It
         done = pool.map(write, wanted.items())
         names = [*tracked(done, "pictures of the report", len(wanted), "pictures", quiet)]
     return [name for name in names if name is not None]
+
+
+def _write_matching(
+    folder: Path,
+    ground_truth: GroundTruth,
+    recognition: Recognition,
+    chosen: Mapping[str, np.ndarray],
+    check: GeometricCheck,
+    quiet: bool,
+) -> list[str]:
+    """Write what each chosen query and the nearest image of its answer have in common."""
+    pairs = [
+        (f"m{split}{query}", ground_truth.paths[split][query], ground_truth.paths["database"][nearest])
+        for split, queries in chosen.items()
+        for query in queries.tolist()
+        if (nearest := recognition.answers[split].nearest[query]) != NO_ROW
+    ]
+    written = []
+    for name, query, image in tracked(pairs, "matching regions", len(pairs), "pictures", quiet):
+        picture = draw_matching(check, ground_truth.image(query), ground_truth.image(image))
+        if picture is not None:
+            (folder / f"{name}.jpg").write_bytes(picture)
+            written.append(name)
+    return written
 
 
 def _number(value: float) -> float | None:

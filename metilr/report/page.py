@@ -10,6 +10,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
+from metilr.geometric_check import GeometricCheck
 from metilr.metrics.open_set import precision_recall, risk_coverage
 from metilr.recognition import Recognition
 from metilr.report.gallery import arrange, write_gallery
@@ -26,6 +27,7 @@ def write_report(
     ground_truth: GroundTruth,
     recognition: Recognition,
     pictures_per_outcome: int = PICTURES_PER_OUTCOME,
+    check: GeometricCheck | None = None,
     quiet: bool = False,
 ) -> Path:
     """Write the page of an evaluation.
@@ -37,6 +39,7 @@ def write_report(
         recognition: Answers, matches and tuning.
         pictures_per_outcome: Queries of each split and outcome (wrong, false alarm, right, passed over) with
             pictures; the gallery lists all queries in any case.
+        check: What was done, for pictures of the matching regions; None for none.
         quiet: Show no progress.
 
     Returns:
@@ -46,7 +49,7 @@ def write_report(
     folder.mkdir(exist_ok=True)
     threshold = results["threshold"]["log_confidence"]
     galleries = {split: arrange(ground_truth, recognition, split, threshold) for split in QUERY_FILES}
-    n_missing = write_gallery(folder, ground_truth, recognition, galleries, pictures_per_outcome, quiet)
+    n_missing = write_gallery(folder, ground_truth, recognition, galleries, pictures_per_outcome, check, quiet)
     plots = draw_plots(results, ground_truth, recognition)
     templates = jinja2.Environment(loader=jinja2.PackageLoader("metilr.report"), autoescape=True)
     page = templates.get_template("index.html").render(

@@ -32,8 +32,12 @@ def test_visits_are_those_of_the_one_implementation(image):
     view = SimulatedVisits(6, seed=9)
     for number, (scene, preset) in enumerate([(s, p) for s in (0, 1) for p in ("mild", "medium", "severe")]):
         plain = simulate_visit(image, PRESETS[preset], derive_seed(9, "a.jpg", scene))
-        sides = [max(32, 32 * round(side / 32)) for side in plain.shape[1:]]
-        assert torch.equal(view(image, "a.jpg", number), F.resize(plain, sides, antialias=True))
+        photograph = view(image, "a.jpg", number)
+        cut = [(before - after) / 2 for before, after in zip(plain.shape[1:], photograph.shape[1:], strict=True)]
+        assert all(side % 16 == 0 for side in photograph.shape[1:]) and all(0 <= edge < 8 for edge in cut)
+        top, left = (round(edge) for edge in cut)
+        height, width = photograph.shape[1:]
+        assert torch.equal(photograph, plain[:, top : top + height, left : left + width])
 
 
 def test_visits_depend_on_seed_and_name(image):

@@ -11,8 +11,9 @@
   let page = 0;
 
   // A query as gallery.py writes it.
-  const query = ([row, path, kind, label, answer, outcome, logConfidence, margin, matches, similarities]) =>
-    ({ row, path, kind, label, answer, outcome: data.outcomes[outcome], logConfidence, margin, matches, similarities });
+  const query = ([row, path, kind, label, answer, outcome, logConfidence, margin, matches, similarities, inliers]) =>
+    ({ row, path, kind, label, answer, outcome: data.outcomes[outcome], logConfidence, margin, matches, similarities,
+      inliers });
   const splits = Object.fromEntries(Object.entries(data.splits).map(([split, rows]) => [split, rows.map(query)]));
   const exhibit = (label) => String(data.exhibits[label]);
 
@@ -70,13 +71,19 @@
     const strip = element("div", "matches");
     q.matches.forEach((row, i) => {
       const [path, label] = data.database[row];
-      strip.append(picture(`d${row}`, path, `${exhibit(label)} ${q.similarities[i].toFixed(3)}`, label === q.label));
+      const inliers = q.inliers.length > i ? `, ${q.inliers[i]} inliers` : "";
+      strip.append(picture(`d${row}`, path, `${exhibit(label)} ${q.similarities[i].toFixed(3)}${inliers}`, label === q.label));
     });
     if (q.outcome === "wrong" && !q.matches.some((row) => data.database[row][1] === q.label)) {
       const row = Object.keys(data.database).find((r) => data.database[r][1] === q.label);
       strip.append(picture(`d${row}`, data.database[row][0], `${exhibit(q.label)}, shown`, true));
     }
     right.append(strip);
+    if (pictures.has(`m${split}${q.row}`)) {
+      const regions = picture(`m${split}${q.row}`, "matching regions", "what the query and its answer have in common", false);
+      regions.className = "regions";
+      right.append(regions);
+    }
     item.append(left, right);
     return item;
   }

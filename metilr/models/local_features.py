@@ -1,0 +1,143 @@
+"""Local features: the positions of a backbone's map, each with a descriptor of its own, at several scales."""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from metilr.geometry import LocalFeatures
+from metilr.models.embedder import BFLOAT16_LEAST_SIDE, SCALES, Embedder
+from metilr.models.weights import tensors_sha256
+
+STRIDE = 8  # px; on val nearly as good as 16 at twice the image size, for a sixth of the work; 32 tells little
+N_FEATURES = 1200  # of 4200 in 480 x 320 px; 600 do worse on val, 2000 take twice the time for a match or more
+TOLERANCE = 1.5  # strides: a position is known to half a cell of the coarsest scale (2 strides) in either image
+LEAST_SPREAD = 1e-5  # of a channel, relative to its largest value: below it is rounding
+RECIPE = 1  # to be raised with any change here that changes features
+
+
+class LocalFeatureExtractor:
+    """Turns images into local features with an embedder's weights, and no others.
+
+    The map is that of the stage with the wanted stride. Where no stage has it, as in ViTs, it is the one that the
+    embedder pools.
+
+    Each channel is standardised over the image's positions at all scales, (x − mean)/std, so that descriptors tell
+    what differs from place to place. The strongest by their norm are kept, and L2-normalised.
+
+    Args:
+        embedder: Has the backbone. The work is done on its device.
+        stride: Wanted distance in px between neighbouring positions at scale 1.
+        scales: Relative image sizes; features of all are put together.
+        n_features: Most features of an image.
+
+    Attributes:
+        stride: Distance in px between neighbouring positions at scale 1, as it is.
+        tolerance: What ``verify`` is to be given, in px.
+    """
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        stride: int = STRIDE,
+        scales: Sequence[float] = SCALES,
+        n_features: int = N_FEATURES,
+    ) -> None:
+        self.embedder = embedder
+        self.scales = tuple(float(scale) for scale in scales)
+        self.n_features = n_features
+        self._index, self.stride = _find_map(embedder.backbone.model, stride)
+        self.tolerance = TOLERANCE * self.stride
+
+    @torch.inference_mode()
+    def extract(self, image: Tensor) -> LocalFeatures:
+        """Compute the features of one image.
+
+        The backbone runs in whatever precision the caller's autocast sets, with ``Embedder``'s exception for small
+        images; all else runs in float32.
+
+        Args:
+            image: uint8 ``(3, H, W)``.
+
+        Returns:
+            At most ``n_features``, in order of scales and rows, positions in px of this image. None where the map
+            is the same everywhere or not finite. Descriptors are rounded to what float16 can say, so that a cache
+            keeps them as they are.
+        """
+        height, width = image.shape[1:]
+        normalised = self.embedder.normalise(image[None].to(self.embedder.mean.device))
+        maps = [self._map(self._resize(normalised, scale))[0].float().cpu() for scale in self.scales]  # Cxhxw
+        positions = np.concatenate([cell_centres(m.shape[1], m.shape[2], height, width) for m in maps])
+        descriptors = torch.cat([m.flatten(1).T for m in maps])  # Cxhxw to (h*w)xC
+        return _strongest(positions, descriptors.numpy(), self.n_features)
+
+    def settings(self) -> dict[str, Any]:
+        """Return everything that determines the features besides the image, as JSON types."""
+        backbone, device = self.embedder.backbone, self.embedder.mean.device.type
+        return {
+            "recipe": RECIPE,
+            "backbone": backbone.name,
+            "weights_sha256": tensors_sha256(backbone.model.state_dict()),
+            "patch_rounding": backbone.patch_rounding if backbone.patch > 1 else None,
+            "mean": self.embedder.mean.flatten().tolist(),
+            "std": self.embedder.std.flatten().tolist(),
+            "map": f"stage {backbone.stage}" if self._index is None else f"index {self._index}",
+            "scales": list(self.scales),
+            "n_features": self.n_features,
+            "precision": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "32",
+        }
+
+    def _resize(self, images: Tensor, scale: float) -> Tensor:
+        height, width = images.shape[-2:]
+        size = self.embedder.backbone.fit_size(max(1, math.floor(height * scale)), max(1, math.floor(width * scale)))
+        if size == (height, width):
+            return images
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+
+    def _map(self, images: Tensor) -> Tensor:
+        backbone, device = self.embedder.backbone, images.device.type
+        too_small = device == "cpu" and min(images.shape[-2:]) < BFLOAT16_LEAST_SIDE
+        with torch.autocast("cpu", enabled=False) if too_small else contextlib.nullcontext():
+            if self._index is None:
+                features: Tensor = backbone(images).map
+            else:
+                [features] = backbone.model.forward_intermediates(
+                    images, indices=[self._index], stop_early=True, intermediates_only=True
+                )
+        return features
+
+
+def cell_centres(n_rows: int, n_columns: int, height: int, width: int) -> np.ndarray:
+    """Return the centres of a grid's cells that tile an image, x and y in px, row by row, float32 ``(n, 2)``."""
+    y, x = np.meshgrid(np.arange(n_rows) + 0.5, np.arange(n_columns) + 0.5, indexing="ij")
+    return np.stack([x * (width / n_columns), y * (height / n_rows)], axis=-1).reshape(-1, 2).astype(np.float32)
+
+
+def _find_map(model: Any, stride: int) -> tuple[int | None, int]:
+    """Return the index in timm's ``feature_info`` and the stride of the map to use; None is the pooled one."""
+    stages = list(getattr(model, "feature_info", []))
+    strides = [stage["reduction"] for stage in stages]
+    # The blocks of a ViT all have one stride: the last does best there, with its norm.
+    if hasattr(model, "forward_intermediates") and stride in strides and len(set(strides)) > 1:
+        index = len(strides) - 1 - strides[::-1].index(stride)
+        return index, stride
+    return None, strides[-1] if strides else stride
+
+
+def _strongest(positions: np.ndarray, features: np.ndarray, n: int) -> LocalFeatures:
+    """Standardise features ``(m, C)`` by channel, and return those of the n largest norms in their order."""
+    if not np.isfinite(features).all():
+        return LocalFeatures(positions[:0], features[:0])
+    spread = features.std(axis=0)
+    varies = spread > LEAST_SPREAD * np.abs(features).max(axis=0)
+    standard = np.where(varies, (features - features.mean(axis=0)) / np.where(varies, spread, 1), 0)
+    norms = np.linalg.norm(standard, axis=1)
+    kept = np.sort(np.argsort(-norms, kind="stable")[:n])
+    kept = kept[norms[kept] > 0]
+    descriptors = (standard[kept] / norms[kept, None]).astype(np.float16)
+    return LocalFeatures(positions[kept], descriptors.astype(np.float32))
