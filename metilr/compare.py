@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import track
 
 from metilr.comparison_plot import METRICS, plot_comparison
-from metilr.comparison_tables import differences_table, figures_table
+from metilr.comparison_tables import costs_table, differences_table, figures_table
 from metilr.data.ground_truth import QUERY_FILES
 from metilr.differences import PairedDifferences, paired_differences, photographers_of
 from metilr.errors import UserError
@@ -21,6 +21,7 @@ from metilr.published import Published, published
 from metilr.results import make_output
 from metilr.runs import Run, read_run
 
+OF_RUNS = ("data", "notes", "elements", "geometric_check", "seconds", "peak_memory_gb")
 CSV_COLUMNS = ("run", "kind", "split", "gap", "gap_minus", "acc", "k", "tau", "database", "fingerprint", "source")
 
 
@@ -50,6 +51,8 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
     differences, notes = _differences(read, console)
     if len(read) > 1:
         tables += [differences_table(split, next(iter(read)), differences, notes[split]) for split in QUERY_FILES]
+    costs_known = any("seconds" in run.results for run in read.values())  # not of runs by other programs
+    tables += [costs_table(title, group) for title, group in groups.items()] if costs_known else []
     if len(groups) > 1:
         console.print(f"[bold yellow]note:[/] {DIFFERENT_DATA}")
     for table in tables:
@@ -163,7 +166,7 @@ def _as_json(
             {
                 "name": name,
                 "path": str(run.path.resolve()),
-                **{key: run.results.get(key) for key in ("data", "notes", *QUERY_FILES)},
+                **{key: run.results.get(key) for key in (*OF_RUNS, *QUERY_FILES)},
                 "knn": {key: run.results["knn"].get(key) for key in ("k", "tau", "tuned_on")},
                 "published": [vars(row) for row in known[name]],
             }

@@ -1,6 +1,7 @@
 """The tables of ``metilr compare``."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from metilr.comparison_plot import METRICS
 from metilr.data.ground_truth import QUERY_FILES
@@ -8,7 +9,7 @@ from metilr.differences import PairedDifferences
 from metilr.published import Published
 from metilr.results import chosen
 from metilr.runs import Run
-from metilr.scoring import LEVEL
+from metilr.scoring import LEVEL, headline_unit
 from metilr.tables import TextTable
 
 
@@ -40,6 +41,32 @@ def figures_table(title: str, runs: Mapping[str, Run], known: Mapping[str, Seque
     spans = [("", 3), *((split, len(METRICS)) for split in QUERY_FILES)]
     header = ["run", "k", "τ", *METRICS.values(), *METRICS.values()]
     return TextTable(title, spans, header, rows, frozenset(quiet), notes)
+
+
+def costs_table(title: str, runs: Mapping[str, Run]) -> TextTable:
+    """Put beside each run's GAP its interval, and what the run took."""
+    rows = []
+    for name, run in runs.items():
+        results = run.results
+        unit = headline_unit(results) if all("intervals" in results[split] for split in QUERY_FILES) else None
+        gaps = [_gap_with_interval(results[split], unit) for split in QUERY_FILES]
+        seconds, memory = results.get("seconds"), results.get("peak_memory_gb")
+        rows.append(
+            [name, *gaps, "–" if seconds is None else f"{seconds:,.0f}", "–" if memory is None else f"{memory:.2f}"]
+        )
+    notes = [
+        f"in brackets {100 * LEVEL:g}% intervals; seconds and memory of the whole evaluation; descriptors that an "
+        "earlier run left in a store were not made again"
+    ]
+    header = ["run", *(f"GAP {split}" for split in QUERY_FILES), "seconds", "GB"]
+    return TextTable(f"{title}: what each run took", [], header, rows, notes=notes)
+
+
+def _gap_with_interval(figures: Mapping[str, Any], unit: str | None) -> str:
+    if unit is None:
+        return _percent(figures["gap"])
+    low, high = figures["intervals"][unit]["gap"]
+    return f"{_percent(figures['gap'])} ({100 * low:.0f}–{100 * high:.0f})"
 
 
 def _sources(rows: Sequence[Published]) -> list[str]:

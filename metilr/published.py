@@ -110,7 +110,7 @@ def published(results: Mapping[str, Any]) -> tuple[Published, ...]:
 
     The row is known if the data has the Met's published counts, the backbone has the official weights, and the rest
     is as published: images at their own size, GeM with p = 3 on the last map, no projector, the three scales,
-    whitening to 512 learned on the database, k and τ tuned on val, no image left out.
+    whitening to 512 learned on the database, k and τ tuned on val, no image left out, no element beyond the recipe.
 
     Args:
         results: What ``results.json`` says.
@@ -157,4 +157,12 @@ def _is_standard_protocol(results: Mapping[str, Any]) -> bool:
         and results["knn"].get("tuned_on") == "val"
         and all(len(grid.get(name, ())) > 1 for name in ("k", "tau"))
         and not results.get("skipped_images")
+        and _has_no_further_element(results)
     )
+
+
+def _has_no_further_element(results: Mapping[str, Any]) -> bool:
+    """Whether everything beyond the published recipe was off; runs from before there was anything say nothing."""
+    elements = results.get("elements") or {}
+    switches = ("visits", "query_crops", "dba", "hubness")
+    return not any(elements.get(name) for name in switches) and not results.get("geometric_check")

@@ -116,6 +116,7 @@ def results_of(
         "command": _command(),
         "directory": str(Path.cwd()),
         "seconds": round(seconds, 1),
+        "peak_memory_gb": peak_memory_gb(),
         "notes": notes,
         "data": {
             "root": ground_truth.root.resolve().name,
@@ -230,6 +231,16 @@ def _with_interval(figures: Mapping[str, Any], name: str, unit: str | None) -> s
         return value
     low, high = figures["intervals"][unit][name]
     return f"{value} [dim]({100 * low:.0f}–{100 * high:.0f})[/]"
+
+
+def peak_memory_gb() -> float | None:
+    """Most memory that this process has held so far, memory-mapped files included; None where nothing tells."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
 
 
 def _command() -> str | None:

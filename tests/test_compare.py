@@ -98,6 +98,22 @@ def error_of(capsys, *arguments: object) -> str:
     return error
 
 
+def test_what_each_run_took_stands_beside_its_interval(museum):
+    write_run(Path("a"), museum, 0, seconds=12.4, peak_memory_gb=1.25)
+    write_run(Path("b"), museum, 1, seconds=1234.0, peak_memory_gb=None)
+    interval = dict.fromkeys(("gap", "gap_minus", "acc"), [0.25, 0.75])
+    for name in "ab":
+        of_run = results(name)
+        for split in ("val", "test"):
+            of_run[split]["intervals"] = {"queries": interval}
+        Path(name, "results.json").write_text(json.dumps(of_run))
+    compare("a", "b")
+    costs = markdown_tables(Path("out/comparison.md").read_text())[-1]
+    assert costs[0] == ["run", "GAP val", "GAP test", "seconds", "GB"]
+    shown = f"{100 * results('a')['test']['gap']:.2f} (25–75)"
+    assert costs[1][2:] == [shown, "12", "1.25"] and costs[2][3:] == ["1,234", "–"]
+
+
 def results(folder: str) -> dict[str, Any]:
     return json.loads(Path(folder, "results.json").read_text())
 

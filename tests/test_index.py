@@ -95,7 +95,7 @@ def test_a_csv_gives_the_rows_of_the_folder(folder, tmp_path):
     one, other = (open_index(tmp_path / name)[0] for name in ("by_folder", "by_csv"))
     assert other.exhibits[-1] == f"No. {NAME}"
     np.testing.assert_allclose(
-        one.descriptors @ one.descriptors.T, (other.descriptors @ other.descriptors.T)[::-1, ::-1], atol=1e-4
+        one.database.rows @ one.database.rows.T, (other.database.rows @ other.database.rows.T)[::-1, ::-1], atol=1e-4
     )
 
 
@@ -140,7 +140,7 @@ def test_few_images_and_a_whitening_from_elsewhere(folder, tmp_path, failure):
     whitening = PCAWhitening(np.zeros(512), basis, np.ones(512), 1.0, 100, 20)
     whitening.save(tmp_path / "w.npz")
     index(folder, tmp_path / "c", whitening=str(tmp_path / "w.npz"), **UNTRAINED)
-    assert open_index(tmp_path / "c")[0].descriptors.shape == (3, 20)
+    assert open_index(tmp_path / "c")[0].database.rows.shape == (3, 20)
 
 
 def test_an_index_is_not_written_among_the_images(folder, failure):

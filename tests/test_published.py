@@ -56,6 +56,19 @@ def test_the_figures_are_those_of_the_configuration_s_header(backbone):
             assert "test" not in rows
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"elements": {"visits": 3}}, {"elements": {"query_crops": [0.5]}}, {"elements": {"dba": 1}},
+        {"elements": {"hubness": {"neighbours": 5, "beta": 0.0}}}, {"geometric_check": {"candidates": 5}},
+    ],
+)  # fmt: skip
+def test_a_run_with_more_than_the_recipe_is_not_that_row(changed):
+    plain = {**results_of("r18_in", "full"), "elements": {"visits": 0, "database_views": "none", "query_crops": []}}
+    assert published(plain)
+    assert not published({**plain, **changed})
+
+
 def percents(row) -> tuple[float, float, float]:
     return (100 * row.gap, 100 * row.gap_minus, 100 * row.acc)
 

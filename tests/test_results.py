@@ -14,6 +14,7 @@ from metilr.data.ground_truth import GroundTruth
 from metilr.errors import UserError
 from metilr.knn import Predictions, Tuning
 from metilr.matches import Matches
+from metilr.method import Method
 from metilr.recognition import Recognition
 from metilr.results import open_output, print_table, results_of, write_results
 from metilr.sources import Descriptors
@@ -64,7 +65,7 @@ def results(recognition, origins=None, notes=(), synthetic=False):
     }  # fmt: skip
     opened = Descriptors({"database": [np.zeros((2, 3))]}, {}, origins or [origin])
     return results_of(
-        TRUTH, recognition, opened, synthetic=synthetic, search_device="cpu", whitening="pca",
+        TRUTH, recognition, opened, synthetic=synthetic, search_device="cpu", method=Method(), check=None,
         skipped_images=[{"split": "test", "path": "t/3.jpg", "reason": "broken"}], notes=list(notes), seconds=1.25,
     )  # fmt: skip
 

@@ -57,19 +57,20 @@ def test_what_is_written(answered, tmp_path):
     truth, recognition = answered
     (truth.image(truth.paths["val"][3])).write_bytes(b"no image")
     galleries = {split: arrange(truth, recognition, split, -1.0) for split in ("val", "test")}
-    n_missing = write_gallery(tmp_path, truth, recognition, galleries, 9, quiet=True)
+    n_missing = write_gallery(tmp_path, truth, recognition, galleries, 9, None, quiet=True)
     assert n_missing == 1
     text = (tmp_path / "gallery.js").read_text()
     content = json.loads(text.removeprefix("window.GALLERY = ").removesuffix(";\n"))
     assert set(content["pictures"]) == {file.stem for file in (tmp_path / "pictures").iterdir()}
     assert "val3" not in content["pictures"] and {"val0", "test6", "d2", "d4"} <= set(content["pictures"])
-    row, path, kind, label, answer, outcome, log_confidence, margin, rows, similarities = content["splits"]["val"][0]
+    entry = content["splits"]["val"][0]
+    row, path, kind, label, answer, outcome, log_confidence, margin, rows, similarities, inliers = entry
     assert (row, path, kind) == (1, truth.paths["val"][1], "met")
     assert [content["exhibits"][label], content["exhibits"][answer]] == [70, 9]
     assert (content["outcomes"][outcome], log_confidence) == ("wrong", -0.1)
-    assert margin == pytest.approx(0.1) and (rows, similarities) == ([2, 0], [0.8, 0.7])
+    assert margin == pytest.approx(0.1) and (rows, similarities, inliers) == ([2, 0], [0.8, 0.7], [])
     assert content["database"]["2"] == [truth.paths["database"][2], 0]
     skipped = content["splits"]["val"][-1]
-    assert skipped[4] is None and skipped[6:] == [None, None, [], []]
+    assert skipped[4] is None and skipped[6:] == [None, None, [], [], []]
     with Image.open(tmp_path / "pictures" / "d2.jpg") as picture:
         assert max(picture.size) <= 200

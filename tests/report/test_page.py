@@ -10,6 +10,7 @@ from metilr.data.ground_truth import QUERY_FILES, load_ground_truth
 from metilr.evaluation import evaluate
 from metilr.knn import Predictions, Tuning
 from metilr.matches import Matches
+from metilr.method import Method
 from metilr.metrics import acc, gap, gap_minus
 from metilr.recognition import Recognition
 from metilr.report import write_report
@@ -142,7 +143,7 @@ def test_nineteen_thousand_queries(browser, met_root, tmp_path):
     recognition = Recognition(answers, figures, None, 1, 50.0, tuning, matches)
     opened = Descriptors({}, {}, [{"model": {"backbone": "r18_in", "pooling": {"kind": "gem", "p": 3}, "scales": [1]}}])
     results = results_of(
-        truth, recognition, opened, synthetic=False, search_device="cpu", whitening="pca",
+        truth, recognition, opened, synthetic=False, search_device="cpu", method=Method(), check=None,
         skipped_images=[], notes=[], seconds=1.0,
     )  # fmt: skip
     page = open_page(browser, write_report(tmp_path, results, truth, recognition, quiet=True))
