@@ -19,13 +19,8 @@ from metilr.data.views import CentreCrops
 from metilr.descriptors import UNIT_TOLERANCE, DescriptorStore, differing_settings
 from metilr.errors import UserError
 from metilr.extraction import DescriptorModule, ExtractionOptions, store_settings
-from metilr.geometric_check import (
-    GeometricCheck,
-    check_photo,
-    inliers_of_answers,
-    labels_of,
-    reordered,
-)
+from metilr.geometric_check import GeometricCheck, check_photo
+from metilr.geometric_evidence import apply_evidence
 from metilr.knn import NO_ROW, Predictions, classify
 from metilr.matches import N_MATCHES, N_NEIGHBOURS, Matches, top_matches
 from metilr.method import Method
@@ -217,14 +212,10 @@ class Collection:
         photo = check_photo(check, image, [self.image(row) for row in rows[0].tolist()])
         inliers = np.array([[found.n_inliers for found in photo.found]])
         database_labels = self.ground_truth.labels["database"]
-        if check.reorder:
-            predictions = reordered(predictions, matches, database_labels, inliers, self.tau)
-        candidate_labels = labels_of(rows, database_labels)
-        evidence = inliers_of_answers(predictions.labels, candidate_labels, inliers)
-        log_confidence = check.gate.apply(predictions.log_confidence, evidence)
-        answered = np.flatnonzero(candidate_labels[0] == predictions.labels[0])
+        predictions = apply_evidence(predictions, matches, database_labels, inliers, self.tau, check.boost, check.gate)
+        answered = np.flatnonzero(database_labels[rows[0]] == predictions.labels[0])
         regions = photo.draw(int(answered[0]), check.image_size) if draw and len(answered) else None
-        return dataclasses.replace(predictions, log_confidence=log_confidence), inliers[0].tolist(), regions
+        return predictions, inliers[0].tolist(), regions
 
     def _compared(self, image: Tensor) -> np.ndarray:
         """The descriptors that a photo is searched by, ``(1, V, D)``."""

@@ -10,7 +10,8 @@ from metilr.data.ground_truth import load_ground_truth
 from metilr.descriptors import DescriptorStore
 from metilr.errors import UserError
 from metilr.extraction import Accelerator, ExtractionOptions, store_settings
-from metilr.geometric_check import Gate, GeometricCheck, geometric_check_of
+from metilr.geometric_check import GeometricCheck, geometric_check_of
+from metilr.geometric_evidence import Gate
 from metilr.index import Index, build_model
 from metilr.method import Method
 from metilr.models.backbones import RANDOM
@@ -142,9 +143,8 @@ def _check(run: Run, embedder: Embedder, options: ExtractionOptions) -> Geometri
     if recorded is None:
         return None
     gate = Gate(recorded["gate"]["weight"], recorded["gate"]["enough"])
-    check = geometric_check_of(
-        embedder.to(options.device), options.image_size, recorded["candidates"], recorded["reorder"], gate
-    )
+    what = (recorded["candidates"], recorded["reorder"], recorded["boost"], gate)
+    check = geometric_check_of(embedder.to(options.device), options.image_size, *what)
     refuse_another_model(run.path, recorded["features"], check.extractor.settings())
     return check
 

@@ -136,7 +136,7 @@ def evaluate(
             off its similarities: what resembles everything loses; 0 is off.
         geometric_check: Compare local features of each query with those of so many nearest exhibits; where few agree
             about one transform, confidence falls, by how much is chosen on val; 0 is off.
-        geometric_reorder: Answer with the exhibit on which most local features agree.
+        geometric_reorder: Let agreeing local features decide between the exhibits, as far as val gains by it.
         k: Number of neighbours; without it chosen on val.
         tau: Inverse temperature of the confidence; without it chosen on val.
         descriptors: Start from these instead of images: descriptor stores or the reference code's

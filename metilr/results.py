@@ -21,7 +21,8 @@ from rich.table import Table
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.errors import UserError
 from metilr.files import write_atomically
-from metilr.geometric_check import GeometricCheck, inliers_of_answers, labels_of
+from metilr.geometric_check import GeometricCheck
+from metilr.geometric_evidence import inliers_of_answers
 from metilr.knn import NO_LABEL, NO_ROW, Predictions
 from metilr.method import Method
 from metilr.metrics import DISTRACTOR
@@ -152,7 +153,9 @@ def results_of(
         else {
             "candidates": check.candidates,
             "reorder": check.reorder,
-            "gate": {"weight": check.gate.weight, "enough": check.gate.enough, "tuned_on": "val"},
+            "boost": check.boost,
+            "gate": {"weight": check.gate.weight, "enough": check.gate.enough},
+            "tuned_on": "val",
             "features": check.extractor.settings(),
         },
         "search": {"device": search_device, "exact": True},
@@ -263,10 +266,12 @@ def _model(opened: Descriptors) -> dict[str, Any]:
 def _of_answers(recognition: Recognition, ground_truth: GroundTruth, split: str) -> np.ndarray:
     """Inliers of each answer."""
     assert recognition.inliers is not None
-    inliers = recognition.inliers[split]
-    rows = recognition.matches[split].rows[:, : inliers.shape[1]]
-    labels = labels_of(rows, ground_truth.labels["database"])
-    return inliers_of_answers(recognition.answers[split].labels, labels, inliers)
+    return inliers_of_answers(
+        recognition.answers[split],
+        recognition.matches[split],
+        ground_truth.labels["database"],
+        recognition.inliers[split],
+    )
 
 
 def _write_predictions(

@@ -101,7 +101,7 @@ def error_of(capsys, *arguments: object) -> str:
 def test_what_each_run_took_stands_beside_its_interval(museum):
     write_run(Path("a"), museum, 0, seconds=12.4, peak_memory_gb=1.25)
     write_run(Path("b"), museum, 1, seconds=1234.0, peak_memory_gb=None)
-    interval = dict.fromkeys(("gap", "gap_minus", "acc"), [0.25, 0.75])
+    interval = {metric: [0.25, 0.75] for metric in ("gap", "gap_minus", "acc")}
     for name in "ab":
         of_run = results(name)
         for split in ("val", "test"):

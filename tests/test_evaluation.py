@@ -177,7 +177,7 @@ def test_a_geometric_check_gates_confidence_and_leaves_labels(museum):
     run("--root", museum, *UNTRAINED, "--store", "store", "--output", "with", "--geometric_check", 3)
     without, with_ = (read_json(Path(name) / "results.json") for name in ("without", "with"))
     check = with_["geometric_check"]
-    assert check["candidates"] == 3 and check["reorder"] is False and check["gate"]["tuned_on"] == "val"
+    assert check["candidates"] == 3 and check["reorder"] is False and check["tuned_on"] == "val" and check["boost"] == 0
     assert with_["val"]["gap"] >= without["val"]["gap"] and without["geometric_check"] is None
     gate = check["gate"]
     for split in ("val", "test"):
