@@ -87,15 +87,12 @@ def build_searchable(
     """
     made = descriptors.made["database"]
     images = np.flatnonzero(made)
-    rows = unit_rows(descriptors, "database", transform, quiet)
+    splits = ["database", "visits"] if method.database_views == "rows" else ["database"]
+    rows = _unit_rows(descriptors, splits, transform, quiet)
     if method.database_views == "rows":
-        rows = np.concatenate([rows, unit_rows(descriptors, "visits", transform, quiet)])
         images = np.concatenate([images, np.repeat(images, method.visits)])
     elif method.database_views == "mean":
-        visits = unit_rows(descriptors, "visits", transform, quiet).reshape(len(rows), method.visits, -1)
-        for v in range(method.visits):  # not one sum over all: it would need a copy of them
-            rows += visits[:, v]
-        _to_unit_length(rows)
+        _add_visits(rows, descriptors, method.visits, transform, quiet)
     labels = ground_truth.labels["database"][images]
     if method.dba:
         with counted("augmenting the database", len(rows), "rows", quiet) as done:
@@ -111,10 +108,10 @@ def query_views(
     descriptors: Descriptors, split: str, method: Method, transform: PCAWhitening | None, quiet: bool = True
 ) -> np.ndarray:
     """Descriptors of the queries that have one and of their crops, as they are searched: ``(n made, V, D)``."""
-    whole = unit_rows(descriptors, split, transform, quiet)[:, None]
+    whole = _unit_rows(descriptors, [split], transform, quiet)[:, None]
     if not method.query_crops:
         return whole
-    crops = unit_rows(descriptors, f"{split}_crops", transform, quiet)
+    crops = _unit_rows(descriptors, [f"{split}_crops"], transform, quiet)
     return joined_views(whole, crops.reshape(len(whole), len(method.query_crops), -1), method)
 
 
@@ -267,18 +264,35 @@ def mean_background(
     return mean
 
 
-def unit_rows(descriptors: Descriptors, split: str, transform: PCAWhitening | None, quiet: bool = True) -> np.ndarray:
-    """Rows as they are compared, float32 ``(n made, D)``: whitened if asked for, of unit length in any case."""
-    made = descriptors.made[split]
+def _unit_rows(
+    descriptors: Descriptors, splits: Sequence[str], transform: PCAWhitening | None, quiet: bool
+) -> np.ndarray:
+    """Rows of splits under each other as they are compared, float32 ``(n made, D)``, of unit length."""
     width = descriptors.width if transform is None else transform.dim
-    ready = np.empty((int(made.sum()), width), dtype=np.float32)
+    ready = np.empty((sum(int(descriptors.made[split].sum()) for split in splits), width), dtype=np.float32)
     start = 0
-    with counted(f"whitening {split}", len(ready), "rows", quiet) as done:
-        for chunk in row_chunks(descriptors.parts[split], made):
-            ready[start : start + len(chunk)] = as_compared(chunk, transform)
-            start += len(chunk)
-            done(len(chunk))
+    with counted(f"whitening {' and '.join(splits)}", len(ready), "rows", quiet) as done:
+        for split in splits:
+            for chunk in row_chunks(descriptors.parts[split], descriptors.made[split]):
+                ready[start : start + len(chunk)] = as_compared(chunk, transform)
+                start += len(chunk)
+                done(len(chunk))
     return ready
+
+
+def _add_visits(
+    rows: np.ndarray, descriptors: Descriptors, n_visits: int, transform: PCAWhitening | None, quiet: bool
+) -> None:
+    """Make each row the mean of itself and its image's visits, of unit length; some images at a time."""
+    start = 0
+    with counted("averaging visits", len(rows), "images", quiet) as done:
+        images_at_once = CHUNK_ROWS // n_visits + 1
+        for chunk in row_chunks(descriptors.parts["visits"], descriptors.made["visits"], images_at_once * n_visits):
+            visits = as_compared(chunk, transform).reshape(-1, n_visits, rows.shape[1])
+            rows[start : start + len(visits)] += visits.sum(axis=1)
+            start += len(visits)
+            done(len(visits))
+    _to_unit_length(rows)
 
 
 def as_compared(rows: np.ndarray, transform: PCAWhitening | None) -> np.ndarray:

@@ -7,6 +7,7 @@ from metilr import __version__
 
 LIBRARIES = (
     "torch", "torchvision", "pytorch-lightning", "torchmetrics", "timm", "numpy", "pillow", "faiss-gpu", "faiss-cpu",
+    "opencv-python-headless",
 )  # fmt: skip
 
 

@@ -65,13 +65,19 @@ def compress(image: torch.Tensor, strength: float, stream: Stream) -> torch.Tens
 
 
 def gaussian_blur(image: torch.Tensor, sigma_x: float, sigma_y: float) -> torch.Tensor:
-    """Blur along one axis after the other: the same as the square kernel, in a tenth of the time."""
-    height, width = image.shape[1:]
-    # torchvision pads by reflection, which cannot reach past the opposite edge.
-    size_x = 2 * min(math.ceil(3 * sigma_x), width - 1) + 1
-    size_y = 2 * min(math.ceil(3 * sigma_y), height - 1) + 1
-    image = F.gaussian_blur(image, [size_x, 1], [sigma_x, sigma_x])
-    return F.gaussian_blur(image, [1, size_y], [sigma_y, sigma_y])
+    """Blur along both axes as torchvision does, each by one matrix product: a few times as fast as its convolution."""
+    return _blur_matrix(image.shape[1], sigma_y) @ image @ _blur_matrix(image.shape[2], sigma_x).T
+
+
+def _blur_matrix(n: int, sigma: float) -> torch.Tensor:
+    """Blur of n pixels in a row: each output's weights of the inputs, ``(n, n)``; edges reflect."""
+    # Reflection cannot reach past the opposite edge.
+    radius = min(math.ceil(3 * sigma), n - 1)
+    offsets = torch.arange(-radius, radius + 1)
+    weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    inputs = (torch.arange(n)[:, None] + offsets).abs()
+    inputs = n - 1 - (n - 1 - inputs).abs()
+    return torch.zeros(n, n).scatter_add_(1, inputs, (weights / weights.sum()).expand(n, -1))
 
 
 def whole_pixels(side: float) -> int:

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
+from metilr.data.visit_camera import gaussian_blur
 from metilr.data.visits import (
     PRESETS,
     VisitStrengths,
@@ -196,3 +198,12 @@ def test_strengths_between_two_presets():
     assert strengths_between("mild", "severe", 0) == PRESETS["mild"]
     assert strengths_between("mild", "severe", 1) == PRESETS["severe"]
     assert strengths_between("mild", "severe", 0.5).frame == pytest.approx(0.65)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (5, 33), (1, 7)])
+@pytest.mark.parametrize("sigmas", [(0.3, 0.3), (4.0, 1.5), (9.0, 0.5)])
+def test_blur_is_torchvision_s(shape, sigmas):
+    image = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
+    sizes = [2 * min(math.ceil(3 * s), n - 1) + 1 for s, n in zip(sigmas, reversed(shape), strict=True)]
+    expected = F.gaussian_blur(image, sizes, list(sigmas))
+    torch.testing.assert_close(gaussian_blur(image, *sigmas), expected, atol=1e-6, rtol=1e-5)
