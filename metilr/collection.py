@@ -1,6 +1,5 @@
 """What identification needs: the database as it is searched, and the very model that described it."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +19,9 @@ from metilr.descriptors import UNIT_TOLERANCE, DescriptorStore, differing_settin
 from metilr.errors import UserError
 from metilr.extraction import DescriptorModule, ExtractionOptions, store_settings
 from metilr.geometric_check import GeometricCheck, check_photo
-from metilr.geometric_evidence import apply_evidence
-from metilr.knn import NO_ROW, Predictions, classify
-from metilr.matches import N_MATCHES, N_NEIGHBOURS, Matches, top_matches
+from metilr.geometric_evidence import Checked, apply_evidence
+from metilr.knn import Predictions, classify
+from metilr.matches import N_MATCHES, N_NEIGHBOURS, Matches
 from metilr.method import Method
 from metilr.models.embedder import Embedder
 from metilr.photos import BadPhotoError
@@ -117,7 +116,6 @@ class Collection:
         method: How photos are compared with the database.
         whitening: Applied to descriptors; None for none.
         database: As it is searched.
-        beta: See ``Recognition``.
         k: Number of neighbours.
         tau: Inverse temperature.
         check: Geometric check of the best candidates; None for none.
@@ -131,7 +129,6 @@ class Collection:
     method: Method
     whitening: PCAWhitening | None
     database: Searchable
-    beta: float
     k: int
     tau: float
     check: GeometricCheck | None = None
@@ -176,19 +173,13 @@ class Collection:
         """
         query = self._compared(image)
         labels, n = self.database.labels, len(self.database.rows)
-        n_wanted = min(max(n_matches, self.check.candidates if self.check else 0), len(np.unique(labels)))
-        n_neighbours = min(n, max(self.k, n_wanted, N_NEIGHBOURS * self.method.rows_per_image))
-        while True:
-            neighbours = self.database.nearest(query, n_neighbours, self.beta)
-            matches = top_matches(neighbours, labels, n_wanted)
-            if NO_ROW not in matches.rows:
-                break
-            n_neighbours = min(n, 4 * n_neighbours)  # the nearest exhibits have many images
+        n_wanted = max(n_matches, self.check.candidates if self.check else 0)
+        neighbours = self.database.nearest(query, min(n, max(self.k, N_NEIGHBOURS * self.method.rows_per_image)))
+        matches = self.database.matches(query, neighbours, n_wanted)
         predictions = classify(neighbours, labels, len(self.exhibits), self.k, self.tau)
         matches = Matches(self.database.images[matches.rows], matches.similarities)
         counts, regions = None, None
         if self.check is not None:
-            predictions = dataclasses.replace(predictions, nearest=self.database.images[predictions.nearest])
             predictions, counts, regions = self._checked(image, predictions, matches, self.check, draw)
         exhibits = [self.exhibits[label] for label in self.ground_truth.labels["database"][matches.rows[0]].tolist()]
         listed = zip(matches.rows[0].tolist(), exhibits, matches.similarities[0].tolist(), strict=True)
@@ -212,7 +203,8 @@ class Collection:
         photo = check_photo(check, image, [self.image(row) for row in rows[0].tolist()])
         inliers = np.array([[found.n_inliers for found in photo.found]])
         database_labels = self.ground_truth.labels["database"]
-        predictions = apply_evidence(predictions, matches, database_labels, inliers, self.tau, check.boost, check.gate)
+        checked = Checked(matches, inliers, database_labels, len(self.exhibits), self.tau)
+        predictions = apply_evidence(predictions, checked, check.boost, check.gate)
         answered = np.flatnonzero(database_labels[rows[0]] == predictions.labels[0])
         regions = photo.draw(int(answered[0]), check.image_size) if draw and len(answered) else None
         return predictions, inliers[0].tolist(), regions
@@ -274,8 +266,7 @@ def open_collection(
         image_size=options.image_size,
         method=method,
         whitening=whitening,
-        database=build_searchable(opened, ground_truth, method, whitening),
-        beta=beta,
+        database=build_searchable(opened, ground_truth, method, whitening).lowered(beta),
         k=k,
         tau=tau,
         check=check,

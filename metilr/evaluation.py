@@ -18,6 +18,7 @@ from metilr.data.datamodule import BadImages
 from metilr.data.demo import make_demo
 from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_truth
 from metilr.data.transforms import BadImageError, load_image
+from metilr.descriptors import SPLITS
 from metilr.errors import UserError
 from metilr.extraction import (
     Accelerator,
@@ -197,8 +198,8 @@ def evaluate(
             embedder = build_embedder(backbone, weights, pooling, p, stage, scales, patch_rounding, seed)
         name = embedder.backbone.name.replace("/", "_") + ("" if ckpt is None else f"_{Path(ckpt).stem}")
         n_database = len(ground_truth.paths["database"])
-        method.check(n_database, embedder.dim)
-        check_search(n_database * method.rows_per_image, k, tau, search_device)
+        method.check(n_database, embedder.dim, ground_truth.n_classes)
+        check_search(n_database, k, tau, search_device, method.rows_per_image)
     elif not launched_as_first():
         return None  # nothing to share out: the first process does it alone
     # Opened before the long part, so as not to fail after it.
@@ -282,7 +283,8 @@ def _notes(
     sessions = [session for origin in opened.origins for session in origin.get("made_with", [])]
     if any(session.get("weights_from", {}).get("source") == "random" for session in sessions):
         notes.append("RANDOM WEIGHTS: the backbone was not trained, its figures mean nothing")
-    if any(len(origin.get("made_with", [])) > 1 for origin in opened.origins):
+    made = [part for origin in opened.origins for part in (origin, *origin.get("views", []))]
+    if any(len(part.get("made_with", [])) > 1 for part in made):
         notes.append("the descriptors were made in several goes with different devices or library versions")
     whitening = recognition.whitening
     if (
@@ -302,7 +304,7 @@ def _notes(
     ):
         notes.append(f"the grid of k ends at {recognition.tuning.k_grid[-1]}: a larger k passes the database's rows")
     if skipped_images:
-        counts = {split: int((~made).sum()) for split, made in opened.made.items()}
+        counts = {split: int((~opened.made[split]).sum()) for split in SPLITS}
         parts = ", ".join(f"{n:,} of {len(opened.made[split]):,} in {split}" for split, n in counts.items() if n)
         notes.append(f"images that are missing or cannot be decoded were left out: {parts} (see skipped_images)")
     return notes
@@ -310,9 +312,9 @@ def _notes(
 
 def _skipped_images(opened: Descriptors, ground_truth: GroundTruth) -> list[dict[str, str]]:
     skipped = []
-    for split, made in opened.made.items():
-        for i in np.flatnonzero(~made):
-            path = ground_truth.paths[split][i]
+    for split, paths in ground_truth.paths.items():
+        for i in np.flatnonzero(~opened.made[split]):
+            path = paths[i]
             skipped.append({"split": split, "path": path, "reason": _why_bad(ground_truth.image(path))})
     return skipped
 

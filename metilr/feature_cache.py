@@ -50,7 +50,9 @@ class FeatureCache:
             folder.mkdir(parents=True, exist_ok=True)
             self._old_bytes = sum(size for _, size, _ in self._entries())
         except OSError as error:
-            raise UserError(f"{folder}: cannot be used as a cache ({error.strerror}); name another folder") from None
+            raise UserError(
+                f"{folder}: cannot be used as a cache ({error.strerror}); make it writable, or start in another folder"
+            ) from None
 
     def features(self, image: Path, compute: Callable[[], LocalFeatures]) -> LocalFeatures:
         """Return the features of an image file.

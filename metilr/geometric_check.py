@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metilr.callbacks import keep_float32_exact
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.data.transforms import BadImageError, load_image
 from metilr.extraction import default_workers
 from metilr.feature_cache import FeatureCache
-from metilr.geometric_evidence import OFF, Gate, apply_evidence, tune_evidence
+from metilr.geometric_evidence import OFF, Checked, Gate, apply_evidence, tune_evidence
 from metilr.geometry import NOTHING_IN_COMMON, LocalFeatures, Verification, verify
-from metilr.knn import NO_LABEL, NO_ROW, Predictions
-from metilr.matches import Matches
+from metilr.knn import NO_LABEL, NO_ROW
 from metilr.matching_picture import matching_picture
 from metilr.models.embedder import Embedder
 from metilr.models.local_features import LocalFeatureExtractor
@@ -88,16 +88,18 @@ def check_recognition(
         for split in QUERY_FILES
     }
 
-    def arguments(split: str) -> tuple[Predictions, Matches, np.ndarray, np.ndarray, float]:
-        answers, matches = recognition.answers[split], recognition.matches[split]
-        return answers, matches, database_labels, inliers[split], recognition.tau
-
-    boost, gate = tune_evidence(*arguments("val"), ground_truth.labels["val"], check.reorder)
-    answers = {split: apply_evidence(*arguments(split), boost, gate) for split in QUERY_FILES}
+    evidence = {
+        split: Checked(
+            recognition.matches[split], inliers[split], database_labels, ground_truth.n_classes, recognition.tau
+        )
+        for split in QUERY_FILES
+    }
+    boost, gate = tune_evidence(recognition.answers["val"], evidence["val"], ground_truth.labels["val"], check.reorder)
+    answers = {split: apply_evidence(recognition.answers[split], evidence[split], boost, gate) for split in QUERY_FILES}
     figures = {
         split: figures_of(of, ground_truth.labels[split], of.labels != NO_LABEL) for split, of in answers.items()
     }
-    checked = dataclasses.replace(recognition, answers=answers, figures=figures, inliers=inliers)
+    checked = dataclasses.replace(recognition, answers=answers, figures=figures, checked=evidence)
     return checked, dataclasses.replace(check, boost=boost, gate=gate)
 
 
@@ -105,6 +107,8 @@ def geometric_check_of(
     embedder: Embedder, image_size: int | None, candidates: int, reorder: bool, boost: float = 0.0, gate: Gate = OFF
 ) -> GeometricCheck:
     """Put a check together from a model; features are kept in ``runs/local_features``."""
+    keep_float32_exact()
+    embedder.to(memory_format=torch.contiguous_format)  # as it is where no extraction came before
     extractor = LocalFeatureExtractor(embedder)
     cache = FeatureCache(FEATURES, check_settings(extractor, image_size))
     return GeometricCheck(extractor, cache, image_size, candidates, reorder, boost, gate)

@@ -23,7 +23,8 @@ ENOUGH_GRID = (10.0, 30.0, 100.0)  # wrong matches of 1200 features have 0 to 20
 class Gate:
     """How inliers change the confidence of an answer: confidence · ((1 + n) / (1 + n + enough)) ^ weight.
 
-    n is the number of inliers. Many leave the confidence as it is, few lower it, and it stays below 1.
+    n is the number of inliers by which the answer leads. Many leave the confidence as it is, few lower it, and it
+    stays below 1.
 
     Attributes:
         weight: 0 or more; 0 leaves every confidence as it is.
@@ -38,7 +39,7 @@ class Gate:
 
         Args:
             log_confidence: ``(Q,)``; -inf stays.
-            inliers: Of each answer, see ``inliers_of_answers``, ``(Q,)``.
+            inliers: How many more than others, see ``inlier_lead``, ``(Q,)``.
 
         Returns:
             float64 ``(Q,)``, nowhere larger than before.
@@ -49,15 +50,36 @@ class Gate:
 OFF = Gate(0.0, ENOUGH_GRID[0])
 
 
-def tune_evidence(
-    answers: Predictions,
-    matches: Matches,
-    database_labels: np.ndarray,
-    inliers: np.ndarray,
-    tau: float,
-    target: np.ndarray,
-    reorder: bool,
-) -> tuple[float, Gate]:
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """What was checked of the answers to Q queries.
+
+    Attributes:
+        matches: Candidates of each query, the first M of which were checked; rows of the database.
+        inliers: Of those, int64 ``(Q, M)``.
+        database_labels: Class of each database row, ``(N,)``.
+        n_classes: Number of classes.
+        tau: Inverse temperature.
+    """
+
+    matches: Matches
+    inliers: np.ndarray
+    database_labels: np.ndarray
+    n_classes: int
+    tau: float
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The candidates that were checked, ``(Q, M)``."""
+        return self.matches.rows[:, : self.inliers.shape[1]]
+
+    @property
+    def similarities(self) -> np.ndarray:
+        """Theirs, ``(Q, M)``."""
+        return self.matches.similarities[:, : self.inliers.shape[1]]
+
+
+def tune_evidence(answers: Predictions, checked: Checked, target: np.ndarray, reorder: bool) -> tuple[float, Gate]:
     """Choose the boost (0 without ``reorder``) and the gate by GAP on val.
 
     Nothing is among the choices, so GAP on val is never lower with them than without. Equal GAPs: the smaller boost,
@@ -65,79 +87,82 @@ def tune_evidence(
 
     Args:
         answers: To the Q queries of val.
-        matches: Their candidates, the first M of which were checked.
-        database_labels: Class of each database row, ``(N,)``.
-        inliers: Of the candidates, ``(Q, M)``.
-        tau: Inverse temperature.
+        checked: Their candidates.
         target: True labels, ``(Q,)``.
         reorder: Whether labels may change.
     """
     best, highest = (0.0, OFF), -1.0
     for boost in BOOST_GRID if reorder else (0.0,):
-        changed = reordered(answers, matches, database_labels, inliers, boost, tau)
-        evidence = inliers_of_answers(changed, matches, database_labels, inliers)
-        gate = tune_gate(changed.log_confidence, changed.labels, target, evidence)
-        reached = gap(gate.apply(changed.log_confidence, evidence), changed.labels, target)
+        changed = reordered(answers, checked, boost)
+        lead = inlier_lead(changed, checked)
+        gate = tune_gate(changed.log_confidence, changed.labels, target, lead)
+        reached = gap(gate.apply(changed.log_confidence, lead), changed.labels, target)
         if reached > highest:
             best, highest = (boost, gate), reached
     return best
 
 
-def apply_evidence(
-    answers: Predictions,
-    matches: Matches,
-    database_labels: np.ndarray,
-    inliers: np.ndarray,
-    tau: float,
-    boost: float,
-    gate: Gate,
-) -> Predictions:
-    """Reorder and gate answers; arguments as those of ``tune_evidence`` and what that returns."""
-    changed = reordered(answers, matches, database_labels, inliers, boost, tau)
-    evidence = inliers_of_answers(changed, matches, database_labels, inliers)
-    return dataclasses.replace(changed, log_confidence=gate.apply(changed.log_confidence, evidence))
-
-
-def reordered(
-    answers: Predictions, matches: Matches, database_labels: np.ndarray, inliers: np.ndarray, boost: float, tau: float
-) -> Predictions:
-    """Answer with the candidate of largest similarity + boost · n / (n + ENOUGH_TO_REORDER), n its inliers.
-
-    The first of equal ones. The confidence becomes that of the new answer: in the softmax, classes differ by tau times
-    the difference of their similarities. Unlike a gate this changes labels, so ACC as well.
-
-    Args:
-        answers: To Q queries.
-        matches: Their candidates, the first M of which were checked.
-        database_labels: Class of each database row, ``(N,)``.
-        inliers: Of the candidates, ``(Q, M)``.
-        boost: 0 leaves the answers as they are.
-        tau: Inverse temperature.
-    """
-    if boost == 0 or not inliers.shape[1]:
-        return answers
-    rows, similarities = (array[:, : inliers.shape[1]] for array in (matches.rows, matches.similarities))
-    scores = np.where(rows == NO_ROW, -np.inf, similarities + boost * inliers / (inliers + ENOUGH_TO_REORDER))
-    place = scores.argmax(axis=1)[:, None]
-    row, similarity = (np.take_along_axis(array, place, axis=1)[:, 0] for array in (rows, similarities))
-    is_new = (row != NO_ROW) & (database_labels[row] != answers.labels)
-    return Predictions(
-        labels=np.where(is_new, database_labels[row], answers.labels),
-        log_confidence=np.where(
-            is_new, answers.log_confidence - tau * (answers.similarity - similarity), answers.log_confidence
-        ),
-        similarity=np.where(is_new, similarity, answers.similarity),
-        nearest=np.where(is_new, row, answers.nearest),
+def apply_evidence(answers: Predictions, checked: Checked, boost: float, gate: Gate) -> Predictions:
+    """Reorder and gate answers by what ``tune_evidence`` chose."""
+    changed = reordered(answers, checked, boost)
+    return dataclasses.replace(
+        changed, log_confidence=gate.apply(changed.log_confidence, inlier_lead(changed, checked))
     )
 
 
-def inliers_of_answers(
-    answers: Predictions, matches: Matches, database_labels: np.ndarray, inliers: np.ndarray
-) -> np.ndarray:
+def reordered(answers: Predictions, checked: Checked, boost: float) -> Predictions:
+    """Answer with the candidate of largest s + boost · n / (n + ENOUGH_TO_REORDER), s its similarity, n its inliers.
+
+    The first of equal ones. The log-confidence is that of the classifier with these numbers in place of similarities:
+    -log1p of the other candidates' summed odds, classes that are no candidate having 0. Unlike a gate this changes
+    labels, so ACC as well.
+
+    Args:
+        answers: To Q queries.
+        checked: Their candidates.
+        boost: 0 leaves the answers as they are.
+    """
+    rows = checked.rows
+    if boost == 0 or not rows.shape[1]:
+        return answers
+    is_there = rows != NO_ROW
+    boosted = checked.similarities + boost * checked.inliers / (checked.inliers + ENOUGH_TO_REORDER)
+    boosted = np.where(is_there, boosted, -np.inf)
+    place = boosted.argmax(axis=1)[:, None]
+    row, similarity, best = (
+        np.take_along_axis(array, place, axis=1)[:, 0] for array in (rows, checked.similarities, boosted)
+    )
+    is_answered = row != NO_ROW
+    best = np.where(is_answered, best, 0)
+    behind = np.where(np.arange(rows.shape[1]) == place, -np.inf, boosted - best[:, None])
+    odds = np.exp(checked.tau * behind).sum(axis=1)
+    odds += (checked.n_classes - is_there.sum(axis=1)) * np.exp(-checked.tau * best)
+    return Predictions(
+        labels=np.where(is_answered, checked.database_labels[row], answers.labels),
+        log_confidence=np.where(is_answered, -np.log1p(odds), answers.log_confidence),
+        similarity=np.where(is_answered, similarity, answers.similarity),
+        nearest=np.where(is_answered, row, answers.nearest),
+    )
+
+
+def inliers_of_answers(answers: Predictions, checked: Checked) -> np.ndarray:
     """Return the most inliers with a candidate of the answered class, int64 ``(Q,)``; 0 without such a candidate."""
-    rows = matches.rows[:, : inliers.shape[1]]
-    speaks = (database_labels[rows] == answers.labels[:, None]) & (rows != NO_ROW)
-    return np.where(speaks, inliers, 0).max(axis=1, initial=0)
+    return np.where(_speaks(answers, checked), checked.inliers, 0).max(axis=1, initial=0)
+
+
+def inlier_lead(answers: Predictions, checked: Checked) -> np.ndarray:
+    """Return how many inliers more an answer has than any other candidate, int64 ``(Q,)``, at least 0.
+
+    Inliers by chance lead by few, and an answer beside the right exhibit has no lead at all.
+    """
+    others = np.where(_speaks(answers, checked), 0, checked.inliers).max(axis=1, initial=0)
+    return np.maximum(inliers_of_answers(answers, checked) - others, 0)
+
+
+def _speaks(answers: Predictions, checked: Checked) -> np.ndarray:
+    """Which candidates are of the answered class, bool ``(Q, M)``."""
+    rows = checked.rows
+    return (checked.database_labels[rows] == answers.labels[:, None]) & (rows != NO_ROW)
 
 
 def tune_gate(
@@ -157,7 +182,7 @@ def tune_gate(
         log_confidence: Of each answer, ``(Q,)``.
         predicted: Predicted labels, ``(Q,)``.
         target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
-        inliers: Of each answer, ``(Q,)``.
+        inliers: See ``inlier_lead``, ``(Q,)``.
         weight_grid: Weights to try.
         enough_grid: Values of ``enough`` to try with each.
     """

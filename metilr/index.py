@@ -120,8 +120,8 @@ def index(
     if image_size is None:
         image_size = IMAGE_SIZE if trained_size is None else trained_size
     method = method_of(arguments)
-    method.check(n_images, embedder.dim)
-    check_search(n_images * method.rows_per_image, k, tau, "cpu")
+    method.check(n_images, embedder.dim, n_exhibits)
+    check_search(n_images, k, tau, "cpu", method.rows_per_image)
     options = ExtractionOptions(
         image_size,
         bad_images,
@@ -139,9 +139,10 @@ def index(
     opened = open_descriptors([store.path], ground_truth, visits_of)
     made = opened.made["database"]
     n_made = int(made.sum())
-    k = min(USUAL_K, n_made) if k is None else k
-    if k > n_made:
-        raise UserError(f"--k {k}: {n_made:,} images could be decoded; choose k from 1 to {n_made}")
+    n_rows = n_made * method.rows_per_image
+    k = min(USUAL_K * method.rows_per_image, n_rows) if k is None else k
+    if k > n_rows:
+        raise UserError(f"--k {k}: {n_made:,} images could be decoded; choose k from 1 to {n_rows}")
     if len(set(ground_truth.labels["database"][made].tolist())) < 2:
         raise UserError(f"{folder}: fewer than 2 exhibits have an image that can be decoded; mend the images")
     transform = whitening_of(opened, ground_truth, method)

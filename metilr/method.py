@@ -66,12 +66,13 @@ class Method:
             views.append(CentreCrops(tuple(self.query_crops)))
         return views
 
-    def check(self, n_database: int, width: int) -> None:
+    def check(self, n_database: int, width: int, n_classes: int) -> None:
         """Refuse what cannot work with such a database, before hours go into describing it.
 
         Args:
             n_database: Images in the database.
             width: Dimensions of the descriptors.
+            n_classes: Exhibits in the database.
 
         Raises:
             UserError: If an option is not usable, or would have no effect; names it.
@@ -86,6 +87,10 @@ class Method:
         if self.visits and not self.is_learned and self.database_views == "none":
             raise UserError(
                 "--visits: has no effect without --whitening learned or --database_views rows or mean; leave it out"
+            )
+        if self.is_learned and not self.visits and n_database <= n_classes:
+            raise UserError(
+                "--visits 0: with one image an exhibit --whitening learned has no pairs to learn from; leave it out"
             )
         if self.database_views != "none" and not self.visits:
             raise UserError(f"--database_views {self.database_views}: needs --visits, such as {VISITS}")

@@ -9,8 +9,9 @@ from rich.markup import escape
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.errors import UserError
+from metilr.geometric_evidence import Checked
 from metilr.knn import K_GRID, NO_ROW, TAU_GRID, Predictions, Tuning, check_tau, classify, tune, with_skipped
-from metilr.matches import N_MATCHES, N_NEIGHBOURS, Matches, top_matches
+from metilr.matches import N_MATCHES, N_NEIGHBOURS, Matches
 from metilr.method import Method
 from metilr.metrics.functional import acc, gap, gap_bounds, gap_minus
 from metilr.progress import counted
@@ -35,7 +36,7 @@ class Recognition:
         tuning: The grid on val, or None where both were given.
         matches: By split, what each query resembles most; rows of the whole database.
         beta: Share of the rows' background that is taken off their similarities; 0 without ``Method.hubness``.
-        inliers: By split, of each query's first matches, int64 ``(Q, M)``; None without a geometric check.
+        checked: By split, what a geometric check found; None without one.
     """
 
     answers: Mapping[str, Predictions]
@@ -46,7 +47,7 @@ class Recognition:
     tuning: Tuning | None
     matches: Mapping[str, Matches]
     beta: float = 0.0
-    inliers: Mapping[str, np.ndarray] | None = None
+    checked: Mapping[str, Checked] | None = None
 
 
 def recognise(
@@ -71,7 +72,7 @@ def recognise(
         method: How descriptors are compared.
         k: Number of neighbours; None: chosen on val.
         tau: Inverse temperature; None: chosen on val.
-        n_matches: Exhibits in each query's matches, as far as its neighbours show so many.
+        n_matches: Exhibits in each query's matches.
         search_device: Where FAISS searches.
         say: Told what is done, a line a step; at full size some take minutes.
         quiet: Show no progress.
@@ -83,8 +84,8 @@ def recognise(
     n_database = int(made["database"].sum())
     if n_database == 0:
         raise UserError("no database image has a descriptor: there is nothing to search; mend the images")
-    method.check(n_database, descriptors.width)
-    check_search(n_database * method.rows_per_image, k, tau, search_device)
+    method.check(n_database, descriptors.width, ground_truth.n_classes)
+    check_search(n_database, k, tau, search_device, method.rows_per_image)
     say(f"[bold]whitening[/]    {escape(method.whitening)}, database {n_database:,} x {descriptors.width}")
     transform = whitening_of(descriptors, ground_truth, method, quiet)
     database = build_searchable(descriptors, ground_truth, method, transform, search_device, quiet)
@@ -94,16 +95,17 @@ def recognise(
 
     def searched(split: str, queries: np.ndarray, k: int, beta: float) -> Neighbours:
         with counted(f"searching {split}", queries.shape[0] * queries.shape[1], "queries", quiet) as done:
-            return database.nearest(queries, k, beta, search_device, done)
+            return database.lowered(beta).nearest(queries, k, search_device, done)
 
-    k_grid = K_GRID if k is None else (k,)
+    # k counts rows: where an image has several, the grid reaches as many images as without.
+    k_grid = sorted({*K_GRID, *(i * method.rows_per_image for i in K_GRID)}) if k is None else [k]
     tau_grid = TAU_GRID if tau is None else (tau,)
     k_search = max(n_neighbours, *(i for i in k_grid if i <= n_rows))
     say(f"[bold]search[/]       exact, {search_device}: val, {k_search} neighbours among {n_rows:,} rows")
-    queries = query_views(descriptors, "val", method, transform, quiet)
+    queries = {split: query_views(descriptors, split, method, transform, quiet) for split in QUERY_FILES}
     beta, tuning, neighbours = 0.0, None, {}
     for tried in BETA_GRID if method.hubness else (0.0,):
-        found = searched("val", queries, k_search, tried)
+        found = searched("val", queries["val"], k_search, tried)
         on_val = tune(
             found,
             database.labels,
@@ -120,33 +122,41 @@ def recognise(
     k, tau = tuning.k, tuning.tau
     k_search = max(n_neighbours, k)
     say(f"[bold]search[/]       test, {k_search} neighbours")
-    queries = query_views(descriptors, "test", method, transform, quiet)
-    neighbours["test"] = searched("test", queries, k_search, beta)
+    database = database.lowered(beta)
+    neighbours["test"] = searched("test", queries["test"], k_search, 0)
 
     answers = {
         split: _answer(neighbours[split], database, ground_truth.n_classes, k, tau, made[split])
         for split in QUERY_FILES
     }
     figures = {split: figures_of(answers[split], ground_truth.labels[split], made[split]) for split in QUERY_FILES}
-    matches = {split: _matches(neighbours[split], database, made[split], n_matches) for split in QUERY_FILES}
+    matches = {}
+    for split in QUERY_FILES:
+        found_matches = database.matches(queries[split], neighbours[split], n_matches, search_device)
+        matches[split] = _matches(found_matches, database, made[split])
     return Recognition(answers, figures, transform, k, tau, tuning if was_tuned else None, matches, beta)
 
 
-def check_search(n_database: int, k: int | None, tau: float | None, search_device: SearchDevice) -> None:
+def check_search(
+    n_database: int, k: int | None, tau: float | None, search_device: SearchDevice, rows_per_image: int = 1
+) -> None:
     """Refuse numbers out of range, before hours go into describing images.
 
     Args:
-        n_database: Rows that are searched.
-        k: Refused beyond them.
+        n_database: Images in the database.
+        k: Refused beyond their rows.
         tau: Refused out of range.
         search_device: Refused where FAISS does not see it.
+        rows_per_image: Searched rows of each image.
 
     Raises:
         UserError: If one is not usable; names it.
     """
     check_device(search_device, k or max(K_GRID))
-    if k is not None and not 1 <= k <= n_database:
-        raise UserError(f"--k {k}: the database has {n_database:,} images; choose k from 1 to {n_database}")
+    n_rows = n_database * rows_per_image
+    if k is not None and not 1 <= k <= n_rows:
+        rows = f" and {n_rows:,} rows" if rows_per_image > 1 else ""
+        raise UserError(f"--k {k}: the database has {n_database:,} images{rows}; choose k from 1 to {n_rows}")
     if tau is not None:
         check_tau(tau)
 
@@ -170,8 +180,8 @@ def _answer(
     return Predictions(answers.labels, answers.log_confidence, answers.similarity, nearest)
 
 
-def _matches(neighbours: Neighbours, database: Searchable, made: np.ndarray, n: int) -> Matches:
-    found = top_matches(neighbours, database.labels, n)
+def _matches(found: Matches, database: Searchable, made: np.ndarray) -> Matches:
+    """The same for all queries, made or not, and in rows of the ground truth's database."""
     shape = (len(made), found.rows.shape[1])
     matches = Matches(np.full(shape, NO_ROW, dtype=np.int64), np.full(shape, np.nan))
     matches.rows[made] = _as_images(found.rows, database)

@@ -22,7 +22,7 @@ from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.errors import UserError
 from metilr.files import write_atomically
 from metilr.geometric_check import GeometricCheck
-from metilr.geometric_evidence import inliers_of_answers
+from metilr.geometric_evidence import Checked, inlier_lead, inliers_of_answers
 from metilr.knn import NO_LABEL, NO_ROW, Predictions
 from metilr.method import Method
 from metilr.metrics import DISTRACTOR
@@ -34,6 +34,7 @@ from metilr.whitening import LearnedWhitening
 
 SCHEMA_VERSION = 1
 RUNS = Path("runs")
+CHECK_COLUMNS = ("inliers", "inlier_lead")  # after the others, where geometry was checked
 _WHITENING_SOURCES = {"pca": "learned on the database", "learned": "learned from pairs"}
 PREDICTION_COLUMNS = (
     "path", "exhibit_id", "predicted_id", "log_confidence", "confidence", "similarity", "nearest_path", "correct",
@@ -185,8 +186,8 @@ def write_results(
     written = [output / "predictions" / f"{split}.csv" for split in QUERY_FILES]
     (output / "predictions").mkdir(exist_ok=True)
     for split, file in zip(QUERY_FILES, written, strict=True):
-        inliers = None if recognition.inliers is None else _of_answers(recognition, ground_truth, split)
-        _write_predictions(file, split, ground_truth, recognition.answers[split], inliers)
+        checked = None if recognition.checked is None else recognition.checked[split]
+        _write_predictions(file, split, ground_truth, recognition.answers[split], checked)
     if recognition.whitening is not None:
         recognition.whitening.save(output / "whitening.npz")
         written.append(output / "whitening.npz")
@@ -263,25 +264,16 @@ def _model(opened: Descriptors) -> dict[str, Any]:
     }
 
 
-def _of_answers(recognition: Recognition, ground_truth: GroundTruth, split: str) -> np.ndarray:
-    """Inliers of each answer."""
-    assert recognition.inliers is not None
-    return inliers_of_answers(
-        recognition.answers[split],
-        recognition.matches[split],
-        ground_truth.labels["database"],
-        recognition.inliers[split],
-    )
-
-
 def _write_predictions(
-    file: Path, split: str, ground_truth: GroundTruth, answers: Predictions, inliers: np.ndarray | None
+    file: Path, split: str, ground_truth: GroundTruth, answers: Predictions, checked: Checked | None
 ) -> None:
     ids, database_paths = ground_truth.exhibit_ids, ground_truth.paths["database"]
     labels = ground_truth.labels[split]
+    if checked is not None:
+        inliers, lead = inliers_of_answers(answers, checked), inlier_lead(answers, checked)
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow([*PREDICTION_COLUMNS, *([] if inliers is None else ["inliers"])])
+        writer.writerow([*PREDICTION_COLUMNS, *([] if checked is None else CHECK_COLUMNS)])
         for i, path in enumerate(ground_truth.paths[split]):
             label, nearest = int(answers.labels[i]), int(answers.nearest[i])
             log_confidence = float(answers.log_confidence[i])
@@ -295,7 +287,7 @@ def _write_predictions(
                     "" if np.isnan(answers.similarity[i]) else repr(float(answers.similarity[i])),
                     "" if nearest == NO_ROW else database_paths[nearest],
                     int(labels[i] != DISTRACTOR and label == labels[i]),
-                    *([] if inliers is None else [int(inliers[i])]),
+                    *([] if checked is None else [int(inliers[i]), int(lead[i])]),
                 ]
             )
 

@@ -163,6 +163,14 @@ def check_device(device: SearchDevice, k: int) -> None:
         )
 
 
+def device_for(device: SearchDevice, k: int) -> SearchDevice:
+    """Where k neighbours can be selected: the CPU where they are more than a GPU selects."""
+    if device == "gpu" and k + _MARGIN > GPU_MAX_K:
+        logger.info("%d neighbours are too many for the GPU's selection: on CPU", k)
+        return "cpu"
+    return device
+
+
 def _on_gpus(database: np.ndarray) -> _Candidates:
     """Spread the database over all GPUs in float32 and search there."""
     options = faiss.GpuMultipleClonerOptions()

@@ -1,5 +1,6 @@
 """The database as it is searched: unit rows, what each shows, and the search with all that the method asks for."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -7,9 +8,11 @@ import numpy as np
 
 from metilr.data.ground_truth import GroundTruth
 from metilr.descriptors import CHUNK_ROWS, row_chunks
+from metilr.knn import NO_ROW
+from metilr.matches import Matches, top_matches
 from metilr.method import Method
 from metilr.progress import counted
-from metilr.search import Neighbours, SearchDevice, search
+from metilr.search import Neighbours, SearchDevice, device_for, search
 from metilr.sources import Descriptors
 from metilr.whitening import PCAWhitening, fit_learned_whitening, fit_pca_whitening
 
@@ -24,31 +27,40 @@ class Searchable:
         rows: Float32 ``(M, D)``, unit length.
         labels: What each shows, int64 ``(M,)``.
         images: Row of the ground truth's database that each was made from, int64 ``(M,)``.
-        background: Mean similarity of each row to its nearest rows of other exhibits, ``(M,)``; None where the method
-            does not ask for it.
+        background: How much more than the average row each resembles rows of other exhibits, ``(M,)``, see
+            ``mean_background``; None where the method does not ask for it.
+        has_offset: Whether the last column of ``rows`` is a number that is added to the row's similarities.
     """
 
     rows: np.ndarray
     labels: np.ndarray
     images: np.ndarray
-    background: np.ndarray | None
+    background: np.ndarray | None = None
+    has_offset: bool = False
+
+    def lowered(self, beta: float) -> "Searchable":
+        """The same with similarities that are less by beta times the row's background."""
+        if beta == 0:
+            return self
+        assert self.background is not None and not self.has_offset
+        # One more dimension makes the subtraction a part of the inner product.
+        rows = np.column_stack([self.rows, (-beta * self.background).astype(np.float32)])
+        return dataclasses.replace(self, rows=rows, has_offset=True)
 
     def nearest(
         self,
         queries: np.ndarray,
         k: int,
-        beta: float = 0.0,
         device: SearchDevice = "cpu",
         done: Callable[[int], None] = lambda n: None,
     ) -> Neighbours:
         """Find the k rows most similar to each query, exactly.
 
-        A query is as similar to a row as its most similar view; with ``beta``, less beta times the row's background.
+        A query is as similar to a row as its most similar view.
 
         Args:
             queries: All views of each query, float32 ``(Q, V, D)``.
             k: Neighbours of a query.
-            beta: Share of the background that is taken off.
             device: See ``search``.
             done: Told the number of views that were searched since the last time.
 
@@ -56,15 +68,31 @@ class Searchable:
             Similarities and rows, ``(Q, k)``; equal similarities: smaller row first.
         """
         n_views, width = queries.shape[1:]
-        views, rows = queries.reshape(-1, width), self.rows
-        if beta:  # one more dimension makes the subtraction an inner product
-            assert self.background is not None
-            rows = np.column_stack([rows, (-beta * self.background).astype(np.float32)])
+        views = queries.reshape(-1, width)
+        if self.has_offset:
             views = np.column_stack([views, np.ones(len(views), dtype=np.float32)])
-        found = search(rows, views, k, device, done)
+        found = search(self.rows, views, k, device_for(device, k), done)
         if n_views == 1:
             return found
         return _best_of_views(found, n_views, k)
+
+    def matches(self, queries: np.ndarray, neighbours: Neighbours, n: int, device: SearchDevice = "cpu") -> Matches:
+        """The nearest row of each of the n nearest exhibits, or of all; looks further where neighbours show fewer.
+
+        Args:
+            queries: As for ``nearest``.
+            neighbours: What that found for them.
+            n: Exhibits of each query.
+            device: See ``search``.
+        """
+        n = min(n, len(np.unique(self.labels)))
+        found = top_matches(neighbours, self.labels, n)
+        width = neighbours.rows.shape[1]
+        while len(short := np.flatnonzero((found.rows == NO_ROW).any(axis=1))):
+            width = min(len(self.rows), 4 * width)
+            wider = top_matches(self.nearest(queries[short], width, device), self.labels, n)
+            found.rows[short], found.similarities[short] = wider.rows, wider.similarities
+        return found
 
 
 def build_searchable(
@@ -101,6 +129,8 @@ def build_searchable(
     if method.hubness:
         with counted("looking for hubs", len(rows), "rows", quiet) as done:
             background = mean_background(rows, labels, method.hubness, device, done)
+        # Similarities keep their scale, and so their place against classes without a neighbour, which have 0.
+        background -= background.mean()
     return Searchable(rows, labels, images, background)
 
 
@@ -112,7 +142,7 @@ def query_views(
     if not method.query_crops:
         return whole
     crops = _unit_rows(descriptors, [f"{split}_crops"], transform, quiet)
-    return joined_views(whole, crops.reshape(len(whole), len(method.query_crops), -1), method)
+    return joined_views(whole, crops.reshape(len(whole), len(method.query_crops), whole.shape[2]), method)
 
 
 def joined_views(whole: np.ndarray, crops: np.ndarray, method: Method) -> np.ndarray:
@@ -220,7 +250,7 @@ def augmented(
     Source: Turcot and Lowe, Better matching with fewer features, ICCV workshops 2009; the weights of Radenović et al.,
     TPAMI 2019, section 4.3.
     """
-    found = search(rows, rows, n + 1, device, done)
+    found = search(rows, rows, n + 1, device_for(device, n + 1), done)
     result = np.empty_like(rows)
     for start in range(0, len(rows), chunk := max(1, CHUNK_ROWS // (n + 1))):
         part = slice(start, start + chunk)
@@ -255,12 +285,17 @@ def mean_background(
     Source: the query-independent half of cross-domain similarity local scaling, Conneau et al., Word Translation
     Without Parallel Data, ICLR 2018, section 2.3.
     """
-    largest_class = int(np.bincount(labels).max())
-    found = search(rows, rows, min(len(rows), n + largest_class), device, done)
-    is_other = labels[found.rows] != labels[:, None]
-    counts = is_other & (np.cumsum(is_other, axis=1) <= n)
-    total = np.where(counts, found.similarities, 0).sum(axis=1)
-    mean: np.ndarray = total / np.maximum(counts.sum(axis=1), 1)
+    mean = np.zeros(len(rows))
+    pending, width = np.arange(len(rows)), min(len(rows), n + 16)
+    while len(pending):
+        found = search(rows, rows[pending], width, device_for(device, width))
+        is_other = labels[found.rows] != labels[pending, None]
+        counts = is_other & (np.cumsum(is_other, axis=1) <= n)
+        n_found = counts.sum(axis=1)
+        mean[pending] = np.where(counts, found.similarities, 0).sum(axis=1) / np.maximum(n_found, 1)
+        settled = (n_found == n) | (width == len(rows))
+        done(int(settled.sum()))
+        pending, width = pending[~settled], min(len(rows), 4 * width)  # rows of exhibits with many images
     return mean
 
 

@@ -35,10 +35,6 @@ class Descriptors:
         """Dimensions of the concatenation."""
         return sum(part.shape[1] for part in self.parts["database"])
 
-    def n_views(self, split: str, of: str) -> int:
-        """Views of each image that a split of views holds; 0 without the split."""
-        return len(self.made[split]) // len(self.made[of]) if split in self.made else 0
-
 
 def open_descriptors(paths: Sequence[Path], ground_truth: GroundTruth, views: Sequence[View] = ()) -> Descriptors:
     """Open stores and reference pickles that describe the images of one ground truth.
@@ -98,8 +94,11 @@ def _open_store(path: Path, ground_truth: GroundTruth, views: Sequence[View]) ->
     matrices: dict[str, np.ndarray] = {split: store.rows(split) for split in ground_truth.paths}
     _check(path, matrices, {split: len(paths) for split, paths in ground_truth.paths.items()})
     made = {split: store.made(split) for split in ground_truth.paths}
+    made_of_views = []
     for view in views:
         of_view = _open_views(store, view)
+        made_with = of_view.manifest().get("made_with", [])
+        made_of_views.append({**view.settings(), "store": str(of_view.path), "made_with": made_with})
         expected = {split: len(ground_truth.paths[source]) * view.n for split, source in view.of.items()}
         rows = {split: of_view.rows(split) for split in view.of}
         _check(of_view.path, {"database": matrices["database"][:1], **rows}, expected)
@@ -107,6 +106,8 @@ def _open_store(path: Path, ground_truth: GroundTruth, views: Sequence[View]) ->
         made.update({split: of_view.made(split) for split in view.of})
     parts = {split: [matrix] for split, matrix in matrices.items()}
     origin = {"store": str(path), **manifest["settings"], "made_with": manifest.get("made_with", [])}
+    if made_of_views:
+        origin["views"] = made_of_views
     return Descriptors(parts, made, [origin])
 
 

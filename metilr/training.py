@@ -1,11 +1,13 @@
 """Contrastive fine-tuning: the LightningModule around backbone, pooling and projector."""
 
 import copy
+import itertools
 import math
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_metric_learning.losses import NTXentLoss
@@ -23,7 +25,7 @@ from metilr.models.backbones import PatchRounding, build_backbone
 from metilr.models.embedder import SCALES, Embedder, Projector
 from metilr.models.pooling import GeM, PoolingName, build_pooling
 from metilr.processes import agree, gather_rows
-from metilr.searchable import visit_differences
+from metilr.searchable import exhibit_differences, visit_differences
 from metilr.whitening import fit_learned_whitening, fit_pca_whitening
 
 P_BOUNDS = (1.0, 10.0)  # 1 is the mean; beyond 10 GeM is next to the maximum and its gradient next to nothing
@@ -159,6 +161,10 @@ class FineTuning(pl.LightningModule):
 
     def _start_projector(self, projector: Projector) -> None:
         """Let the projector be a whitening of the database's descriptors as they are now."""
+        if self.projector_start == "learned" and self._data.bad_images == "skip":
+            raise UserError(
+                "--model.projector_start learned: not with --data.bad_images skip; mend the images, or take pca"
+            )
         plain = single_scale(self.embedder, projector=False)
         store = self._data.current.describe(self.trainer, plain)
         visits = self._data.visits(VISITS) if self.projector_start == "learned" else None
@@ -171,7 +177,11 @@ class FineTuning(pl.LightningModule):
                     if visits is None:
                         whitening = fit_pca_whitening(chunks, dim)
                     else:
-                        whitening = fit_learned_whitening(chunks, visit_differences(database, [visits], made), dim)
+                        labels = np.where(made, self._data.ground_truth.labels["database"], -1)
+                        pairs = itertools.chain(
+                            visit_differences(database, [visits], made), exhibit_differences(database, labels)
+                        )
+                        whitening = fit_learned_whitening(chunks, pairs, dim)
                 except UserError as error:
                     message = str(error).replace("--whitening_dim", "--model.projector_dim")
                     raise UserError(message) from None

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import yaml
 
+from metilr import geometric_check
 from metilr.cli import run_command
+from metilr.data.ground_truth import load_ground_truth
 from metilr.errors import UserError
 from metilr.evaluation import evaluate
+from metilr.geometric_evidence import Gate
 from metilr.whitening import fit_pca_whitening
 from tests.conftest import SHARED
 from tests.museum import MET_IDS, write_ground_truth
@@ -153,6 +156,20 @@ def test_elements_beyond_the_recipe_are_recorded_and_start_from_the_store_alone(
     assert read_predictions("again/predictions/test.csv") == read_predictions("all/predictions/test.csv")
 
 
+def test_skipped_images_are_left_out_with_their_views(museum, capsys):
+    truth = load_ground_truth(museum)
+    bad = [truth.paths["database"][3], truth.paths["val"][0]]
+    for path in bad:
+        truth.image(path).write_bytes(b"not an image")
+    run("--root", museum, *UNTRAINED, "--output", "out", "--bad_images", "skip", *ALL_ELEMENTS)
+    results = read_json(Path("out/results.json"))
+    assert [skipped["path"] for skipped in results["skipped_images"]] == bad
+    assert any("1 of 8 in database, 1 of 7 in val (see" in note for note in results["notes"])
+    assert (
+        results["val"]["n_skipped"] == 1 and read_predictions("out/predictions/val.csv")[0]["log_confidence"] == "-inf"
+    )
+
+
 def test_a_share_of_hubness_is_taken_off_only_where_val_gains(museum):
     run("--root", museum, *UNTRAINED, "--store", "store", "--output", "without")
     run("--root", museum, "--descriptors", "store", "--output", "with", "--hubness", 3)
@@ -172,20 +189,21 @@ def test_with_all_elements_off_predictions_are_those_of_the_recipe(museum):
     np.testing.assert_allclose(found, np.maximum(similarities.max(axis=1), 0), atol=1e-7)
 
 
-def test_a_geometric_check_gates_confidence_and_leaves_labels(museum):
+def test_a_geometric_check_gates_confidence_and_leaves_labels(museum, monkeypatch):
+    monkeypatch.setattr(geometric_check, "tune_evidence", lambda *_: (0.0, Gate(2.0, 30.0)))  # val gains nothing here
     run("--root", museum, *UNTRAINED, "--store", "store", "--output", "without")
     run("--root", museum, *UNTRAINED, "--store", "store", "--output", "with", "--geometric_check", 3)
     without, with_ = (read_json(Path(name) / "results.json") for name in ("without", "with"))
     check = with_["geometric_check"]
     assert check["candidates"] == 3 and check["reorder"] is False and check["tuned_on"] == "val" and check["boost"] == 0
-    assert with_["val"]["gap"] >= without["val"]["gap"] and without["geometric_check"] is None
+    assert without["geometric_check"] is None and check["gate"] == {"weight": 2.0, "enough": 30.0}
     gate = check["gate"]
     for split in ("val", "test"):
         assert with_[split]["acc"] == without[split]["acc"]
         before, after = (read_predictions(f"{name}/predictions/{split}.csv") for name in ("without", "with"))
         for old, new in zip(before, after, strict=True):
             assert old["predicted_id"] == new["predicted_id"] and old["nearest_path"] == new["nearest_path"]
-            lowered = gate["weight"] * math.log1p(gate["enough"] / (1 + int(new["inliers"])))
+            lowered = gate["weight"] * math.log1p(gate["enough"] / (1 + int(new["inlier_lead"])))
             assert float(new["log_confidence"]) == pytest.approx(float(old["log_confidence"]) - lowered, abs=1e-9)
     report = Path("with/report/index.html").read_text()
     assert (

@@ -99,13 +99,24 @@ def test_views_are_described_as_one_by_one_by_one_process_and_by_two(embedder, m
     assert views.path.parent == store.path and views.path.name == by_two.path.name
     assert views.manifest()["settings"]["view"] == view.settings()
     for split, source in view.of.items():
-        expected = [
-            embedder.describe(embedder.normalise(view(load_image(museum.image(path)), path, number)[None]))[0]
-            for path in museum.paths[source]
-            for number in range(view.n)
-        ]
-        np.testing.assert_allclose(views.rows(split), torch.stack(expected).detach().numpy(), atol=1e-5)
+        with torch.inference_mode():
+            expected = [
+                embedder.describe(embedder.normalise(view(load_image(museum.image(path)), path, number)[None]))[0]
+                for path in museum.paths[source]
+                for number in range(view.n)
+            ]
+        np.testing.assert_allclose(views.rows(split), torch.stack(expected).numpy(), atol=1e-5)
         np.testing.assert_allclose(by_two.rows(split), views.rows(split), atol=1e-5)
+
+
+def test_one_pending_image_is_enough_for_two_processes(embedder, museum, tmp_path):
+    store = describe(embedder, museum, tmp_path / "store")
+    before = np.array(store.rows("val"))
+    path = museum.image(museum.paths["val"][2])
+    Image.effect_noise((72, 60), 80).convert("RGB").save(path)
+    options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=4)
+    after = describe(embedder, museum, tmp_path / "store", options).rows("val")
+    assert np.flatnonzero((before != after).any(axis=1)).tolist() == [2]
 
 
 def test_a_bad_image_has_no_views(embedder, museum, tmp_path):

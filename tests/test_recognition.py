@@ -255,7 +255,7 @@ def test_options_are_refused_before_any_image_is_read(options, said):
         of_search = {"k": None, "tau": None, "search_device": "cpu"}
         of_search |= {name: options.pop(name) for name in of_search if name in options}
         width = options.pop("width", 64)
-        Method(**options).check(50, width)
+        Method(**options).check(50, width, 25)
         check_search(50, **of_search)
 
     with pytest.raises(UserError) as caught:
@@ -281,3 +281,10 @@ def test_published_mini_set_at_its_real_scale(met_root):
         assert recognition.figures[split]["n_met"] == n_met
         assert recognition.figures[split]["acc"] == pytest.approx(40 / n_met, abs=2 / n_met)  # two more by chance
         assert recognition.figures[split]["gap"] == pytest.approx(40 / n_met, abs=2 / n_met)
+
+
+def test_a_whitening_without_pairs_is_refused_and_one_with_two_images_of_an_exhibit_is_not():
+    with pytest.raises(UserError, match="--visits 0: with one image an exhibit --whitening learned has no pairs"):
+        Method("learned").check(5, 8, n_classes=5)
+    Method("learned").check(6, 8, n_classes=5)
+    Method("learned", visits=1).check(5, 8, n_classes=5)

@@ -133,10 +133,33 @@ def test_beta_takes_the_background_off():
     rows, queries = unit(rng.standard_normal((15, 4))), unit(rng.standard_normal((6, 2, 4)))
     background = rng.random(15)
     database = Searchable(rows, np.arange(15), np.arange(15), background)
-    found = database.nearest(queries, 15, beta=0.5)
+    found = database.lowered(0.5).nearest(queries, 15)
     expected = (queries.astype(float) @ rows.T.astype(float)).max(axis=1) - 0.5 * background
     np.testing.assert_allclose(found.similarities, -np.sort(-expected, axis=1), atol=1e-6)
     np.testing.assert_array_equal(found.rows, np.argsort(-expected, axis=1))
+
+
+def test_the_background_leaves_the_scale_of_similarities():
+    descriptors, truth, _ = museum()
+    database = build_searchable(descriptors, truth, Method("none", hubness=3), None)
+    expected = mean_background(database.rows, database.labels, 3)
+    np.testing.assert_allclose(database.background, expected - expected.mean(), atol=1e-12)
+
+
+def test_candidates_are_found_however_many_images_the_nearest_exhibits_have():
+    rng = np.random.default_rng(4)
+    labels = np.repeat(np.arange(6), 30)
+    rows = unit(np.eye(6)[labels] + 0.05 * rng.standard_normal((180, 6)))
+    queries = unit(np.eye(6)[[2, 5]] + 0.3 * rng.standard_normal((2, 6)))[:, None]
+    database = Searchable(rows, labels, np.arange(180))
+    for width in (1, 7, 50):
+        matches = database.matches(queries, database.nearest(queries, width), 4)
+        for query, found, similarities in zip(queries[:, 0], matches.rows, matches.similarities, strict=True):
+            exact = rows.astype(float) @ query.astype(float)
+            nearest = [max(np.flatnonzero(labels == label), key=lambda row: exact[row]) for label in range(6)]
+            expected = sorted(nearest, key=lambda row: -exact[row])[:4]
+            assert found.tolist() == expected
+            np.testing.assert_allclose(similarities, exact[expected])
 
 
 def test_pairs_in_rings():

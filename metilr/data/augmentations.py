@@ -7,6 +7,7 @@ else, so a view depends neither on the loader's workers nor on the number of pro
 import abc
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from metilr.data.visits import PRESETS, derive_seed, simulate_visit, strengths_between
+from metilr.data.visits import PRESETS, RECIPE, derive_seed, simulate_visit, strengths_between
 from metilr.errors import UserError
 
 Preset = Literal["mild", "medium", "severe"]
@@ -126,7 +127,8 @@ class SimulatedVisit(Augmentation):
 
     def settings(self) -> dict[str, Any]:
         """Return what determines a view."""
-        return {"kind": "SimulatedVisit", "size": self.size, "weakest": self.weakest, "strongest": self.strongest}
+        presets = {"weakest": asdict(PRESETS[self.weakest]), "strongest": asdict(PRESETS[self.strongest])}
+        return {"kind": "SimulatedVisit", "recipe": RECIPE, "size": self.size, **presets}
 
 
 def _at_most(image: Tensor, longest: int) -> Tensor:

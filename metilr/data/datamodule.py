@@ -20,6 +20,9 @@ from metilr.progress import tracked
 BadImages = Literal["stop", "skip"]
 
 
+NOTHING = PlannedBatch(np.empty(0, dtype=np.int64), (1, 1))
+
+
 def leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach the whole group; workers end when their parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -82,6 +85,7 @@ class ImageDataModule(LightningDataModule):
         assert self.trainer is not None
         # Neighbours in the plan cost the same, so dealing them out in turn balances the processes.
         mine = self.plan[self.trainer.global_rank :: self.trainer.world_size]
+        mine = mine or [NOTHING]  # Lightning refuses a process without a batch
         dataset = BatchDataset(self.rows, mine)
         return DataLoader(
             dataset,

@@ -2,13 +2,13 @@
 
 import abc
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from metilr.data.visits import PRESETS, VisitStrengths, derive_seed, simulate_visit, visit_shape
+from metilr.data.visits import PRESETS, RECIPE, VisitStrengths, derive_seed, simulate_visit, visit_shape
 
 SIDE_STEP = 16  # px: with sides in such steps views of different images share a shape, and so a batch
 
@@ -65,13 +65,11 @@ class SimulatedVisits(View):
 
     def settings(self) -> dict[str, Any]:
         """What determines a visit."""
+        presets = {name: asdict(strengths) for name, strengths in PRESETS.items()}
         return {
-            "kind": "simulated visits",
-            "n": self.n,
-            "seed": self.seed,
-            "presets": list(PRESETS),
+            "kind": "simulated visits", "recipe": RECIPE, "n": self.n, "seed": self.seed, "presets": presets,
             "side_step": SIDE_STEP,
-        }
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)

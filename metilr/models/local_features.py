@@ -89,6 +89,7 @@ class LocalFeatureExtractor:
             "map": f"stage {backbone.stage}" if self._index is None else f"index {self._index}",
             "scales": list(self.scales),
             "n_features": self.n_features,
+            "device": device,
             "precision": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "32",
         }
 

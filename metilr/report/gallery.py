@@ -131,7 +131,7 @@ def _entries(ground_truth: GroundTruth, recognition: Recognition, split: str, ga
     """
     answers, matches = recognition.answers[split], recognition.matches[split]
     kinds, paths, labels = ground_truth.kinds(split), ground_truth.paths[split], ground_truth.labels[split]
-    inliers = np.empty((len(paths), 0)) if recognition.inliers is None else recognition.inliers[split]
+    inliers = np.empty((len(paths), 0)) if recognition.checked is None else recognition.checked[split].inliers
     entries = []
     for i in gallery.order.tolist():
         found = matches.rows[i] != NO_ROW
