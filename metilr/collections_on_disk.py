@@ -91,7 +91,7 @@ def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerat
         raise UserError(f"{ground_truth.root}/ground_truth: changed since the evaluation {run.path}; evaluate again")
 
     options = ExtractionOptions(model["image_size"], accelerator=accelerator, precision=model["precision"])
-    embedder = _embedder(run, ckpt)
+    embedder = embedder_of_run(run, ckpt)
     wanted = store_settings(embedder, ground_truth, options.image_size, options.precision)
     refuse_another_model(run.path, {name: model.get(name) for name in wanted["model"]}, wanted["model"])
     method, beta = _method(run)
@@ -104,7 +104,7 @@ def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerat
         options,
         method,
         config["seed"],
-        _whitening(run),
+        whitening_of_run(run),
         beta,
         results["knn"]["k"],
         results["knn"]["tau"],
@@ -112,7 +112,12 @@ def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerat
     )
 
 
-def _embedder(run: Run, ckpt: Path | None) -> Embedder:
+def embedder_of_run(run: Run, ckpt: Path | None) -> Embedder:
+    """Build the model that described a run's images; ``ckpt`` in place of the checkpoint's own place.
+
+    Raises:
+        UserError: If its files are no longer there.
+    """
     config: Mapping[str, Any] = run.config
     missing = {"ckpt", "scales", *_OF_THE_MODEL} - config.keys()
     if missing:
@@ -149,7 +154,12 @@ def _check(run: Run, embedder: Embedder, options: ExtractionOptions) -> Geometri
     return check
 
 
-def _whitening(run: Run) -> PCAWhitening | None:
+def whitening_of_run(run: Run) -> PCAWhitening | None:
+    """Read the whitening that a run applied; None for none.
+
+    Raises:
+        UserError: If the file is another one.
+    """
     recorded = run.results["whitening"]
     if recorded is None:
         return None

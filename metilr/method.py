@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 
 from metilr.data.views import CentreCrops, SimulatedVisits, View
 from metilr.errors import UserError
-from metilr.whitening import PAIR_SHRINKAGE, PCAWhitening
+from metilr.whitening import PAIR_SHRINKAGE
+from metilr.whitening_files import load_whitening
 
 DatabaseViews = Literal["none", "rows", "mean"]
 CropSimilarity = Literal["best", "mean"]
@@ -131,7 +132,7 @@ class Method:
                 f"--whitening_dim {self.whitening_dim}: {n_database:,} database images of width {width} support 1 to "
                 f"{largest}; choose one of these, or leave it out for the default"
             )
-        if is_file and (learned_on := len(PCAWhitening.load(self.whitening).mean)) != width:
+        if is_file and (learned_on := len(load_whitening(self.whitening).mean)) != width:
             raise UserError(
                 f"--whitening {self.whitening}: is for descriptors of width {learned_on}, these have {width}"
             )

@@ -19,6 +19,7 @@ from metilr.search import Neighbours, SearchDevice, check_device
 from metilr.searchable import Searchable, build_searchable, learn_whitening, query_views
 from metilr.sources import Descriptors
 from metilr.whitening import PCAWhitening
+from metilr.whitening_files import load_whitening
 
 BETA_GRID = (0.0, 0.25, 0.5, 0.75, 1.0)  # from no normalisation to a full one
 
@@ -169,7 +170,7 @@ def whitening_of(
         return None
     if method.whitening in ("pca", "learned"):
         return learn_whitening(descriptors, ground_truth, method, quiet)
-    return PCAWhitening.load(method.whitening)
+    return load_whitening(method.whitening)
 
 
 def _answer(

@@ -238,12 +238,12 @@ def _with_interval(figures: Mapping[str, Any], name: str, unit: str | None) -> s
 
 
 def peak_memory_gb() -> float | None:
-    """Most memory that this process has held so far, memory-mapped files included; None where nothing tells."""
+    """Most memory that one process of this run has held, memory-mapped files included; None where nothing tells."""
     try:
         import resource
     except ImportError:  # not on Windows
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import uuid
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -99,9 +99,7 @@ class PCAWhitening:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with unfinished.open("wb") as file:
-                arrays: dict[str, Any] = {
-                    field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)
-                }
+                arrays: dict[str, Any] = parts_of_whitening(self)
                 np.savez(file, format=np.array(self.format), **arrays)
             unfinished.replace(path)
         except OSError as error:
@@ -121,13 +119,7 @@ class PCAWhitening:
         """
         try:
             with np.load(path, allow_pickle=False) as file:
-                kinds = {kind.format: kind for kind in (PCAWhitening, LearnedWhitening)}
-                if str(file["format"]) not in kinds:
-                    raise ValueError(f"its format is {file['format']!s}, not {' or '.join(kinds)}")
-                kind = kinds[str(file["format"])]
-                arrays = {field.name: file[field.name] for field in dataclasses.fields(kind)}
-                whitening = kind(**{name: x if x.ndim else x.item() for name, x in arrays.items()})
-            whitening._check()
+                whitening = whitening_from_parts(str(file["format"]), file)
         # np.load gives AttributeError/TypeError for a lone .npy array, which is no context manager.
         except (
             OSError,
@@ -167,6 +159,33 @@ class LearnedWhitening(PCAWhitening):
     n_pairs: int
 
     format: ClassVar[str] = "metilr.LearnedWhitening/1"
+
+
+def kind_of_whitening(whitening: PCAWhitening) -> str:
+    """What ``whitening_from_parts`` must be told."""
+    return whitening.format
+
+
+def parts_of_whitening(whitening: PCAWhitening) -> dict[str, np.ndarray]:
+    """All that a whitening consists of, by name."""
+    return {field.name: np.asarray(getattr(whitening, field.name)) for field in dataclasses.fields(whitening)}
+
+
+def whitening_from_parts(kind: str, parts: Mapping[str, np.ndarray]) -> PCAWhitening:
+    """Put together what ``parts_of_whitening`` took apart.
+
+    Raises:
+        ValueError: If the kind is unknown, or the parts do not fit each other.
+        KeyError: If one is missing.
+    """
+    kinds = {each.format: each for each in (PCAWhitening, LearnedWhitening)}
+    if kind not in kinds:
+        raise ValueError(f"its format is {kind}, not {' or '.join(kinds)}")
+    wanted = {field.name: parts[field.name] for field in dataclasses.fields(kinds[kind])}
+    arguments: dict[str, Any] = {name: part if part.ndim else part.item() for name, part in wanted.items()}
+    whitening = kinds[kind](**arguments)
+    whitening._check()
+    return whitening
 
 
 def fit_pca_whitening(chunks: Iterable[np.ndarray], dim: int | None = None, shrinkage: float = 1.0) -> PCAWhitening:
