@@ -30,7 +30,7 @@ def write_page(file: Path, collection: Collection, threshold: Threshold, photos:
         UserError: If the file cannot be written.
     """
     templates = jinja2.Environment(loader=jinja2.PackageLoader("metilr.serve"), autoescape=True)
-    templates.filters |= {"shown": shown, "data_uri": _data_uri}
+    templates.filters |= {"shown": shown, "data_uri": data_uri}
     page = templates.get_template("answers.html").render(
         collection=collection,
         threshold=threshold,
@@ -56,5 +56,6 @@ def _pictures(collection: Collection, photos: Sequence[Identified]) -> dict[int,
     return pictures
 
 
-def _data_uri(picture: bytes) -> str:
+def data_uri(picture: bytes) -> str:
+    """A JPEG as an address that holds it."""
     return "data:image/jpeg;base64," + base64.b64encode(picture).decode()

@@ -1,5 +1,6 @@
 """``metilr serve``: its endpoints, its limits, and its page in a real browser."""
 
+import base64
 import contextlib
 import io
 import signal
@@ -17,6 +18,7 @@ import pytest
 
 from metilr.cli import main
 from metilr.collections_on_disk import open_with_threshold
+from metilr.evaluation import evaluate
 from metilr.index import index
 from metilr.serve.app import is_loopback
 from tests.browser import browser as browser  # a fixture
@@ -84,6 +86,23 @@ def test_an_upload_gets_the_collection_s_answer(client, folder):
     assert answer["threshold"]["log_confidence"] == -3.0
     picture = client.get(answer["matches"][0]["picture"])
     assert picture.status_code == 200 and picture.headers["content-type"] == "image/jpeg"
+
+
+def test_the_page_shows_what_photo_and_answer_have_in_common(tmp_path, monkeypatch):
+    from metilr.serve.web import build_app
+
+    monkeypatch.chdir(tmp_path)
+    museum = write_museum(tmp_path / "museum")
+    evaluate(
+        museum, backbone="r18_in", weights="random", accelerator="cpu", num_workers=0, report=False, geometric_check=2,
+        output=Path("run"),
+    )  # fmt: skip
+    app = build_app(*open_with_threshold(Path("run"), None, accelerator="cpu"), MAX_BYTES, HOSTS)
+    client = testclient.TestClient(app, base_url="http://127.0.0.1")
+    answer = send(client, (museum / "images" / "MET" / "9" / "2.jpg").read_bytes()).json()
+    assert answer["matches"][0]["inliers"] > 20
+    kind, _, encoded = answer["regions"].partition(",")
+    assert kind == "data:image/jpeg;base64" and base64.b64decode(encoded).startswith(b"\xff\xd8")
 
 
 def wait_for_pictures(page) -> None:

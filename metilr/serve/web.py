@@ -15,6 +15,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from metilr.answers import answer_document, collection_document, detail, headline, shown
+from metilr.answers_page import data_uri
 from metilr.collection import Collection
 from metilr.data.transforms import BadImageError
 from metilr.photos import MAX_PIXELS, BadPhotoError, TooManyPixelsError, load_photo
@@ -23,7 +24,7 @@ from metilr.thumbnails import jpeg_thumbnail
 
 HEADERS = {
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
         "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
@@ -57,7 +58,7 @@ def build_app(collection: Collection, threshold: Threshold, max_bytes: int, host
         with one_at_a_time:
             try:
                 loaded = load_photo(photo.file, collection.image_size, collection.largest_side)
-                answer = collection.answer(loaded.image)
+                answer = collection.answer(loaded.image, draw=True)
             except TooManyPixelsError as error:
                 raise HTTPException(413, f"The photo {error}.") from None
             except BadPhotoError as error:
@@ -71,6 +72,7 @@ def build_app(collection: Collection, threshold: Threshold, max_bytes: int, host
             "detail": shown(detail(decision, answer)),
             **document,
             "reduced": loaded.reduced,
+            "regions": None if answer.regions is None else data_uri(answer.regions),
             "threshold": threshold.as_json(),
             "collection": collection_document(collection),
         }

@@ -61,11 +61,17 @@ function showAnswer(file, answer) {
     item.append(
       match.picture ? picture(match.picture, `database image of exhibit ${match.exhibit}`) : element("span", "none", "no picture"),
       element("span", "name", `exhibit ${match.exhibit}`),
-      element("span", "soft", `similarity ${match.similarity.toFixed(3)}`),
+      element("span", "soft", `similarity ${match.similarity.toFixed(3)}` + ("inliers" in match ? `, ${match.inliers} inliers` : "")),
     );
     matches.append(item);
   }
-  show(answer.decision.replaceAll(" ", "-"), file, answer.headline, [...parts, matches]);
+  const regions = [];
+  if (answer.regions) {
+    const figure = element("figure", "regions");
+    figure.append(picture(answer.regions, "matching regions"), element("figcaption", "soft", "what the photo and the exhibit's image have in common"));
+    regions.push(figure);
+  }
+  show(answer.decision.replaceAll(" ", "-"), file, answer.headline, [...parts, matches, ...regions]);
 }
 
 function show(kind, file, headline, parts) {
