@@ -121,23 +121,26 @@ def evaluate(
         bad_images: Stop at an image that cannot be decoded, or skip it: it is left out of the database, and a
             query counts as wrong.
         whitening: pca learns it on the database; learned from pairs of a database image and its simulated visits (and
-            of images of one exhibit); none goes without; else a whitening.npz of another run.
+            of images of one exhibit); none goes without; else a whitening.npz of another run, or a checkpoint that
+            metilr pack wrote.
         whitening_dim: Dimensions after whitening; without it 512 (pca) or all (learned), or as many as the database
             supports.
         whitening_shrinkage: Of pca: 1 is whitening, 0 is plain PCA.
-        pair_shrinkage: Of learned: weight of the identity in the covariance of pairs' differences.
-        visits: Simulated visitors' photographs of each database image to describe; without it 6 where learned
-            whitening or database_views need them, else none.
+        pair_shrinkage: Of learned: weight of the identity in the covariance of pairs' differences, above 0, at most 1.
+        visits: Simulated visitors' photographs of each database image to describe, which takes as many times as long;
+            without it 6 where learned whitening or database_views need them, else none.
         database_views: rows makes the visits further rows of their exhibit, mean averages them into its descriptor.
         query_crops: Search these middle parts of each query too, such as 0.8 0.65 0.5 of its height and width: zooms
             that drop wall and frame.
-        crop_similarity: A query is as similar as its best crop, or as the mean of whole and crops.
-        dba: Average each database row with this many nearest rows (database-side augmentation); 0 is off.
+        crop_similarity: With query_crops: a query is as similar as its best crop, or as the mean of whole and crops.
+        dba: Add to each database row so many nearest rows, weighted by the cube of their similarity (database-side
+            augmentation); 0 is off.
         hubness: Take a share, chosen on val, of each row's mean similarity to this many nearest rows of other exhibits
             off its similarities: what resembles everything loses; 0 is off.
-        geometric_check: Compare local features of each query with those of so many nearest exhibits; where few agree
-            about one transform, confidence falls, by how much is chosen on val; 0 is off.
-        geometric_reorder: Let agreeing local features decide between the exhibits, as far as val gains by it.
+        geometric_check: Compare local features of each query with those of so many nearest exhibits, such as 50; where
+            few agree about one transform, confidence falls, by how much is chosen on val; 0 is off.
+        geometric_reorder: With geometric_check: let agreeing local features decide between the exhibits, as far as val
+            gains by it.
         k: Number of neighbours; without it chosen on val.
         tau: Inverse temperature of the confidence; without it chosen on val.
         descriptors: Start from these instead of images: descriptor stores or the reference code's
@@ -227,7 +230,8 @@ def evaluate(
         if geometric_check:
             assert embedder is not None
             check = geometric_check_of(embedder.to(options.device), image_size, geometric_check, geometric_reorder)
-            progress.print(f"[bold]geometry[/]     {geometric_check} candidates a query, in float32")
+            n_candidates = min(geometric_check, ground_truth.n_classes)
+            progress.print(f"[bold]geometry[/]     {n_candidates} candidates a query, in float32")
             recognition, check = check_recognition(recognition, ground_truth, check, quiet)
         skipped_images = _skipped_images(opened, ground_truth)
         results = results_of(

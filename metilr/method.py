@@ -99,6 +99,8 @@ class Method:
             raise UserError(
                 f"--query_crops {list(self.query_crops)}: choose shares between 0 and 1 (the whole is searched as well)"
             )
+        if len(set(self.query_crops)) < len(self.query_crops):
+            raise UserError(f"--query_crops {list(self.query_crops)}: names a share twice; name each once")
         if self.crop_similarity != "best" and not self.query_crops:
             raise UserError("--crop_similarity: has no effect without --query_crops; leave it out")
         for name in ("dba", "hubness"):

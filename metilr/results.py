@@ -209,6 +209,8 @@ def print_table(console: Console, results: Mapping[str, Any]) -> None:
         table.add_row(split, f"{figures['n_met']:,} of {figures['n_queries']:,}", *percents)
     console.print(table)
     console.print(f"in percent; {chosen(knn)}; test scored once", soft_wrap=True)
+    for line in chosen_on_val(results):
+        console.print(line, soft_wrap=True)
     if unit is not None:
         level = 100 * results["bootstrap"]["level"]
         console.print(
@@ -217,6 +219,23 @@ def print_table(console: Console, results: Mapping[str, Any]) -> None:
         )
     for note in results["notes"]:
         console.print(f"[bold yellow]note:[/] {escape(note)}")
+
+
+def chosen_on_val(results: Mapping[str, Any]) -> list[str]:
+    """What val chose besides k and tau, in words."""
+    lines = []
+    hubness, check = results["elements"]["hubness"], results["geometric_check"]
+    if hubness is not None:
+        idle = "" if hubness["beta"] else ": it has no effect"
+        lines.append(f"hubness: a share (beta) of {hubness['beta']:g}, chosen on val{idle}")
+    if check is not None:
+        gate = check["gate"]
+        idle = "" if gate["weight"] or check["boost"] else ": it has no effect"
+        boost = f", boost {check['boost']:g}" if check["reorder"] else ""
+        lines.append(
+            f"geometric check: gate of weight {gate['weight']:g}, enough {gate['enough']:g}{boost}, chosen on val{idle}"
+        )
+    return lines
 
 
 def chosen(knn: Mapping[str, Any], with_values: bool = True) -> str:

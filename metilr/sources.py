@@ -113,7 +113,10 @@ def _open_store(path: Path, ground_truth: GroundTruth, views: Sequence[View]) ->
 
 def _open_views(store: DescriptorStore, view: View) -> DescriptorStore:
     found, settings = views_store(store, view)
-    kind = f"{view.n} {settings['view']['kind']} an image"
+    details = (
+        f"of {settings['view']['shares']}" if "shares" in settings["view"] else f"with seed {settings['view']['seed']}"
+    )
+    kind = f"{view.n} {settings['view']['kind']} an image {details}"
     if not (found.path / "manifest.json").exists():
         raise UserError(
             f"--descriptors {store.path}: holds no descriptors of {kind}; run the evaluation that made it (with --root "

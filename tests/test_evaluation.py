@@ -189,6 +189,17 @@ def test_with_all_elements_off_predictions_are_those_of_the_recipe(museum):
     np.testing.assert_allclose(found, np.maximum(similarities.max(axis=1), 0), atol=1e-7)
 
 
+def test_what_val_chose_is_printed(museum, capsys):
+    run(
+        "--root", museum, *UNTRAINED, "--report", "false", "--hubness", 2, "--geometric_check", 3, "--geometric_reorder"
+    )
+    printed = " ".join(capsys.readouterr().out.split())
+    results = read_json(next(Path("runs").glob("20*/results.json")))
+    assert f"a share (beta) of {results['elements']['hubness']['beta']:g}, chosen on val" in printed
+    assert f"boost {results['geometric_check']['boost']:g}, chosen on val" in printed
+    assert "3 candidates a query" in printed
+
+
 def test_a_geometric_check_gates_confidence_and_leaves_labels(museum, monkeypatch):
     monkeypatch.setattr(geometric_check, "tune_evidence", lambda *_: (0.0, Gate(2.0, 30.0)))  # val gains nothing here
     run("--root", museum, *UNTRAINED, "--store", "store", "--output", "without")
@@ -220,6 +231,7 @@ def test_a_geometric_check_gates_confidence_and_leaves_labels(museum, monkeypatc
         (["--visits", 3], "--visits: has no effect without"),
         (["--database_views", "rows", "--visits", 0], "--database_views rows: needs --visits, such as 6"),
         (["--query_crops", 1.5], "--query_crops [1.5]: choose shares between 0 and 1"),
+        (["--query_crops", 0.5, 0.5], "--query_crops [0.5, 0.5]: names a share twice"),
         (["--crop_similarity", "mean"], "--crop_similarity: has no effect without --query_crops"),
         (["--dba", 8], "--dba 8: the database has 8 rows"),
         (["--hubness", -1], "--hubness -1: choose 0"),
@@ -242,7 +254,7 @@ def test_a_geometric_check_needs_the_model(museum, capsys):
 def test_a_store_without_the_views_that_are_asked_for(museum, capsys):
     run("--root", museum, *UNTRAINED, "--store", "store", "--output", "out")
     message = error_of(capsys, "--root", museum, "--descriptors", "store", "--query_crops", 0.5)
-    assert "store: holds no descriptors of 1 centre crops an image; run the evaluation that made it" in message
+    assert "store: holds no descriptors of 1 centre crops an image of [0.5]; run the evaluation that made it" in message
 
 
 def test_a_saved_whitening_is_used_as_it_is(museum, capsys):
