@@ -1,6 +1,7 @@
 """``python train.py`` as a user runs it, on a tiny museum with a real (untrained) network."""
 
 import csv
+import itertools
 import json
 import os
 import signal
@@ -162,6 +163,8 @@ def test_the_projector_starts_as_whitening_learned_from_simulated_visits():
         for row, path in zip(images, paths, strict=True)
         for number in range(VISITS)
     ]
+    labels = truth.labels["database"].tolist()  # of those with two images both are a pair as well
+    differences += [images[i] - images[j] for i, j in itertools.combinations(range(8), 2) if labels[i] == labels[j]]
     expected = fit_learned_whitening([images], [np.array(differences)], dim=4)
     start = checkpoint("out/last.ckpt")["state_dict"]
     weight, bias = (start[f"embedder.projector.linear.{name}"].numpy() for name in ("weight", "bias"))
