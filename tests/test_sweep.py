@@ -179,7 +179,15 @@ def test_reasons_are_the_last_line_and_go_when_the_row_succeeds(pretended, capfd
     assert not list(Path("out").glob("*.failed.txt")) and Path("out/comparison.md").exists()
 
 
-def test_an_interrupted_sweep_ends_its_row_and_continues(pretended, capfd):
+@pytest.fixture
+def ctrl_c_raises():
+    """Whoever runs the tests in the background hands down an ignored Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_sweep_ends_its_row_and_continues(pretended, capfd, ctrl_c_raises):
     pretend, sweep_p, museum = pretended
     write_run(Path("drawn"), museum, 0)
     wait = "(pathlib.Path('pid').write_text(str(os.getpid())), time.sleep(60))"
