@@ -108,7 +108,8 @@ def geometric_check_of(
 ) -> GeometricCheck:
     """Put a check together from a model; features are kept in ``runs/local_features``."""
     keep_float32_exact()
-    embedder.to(memory_format=torch.contiguous_format)  # as it is where no extraction came before
+    if embedder.mean.device.type == "cpu":  # as the extraction leaves it, so that features are the same without one
+        embedder.to(memory_format=torch.channels_last)
     extractor = LocalFeatureExtractor(embedder)
     cache = FeatureCache(FEATURES, check_settings(extractor, image_size))
     return GeometricCheck(extractor, cache, image_size, candidates, reorder, boost, gate)
@@ -128,7 +129,7 @@ def count_inliers(
     Each pair is verified on its own, so neither order nor company changes a count.
 
     Args:
-        extractor: Makes features; runs in the caller's autocast.
+        extractor: Makes features.
         cache: Keeps them; made with ``check_settings``.
         queries: Image files, Q.
         candidates: Rows of ``database``, int64 ``(Q, M)``; NO_ROW for none.
@@ -209,13 +210,15 @@ class CheckedPhoto:
         return matching_picture(self.photo, image, self.features, candidate, self.found[i])
 
 
-def check_photo(check: GeometricCheck, photo: Tensor, files: Sequence[Path]) -> CheckedPhoto:
-    """Verify a photo, uint8 ``(3, H, W)``, with candidates' images.
+def check_photo(
+    check: GeometricCheck, photo: Tensor, files: Sequence[Path], features: LocalFeatures | None = None
+) -> CheckedPhoto:
+    """Verify a photo, uint8 ``(3, H, W)``, with candidates' images; its features are computed unless they are known.
 
     Raises:
         UserError: If features cannot be kept.
     """
-    features = check.extractor.extract(photo)
+    features = check.extractor.extract(photo) if features is None else features
     candidates = [local_features(check.extractor, check.cache, file, check.image_size) for file in files]
     found = [
         NOTHING_IN_COMMON if candidate is None else verify(features, candidate, check.extractor.tolerance)
@@ -230,11 +233,11 @@ def draw_matching(check: GeometricCheck, query: Path, candidate: Path) -> bytes 
     Raises:
         UserError: If features cannot be kept.
     """
-    try:
-        photo = load_image(query, check.image_size)
-    except BadImageError:
+    features = local_features(check.extractor, check.cache, query, check.image_size)
+    if features is None:
         return None
-    return check_photo(check, photo, [candidate]).draw(0, check.image_size)
+    photo = load_image(query, check.image_size)
+    return check_photo(check, photo, [candidate], features).draw(0, check.image_size)
 
 
 def check_settings(extractor: LocalFeatureExtractor, image_size: int | None) -> dict[str, object]:

@@ -12,7 +12,7 @@ from metilr.checkpoints import EMBEDDER, FORMAT, AtomicCheckpointIO, model_entry
 from metilr.collections_on_disk import embedder_of_run, whitening_of_run
 from metilr.errors import UserError
 from metilr.runs import read_run
-from metilr.whitening import kind_of_whitening, parts_of_whitening
+from metilr.whitening import parts_of_whitening
 from metilr.whitening_files import CHECKPOINT
 
 
@@ -52,7 +52,7 @@ def pack(run: Path, output: Path) -> None:
             "data": {name: finished.results["data"][name] for name in ("root", "database", "counts", "fingerprint")},
             "config": dict(finished.config),
             "whitening": {
-                "kind": kind_of_whitening(whitening),
+                "kind": whitening.format,
                 **{name: torch.from_numpy(np.array(part)) for name, part in parts_of_whitening(whitening).items()},
             },
         },

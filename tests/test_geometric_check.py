@@ -61,7 +61,7 @@ def test_counts_are_those_of_a_plain_loop(museum, extractor, tmp_path) -> None:
 
 def test_the_right_exhibit_has_most_inliers(museum, extractor, tmp_path) -> None:
     if extractor.embedder.backbone.name != "lite0_in":
-        pytest.skip("random weights recognise nothing")
+        pytest.skip("needs metilr[demo]: random weights recognise nothing")
     candidates = everything(museum, "val")
     inliers = count_inliers(
         extractor, cache_at(tmp_path, extractor), files(museum, "val"), candidates, files(museum, "database")
