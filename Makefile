@@ -21,7 +21,7 @@ test: $(VENV)/.installed-dev
 # The tests on the lower bounds that pyproject.toml declares, in an environment of their own.
 test-lowest:
 	test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python -m pip install -q -e '.[demo,serve,dev]' -c tests/lowest.txt
+	.venv-lowest/bin/python -m pip install -q -e '.[demo,serve,openvino,dev]' -c tests/lowest.txt
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(PARALLEL)
 
 lint: $(VENV)/.installed-dev
@@ -31,11 +31,11 @@ lint: $(VENV)/.installed-dev
 
 # A stamp per set of extras, renewed when pyproject.toml changes: a second run installs nothing.
 $(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[demo,serve]'
+	$(BIN)/python -m pip install -q -e '.[demo,serve,openvino]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[demo,serve,dev]'
+	$(BIN)/python -m pip install -q -e '.[demo,serve,openvino,dev]'
 	@touch $@ $(VENV)/.installed-demo
 
 # Some systems ship venv without ensurepip; then the system's pip puts one in.

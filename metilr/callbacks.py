@@ -6,6 +6,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BasePredictionWriter, Callback
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 from typing_extensions import override
@@ -71,11 +72,15 @@ class DescriptorWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         assert self.writer is not None
-        write_rows(self.writer, self.data, batch, prediction)
+        with self.data.times.measured("write"):
+            write_rows(self.writer, self.data, batch, prediction)
+        self.data.times.count(len(batch.rows), batch.decode_seconds)
 
     @override
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
+        if self.data.times.is_on and trainer.is_global_zero:
+            self.data.times.print(Console(highlight=False), self.data.num_workers)
         trainer.strategy.barrier()  # the first process goes on alone: by then the rows of all are there
 
     @override

@@ -80,7 +80,7 @@ class Describer:
     def __init__(self, embedder: Embedder, options: ExtractionOptions) -> None:
         self.device = torch.device(options.device)
         self.precision = options.precision
-        self.module = DescriptorModule(embedder).to(self.device).eval()
+        self.module = DescriptorModule(embedder, options.engine, options.precision).to(self.device).eval()
         self.module.on_predict_start()
         if self.precision == "32":
             keep_float32_exact()
@@ -254,7 +254,7 @@ def open_collection(
     Raises:
         UserError: If the store is missing or unfinished, or other settings made it.
     """
-    wanted = store_settings(embedder, ground_truth, options.image_size, options.precision)
+    wanted = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
     refuse_another_model(store.path, store.manifest()["settings"], wanted)
     used = [view for view in method.views(seed) if method.database_views != "none" and "visits" in view.of]
     opened = open_descriptors([store.path], ground_truth, used)

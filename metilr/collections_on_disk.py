@@ -67,7 +67,12 @@ def collection_of_index(path: Path, ckpt: Path | None = None, accelerator: Accel
         index.catalogue.names,
         DescriptorStore(path / "store"),
         embedder,
-        ExtractionOptions(index.image_size, accelerator=accelerator),
+        ExtractionOptions(
+            index.image_size,
+            accelerator=accelerator,
+            precision=index.model.get("precision", "32"),
+            engine=index.model.get("engine", "torch"),
+        ),
         index.method,
         index.seed,
         PCAWhitening.load(path / "whitening.npz") if index.is_whitened else None,
@@ -90,9 +95,12 @@ def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerat
     if ground_truth.fingerprint() != results["data"]["fingerprint"]:
         raise UserError(f"{ground_truth.root}/ground_truth: changed since the evaluation {run.path}; evaluate again")
 
-    options = ExtractionOptions(model["image_size"], accelerator=accelerator, precision=model["precision"])
+    engine = model.get("engine", "torch")
+    options = ExtractionOptions(
+        model["image_size"], accelerator=accelerator, precision=model["precision"], engine=engine
+    )
     embedder = embedder_of_run(run, ckpt)
-    wanted = store_settings(embedder, ground_truth, options.image_size, options.precision)
+    wanted = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
     refuse_another_model(run.path, {name: model.get(name) for name in wanted["model"]}, wanted["model"])
     method, beta = _method(run)
     return open_collection(

@@ -19,6 +19,7 @@ from metilr.data.demo import make_demo
 from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_truth
 from metilr.data.transforms import BadImageError, load_image
 from metilr.descriptors import SPLITS
+from metilr.engines import Engine
 from metilr.errors import UserError
 from metilr.extraction import (
     Accelerator,
@@ -84,9 +85,11 @@ def evaluate(
     devices: int | Literal["auto"] = "auto",
     num_nodes: int = 1,
     precision: Precision | Literal[32] = "32",
+    engine: Engine = "torch",
     batch_size: int = 32,
     num_workers: int | None = None,
     search_device: SearchDevice | None = None,
+    profile: bool = False,
     seed: int = 0,
     report: bool = True,
     report_pictures: int = PICTURES_PER_OUTCOME,
@@ -151,11 +154,15 @@ def evaluate(
         devices: Number of processes, one GPU each (on the CPU: processes that share it).
         num_nodes: Machines, each started with this command by torchrun or SLURM, with a shared store.
         precision: Arithmetic of the backbone: 32 is exact float32 (no TF32). On the CPU, bf16-mixed runs what has a
-            side below 128 px in float32, since bfloat16 convolutions are unreliable there.
+            side below 128 px in float32, since bfloat16 convolutions are unreliable there. An EfficientNet's first
+            stage is float32 in any case: it is what suffers from rounding.
+        engine: What computes the backbone: torch; compile, PyTorch compiled (for GPUs and long runs; it takes a minute
+            first); openvino, for convolutional networks on CPUs, several times as fast (pip install openvino).
         batch_size: Most images in a batch, fewer of images beyond 500 x 500 px; images in a batch have one shape.
         num_workers: Image decoding processes beside each process; without it as many as cores are free, at most 8.
         search_device: Where the exact search runs; without it on all GPUs if FAISS sees some and the
             accelerator is not cpu, else on the CPU.
+        profile: Print how long decoding, transfer, network and writing took.
         seed: Seeds random weights and simulated visits.
         report: Write the report page, OUTPUT/report/index.html.
         report_pictures: Queries with pictures in the report, of each split and outcome (wrong, false alarm, right,
@@ -182,7 +189,17 @@ def evaluate(
         embedder, trained_size = load_embedder(Path(ckpt), scales)
         image_size = trained_size if image_size is None else image_size
     options = ExtractionOptions(
-        image_size, bad_images, accelerator, devices, num_nodes, precision, batch_size, num_workers, quiet
+        image_size,
+        bad_images,
+        accelerator,
+        devices,
+        num_nodes,
+        precision,
+        engine,
+        batch_size,
+        num_workers,
+        quiet,
+        profile,
     )
     method = method_of(arguments)
     search_device = search_device or _default_search_device(options.device)

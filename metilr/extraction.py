@@ -29,9 +29,11 @@ from metilr.data.ground_truth import GroundTruth, image_sizes, require_images
 from metilr.data.images import Images, images_of
 from metilr.data.views import View
 from metilr.descriptors import DescriptorStore, settings_fingerprint
+from metilr.engines import Engine, check_engine, start_engine
 from metilr.errors import UserError
 from metilr.launch import has_launcher, launched_as_first
 from metilr.models.embedder import Embedder
+from metilr.profiling import StageTimes
 from metilr.sources import views_store
 from metilr.versions import library_versions
 
@@ -39,6 +41,7 @@ Accelerator = Literal["auto", "cpu", "gpu", "mps"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
 STORES = Path("runs/descriptors")
 RECIPE = 1  # raise it when the code between image and descriptor changes what a row is
+MANY_IMAGES = 1000  # from here on a hint at a faster way is worth a line
 PLAN_TIMEOUT = timedelta(hours=6)  # the others wait while the first process reads the headers of all images
 
 
@@ -47,25 +50,38 @@ class DescriptorModule(pl.LightningModule):
 
     Args:
         embedder: The model.
+        engine: What computes the features.
+        precision: Of the backbone, for the engine; autocast is the caller's.
+        times: Told how long transfer and network took.
     """
 
-    def __init__(self, embedder: Embedder) -> None:
+    def __init__(
+        self, embedder: Embedder, engine: Engine = "torch", precision: str = "32", times: StageTimes | None = None
+    ) -> None:
         super().__init__()
+        self.times = StageTimes() if times is None else times
         self.embedder = embedder
+        self.engine: Engine = engine
+        self.precision = precision
         self.memory_format = torch.contiguous_format
 
     @override
     def on_predict_start(self) -> None:
-        if self.device.type == "cpu":  # there convolutions run faster with channels last
+        """Start the engine here: a spawned process cannot be handed one."""
+        # PyTorch's convolutions run faster with channels last on CPUs, and on GPUs with tensor cores.
+        if self.engine != "openvino" and (self.device.type == "cpu" or self.precision != "32"):
             self.memory_format = torch.channels_last
             self.embedder.to(memory_format=torch.channels_last)
+        self.embedder.engine = start_engine(self.engine, self.embedder.backbone, self.precision)
+        self.times.start()
 
     @override
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         if not len(batch.images):  # none of the batch could be decoded
             return torch.empty(0, self.embedder.dim)
-        images = self.embedder.normalise(batch.images)
-        return self.embedder.describe(images.contiguous(memory_format=self.memory_format))
+        with self.times.measured("network"):
+            images = self.embedder.normalise(batch.images)
+            return self.embedder.describe(images.contiguous(memory_format=self.memory_format))
 
 
 @dataclass(frozen=True)
@@ -79,9 +95,11 @@ class ExtractionOptions:
         devices: Processes on this machine, one GPU each.
         num_nodes: Machines, each started with the same command by torchrun or SLURM; they share the store.
         precision: Of the backbone; pooling and normalisation are float32 in any case.
+        engine: What computes the backbone.
         batch_size: Most images in a batch.
         num_workers: Decoding processes beside each process; ``None``: the cores, at most 8.
         quiet: Show no progress.
+        profile: Print where the time went.
     """
 
     image_size: int | None = None
@@ -90,9 +108,11 @@ class ExtractionOptions:
     devices: int | Literal["auto"] = "auto"
     num_nodes: int = 1
     precision: Precision = "32"
+    engine: Engine = "torch"
     batch_size: int = 32
     num_workers: int | None = None
     quiet: bool = False
+    profile: bool = False
 
     @property
     def device(self) -> Literal["cuda", "mps", "cpu"]:
@@ -126,6 +146,7 @@ class ExtractionOptions:
             raise UserError("--accelerator gpu: PyTorch sees no GPU here; use cpu, or check nvidia-smi and the driver")
         if self.accelerator == "mps" and self.device != "mps":
             raise UserError("--accelerator mps: PyTorch sees no Apple GPU here; use cpu")
+        check_engine(self.engine, self.device)
         if self.precision == "16-mixed" and self.device != "cuda":
             raise UserError("--precision 16-mixed: needs an NVIDIA GPU; elsewhere use 32 or bf16-mixed")
         there = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": self.n_processes}[self.device]
@@ -161,7 +182,7 @@ def describe_images(
             made with other settings or cannot be written.
         KeyboardInterrupt: If interrupted; finished rows are kept.
     """
-    settings = store_settings(embedder, ground_truth, options.image_size, options.precision)
+    settings = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
     sizes = image_sizes(ground_truth)
     if options.bad_images == "stop":
         require_images(ground_truth, sizes)
@@ -224,7 +245,9 @@ def _fill(
     if not n_pending and store.manifest()["complete"]:
         return
     device = f"{options.n_processes} x {_device_name(options.device)}"
-    console.print(f"[bold]running on[/]   {device}, precision {options.precision}")
+    console.print(f"[bold]running on[/]   {device}, precision {options.precision}, engine {options.engine}")
+    if options.device == "cpu" and options.engine == "torch" and n_pending >= MANY_IMAGES:
+        console.print("             (on a CPU, --engine openvino describes convolutional networks some times as fast)")
     if launched_as_first():
         weights_from = embedder.describe_settings()["provenance"]
         store.begin({"weights_from": weights_from, "device": device, "versions": library_versions()})
@@ -237,14 +260,23 @@ def _fill(
 
 
 def store_settings(
-    embedder: Embedder, ground_truth: GroundTruth, image_size: int | None, precision: Precision
+    embedder: Embedder,
+    ground_truth: GroundTruth,
+    image_size: int | None,
+    precision: Precision,
+    engine: Engine = "torch",
 ) -> dict[str, Any]:
     """Everything that determines the rows of a store, as JSON types."""
     model = embedder.describe_settings()
     del model["provenance"]  # the same weights from another file make the same rows
+    model["precision"] = precision
+    if engine != "torch":
+        model["engine"] = engine
+    if precision != "32" and embedder.backbone.sensitive is not None:
+        model["float32_start"] = True
     return {
         "recipe": RECIPE,
-        "model": {**model, "precision": precision},
+        "model": model,
         "image_size": image_size,
         "ground_truth": dict(ground_truth.digests),
     }
@@ -261,6 +293,7 @@ def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: Extr
         UserError: If an image cannot be decoded (with ``"stop"``) or gives a descriptor that is not finite.
         KeyboardInterrupt: If interrupted; finished rows are kept.
     """
+    data.times.is_on = options.profile
     callbacks: list[pl.Callback] = [DescriptorWriter(data)]
     if not options.quiet:
         callbacks.append(ImageProgress())
@@ -281,7 +314,8 @@ def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: Extr
     )
     interrupt_handler = signal.getsignal(signal.SIGINT)
     try:
-        trainer.predict(DescriptorModule(embedder), datamodule=data, return_predictions=False)
+        module = DescriptorModule(embedder, options.engine, options.precision, data.times)
+        trainer.predict(module, datamodule=data, return_predictions=False)
     except (ProcessRaisedException, ProcessExitedException) as error:
         raise _user_error_of(error) or error from None
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
@@ -289,6 +323,8 @@ def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: Extr
             process.kill()
         signal.signal(signal.SIGINT, interrupt_handler)  # which Lightning has switched off
         raise KeyboardInterrupt from None
+    finally:
+        embedder.engine = None
 
 
 def quieten_lightning() -> None:

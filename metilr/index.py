@@ -12,8 +12,16 @@ from rich.markup import escape
 from metilr.checkpoints import load_embedder
 from metilr.data.catalogue import Catalogue, read_catalogue
 from metilr.data.datamodule import BadImages
+from metilr.engines import Engine
 from metilr.errors import UserError
-from metilr.extraction import Accelerator, ExtractionOptions, describe_images, describe_views, quieten_lightning
+from metilr.extraction import (
+    Accelerator,
+    ExtractionOptions,
+    Precision,
+    describe_images,
+    describe_views,
+    quieten_lightning,
+)
 from metilr.files import write_atomically
 from metilr.knn import USUAL_TAU
 from metilr.launch import launched_as_first
@@ -56,6 +64,8 @@ def index(
     tau: float = USUAL_TAU,
     accelerator: Accelerator = "auto",
     devices: int | Literal["auto"] = "auto",
+    precision: Precision | Literal[32] = "32",
+    engine: Engine = "torch",
     batch_size: int = 32,
     num_workers: int | None = None,
 ) -> Path | None:
@@ -91,6 +101,8 @@ def index(
         tau: Inverse temperature of the confidence; 50 is what evaluations choose most often.
         accelerator: Where the backbone runs; auto takes GPUs if there are any, and says so.
         devices: Number of processes, one GPU each.
+        precision: Arithmetic of the backbone, see evaluate.py --help.
+        engine: What computes the backbone, see evaluate.py --help.
         batch_size: Most images in a batch.
         num_workers: Image decoding processes beside each process.
 
@@ -116,6 +128,7 @@ def index(
     model = {name: arguments[name] for name in OF_THE_MODEL}
     model["ckpt"] = None if ckpt is None else str(Path(ckpt).absolute())  # the index is used from other folders
     model["weights"] = weights if weights in (None, RANDOM) else str(Path(weights).absolute())
+    model["precision"], model["engine"] = str(precision), engine  # 32 is a number in YAML
     embedder, trained_size = build_model(model)
     if image_size is None:
         image_size = IMAGE_SIZE if trained_size is None else trained_size
@@ -127,6 +140,8 @@ def index(
         bad_images,
         accelerator,
         devices,
+        precision=model["precision"],
+        engine=engine,
         batch_size=batch_size,
         num_workers=num_workers,
     )

@@ -1,5 +1,6 @@
-"""Exact maximum inner product search: FAISS finds candidates, float64 decides their order."""
+"""Exact maximum inner product search: rounded products find candidates, float64 decides their order."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,19 +9,23 @@ from typing import Literal
 import faiss
 import numpy as np
 
+from metilr.bfloat16_candidates import Bfloat16Candidates, has_bfloat16
 from metilr.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 GPU_MAX_K = 2048  # FAISS's limit for selection on a GPU
 _MARGIN = 16  # candidates beyond k: enough that float32 rounding seldom leaves a query unsettled
+_BFLOAT16_MARGIN = 64  # the same for bfloat16, which rounds 65,536 times as coarsely
+_BFLOAT16_QUERIES = 64  # for fewer queries, rounding the database takes longer than it saves
+_BFLOAT16_ROWS = 2**14  # the same for rows
 _QUERIES = 4096  # queries a chunk: FAISS's own block; shorter chunks would read the database more often
 _CANDIDATES = 2**21  # candidates a chunk: 16 MiB per int64 or float64 array, however wide the search
 _PRODUCTS = 2**17  # products a block: 1 MiB, stays in cache
 
 SearchDevice = Literal["cpu", "gpu"]
 
-# Takes queries (C, D) and a width; returns float32 similarities and rows, both (C, width).
+# Takes queries (C, D) and a width; returns float32 similarities, descending, and rows, both (C, width).
 _Candidates = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
 
@@ -46,11 +51,12 @@ def search(
 ) -> Neighbours:
     """Find each query's k largest inner products over the whole database.
 
-    FAISS proposes ``k`` and a few more candidates by float32 products; these are scored again in float64
+    ``k`` and some more candidates are proposed by products in bfloat16, where the CPU has such arithmetic and the
+    search is large, else by FAISS in float32. They are scored again in float64
     by a sum whose order depends on ``D`` alone and sorted by (similarity descending, row ascending). Equal
     rows of the database therefore tie exactly, and the result is the same for any chunk size, BLAS or
-    device. No row can be missed: a row that FAISS left out is at most as similar as its last candidate plus
-    the float32 rounding bound; where the k-th answer does not clear that (say, many copies of one image),
+    device. No row can be missed: a row that was not proposed is at most as similar as the last candidate plus
+    the rounding bound; where the k-th answer does not clear that (say, many copies of one image),
     the search is widened for this query until it does. A database of nothing but (nearly) equal descriptors
     thus costs a float64 product with every row.
 
@@ -68,7 +74,7 @@ def search(
         UserError: If ``k`` does not fit the database (or the GPU), arrays are not 2-D of one width or not
             finite, or no GPU is there.
     """
-    largest_norm = _norms(database, "database").max(initial=0)
+    norms = _norms(database, "database")
     query_norms = _norms(queries, "query")
     n, width = database.shape
     if queries.shape[1] != width:
@@ -80,25 +86,21 @@ def search(
     database = np.ascontiguousarray(database, dtype=np.float32)  # no copy if it is that already
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     check_device(device, k)
-    find = _on_gpus(database) if device == "gpu" else _on_cpu(database)
-
-    # |float32 dot product - exact| <= D u |q| |x| for any order of summation (Higham, Accuracy and Stability
-    # of Numerical Algorithms, 3.5), u = 2**-24. The 2% cover the norms' and float64's own rounding.
-    error = 1.02 * (width + 2) * 2.0**-24 * query_norms * largest_norm + width * np.finfo(np.float32).tiny
+    proposer = _proposer(database, norms, queries, query_norms, device)
 
     similarities = np.empty((len(queries), k))
     rows = np.empty((len(queries), k), dtype=np.int64)
-    pending, n_candidates = np.arange(len(queries)), min(n, k + _MARGIN)
+    pending, n_candidates = np.arange(len(queries)), min(n, k + proposer.margin)
     while len(pending):
         if device == "gpu" and GPU_MAX_K < n_candidates < n:
             logger.info("%d queries have too many near-ties for the GPU's selection: on CPU", len(pending))
-            find = _on_cpu(database)
+            proposer = dataclasses.replace(proposer, find=_on_cpu(database))
         unsettled = []
         chunk_size = max(1, min(_QUERIES, _CANDIDATES // n_candidates))
         for start in range(0, len(pending), chunk_size):
             chunk = pending[start : start + chunk_size]
             similarities[chunk], rows[chunk], settled = _best(
-                find, database, queries[chunk], k, n_candidates, error[chunk]
+                proposer, database, queries[chunk], k, n_candidates, proposer.error[chunk]
             )
             unsettled.append(chunk[~settled])
             done(int(settled.sum()))
@@ -106,16 +108,48 @@ def search(
     return Neighbours(similarities, rows)
 
 
+@dataclass(frozen=True, eq=False)
+class _Proposer:
+    """What finds candidates, and how far its products can be from the exact ones.
+
+    Attributes:
+        find: Finds them.
+        error: For each query, ``(Q,)``.
+        relative_error: Of the product itself, on top.
+        margin: Candidates to ask for beyond k at first.
+    """
+
+    find: _Candidates
+    error: np.ndarray
+    relative_error: float = 0.0
+    margin: int = _MARGIN
+
+
+def _proposer(
+    database: np.ndarray, norms: np.ndarray, queries: np.ndarray, query_norms: np.ndarray, device: SearchDevice
+) -> _Proposer:
+    n, width = database.shape
+    if device == "cpu" and n >= _BFLOAT16_ROWS and len(queries) >= _BFLOAT16_QUERIES and has_bfloat16():
+        candidates = Bfloat16Candidates(database, norms)
+        return _Proposer(candidates, candidates.errors(queries, query_norms), 2.0**-8, _BFLOAT16_MARGIN)
+    # |float32 dot product - exact| <= D u |q| |x| for any order of summation (Higham, Accuracy and Stability
+    # of Numerical Algorithms, 3.5), u = 2**-24. The 2% cover the norms' and float64's own rounding.
+    largest_norm = norms.max(initial=0)
+    error = 1.02 * (width + 2) * 2.0**-24 * query_norms * largest_norm + width * np.finfo(np.float32).tiny
+    return _Proposer(_on_gpus(database) if device == "gpu" else _on_cpu(database), error)
+
+
 def _best(
-    find: _Candidates, database: np.ndarray, queries: np.ndarray, k: int, n_candidates: int, error: np.ndarray
+    proposer: _Proposer, database: np.ndarray, queries: np.ndarray, k: int, n_candidates: int, error: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the k best of n_candidates, ``(C, k)`` twice, and whether no other row can belong to them."""
     if n_candidates == len(database):
         candidates = np.tile(np.arange(n_candidates), (len(queries), 1))
         bound = np.full(len(queries), -np.inf)
     else:
-        proposed, candidates = find(queries, n_candidates)
-        bound = proposed[:, -1] + error
+        proposed, candidates = proposer.find(queries, n_candidates)
+        last = proposed[:, -1].astype(np.float64)
+        bound = last + proposer.relative_error * np.abs(last) + error
     exact = _similarities(database, queries, candidates)
     order = np.lexsort((candidates, -exact), axis=1)[:, :k]
     similarities = np.take_along_axis(exact, order, axis=1)

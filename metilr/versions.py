@@ -7,7 +7,7 @@ from metilr import __version__
 
 LIBRARIES = (
     "torch", "torchvision", "pytorch-lightning", "torchmetrics", "timm", "numpy", "pillow", "faiss-gpu", "faiss-cpu",
-    "opencv-python-headless",
+    "opencv-python-headless", "openvino",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
+import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -15,6 +16,7 @@ from metilr.data.dataset import BatchDataset, ImageBatch, PlannedBatch
 from metilr.data.images import ImageRows, Images
 from metilr.data.transforms import BadImageError
 from metilr.descriptors import DescriptorStore
+from metilr.profiling import StageTimes
 from metilr.progress import tracked
 
 BadImages = Literal["stop", "skip"]
@@ -63,6 +65,7 @@ class ImageDataModule(LightningDataModule):
         self.bad_images = bad_images
         self.quiet = quiet
         self.plan: list[PlannedBatch] = []
+        self.times = StageTimes()
 
     def pending_rows(self) -> np.ndarray:
         """Rows that the store lacks, ascending."""
@@ -94,6 +97,12 @@ class ImageDataModule(LightningDataModule):
             worker_init_fn=leave_signals_to_the_parent,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
+
+    @override
+    def transfer_batch_to_device(self, batch: ImageBatch, device: torch.device, dataloader_idx: int) -> ImageBatch:
+        with self.times.measured("transfer"):
+            moved: ImageBatch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+            return moved
 
     def make_plan(self) -> list[PlannedBatch]:
         """Cut the pending images into batches of one shape; marks those whose header cannot be read."""

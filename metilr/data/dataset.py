@@ -1,5 +1,6 @@
 """Batches of equally shaped images, decoded on demand."""
 
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,11 +27,13 @@ class ImageBatch(NamedTuple):
         rows: Row of each image in the descriptors, int64 ``(B,)``.
         images: uint8 ``(B, 3, H, W)``.
         bad: Rows that could not be decoded, each with the reason.
+        decode_seconds: That reading and decoding took.
     """
 
     rows: np.ndarray
     images: Tensor
     bad: list[tuple[int, str]]
+    decode_seconds: float = 0.0
 
 
 class BatchDataset(Dataset[ImageBatch]):
@@ -49,7 +52,7 @@ class BatchDataset(Dataset[ImageBatch]):
         return len(self.batches)
 
     def __getitem__(self, i: int) -> ImageBatch:
-        planned = self.batches[i]
+        planned, start = self.batches[i], time.perf_counter()
         rows, images, bad = [], [], []
         for row in planned.rows.tolist():
             try:
@@ -62,4 +65,4 @@ class BatchDataset(Dataset[ImageBatch]):
                 rows.append(row)
                 images.append(image)
         stacked = torch.stack(images) if images else torch.empty((0, 3, *planned.shape), dtype=torch.uint8)
-        return ImageBatch(np.array(rows, dtype=np.int64), stacked, bad)
+        return ImageBatch(np.array(rows, dtype=np.int64), stacked, bad, time.perf_counter() - start)

@@ -1,8 +1,7 @@
 """The embedder: images to unit-length embeddings and multi-scale descriptors."""
 
-import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 from metilr.errors import UserError
 from metilr.models.backbones import build_backbone
-from metilr.models.features import Backbone, PatchRounding
+from metilr.models.features import Backbone, Features, PatchRounding
 from metilr.models.pooling import CLS, Pooling, PoolingName, build_pooling
 from metilr.models.weights import tensors_sha256
 
@@ -75,6 +74,9 @@ class Embedder(nn.Module):
         projector: Left out if None, with the normalisation after it.
         scales: Relative image sizes for ``describe``.
 
+    Attributes:
+        engine: Computes the features in the backbone's place; None: the backbone itself, by PyTorch.
+
     Raises:
         UserError: If the pooling needs a class token that the backbone does not give, or a scale is not a
             finite number above 0.
@@ -100,6 +102,7 @@ class Embedder(nn.Module):
         self.pooling = pooling
         self.projector = projector
         self.scales = tuple(float(scale) for scale in scales)
+        self.engine: Callable[[Tensor], Features] | None = None
         self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(backbone.std).view(3, 1, 1))
 
@@ -143,11 +146,16 @@ class Embedder(nn.Module):
         return F.normalize(torch.stack(embeddings).sum(dim=0), dim=1)
 
     def _embed(self, images: Tensor) -> Tensor:
-        too_small = images.device.type == "cpu" and min(images.shape[-2:]) < BFLOAT16_LEAST_SIDE
-        with torch.autocast("cpu", enabled=False) if too_small else contextlib.nullcontext():
-            features = self.backbone(images)
+        features = self._features(images)
         with torch.autocast(images.device.type, enabled=False):
             return self.project(F.normalize(self.pooling(features), dim=1))
+
+    def _features(self, images: Tensor) -> Features:
+        in_float32 = images.device.type != "cpu" or not torch.is_autocast_enabled("cpu")
+        if in_float32 or min(images.shape[-2:]) >= BFLOAT16_LEAST_SIDE:
+            return (self.engine or self.backbone)(images)
+        with torch.autocast("cpu", enabled=False):
+            return self.backbone(images)
 
     def project(self, pooled: Tensor) -> Tensor:
         """Turn unit-length pooled vectors ``(B, width)`` into embeddings ``(B, D)``: what follows the pooling."""

@@ -1,0 +1,55 @@
+"""What computes a backbone's features: PyTorch, PyTorch compiled, or OpenVINO."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from metilr.errors import UserError
+from metilr.models.features import Backbone, Features
+
+Engine = Literal["torch", "compile", "openvino"]
+
+
+def check_engine(engine: Engine, device: str) -> None:
+    """Refuse an engine that does not run on a device, before any work.
+
+    Raises:
+        UserError: If it does not, or is not installed.
+    """
+    if engine not in ("torch", "compile", "openvino"):
+        raise UserError(f"--engine {engine}: unknown; choose torch, compile or openvino")
+    if engine != "openvino":
+        return
+    if device != "cpu":
+        raise UserError("--engine openvino: runs on the CPU; add --accelerator cpu, or take --engine torch or compile")
+    try:
+        import openvino  # noqa: F401
+    except ImportError:
+        raise UserError("--engine openvino: is not installed; pip install openvino, or take --engine torch") from None
+
+
+def start_engine(engine: Engine, backbone: Backbone, precision: str) -> Callable[[Tensor], Features] | None:
+    """Make an engine ready to compute a backbone's features, in this process.
+
+    Args:
+        engine: Which.
+        backbone: In its place on its device, in eval mode.
+        precision: ``32`` or ``bf16-mixed``, for OpenVINO; the others take it from autocast.
+
+    Returns:
+        Images to features, for ``Embedder.engine``; None for PyTorch as it is.
+
+    Raises:
+        UserError: If the engine cannot run this backbone so.
+    """
+    if engine == "torch":
+        return None
+    if engine == "compile":
+        # One graph for all image shapes: a compilation for each of hundreds would take longer than it saves.
+        compiled: Callable[[Tensor], Features] = torch.compile(backbone.forward, dynamic=True)
+        return compiled
+    from metilr.openvino_engine import OpenVINOEngine
+
+    return OpenVINOEngine(backbone, precision)

@@ -1,0 +1,67 @@
+"""Where the time of an extraction goes."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+STAGES = ("decode", "wait", "transfer", "network", "write")
+_WHAT = {
+    "decode": "files to pixels, in parallel in the decoding processes",
+    "wait": "for decoded images, and between the steps",
+    "transfer": "pixels to the device",
+    "network": "resizing, backbone, pooling",
+    "write": "descriptors to the store",
+}
+
+
+@dataclass
+class StageTimes:
+    """Seconds by stage, of this process and its decoding processes.
+
+    Attributes:
+        is_on: Whether to measure: on a GPU, that stops it from running ahead.
+        seconds: By stage.
+        n_images: That were described.
+    """
+
+    is_on: bool = False
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    n_images: int = 0
+    started: float = 0.0
+
+    @contextlib.contextmanager
+    def measured(self, stage: str) -> Iterator[None]:
+        """Add the time that the block takes."""
+        start = time.perf_counter()
+        yield
+        if not self.is_on:
+            return
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.seconds[stage] += time.perf_counter() - start
+
+    def count(self, n_images: int, decode_seconds: float) -> None:
+        """Add images that were described, and how long their decoding took elsewhere."""
+        self.n_images += n_images
+        self.seconds["decode"] += decode_seconds
+
+    def start(self) -> None:
+        """Begin with the first batch's decoding."""
+        self.started = time.perf_counter()
+
+    def print(self, console: Console, n_workers: int) -> None:
+        """Print a table; what no stage accounts for is waiting."""
+        total = time.perf_counter() - self.started
+        self.seconds["wait"] = total - sum(self.seconds[stage] for stage in ("transfer", "network", "write"))
+        table = Table(title=f"{self.n_images:,} images in {total:.1f} s", title_justify="left", box=None)
+        for name in ("stage", "seconds", "ms an image", ""):
+            table.add_column(name, justify="left" if name in ("stage", "") else "right")
+        for stage, seconds in self.seconds.items():
+            what = _WHAT[stage] + (f" ({n_workers})" if stage == "decode" else "")
+            table.add_row(stage, f"{seconds:.1f}", f"{1000 * seconds / max(1, self.n_images):.1f}", what)
+        console.print(table)
