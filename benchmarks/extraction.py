@@ -1,0 +1,157 @@
+"""Multi-scale extraction from JPEG files to a descriptor store, against a plain loop in the same run.
+
+The plain path describes one image after another in float32, batch size 1: Pillow, to_tensor, the network, GeM, the
+sum over three scales. Both take all images of a data root. Prints, for each backbone, the time of an image by both,
+the lowest cosine between their descriptors, GAP of both, the multiply-adds a second against a large bfloat16 matrix
+product measured in between, and metilr's time for a quarter, half and all of the images.
+
+    python benchmarks/extraction.py --root DIR --backbones lite0_in r18_in r50_in
+"""
+
+import argparse
+import copy
+import math
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from measuring import Clock, PeakMemory, show
+from PIL import Image
+from rich.console import Console
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.functional import to_tensor
+
+from metilr.data.demo import make_demo
+from metilr.data.ground_truth import GroundTruth, load_ground_truth
+from metilr.data.transforms import image_shape
+from metilr.extraction import ExtractionOptions, describe_images, quieten_lightning
+from metilr.method import Method
+from metilr.models.embedder import SCALES, Embedder, build_embedder
+from metilr.recognition import recognise
+from metilr.results import RUNS
+from metilr.sources import Descriptors, open_descriptors
+
+SPLITS = ("database", "val", "test")
+
+
+def plain_descriptor(file: Path, embedder: Embedder) -> torch.Tensor:
+    """Describe an image as the paper's formulas say, with nothing but torch, timm and Pillow."""
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (embedder.backbone.mean, embedder.backbone.std))
+    image = ((to_tensor(Image.open(file).convert("RGB")) - mean) / std)[None]
+    total = torch.zeros(embedder.backbone.width)
+    for scale in SCALES:
+        scaled = image if scale == 1 else F.interpolate(image, scale_factor=scale, mode="bilinear", align_corners=False)
+        features = embedder.backbone.model.forward_features(scaled)
+        total += F.normalize(features.clamp(min=1e-6).pow(3).mean(dim=(2, 3)).pow(1 / 3), dim=1)[0]
+    return F.normalize(total, dim=0)
+
+
+def matrix_peak(seconds: float = 1.0, side: int = 4096) -> float:
+    """Multiply-adds a second of a large bfloat16 matrix product, the best of several."""
+    a, b = torch.randn(2, side, side).bfloat16()
+    best, total = math.inf, Clock()
+    while total() < seconds or best == math.inf:
+        clock = Clock()
+        torch.mm(a, b)
+        best = min(best, clock())
+    return side**3 / best
+
+
+def multiply_adds(embedder: Embedder, shapes: Counter[tuple[int, int]]) -> int:
+    """Of the backbone for images of these shapes at all scales; counted on the shapes alone."""
+    model, total = embedder.backbone.model, 0
+    sizes: Counter[tuple[int, int]] = Counter()
+    for (height, width), n in shapes.items():
+        for scale in SCALES:
+            sizes[math.floor(height * scale), math.floor(width * scale)] += n
+    blank = copy.deepcopy(model).to("meta")
+    for (height, width), n in sizes.items():
+        with FlopCounterMode(display=False) as counter:
+            blank.forward_features(torch.empty(1, 3, height, width, device="meta"))
+        total += n * counter.get_total_flops() // 2
+    return total
+
+
+def part_of(ground_truth: GroundTruth, share: float) -> GroundTruth:
+    """The first images of each split."""
+    paths = {split: of_split[: math.ceil(len(of_split) * share)] for split, of_split in ground_truth.paths.items()}
+    labels = {split: ground_truth.labels[split][: len(paths[split])] for split in paths}
+    return replace(ground_truth, paths=paths, labels=labels)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, help="data root; without it the demo museum")
+    parser.add_argument("--backbones", nargs="+", default=["lite0_in"], help="others than lite0_in: random weights")
+    parser.add_argument("--engine", default="openvino", choices=["openvino", "torch", "compile"])
+    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32"])
+    parser.add_argument("--plain", type=int, help="images of the plain path, evenly spread; without it all, with GAP")
+    arguments = parser.parse_args()
+    quieten_lightning()
+    root = arguments.root or make_demo(RUNS / "demo")
+    ground_truth = load_ground_truth(root)
+    names = [(split, i) for split in SPLITS for i in range(len(ground_truth.paths[split]))]
+    files = [ground_truth.image(ground_truth.paths[split][i]) for split, i in names]
+    shapes = Counter(image_shape(file) for file in files)
+    folder, silent = Path(tempfile.mkdtemp(dir=RUNS)), Console(quiet=True)
+    options = ExtractionOptions(
+        accelerator="cpu", engine=arguments.engine, precision=arguments.precision, num_workers=2, quiet=True
+    )
+    try:
+        for name in arguments.backbones:
+            embedder = build_embedder(name, None if name == "lite0_in" else "random")
+            chosen = range(0, len(files), 1 if not arguments.plain else max(1, len(files) // arguments.plain))
+            with torch.inference_mode():
+                plain_descriptor(files[0], embedder)
+                clock = Clock()
+                plain = torch.stack([plain_descriptor(files[i], embedder) for i in chosen]).numpy()
+                plain_seconds = clock() / len(chosen)
+            peaks, growth = [matrix_peak()], {}
+            with PeakMemory() as memory:
+                for share in (0.25, 0.5, 1.0):
+                    clock = Clock()
+                    part = part_of(ground_truth, share)
+                    store = describe_images(embedder, part, folder / f"{name}-{share}", options, silent)
+                    growth[sum(map(len, part.paths.values()))] = clock()
+                    peaks.append(matrix_peak())
+            seconds = growth[len(files)] / len(files)
+            fast = np.concatenate([store.rows(split) for split in SPLITS])
+            cosines = (fast[list(chosen)] * plain).sum(axis=1)
+            gaps = {}
+            if len(chosen) == len(files):
+                ends = np.cumsum([len(ground_truth.paths[split]) for split in SPLITS])[:-1]
+                parts = {split: [rows] for split, rows in zip(SPLITS, np.split(plain, ends), strict=True)}
+                made = {split: np.ones(len(rows), dtype=bool) for split, [rows] in parts.items()}
+                opened = {"plain": Descriptors(parts, made, []), "fast": open_descriptors([store.path], ground_truth)}
+                for way, descriptors in opened.items():
+                    figures = recognise(descriptors, ground_truth, Method()).figures
+                    gaps[way] = {split: 100 * figures[split]["gap"] for split in ("val", "test")}
+            work = multiply_adds(embedder, shapes) / len(files)
+            share_of_peak = work / seconds / max(peaks)
+            show(
+                f"extraction of {name}: {arguments.engine}, {arguments.precision}",
+                ["way", "ms an image", "val GAP", "test GAP", "TFLOP/s"],
+                [
+                    [way, 1000 * s, *(gaps[way].values() if gaps else ("", "")), 2e-12 * work / s]
+                    for way, s in (("plain", plain_seconds), ("fast", seconds))
+                ]
+                + [["bfloat16 matrix product", "", "", "", 2e-12 * max(peaks)]],
+                {
+                    "backbone": name, "engine": arguments.engine, "precision": arguments.precision,
+                    "images": len(files), "shapes": len(shapes), "ratio": plain_seconds / seconds,
+                    "least_cosine": float(cosines.min()), "gap": gaps, "share_of_matrix_peak": share_of_peak,
+                    "seconds_by_images": growth, "peak_added_bytes": memory.added,
+                },
+            )  # fmt: skip
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
