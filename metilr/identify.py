@@ -105,6 +105,7 @@ def _head(collection: Collection, threshold: Threshold) -> str:
     return (
         f"[bold]collection[/]   {escape(collection.name)}: {len(collection.images):,} images of "
         f"{len(collection.exhibits):,} exhibits, k = {collection.k}, τ = {collection.tau:g}\n"
+        f"[bold]search[/]       {collection.search}\n"
         f"[bold]threshold[/]    {value}: {escape(threshold.origin)}"
     )
 
