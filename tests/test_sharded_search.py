@@ -15,6 +15,7 @@ from metilr.sharded_search import sharded_search as search_together
 from tests.test_approximate_search import exhibits
 
 SPLITS = {"halves": 200, "uneven": 37, "all in the first": 400, "all in the second": 0}  # rows of the first
+CALLS = ((2**22, 1), (2**22, 60), (2**22, 400), (50, 7))  # similarities gathered at a time, and k
 
 
 def shared():
@@ -32,14 +33,11 @@ def run_process(rank, n_processes, folder):
     )
     results = {}
     rows, queries = shared()
-    for gathered in (sharded_search._GATHERED, 50):
+    for gathered, k in CALLS:
         sharded_search._GATHERED = gathered
         for name, first in SPLITS.items():
             own = rows[:first] if rank == 0 else rows[first:]
-            for k in (1, 7, 60, 400):
-                results[name, gathered, k] = search_together(
-                    lambda q, k, own=own: search(own, q, k), len(own), queries, k
-                )
+            results[name, gathered, k] = search_together(lambda q, k, own=own: search(own, q, k), len(own), queries, k)
     results["none"] = search_together(lambda q, k: search(own, q, k), len(own), queries[:0], 3)
 
     def failure(own, queries, k):
@@ -78,7 +76,7 @@ def test_two_processes_find_what_one_finds_to_the_last_bit(tmp_path):
     rows, queries = shared()
     for (name, gathered, k), found in ((key, value) for key, value in first.items() if isinstance(key, tuple)):
         assert found == as_lists(search(rows, queries, k)), (name, gathered, k)
-    assert len(first) == 2 * len(SPLITS) * 4 + 3
+    assert len(first) == len(CALLS) * len(SPLITS) + 3
     assert first["none"] == ([], [])
     assert first["approximate"] == as_lists(search(*exhibits(), 4))
     too_many, too_few, other_queries, other_k, broken = first["failures"]
