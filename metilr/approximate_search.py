@@ -8,10 +8,11 @@ does. What is found has its exact similarity, then, but a row in another list, o
 The sizes follow from the number of rows N:
 
 - lists: the power of two nearest to √N on a logarithmic scale. Their number times N products sort the rows into them,
-  which is what building takes long for, and no search with 1/8 of the lists gets much better by more of them;
+  which is what building takes long for;
 - centroids are learned from 40 rows a list (FAISS asks for 39 at least), drawn with a seed;
-- a search opens 1/8 of the lists: also where descriptors have no structure but their small clusters, the first
-  neighbour is then among them (see ``benchmarks/approximate_search.py``);
+- a search opens 8 times the square root of the number of lists: 1/2 of them at 100,000 rows, 1/8 at 10 million. More
+  lists tell rows apart better, and so the first neighbour is among them everywhere, also where descriptors have no
+  structure but their small clusters (see ``benchmarks/approximate_search.py``);
 - for k neighbours, 4 k + 64 candidates are scored exactly.
 
 Source: Jégou, Douze and Schmid, Product Quantization for Nearest Neighbor Search, TPAMI 2011; André, Kermarrec and Le
@@ -32,8 +33,9 @@ from metilr.progress import counted
 from metilr.random_rows import RandomRows
 from metilr.search import Neighbours, exact_similarities, norms, search
 
-MIN_ROWS = 100_000  # an exact search of fewer takes milliseconds a query
-PROBED = 8  # a search opens one in so many lists
+MIN_ROWS = 100_000  # an exact search of fewer takes less time than describing a photo
+PROBES = 8  # lists that a search opens, over the square root of their number
+_WIDE = 8  # a search for more candidates than one in so many rows is exact
 _ROWS_A_LIST = 40  # learned from
 _ITERATIONS = 10  # of k-means: more gain nothing that can be measured
 _DIMS_A_CODE = 4  # dimensions that share 4 bits
@@ -67,8 +69,8 @@ class ApproximateIndex:
     def search(self, queries: np.ndarray, k: int, done: Callable[[int], None] = lambda n: None) -> Neighbours:
         """Find k rows with large inner products with each query, most of them the largest.
 
-        Where the lists opened hold fewer than k rows, more are opened; where the candidates would be more than lists
-        opened usually hold, the search is exact.
+        Where the lists opened hold fewer than k rows, more are opened; where the candidates would be more than an
+        eighth of all rows, the search is exact.
 
         Args:
             queries: Descriptors, ``(Q, D)`` float32.
@@ -91,7 +93,7 @@ class ApproximateIndex:
         if not 1 <= k <= n:
             raise UserError(f"--k {k}: the database has {n} images; choose k from 1 to {n}")
         n_candidates = _CANDIDATES_A_NEIGHBOUR * k + _MARGIN
-        if n_candidates > n // PROBED:
+        if n_candidates > n // _WIDE:
             return search(self.rows, queries, k, done=done)
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         similarities = np.empty((len(queries), k))
@@ -138,11 +140,12 @@ def check_size(n: int) -> None:
     """Refuse a database for which an approximate search makes no sense.
 
     Raises:
-        UserError: If exact search is as fast.
+        UserError: If an exact search is fast enough.
     """
     if n < MIN_ROWS:
         raise UserError(
-            f"--approximate: {n:,} rows are few; below {MIN_ROWS:,} exact search is faster, and exact: leave it out"
+            f"--approximate: {n:,} rows are few; below {MIN_ROWS:,} an exact search takes less time than describing "
+            "the photo, and misses nothing: leave it out"
         )
 
 
@@ -221,7 +224,7 @@ def _refuse_unusable(chunk: np.ndarray, start: int | None) -> None:
 
 
 def _probes(n_lists: int) -> int:
-    return max(1, n_lists // PROBED)
+    return min(n_lists, round(PROBES * math.sqrt(n_lists)))
 
 
 def _filled_up(rows: np.ndarray) -> np.ndarray:

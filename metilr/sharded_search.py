@@ -1,8 +1,9 @@
 """One search over rows that several processes share, on one machine or many: each searches its own, answers are merged.
 
-    torchrun --nnodes 4 --nproc_per_node 1 --rdzv_backend c10d --rdzv_endpoint HOST:29500 my_search.py
+    torchrun --nnodes 4 --nproc_per_node 1 --node_rank RANK --master_addr HOST --master_port 29500 my_search.py
 
-with, in ``my_search.py``, ``torch.distributed.init_process_group("gloo")`` and ``sharded_search(...)``.
+on each machine with its own RANK, from 0 to 3, and ``torch.distributed.init_process_group("gloo")`` before
+``sharded_search(...)`` in ``my_search.py``.
 """
 
 import hashlib

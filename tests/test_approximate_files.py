@@ -37,7 +37,7 @@ def load(folder, made_from="a digest"):
 def test_what_is_loaded_finds_what_was_saved(built, saved):
     index, queries = built
     loaded = load(saved)
-    assert str(loaded) == "approximate: 4 of 32 lists, candidates scored exactly"
+    assert str(loaded) == "approximate: 32 of 32 lists, candidates scored exactly"
     for k in (1, 10, 300):  # the last is searched exactly
         found, expected = loaded.search(queries, k), index.search(queries, k)
         np.testing.assert_array_equal(found.rows, expected.rows)

@@ -37,7 +37,8 @@ def brute_force(rows, queries, k):
 
 
 @pytest.mark.parametrize("width", [30, 32])  # codes take 4 dimensions each: 30 is filled up
-def test_finds_the_first_neighbours_with_their_exact_similarities(width):
+def test_finds_the_first_neighbours_with_their_exact_similarities(width, monkeypatch):
+    monkeypatch.setattr(approximate_search, "PROBES", 2)  # 16 of 64 lists
     rows, queries = exhibits(width=width)
     found = ApproximateIndex(build_codes(rows), rows).search(queries, 5)
     similarities, expected = brute_force(rows, queries, 5)
@@ -63,7 +64,7 @@ def test_lists_that_are_not_opened_are_not_seen(monkeypatch):
 
 
 def test_with_all_lists_open_it_equals_the_exact_search_to_the_last_bit(monkeypatch):
-    monkeypatch.setattr(approximate_search, "PROBED", 1)
+    monkeypatch.setattr(approximate_search, "_WIDE", 1)
     monkeypatch.setattr(approximate_search, "_CANDIDATES_A_NEIGHBOUR", 40)  # nearly all rows
     rows, queries = exhibits()
     rows = np.concatenate([rows, rows[:40], rows[:40]])  # copies tie: the smaller row comes first
@@ -127,9 +128,12 @@ def test_building_reads_a_bounded_number_of_rows_at_a_time(monkeypatch, tmp_path
     assert max(taken) == 640 and taken.count(500) == 8  # 10 rows for each of 64 lists, then chunks
 
 
-@pytest.mark.parametrize(("n", "lists"), [(100_000, 256), (1_000_000, 1024), (10_000_000, 4096), (10**8, 8192)])
-def test_lists_follow_from_the_number_of_rows(n, lists):
-    assert count_lists(n) == lists
+@pytest.mark.parametrize(
+    ("n", "lists", "opened"),
+    [(1000, 32, 32), (100_000, 256, 128), (1_000_000, 1024, 256), (10_000_000, 4096, 512), (10**8, 8192, 724)],
+)
+def test_lists_and_those_opened_follow_from_the_number_of_rows(n, lists, opened):
+    assert count_lists(n) == lists and approximate_search._probes(lists) == opened
 
 
 def test_codes_take_an_eighth_of_the_memory_at_most():
@@ -156,7 +160,7 @@ def test_bad_input_is_refused(monkeypatch):
     monkeypatch.setattr(approximate_search, "_ROWS_A_LIST", 20)  # of 32 lists: the sample misses some rows
     with pytest.raises(UserError, match=r"database descriptor.* holds NaN or infinite"):
         build_codes(broken)
-    with pytest.raises(UserError, match="--approximate: 999 rows are few; below 1,000 exact search is faster"):
+    with pytest.raises(UserError, match="--approximate: 999 rows are few; below 1,000 an exact search takes less time"):
         check_size(999)
     with pytest.raises(UserError, match="999 rows are few"):
         build_codes(rows[:999])
