@@ -87,5 +87,5 @@ def collection_document(collection: Collection) -> dict[str, Any]:
         "exhibits": len(collection.exhibits),
         "k": collection.k,
         "tau": collection.tau,
-        "search": collection.search,
+        **({} if collection.search is None else {"search": collection.search}),
     }

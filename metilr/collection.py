@@ -135,9 +135,9 @@ class Collection:
     check: GeometricCheck | None = None
 
     @property
-    def search(self) -> str:
-        """How the database is searched, in words."""
-        return "exact" if self.database.approximate is None else str(self.database.approximate)
+    def search(self) -> str | None:
+        """How the database is searched, in words, where it is not searched exactly."""
+        return None if self.database.approximate is None else str(self.database.approximate)
 
     @functools.cached_property
     def images(self) -> frozenset[int]:

@@ -28,7 +28,7 @@ AS_OPTIONS = [part for name, value in OPTIONS.items() for part in (f"--{name}", 
 @pytest.fixture(autouse=True)
 def small_museums_are_let_through(monkeypatch):
     """8 images with 2 visits are 24 rows; with all lists open and all rows as candidates the lists still answer."""
-    for name, value in {"MIN_ROWS": 24, "PROBED": 1, "_CANDIDATES_A_NEIGHBOUR": 1, "_MARGIN": 0}.items():
+    for name, value in {"MIN_ROWS": 24, "_WIDE": 1, "_CANDIDATES_A_NEIGHBOUR": 1, "_MARGIN": 0}.items():
         monkeypatch.setattr(approximate_search, name, value)
 
 
@@ -73,7 +73,7 @@ def identify(made: Path, store: Path) -> list[str]:
 def test_answers_are_those_of_an_exact_search(made, monkeypatch):
     exact, _ = open_with_threshold(None, made / "exact", accelerator="cpu")
     approximate, _ = open_with_threshold(None, made / "index", accelerator="cpu")
-    assert exact.search == "exact" and approximate.search.startswith("approximate: 4 of 4 lists")
+    assert exact.search is None and approximate.search.startswith("approximate: 4 of 4 lists")
     np.testing.assert_array_equal(approximate.database.rows, exact.database.rows)
     assert isinstance(approximate.database.rows, np.memmap)
     asked = []
@@ -93,12 +93,22 @@ def _noted(function, calls):
     return noted
 
 
-def test_identify_says_how_it_searches(made, capsys):
-    for store, how in (("exact", "exact"), ("index", "approximate: 4 of 4 lists, candidates scored exactly")):
-        main(identify(made, made / store))
-        assert f"search       {how}\n" in capsys.readouterr().out
-        main([*identify(made, made / store), "--json"])
-        assert json.loads(capsys.readouterr().out)["collection"]["search"] == how
+def test_identify_says_that_it_searches_approximately(made, capsys):
+    how = "approximate: 4 of 4 lists, candidates scored exactly"
+    main(identify(made, made / "index"))
+    assert f"search       {how}\n" in capsys.readouterr().out
+    main([*identify(made, made / "index"), "--json"])
+    assert json.loads(capsys.readouterr().out)["collection"]["search"] == how
+    main(identify(made, made / "exact"))
+    assert "approximate:" not in capsys.readouterr().out
+
+
+def test_serve_says_so_too(made, capsys, monkeypatch):
+    for library in ("fastapi", "uvicorn", "python_multipart"):
+        pytest.importorskip(library, reason="needs metilr[serve]")
+    monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: None)
+    main(["serve", "--store", str(made / "index"), "--port", "0", "--accelerator", "cpu"])
+    assert "search       approximate: 4 of 4 lists" in capsys.readouterr().out
 
 
 def test_a_stale_or_damaged_search_is_refused_and_can_be_deleted(made, copied, tmp_path, failure, capsys):
@@ -122,7 +132,7 @@ def test_a_stale_or_damaged_search_is_refused_and_can_be_deleted(made, copied, t
     assert "labels.npy: does not belong to 24 rows" in failure(*identify(made, copied))
     shutil.rmtree(copied / "approximate")
     main(identify(made, copied))
-    assert "search       exact" in capsys.readouterr().out
+    assert "approximate:" not in capsys.readouterr().out
 
 
 def test_an_interrupted_command_keeps_what_is_finished(made, copied, failure):
@@ -144,7 +154,7 @@ def test_an_interrupted_command_keeps_what_is_finished(made, copied, failure):
 def test_few_images_are_refused_before_they_are_described(made, tmp_path, failure, monkeypatch):
     monkeypatch.setattr(approximate_search, "MIN_ROWS", 25)
     line = failure("index", made / "museum", tmp_path / "index", *AS_OPTIONS, "--approximate", "true")
-    assert "--approximate: 24 rows are few; below 25 exact search is faster" in line
+    assert "--approximate: 24 rows are few; below 25 an exact search takes less time" in line
     assert not (tmp_path / "index").exists()
 
 
