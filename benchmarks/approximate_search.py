@@ -12,7 +12,8 @@ centres are uniform on the sphere. A query is a copy of a random row with noise,
 images of that exhibit have 0.5, all other rows little more than 0.2. There is no structure but the small clusters. That
 is hard for an inverted file (a query and its neighbour share no coarse group) and easy for codes (the first neighbour
 stands out). Descriptors of real images have coarse groups and closer second neighbours: recall may differ either way.
-Recall@10 is low for that reason: half of the 10 neighbours are of other exhibits, unlike the query, in chance order.
+Recall@10 is much lower than recall@1 here: of the 10 neighbours some 6 are further images of the exhibit, at 0.5, which
+often lie in lists that are not opened, and the others are chance. `recall_at_10_of_exhibit` counts the former alone.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from metilr.random_rows import open_rows
 WIDTH = 512
 CHUNK = 50_000  # rows made at a time, each from a seed of its own
 SIMILARITY = 0.8  # of an image and its exhibit's centre, and of a query and its image
+OF_EXHIBIT = 0.35  # between the 0.5 of an exhibit's other images and the 0.2 of all other rows
 K = 10
 
 
@@ -68,10 +70,11 @@ def main() -> None:
             index.search(query[None], K)
         alone = (time.perf_counter() - started) / 20
     started = time.perf_counter()
-    _, exact = faiss.knn(queries, rows, K, metric=faiss.METRIC_INNER_PRODUCT)
+    similarities, exact = faiss.knn(queries, rows, K, metric=faiss.METRIC_INNER_PRODUCT)
     exact_seconds = time.perf_counter() - started
     index_bytes = (options.folder / "index" / "codes.faiss").stat().st_size
     per_query = 1000 / len(queries)
+    was_found = (found.rows[:, :, None] == exact[:, None]).any(axis=1)
     figures = {
         "rows": len(rows),
         "queries": len(queries),
@@ -83,7 +86,8 @@ def main() -> None:
         "ratio": round(exact_seconds / seconds[1], 1),
         "ratio_first": round(exact_seconds / seconds[0], 1),
         "recall_at_1": float((found.rows[:, 0] == exact[:, 0]).mean()),
-        "recall_at_10": round(float((found.rows[:, :, None] == exact[:, None]).any(axis=1).mean()), 4),
+        "recall_at_10": round(float(was_found.mean()), 4),
+        "recall_at_10_of_exhibit": round(float(was_found[similarities > OF_EXHIBIT].mean()), 4),
         "first_is_the_query_s_row": float((exact[:, 0] == origins).mean()),
         "index_bytes": index_bytes,
         "float32_bytes": rows.nbytes,
