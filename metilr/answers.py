@@ -87,4 +87,5 @@ def collection_document(collection: Collection) -> dict[str, Any]:
         "exhibits": len(collection.exhibits),
         "k": collection.k,
         "tau": collection.tau,
+        **({} if collection.search is None else {"search": collection.search}),
     }

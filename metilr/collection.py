@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from metilr.approximate_collection import digest_of_database, load_searchable
 from metilr.callbacks import keep_float32_exact
 from metilr.data.dataset import ImageBatch
 from metilr.data.ground_truth import GroundTruth
@@ -133,6 +134,11 @@ class Collection:
     tau: float
     check: GeometricCheck | None = None
 
+    @property
+    def search(self) -> str | None:
+        """How the database is searched, in words, where it is not searched exactly."""
+        return None if self.database.approximate is None else str(self.database.approximate)
+
     @functools.cached_property
     def images(self) -> frozenset[int]:
         """Rows of the ground truth's database that can be found; some images may have been left out."""
@@ -233,6 +239,7 @@ def open_collection(
     k: int,
     tau: float,
     check: GeometricCheck | None = None,
+    approximate: Path | None = None,
 ) -> Collection:
     """Put a collection together from a finished store, refusing a model that did not make it.
 
@@ -250,14 +257,20 @@ def open_collection(
         k: Number of neighbours.
         tau: Inverse temperature.
         check: Geometric check of the best candidates; None for none.
+        approximate: Folder with the database as it is searched and its index; None: it is made now from the store.
 
     Raises:
-        UserError: If the store is missing or unfinished, or other settings made it.
+        UserError: If the store is missing or unfinished, or other settings made it, or ``approximate`` does not belong
+            to it.
     """
     wanted = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
     refuse_another_model(store.path, store.manifest()["settings"], wanted)
-    used = [view for view in method.views(seed) if method.database_views != "none" and "visits" in view.of]
-    opened = open_descriptors([store.path], ground_truth, used)
+    if approximate is None:
+        used = [view for view in method.views(seed) if method.database_views != "none" and "visits" in view.of]
+        opened = open_descriptors([store.path], ground_truth, used)
+        database = build_searchable(opened, ground_truth, method, whitening).lowered(beta)
+    else:
+        database = load_searchable(approximate, digest_of_database(store, method, seed, whitening))
     return Collection(
         name=name,
         ground_truth=ground_truth,
@@ -266,7 +279,7 @@ def open_collection(
         image_size=options.image_size,
         method=method,
         whitening=whitening,
-        database=build_searchable(opened, ground_truth, method, whitening).lowered(beta),
+        database=database,
         k=k,
         tau=tau,
         check=check,

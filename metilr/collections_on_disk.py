@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from metilr.approximate_collection import APPROXIMATE
 from metilr.checkpoints import load_embedder
 from metilr.collection import Collection, open_collection, refuse_another_model
 from metilr.data.ground_truth import load_ground_truth
@@ -61,6 +62,7 @@ def collection_of_index(path: Path, ckpt: Path | None = None, accelerator: Accel
     """Open what ``metilr index`` wrote."""
     index = Index.load(path)
     embedder, _ = build_model(index.model if ckpt is None else {**index.model, "ckpt": ckpt})
+    approximate = path / APPROXIMATE
     return open_collection(
         index.catalogue.folder.name,
         index.catalogue.ground_truth(),
@@ -79,6 +81,7 @@ def collection_of_index(path: Path, ckpt: Path | None = None, accelerator: Accel
         0.0,
         index.k,
         index.tau,
+        approximate=approximate if approximate.exists() else None,
     )
 
 

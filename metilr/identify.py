@@ -101,10 +101,12 @@ def _answers(
 
 
 def _head(collection: Collection, threshold: Threshold) -> str:
+    how = "" if collection.search is None else f"[bold]search[/]       {collection.search}\n"
     value = "none" if threshold.log_confidence is None else threshold.needed
     return (
         f"[bold]collection[/]   {escape(collection.name)}: {len(collection.images):,} images of "
         f"{len(collection.exhibits):,} exhibits, k = {collection.k}, τ = {collection.tau:g}\n"
+        f"{how}"
         f"[bold]threshold[/]    {value}: {escape(threshold.origin)}"
     )
 

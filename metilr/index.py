@@ -9,6 +9,8 @@ from typing import Any, Literal, cast
 from rich.console import Console
 from rich.markup import escape
 
+from metilr.approximate_collection import APPROXIMATE, digest_of_database, save_searchable
+from metilr.approximate_search import check_size
 from metilr.checkpoints import load_embedder
 from metilr.data.catalogue import Catalogue, read_catalogue
 from metilr.data.datamodule import BadImages
@@ -30,6 +32,7 @@ from metilr.models.backbones import RANDOM
 from metilr.models.embedder import Embedder, build_embedder
 from metilr.models.pooling import PoolingName
 from metilr.recognition import check_search, whitening_of
+from metilr.searchable import build_searchable
 from metilr.sources import open_descriptors
 from metilr.versions import library_versions
 from metilr.whitening import DEFAULT_DIM, PCAWhitening
@@ -62,6 +65,7 @@ def index(
     crop_similarity: CropSimilarity = "best",
     k: int | None = None,
     tau: float = USUAL_TAU,
+    approximate: bool = False,
     accelerator: Accelerator = "auto",
     devices: int | Literal["auto"] = "auto",
     precision: Precision | Literal[32] = "32",
@@ -99,6 +103,7 @@ def index(
         k: Number of neighbours that count; without it 10, or all images if they are fewer. An evaluation chooses k
             and tau on val, which an index has not.
         tau: Inverse temperature of the confidence; 50 is what evaluations choose most often.
+        approximate: Also make an approximate search of 100,000 images or more, which identify and serve then use.
         accelerator: Where the backbone runs; auto takes GPUs if there are any, and says so.
         devices: Number of processes, one GPU each.
         precision: Arithmetic of the backbone, see evaluate.py --help.
@@ -135,6 +140,8 @@ def index(
     method = method_of(arguments)
     method.check(n_images, embedder.dim, n_exhibits)
     check_search(n_images, k, tau, "cpu", method.rows_per_image)
+    if approximate:
+        check_size(n_images * method.rows_per_image)
     options = ExtractionOptions(
         image_size,
         bad_images,
@@ -163,6 +170,9 @@ def index(
     transform = whitening_of(opened, ground_truth, method)
     if transform is not None:
         transform.save(output / "whitening.npz")
+    if approximate:
+        made_from = digest_of_database(store, method, SEED, transform)
+        save_searchable(build_searchable(opened, ground_truth, method, transform), output / APPROXIMATE, made_from)
     is_whitened = transform is not None
     Index(catalogue, model, options.image_size, is_whitened, method, SEED, k, tau).save(output)
     for note in _notes(embedder, transform, whitening, whitening_dim, n_images - n_made):
@@ -270,6 +280,9 @@ def _check(arguments: Mapping[str, Any]) -> None:
         raise UserError(f"--p: has no effect with --pooling {arguments['pooling']}; leave it out")
     if (Path(arguments["output"]) / "index.json").exists():
         raise UserError(f"{arguments['output']}: holds an index already; name another folder, or delete it")
+    left = Path(arguments["output"]) / APPROXIMATE
+    if left.exists() and not arguments["approximate"]:
+        raise UserError(f"{left}: is there, but --approximate is not given; give --approximate true, or delete it")
 
 
 def _notes(

@@ -74,8 +74,8 @@ def search(
         UserError: If ``k`` does not fit the database (or the GPU), arrays are not 2-D of one width or not
             finite, or no GPU is there.
     """
-    norms = _norms(database, "database")
-    query_norms = _norms(queries, "query")
+    database_norms = norms(database, "database")
+    query_norms = norms(queries, "query")
     n, width = database.shape
     if queries.shape[1] != width:
         raise UserError(
@@ -86,7 +86,7 @@ def search(
     database = np.ascontiguousarray(database, dtype=np.float32)  # no copy if it is that already
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     check_device(device, k)
-    proposer = _proposer(database, norms, queries, query_norms, device)
+    proposer = _proposer(database, database_norms, queries, query_norms, device)
 
     similarities = np.empty((len(queries), k))
     rows = np.empty((len(queries), k), dtype=np.int64)
@@ -150,13 +150,13 @@ def _best(
         proposed, candidates = proposer.find(queries, n_candidates)
         last = proposed[:, -1].astype(np.float64)
         bound = last + proposer.relative_error * np.abs(last) + error
-    exact = _similarities(database, queries, candidates)
+    exact = exact_similarities(database, queries, candidates)
     order = np.lexsort((candidates, -exact), axis=1)[:, :k]
     similarities = np.take_along_axis(exact, order, axis=1)
     return similarities, np.take_along_axis(candidates, order, axis=1), similarities[:, -1] > bound
 
 
-def _similarities(database: np.ndarray, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def exact_similarities(database: np.ndarray, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return the inner product of each query with its rows, ``(C, R)``, in float64.
 
     Products of float32 numbers are exact in float64. NumPy's sum over a contiguous last axis adds pairwise in
@@ -215,7 +215,7 @@ def _on_gpus(database: np.ndarray) -> _Candidates:
     return index.search
 
 
-def _norms(descriptors: np.ndarray, name: str) -> np.ndarray:
+def norms(descriptors: np.ndarray, name: str) -> np.ndarray:
     """Return the lengths ``(N,)`` in one pass, refusing what is no table of finite numbers."""
     if descriptors.ndim != 2 or descriptors.shape[1] == 0:
         raise UserError(f"{name} descriptors have shape {descriptors.shape}: expected (rows, width)")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from metilr.approximate_search import ApproximateIndex
 from metilr.data.ground_truth import GroundTruth
 from metilr.descriptors import CHUNK_ROWS, row_chunks
 from metilr.knn import NO_ROW
@@ -30,6 +31,7 @@ class Searchable:
         background: How much more than the average row each resembles rows of other exhibits, ``(M,)``, see
             ``mean_background``; None where the method does not ask for it.
         has_offset: Whether the last column of ``rows`` is a number that is added to the row's similarities.
+        approximate: Searches ``rows`` in place of an exact search; None: exactly.
     """
 
     rows: np.ndarray
@@ -37,12 +39,13 @@ class Searchable:
     images: np.ndarray
     background: np.ndarray | None = None
     has_offset: bool = False
+    approximate: ApproximateIndex | None = None
 
     def lowered(self, beta: float) -> "Searchable":
         """The same with similarities that are less by beta times the row's background."""
         if beta == 0:
             return self
-        assert self.background is not None and not self.has_offset
+        assert self.background is not None and not self.has_offset and self.approximate is None
         # One more dimension makes the subtraction a part of the inner product.
         rows = np.column_stack([self.rows, (-beta * self.background).astype(np.float32)])
         return dataclasses.replace(self, rows=rows, has_offset=True)
@@ -54,7 +57,7 @@ class Searchable:
         device: SearchDevice = "cpu",
         done: Callable[[int], None] = lambda n: None,
     ) -> Neighbours:
-        """Find the k rows most similar to each query, exactly.
+        """Find the k rows most similar to each query, exactly unless ``approximate`` says otherwise.
 
         A query is as similar to a row as its most similar view.
 
@@ -71,7 +74,10 @@ class Searchable:
         views = queries.reshape(-1, width)
         if self.has_offset:
             views = np.column_stack([views, np.ones(len(views), dtype=np.float32)])
-        found = search(self.rows, views, k, device_for(device, k), done)
+        if self.approximate is None:
+            found = search(self.rows, views, k, device_for(device, k), done)
+        else:
+            found = self.approximate.search(views, k, done)
         if n_views == 1:
             return found
         return _best_of_views(found, n_views, k)

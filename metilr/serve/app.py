@@ -72,6 +72,8 @@ def serve(
             f"http://{escape(address)}:{listener.getsockname()[1]}/ (Ctrl-C ends it)",
             soft_wrap=True,
         )
+        if collection.search is not None:
+            console.print(f"[bold]search[/]       {collection.search}", soft_wrap=True)
         if not is_loopback(host):
             console.print("[bold yellow]note:[/] everyone who reaches this address can use it, without a password")
         try:
