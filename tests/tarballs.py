@@ -2,9 +2,12 @@
 
 import gzip
 import io
+import random
 import tarfile
 from collections.abc import Sequence
+from pathlib import Path
 
+IMAGES = {f"{i % 4}/{i}.jpg": random.Random(i).randbytes(100 + 700 * i) for i in range(10)}
 Member = tuple[str, bytes] | tarfile.TarInfo
 
 
@@ -32,3 +35,9 @@ def header(name: str, kind: bytes, size: int = 0, link: str = "") -> tarfile.Tar
     info = tarfile.TarInfo(name)
     info.type, info.size, info.linkname = kind, size, link
     return info
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """All files of a folder and its sub-folders, by path."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}

@@ -1,8 +1,5 @@
-import contextlib
 import json
 import random
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ from metilr import fetch as module
 from metilr.errors import UserError
 from metilr.fetch import LONGEST_WAIT, OVERLAP, TRIES, fetch
 from metilr.transfer import CHUNK
+from tests.full_disk import files_of_at_most
 from tests.server import Fault, Server
 
 NAME = "images.tar.gz"
@@ -238,17 +236,6 @@ def test_the_record_is_written_before_the_part(client, monkeypatch):
     client.server.files[NAME] = OTHER
     assert client() == OTHER
     assert there == [False, False]
-
-
-@contextlib.contextmanager
-def files_of_at_most(n_bytes: int) -> Iterator[None]:
-    """Like a full disk: the system refuses to write more, part of a write is done."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_is_named_and_what_is_there_is_continued(client):

@@ -12,15 +12,9 @@ import pytest
 
 from metilr.data.unpack import MAX_FILE, MAX_READ, DamagedArchive, HostileArchive, Unpacked, unpack
 from metilr.errors import UserError
-from tests.tarballs import header, tar_of, tarball
+from tests.tarballs import IMAGES, header, tar_of, tarball, tree
 
-IMAGES = {f"{i % 4}/{i}.jpg": random.Random(i).randbytes(100 + 700 * i) for i in range(10)}
 GOOD = [(f"MET/{path}", content) for path, content in IMAGES.items()]
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 class Place:
