@@ -22,6 +22,7 @@ class Fault:
     cut: int | None = None  # bytes of the body after which the connection ends
     reset: bool = False  # by a reset in place of a plain close
     lie: int = 0  # added to the announced length
+    shift: int = 0  # bytes before those that were asked for
     hang: threading.Event | None = None  # waited for after the cut
 
 
@@ -71,7 +72,7 @@ class Server:
                 same = not outer.conditions or condition is None or condition in validators.values()
                 start, status = 0, 200
                 if outer.ranges and wanted and same:
-                    start, status = int(wanted[1]), 206
+                    start, status = max(0, int(wanted[1]) - fault.shift), 206
                 body = content[start:]
                 if status == 206 and not body:
                     self.send_response(416)

@@ -198,6 +198,22 @@ def test_a_file_that_changed_in_between_is_loaded_anew(client, validators, condi
     assert client() == new
 
 
+def test_a_server_that_sends_another_range_than_was_asked_for(client):
+    """The same file: taken for what was asked for, its bytes would lie in the wrong places."""
+    content = bytes(len(CONTENT) - 10) + CONTENT[-10:]  # the overlap is the same wherever it is taken from
+    client.server.files[NAME] = content
+    client.server.faults = [Fault(cut=CUT), Fault(shift=1)]
+    assert client() == content
+    assert len(client.server.requests) == 3
+
+
+def test_a_part_of_elsewhere_does_not_count_as_progress(client):
+    """Each attempt brings a little; less than the part that was thrown away had."""
+    client.path.with_name(NAME + ".part").write_bytes(OTHER)
+    client.server.faults = [Fault(cut=10_000)] + [Fault(cut=OVERLAP + 10_000)] * 20
+    assert client() == CONTENT
+
+
 def test_a_change_during_the_retries_of_one_call(client):
     client.server.faults = [Fault(cut=CUT), Fault(cut=OVERLAP + 100)]
 

@@ -90,8 +90,8 @@ def unpack(
                 if len(path.parts) < depth or path.parents[depth - 1] != top:
                     raise _hostile(archive, member, "lies in another folder than the files before it")
                 target = folder / place
-                _refuse_way_out(archive, member, folder, place)
                 if i >= done or _size(target) != member.size:
+                    _refuse_way_out(archive, member, folder, place)
                     _write(content, temporary, target)
                 files += 1
     finally:
@@ -149,8 +149,8 @@ def _refuse_unsafe(archive: Path, member: tarfile.TarInfo) -> None:
         raise _hostile(archive, member, f"is a link to {member.linkname!r}")
     if not (member.isreg() or member.isdir()) or member.issparse():
         raise _hostile(archive, member, "is no plain file")
-    windows = PureWindowsPath(member.name)  # reads / and \, and drives
-    if windows.drive or windows.root or ".." in windows.parts:
+    windows = PureWindowsPath(member.name)  # takes / and \ for what they are
+    if windows.root or ".." in windows.parts or ":" in member.name:  # the last begins a drive or a hidden stream
         raise _hostile(archive, member, "leads out of the folder")
     if "\0" in member.name or (member.isreg() and not member.name.strip("./")):
         raise _hostile(archive, member, "has no usable name")

@@ -3,17 +3,18 @@
 import hashlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.progress import Progress
 
+from metilr.data import download_records
 from metilr.data import obtain as module
 from metilr.data.archives import Archive
 from metilr.data.download_records import ALL, DownloadRecords
@@ -258,17 +259,26 @@ def test_unreadable_records_are_named(work, content):
         work.again()
 
 
-def test_records_of_many_threads_are_all_kept(work):
-    names = [f"{i}.tar.gz" for i in range(20)]
-    threads = [
-        threading.Thread(target=lambda name=name: work.records.add(name, "", random.Random(name).randrange(9), ""))
-        for name in names
-    ]
+def test_records_of_many_threads_are_all_kept(work, monkeypatch):
+    names = [f"{i}.tar.gz" for i in range(8)]
+    at_work: list[str] = []
+    together: list[int] = []
+    write = download_records.write_atomically
+
+    def slow_write(file: Path, text: str) -> None:
+        at_work.append(text)
+        together.append(len(at_work))
+        time.sleep(0.005)
+        write(file, text)
+        at_work.pop()
+
+    monkeypatch.setattr(download_records, "write_atomically", slow_write)
+    threads = [threading.Thread(target=work.records.add, args=(name, "", 1, "")) for name in names]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(work.downloads) == sorted(names)
+    assert sorted(work.downloads) == sorted(names) and set(together) == {1}
 
 
 def test_the_official_archives_are_where_their_publisher_has_them(server: Server):
