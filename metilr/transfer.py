@@ -55,7 +55,7 @@ def open_url(url: str, headers: Mapping[str, str] | None = None, method: str | N
             status=error.code,
         ) from error
     except (OSError, http.client.HTTPException) as error:
-        raise FetchError(f"no connection ({getattr(error, 'reason', None) or error!r})") from error
+        raise FetchError(f"no connection ({_in_words(error)})") from error
     if not isinstance(response, http.client.HTTPResponse):  # sent on to ftp: or the like
         response.close()
         raise FetchError("the server sends to an address that is not HTTP", passing=False)
@@ -98,4 +98,9 @@ def receive(response: http.client.HTTPResponse, n: int) -> bytes:
     try:
         return response.read1(n)
     except (OSError, http.client.HTTPException) as error:
-        raise FetchError(f"the connection broke off ({error!r})") from error
+        raise FetchError(f"the connection broke off ({_in_words(error)})") from error
+
+
+def _in_words(error: Exception) -> str:
+    cause = getattr(error, "reason", error)  # urllib's own error holds the system's
+    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__

@@ -17,7 +17,8 @@ def tar_of(members: Sequence[Member], format: int = tarfile.PAX_FORMAT) -> bytes
     with tarfile.open(fileobj=stream, mode="w", format=format) as tar:
         for member in members:
             if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
+                written = stream.write(member.tobuf(format))  # addfile asks for the content that it claims
+                tar.offset += written
             else:
                 info = tarfile.TarInfo(member[0])
                 info.size = len(member[1])

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,24 +20,12 @@ from metilr.data.archives import ARCHIVES, Archive
 from metilr.data.disk_space import Need, find_need, require_space, shown_bytes
 from metilr.data.obtain import Workplace
 from metilr.errors import UserError
+from tests.mirror import UNKNOWN, serve
 from tests.museum import DATABASE_IDS, MINI
 from tests.server import Fault, Server
-from tests.tarballs import header, tarball, tree
+from tests.tarballs import tarball, tree
 
-UNKNOWN = {
-    name: tuple(replace(archive, size=None, sha256=None) for archive in archives) for name, archives in ARCHIVES.items()
-}  # the small museum's archives have other sizes and digests than the Met's
 COUNTS = {"full": len(DATABASE_IDS), "mini": MINI, "val": 7, "test": 7}
-
-
-def serve(museum: Path, server: Server) -> None:
-    files = tree(museum)
-    mini = {f"images/{entry['path']}" for entry in json.loads(files["ground_truth/mini_MET_database.json"])}
-    kinds = {"ground_truth": "ground_truth/", "test_met": "images/test_met/", "test_other": "images/test_other/"}
-    for name, folder in {**kinds, "MET": "images/MET/", "small_MET": "images/MET/"}.items():
-        chosen = [path for path in files if path.startswith(folder) and (name != "small_MET" or path in mini)]
-        server.files[f"{name}.tar.gz"] = tarball(*((path.removeprefix("images/"), files[path]) for path in chosen))
-    server.files["test_noart.tar.gz"] = tarball(header("test_noart", b"5"))  # this museum has no such queries
 
 
 class Mirror:
@@ -263,7 +250,8 @@ import sys
 from metilr import download
 from metilr.cli import main
 from tests.museum import DATABASE_IDS
-from tests.test_download import COUNTS, UNKNOWN
+from tests.mirror import UNKNOWN
+from tests.test_download import COUNTS
 download.ARCHIVES, download.PUBLISHED_IMAGES = UNKNOWN, COUNTS
 main(["download", "--root", sys.argv[1], "--mirror", sys.argv[2]])
 """

@@ -86,7 +86,7 @@ def obtain_all(archives: Sequence[Archive], work: Workplace) -> None:
         UserError: At the end, with all that went wrong.
         KeyboardInterrupt: After Ctrl-C; what is there is kept.
     """
-    failures: list[Exception] = []
+    failures: list[tuple[Archive, Exception]] = []
 
     def run(archive: Archive) -> None:
         try:
@@ -94,7 +94,7 @@ def obtain_all(archives: Sequence[Archive], work: Workplace) -> None:
         except Stopped:
             pass
         except Exception as error:  # for the thread that waits below
-            failures.append(error)
+            failures.append((archive, error))
 
     # Not an executor's threads: Python waits for those at its end, also for one that the network keeps waiting.
     threads = [threading.Thread(target=run, args=(archive,), daemon=True) for archive in archives]
@@ -110,11 +110,23 @@ def obtain_all(archives: Sequence[Archive], work: Workplace) -> None:
         for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
         raise
-    for error in failures:
+    for _, error in failures:
         if not isinstance(error, UserError):
             raise error
     if failures:
-        raise UserError("; and ".join(map(str, failures)))
+        raise UserError(_joined(failures))
+
+
+def _joined(failures: Sequence[tuple[Archive, Exception]]) -> str:
+    """One line of several failures; archives that fail for one reason are named together."""
+    by_reason: dict[str, list[Archive]] = {}
+    for archive, error in failures:
+        by_reason.setdefault(str(error).replace(archive.name, "{name}"), []).append(archive)
+    parts = []
+    for reason, (first, *others) in by_reason.items():
+        also = f" (and so with {', '.join(each.name for each in others)})" if others else ""
+        parts.append(reason.replace("{name}", first.name) + also)
+    return "; and ".join(parts)
 
 
 def obtain(archive: Archive, work: Workplace) -> None:
