@@ -1,10 +1,12 @@
 import json
 import random
+import threading
 from pathlib import Path
 
 import pytest
 
 from metilr import fetch as module
+from metilr import transfer
 from metilr.errors import UserError
 from metilr.fetch import LONGEST_WAIT, OVERLAP, TRIES, fetch
 from metilr.transfer import CHUNK
@@ -178,6 +180,15 @@ def test_no_server(client, server):
     server.stop()
     assert f"no connection (Connection refused), {TRIES} times in a row" in client.refused()
     assert len(client.waits) == TRIES - 1
+
+
+def test_a_connection_that_falls_silent_is_left(client, monkeypatch):
+    monkeypatch.setattr(transfer, "TIMEOUT", 0.2)
+    hang = threading.Event()
+    client.server.faults = [Fault(cut=CUT, hang=hang)]
+    assert client() == CONTENT
+    assert len(client.server.requests) == 2
+    hang.set()
 
 
 def test_a_redirection_away_from_http(client):

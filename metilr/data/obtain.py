@@ -66,10 +66,15 @@ class Workplace:
     def bar(self, archive: Archive) -> Show:
         """Make a bar for an archive; returns what moves it."""
         task = self.progress.add_task(archive.name, total=None)
+        shown = ""
 
         def show(what: str, done: int, total: int | None) -> None:
+            nonlocal shown
             self.check_stop()
-            self.progress.update(task, description=f"{what} {archive.name}", completed=done, total=total)
+            if what != shown:  # with a rate of its own, that does not count what was there before
+                shown = what
+                self.progress.reset(task, description=f"{what} {archive.name}", completed=done, total=total)
+            self.progress.update(task, completed=done, total=total)
 
         return show
 

@@ -262,6 +262,21 @@ def test_stop_ends_a_download_and_an_unpacking(work, server):
     assert len(work.images) == 4 and work.downloads["MET.tar.gz"]["unpacked"] == 4
 
 
+def test_each_stage_has_a_bar_with_a_rate_and_a_time_of_its_own(work, server):
+    """What an earlier call downloaded is there from the start, and no part of the rate."""
+    clock = iter(range(1000, 10**6, 2))  # two seconds between any two looks
+    progress = Progress(disable=True, get_time=lambda: float(next(clock)))
+    show = Museum(work.root, work.base, work.records, progress).bar(ARCHIVE)
+    [task] = progress.tasks
+    for done in (5_000_000, 5_000_100, 5_000_200):
+        show("downloading", done, 5_000_200)
+    assert task.description == "downloading MET.tar.gz" and task.finished
+    for done in (0, 1000, 2000):
+        show("unpacking", done, 5_000_200)
+    assert task.description == "unpacking MET.tar.gz" and not task.finished
+    assert task.completed == 2000 and 0 < task.speed <= 1000 and task.time_remaining > 4000
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '{"MET.tar.gz": {}}', '{"MET.tar.gz": null}', "\0"])
 def test_unreadable_records_are_named(work, content):
     work.records.file.write_text(content)
