@@ -1,7 +1,7 @@
 """The official archives of the Met dataset: where they are, what is in them, what is known of them.
 
-Source: http://cmp.felk.cvut.cz/met/; the sizes and digests given here were taken from the files themselves. Of the
-other archives neither is published: they are recorded at the first download.
+Source: http://cmp.felk.cvut.cz/met/. Sizes and digests stand here where they are known; those of the other archives
+are recorded at the first download, and a later difference is refused.
 """
 
 from dataclasses import dataclass
