@@ -29,6 +29,8 @@ SUBCOMMANDS = {
     "compare": "metilr.compare:compare",
     "sweep": "metilr.sweep:sweep",
     "describe": "metilr.describe:describe",
+    "download": "metilr.download:download",
+    "verify": "metilr.verify:verify",
     "pack": "metilr.pack:pack",
     "export-descriptors": "metilr.reference_format:export_descriptors",
     "visits": "metilr.data.contact_sheet:write_contact_sheet",

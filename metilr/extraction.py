@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 import re
 import signal
 import warnings
@@ -28,6 +27,7 @@ from metilr.data.dataset import ImageBatch
 from metilr.data.ground_truth import GroundTruth, image_sizes, require_images
 from metilr.data.images import Images, images_of
 from metilr.data.views import View
+from metilr.data.workers import default_workers
 from metilr.descriptors import DescriptorStore, settings_fingerprint
 from metilr.engines import Engine, check_engine, start_engine
 from metilr.errors import UserError
@@ -346,16 +346,6 @@ def _progress_so_far(n_all: int, n_pending: int) -> str:
     if n_pending == n_all:
         return f"describing {n_all:,}"
     return f"continuing, {n_all - n_pending:,} of {n_all:,} rows are there"
-
-
-def default_workers(n_processes: int) -> int:
-    """Decoding processes beside each of so many processes: the cores, at most 8."""
-    return max(1, min(8, _usable_cores() // n_processes))
-
-
-def _usable_cores() -> int:
-    """Cores that this process may use, which a container or a scheduler can have limited."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _device_name(device: str) -> str:

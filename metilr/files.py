@@ -8,7 +8,7 @@ import errno
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -17,12 +17,13 @@ import numpy as np
 CHUNK = 1 << 20  # bytes hashed at a time
 
 
-def file_sha256(path: Path) -> str:
-    """Return a file's sha256 as 64 hexadecimal digits."""
+def file_sha256(path: Path, report: Callable[[int], None] = lambda done: None) -> str:
+    """Return a file's sha256 as 64 hexadecimal digits; ``report`` is called with the bytes read so far."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
+            report(file.tell())
     return digest.hexdigest()
 
 

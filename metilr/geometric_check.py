@@ -18,7 +18,7 @@ from torch import Tensor
 from metilr.callbacks import keep_float32_exact
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.data.transforms import BadImageError, load_image
-from metilr.extraction import default_workers
+from metilr.data.workers import default_workers
 from metilr.feature_cache import FeatureCache
 from metilr.geometric_evidence import OFF, Checked, Gate, apply_evidence, tune_evidence
 from metilr.geometry import NOTHING_IN_COMMON, LocalFeatures, Verification, verify

@@ -4,7 +4,18 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 T = TypeVar("T")
@@ -24,6 +35,12 @@ def progress_bar(unit: str, quiet: bool = False) -> Progress:
     """A bar with what is done, units per second and time left; it disappears when it ends."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
     return Progress(*columns, transient=True, disable=quiet)
+
+
+def byte_progress(quiet: bool = False, console: Console | None = None) -> Progress:
+    """Bars of files, in bytes: what is done, the rate and the time left; they disappear when they end."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, TimeRemainingColumn(), transient=True, disable=quiet, console=console)
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from metilr.data.augmentations import Augmentation
-from metilr.data.datamodule import leave_signals_to_the_parent
 from metilr.data.pair_dataset import ViewMaker
+from metilr.data.workers import leave_signals_to_the_parent
 from metilr.descriptors import DescriptorStore, settings_fingerprint
 from metilr.models.embedder import Embedder
 from metilr.processes import agree

@@ -1,9 +1,11 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.museum import write_museum
+from tests.server import Server
 
 SHARED = Path(os.environ.get("METILR_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -30,3 +32,10 @@ def met_root(tmp_path: Path) -> Path:
     for name in ("mini_MET_database.json", "valset.json", "testset.json"):
         (folder / name).symlink_to(source / name)
     return folder.parent
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.stop()

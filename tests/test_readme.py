@@ -14,6 +14,7 @@ from metilr import evaluation
 from metilr.cli import SUBCOMMANDS, main, run_command, run_main
 from metilr.data import pair_datamodule
 from metilr.data.demo import MuseumSize, make_demo
+from tests.mirror import UNKNOWN, serve
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"^```(?:\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
@@ -98,7 +99,7 @@ def test_train_command(workplace, line):
 
 
 @pytest.mark.parametrize("line", METILR)
-def test_metilr_command(workplace, line, monkeypatch, capsys):
+def test_metilr_command(workplace, line, monkeypatch, capsys, server):
     arguments = shlex.split(line)[1:]
     make_what_is_named(arguments)
     arguments = ["DIR/images/MET" if argument == "FOLDER" else argument for argument in arguments]
@@ -106,10 +107,14 @@ def test_metilr_command(workplace, line, monkeypatch, capsys):
         arguments += UNTRAINED_BACKBONE
     if arguments[0] == "sweep":
         arguments += ["--root", "DIR", "--options", "backbone=r18_in", "weights=random", "accelerator=cpu"]
+    if arguments[0] == "download":
+        serve(Path("DIR"), server)
+        monkeypatch.setattr("metilr.download.ARCHIVES", UNKNOWN)
+        arguments += ["--mirror", server.url]
     monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
     before = set(Path.cwd().rglob("*"))
     main(arguments)
-    answered = arguments[0] in ("identify", "serve")
+    answered = arguments[0] in ("identify", "serve", "verify")
     assert capsys.readouterr().out and (answered or set(Path.cwd().rglob("*")) - before)
 
 

@@ -1,6 +1,5 @@
 """The images, or views of them, that are still to be described, dealt out to the processes that describe them."""
 
-import signal
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
@@ -15,6 +14,7 @@ from metilr.data.batching import same_shape_batches
 from metilr.data.dataset import BatchDataset, ImageBatch, PlannedBatch
 from metilr.data.images import ImageRows, Images
 from metilr.data.transforms import BadImageError
+from metilr.data.workers import leave_signals_to_the_parent
 from metilr.descriptors import DescriptorStore
 from metilr.profiling import StageTimes
 from metilr.progress import tracked
@@ -23,12 +23,6 @@ BadImages = Literal["stop", "skip"]
 
 
 NOTHING = PlannedBatch(np.empty(0, dtype=np.int64), (1, 1))
-
-
-def leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole group; workers end when their parent does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class ImageDataModule(LightningDataModule):

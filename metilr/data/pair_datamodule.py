@@ -14,13 +14,13 @@ from typing_extensions import override
 
 from metilr.current import CurrentDescriptors
 from metilr.data.augmentations import Augmentation, RandomCrop, SimulatedVisit
-from metilr.data.datamodule import BadImages, leave_signals_to_the_parent
+from metilr.data.datamodule import BadImages
 from metilr.data.demo import make_demo
 from metilr.data.ground_truth import DatabaseName, GroundTruth, image_sizes, load_ground_truth, require_images
 from metilr.data.pair_dataset import CachedPairDataset, PairBatch, PairDataset, ViewMaker
 from metilr.data.pairs import Pairing, Pairs, deal_batches, draw_pairs, needs_descriptors
+from metilr.data.workers import default_workers, leave_signals_to_the_parent
 from metilr.errors import UserError
-from metilr.extraction import default_workers
 from metilr.models.embedder import Embedder
 from metilr.processes import agree
 from metilr.results import RUNS

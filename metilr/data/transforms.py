@@ -19,7 +19,15 @@ FAILING_MACHINE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ES
 
 
 class BadImageError(UserError):
-    """An image file that cannot be decoded; the message names it."""
+    """An image file that cannot be decoded; the message names it.
+
+    Attributes:
+        reason: Why, in a few words.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def load_image(path: Path, image_size: int | None = None) -> Tensor:
@@ -106,7 +114,8 @@ def _refuse_failing_machine(error: Exception) -> None:
 
 def _bad_image(path: Path, error: Exception) -> BadImageError:
     reason = why_undecodable(error)
-    return BadImageError(f"{path}: cannot be decoded ({reason}); replace it, or leave it out with --bad_images skip")
+    message = f"{path}: cannot be decoded ({reason}); replace it, or leave it out with --bad_images skip"
+    return BadImageError(message, reason)
 
 
 def why_undecodable(error: Exception) -> str:

@@ -2,10 +2,8 @@
 
 import contextlib
 import hashlib
-import http.client
 import importlib.util
 import re
-import urllib.request
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,19 +13,18 @@ import huggingface_hub
 import safetensors.torch
 import torch
 from rich.console import Console
-from rich.progress import wrap_file
 from torch import nn
 
 from metilr.errors import UserError
 from metilr.files import file_sha256
+from metilr.progress import byte_progress
+from metilr.transfer import FetchError, content_length, copy_body, open_url
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which timm looks for them
 StateDict = dict[str, torch.Tensor]
 
 # BatchNorm's step counter: no part of the forward pass in eval mode, absent from files older than torch 0.4.1.
 COUNTER = "num_batches_tracked"
-
-CHUNK = 1 << 20  # bytes read at a time: large enough for the disk, small enough for a smooth progress bar
 
 
 class PackagedFile(NamedTuple):
@@ -100,7 +97,7 @@ def _download(url: str, path: Path, sha256: str | None) -> None:
                 f"{url}: the download's sha256 starts with {digest[:8]}, not {sha256[:8]}; run again, or {elsewhere}"
             )
         partial.replace(path)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, FetchError) as error:
         raise UserError(f"{url}: cannot be downloaded to {path.parent} ({error}); {elsewhere}") from error
     finally:
         with contextlib.suppress(OSError):  # nothing to remove, or the folder itself is the trouble
@@ -109,15 +106,10 @@ def _download(url: str, path: Path, sha256: str | None) -> None:
 
 def _copy_from_network(url: str, target: Path) -> tuple[int, int | None]:
     """Copy a URL's content to a file; return the bytes written and those announced, None if not announced."""
-    request = urllib.request.Request(url, headers={"User-Agent": "metilr"})
-    with urllib.request.urlopen(request, timeout=60) as response, target.open("wb") as file:
-        header = response.headers.get("Content-Length")
-        announced = None if header is None else int(header)
-        name = url.rpartition("/")[2]
-        size = 0
-        with wrap_file(response, announced or 0, description=name, console=Console(stderr=True)) as content:
-            while chunk := content.read(CHUNK):
-                size += file.write(chunk)
+    with open_url(url) as response, target.open("wb") as file, byte_progress(console=Console(stderr=True)) as progress:
+        announced = content_length(response)
+        bar = progress.add_task(url.rpartition("/")[2], total=announced)
+        size = copy_body(response, file, lambda n: progress.update(bar, completed=n))
     return size, announced
 
 

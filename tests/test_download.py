@@ -1,0 +1,284 @@
+"""``metilr download`` as a user runs it, from a mirror on this machine that has a museum of eight images."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from metilr import download as module
+from metilr.cli import main
+from metilr.data import disk_space
+from metilr.data.archives import ARCHIVES, Archive
+from metilr.data.disk_space import Need, find_need, require_space, shown_bytes
+from metilr.data.obtain import Workplace
+from metilr.errors import UserError
+from tests.mirror import UNKNOWN, serve
+from tests.museum import DATABASE_IDS, MINI
+from tests.server import Fault, Server
+from tests.tarballs import tarball, tree
+
+COUNTS = {"full": len(DATABASE_IDS), "mini": MINI, "val": 7, "test": 7}
+
+
+class Mirror:
+    def __init__(self, server: Server, museum: Path, root: Path, capsys: pytest.CaptureFixture) -> None:
+        self.server, self.museum, self.root, self.capsys = server, museum, root, capsys
+
+    def download(self, *options: str, root: Path | None = None) -> tuple[int, str]:
+        """Run the command; returns its exit status and what it printed."""
+        status = 0
+        try:
+            main(["download", "--root", str(root or self.root), "--mirror", self.server.url, "--quiet", *options])
+        except SystemExit as end:
+            status = int(str(end.code))
+        captured = self.capsys.readouterr()
+        assert "Traceback" not in captured.err and len(captured.err.splitlines()) == (status == 2)
+        return status, captured.out + captured.err
+
+    def expected(self, *absent: str) -> dict[str, bytes]:
+        return {path: content for path, content in tree(self.museum).items() if not path.startswith(absent)}
+
+    def data(self) -> dict[str, bytes]:
+        return {path: content for path, content in tree(self.root).items() if not path.startswith("archives/")}
+
+
+@pytest.fixture
+def mirror(server, tiny_museum, tmp_path, monkeypatch, capsys) -> Mirror:
+    monkeypatch.setattr(module, "ARCHIVES", UNKNOWN)
+    monkeypatch.setattr(module, "PUBLISHED_IMAGES", COUNTS)
+    monkeypatch.setattr(Workplace, "wait", lambda self, seconds: self.check_stop())
+    serve(tiny_museum, server)
+    return Mirror(server, tiny_museum, tmp_path / "data" / "met", capsys)
+
+
+NOT_MINI = tuple(f"images/MET/{id_}/{i}." for i, id_ in enumerate(DATABASE_IDS) if i >= MINI)
+
+
+@pytest.mark.parametrize(
+    ("options", "absent", "verified"),
+    [
+        (["--full"], (), {"full", "mini", "val", "test"}),
+        (["--mini", "true"], NOT_MINI, {"mini", "val", "test"}),
+        ([], NOT_MINI, {"mini", "val", "test"}),
+        (["--queries"], ("images/MET",), {"val", "test"}),
+    ],
+)
+def test_a_set_is_downloaded_unpacked_and_verified(mirror, options, absent, verified):
+    status, printed = mirror.download(*options)
+    assert status == 0 and "nothing is wrong" in printed and "note:" not in printed
+    assert mirror.data() == mirror.expected(*absent)
+    assert set(re.findall(r"^│ (\w+) ", printed, flags=re.MULTILINE)) == verified
+    names = mirror.server.gets()
+    assert len(names) == len(set(names)) == (4 if options == ["--queries"] else 5)
+    downloads = json.loads((mirror.root / "archives" / "downloads.json").read_text())
+    assert set(downloads) == set(names)
+    assert all(entry["bytes"] == len(mirror.server.files[name]) for name, entry in downloads.items())
+    assert "--database" in printed or options == ["--queries"]
+
+    status, printed = mirror.download(*options)  # nothing to do but to verify
+    assert status == 0 and "nothing is wrong" in printed and mirror.server.gets() == names
+
+
+def test_the_larger_set_adds_what_it_lacks(mirror):
+    assert mirror.download("--mini")[0] == mirror.download("--full")[0] == 0
+    assert mirror.server.gets().count("MET.tar.gz") == mirror.server.gets().count("test_met.tar.gz") == 1
+    assert mirror.data() == mirror.expected()
+
+
+def test_archives_are_kept_unless_told_otherwise(mirror):
+    mirror.download()
+    kept = {path.name for path in (mirror.root / "archives").glob("*.tar.gz")}
+    assert kept == {archive.name for archive in ARCHIVES["mini"]}
+    status, _ = mirror.download("--keep_archives", "false")
+    assert status == 0 and not list((mirror.root / "archives").glob("*.tar.gz"))
+    before = mirror.server.gets()
+    assert mirror.download()[0] == 0 and mirror.server.gets() == before  # downloads.json remembers
+
+
+def test_a_bad_network(mirror):
+    size = len(mirror.server.files["MET.tar.gz"])
+    mirror.server.faults = [Fault(status=500), Fault(cut=size // 2), Fault(status=503), Fault(cut=10, reset=True)] * 3
+    status, _ = mirror.download("--full")
+    assert status == 0 and mirror.data() == mirror.expected()
+
+
+def test_what_fails_is_named_and_the_rest_is_kept(mirror):
+    content = mirror.server.files.pop("test_other.tar.gz")
+    status, printed = mirror.download()
+    assert status == 2 and f"{mirror.server.url}test_other.tar.gz: the server answers 404" in printed
+    assert printed.splitlines()[-1].startswith("metilr download: error: ")
+    mirror.server.files["test_other.tar.gz"] = content
+    before = len(mirror.server.gets())
+    assert mirror.download()[0] == 0
+    assert mirror.server.gets()[before:] == ["test_other.tar.gz"] and mirror.data() == mirror.expected(*NOT_MINI)
+
+
+def test_published_digests_are_demanded_of_mirrors_too(mirror, monkeypatch):
+    monkeypatch.setattr(module, "ARCHIVES", ARCHIVES)
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**11, 0, 10**11))
+    status, printed = mirror.download("--queries")
+    assert status == 2 and "test_met.tar.gz: announces" in printed and "the published file has 34,048,842" in printed
+    assert not (mirror.root / "images" / "test_met").exists()
+
+
+def test_images_that_are_missing_or_broken_are_found_and_unpacked_again(mirror):
+    mirror.download()
+    broken = [path for path in mirror.data() if path.startswith("images/test_other")][:2]
+    (mirror.root / broken[0]).unlink()
+    (mirror.root / broken[1]).write_text("no image")
+    before = mirror.server.gets()
+    status, printed = mirror.download()
+    assert status == 1 and "2 images are wrong" in printed and "the same command unpacks" in printed
+    downloads = json.loads((mirror.root / "archives" / "downloads.json").read_text())
+    assert [name for name, entry in downloads.items() if entry["unpacked"] == 0] == ["test_other.tar.gz"]
+    assert mirror.download()[0] == 0 and mirror.data() == mirror.expected(*NOT_MINI)
+    assert mirror.server.gets() == before
+
+
+def test_an_archive_without_one_of_the_images(mirror):
+    files = tree(mirror.museum)
+    some = [path for path in files if path.startswith("images/test_met")]
+    mirror.server.files["test_met.tar.gz"] = tarball(*((path, files[path]) for path in some[1:]))
+    status, printed = mirror.download("--queries", "--keep_archives", "false")
+    assert status == 1 and f"{some[0].removeprefix('images/')}: missing" in printed
+    assert (mirror.root / "archives" / "test_met.tar.gz").exists()  # kept: not all is well
+
+
+def test_hostile_archives_end_in_one_line_and_nothing_outside(mirror, tmp_path):
+    mirror.server.files["test_met.tar.gz"] = tarball(("test_met/../../../../evil.jpg", b"x"))
+    status, printed = mirror.download()
+    assert status == 2 and "test_met.tar.gz: member 'test_met/../../../../evil.jpg' leads out" in printed
+    assert not list(tmp_path.rglob("evil.jpg"))
+
+
+def test_other_counts_than_the_published_are_noted(mirror, monkeypatch):
+    monkeypatch.setattr(module, "PUBLISHED_IMAGES", {**COUNTS, "val": 2_165})
+    status, printed = mirror.download("--queries")
+    assert status == 0 and "note: valset.json names 7 images, 2,165 were published" in printed
+    assert printed.count("note:") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--mini", "--full"], "--mini and --full exclude each other; choose one"),
+        (["--mirror", "ftp://host/"], "--mirror ftp://host/: must be an address such as http://host/folder/"),
+        (["--mirror", "file:///etc"], "must be an address"),
+        (["--mirror", "http://"], "must be an address"),
+        (["--mirror", "http://host:port/"], "must be an address"),
+        (["--mirror", "http://host/a b/"], "must be an address"),
+        (["--small"], "unknown option --small"),
+    ],
+)
+def test_mistakes_are_named(mirror, options, said):
+    status, printed = mirror.download(*options)
+    assert status == 2 and said in printed and mirror.server.requests == [] and not mirror.root.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(mirror, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, printed = mirror.download(root=tmp_path / "file" / "met")
+    assert status == 2 and f"{tmp_path / 'file' / 'met'}" in printed and "Not a directory" in printed
+
+
+def test_two_downloads_into_one_folder(mirror):
+    mirror.root.joinpath("archives").mkdir(parents=True)
+    with module._alone(mirror.root / "archives" / ".lock"):
+        status, printed = mirror.download()
+        assert status == 2 and "archives: another download is at work there" in printed
+    assert mirror.download()[0] == 0
+
+
+def test_no_room_is_said_before_anything_is_downloaded(mirror, monkeypatch):
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    status, printed = mirror.download()
+    assert status == 2 and "1.0 kB free" in printed and "estimated" in printed and "--root" in printed
+    assert mirror.server.gets() == [] and mirror.data() == {}
+
+
+def test_what_is_needed(server, tmp_path):
+    """Exact sizes, announced ones, estimates, unknown ones; less what is there."""
+    exact, told = Archive("a", "images/a", 1, size=1000), Archive("b", "images/b", 1)
+    about, silent = Archive("c", "images/c", 1, about=70_000, growth=2.0), Archive("d", "images/d", 1)
+    server.files["b"] = bytes(300)
+    all_four = (exact, told, about, silent)
+    need = find_need(all_four, tmp_path, tmp_path, server.url)
+    assert need == Need(71_300, 1300 + 140_000, ("c",), ("d",))
+    assert need.described() == (
+        "71.3 kB of archives, c estimated, d of unknown size and not counted; about 141.3 kB of files "
+        "(estimated from the archives)"
+    )
+    (tmp_path / "a").write_bytes(bytes(1000))
+    (tmp_path / "b.part").write_bytes(bytes(100))
+    (tmp_path / "images" / "c" / "1").mkdir(parents=True)
+    (tmp_path / "images" / "c" / "1" / "1.jpg").write_bytes(bytes(40_000))
+    assert find_need(all_four, tmp_path, tmp_path, server.url) == Need(70_200, 101_300, ("c",), ("d",))
+    server.stop()
+    assert find_need((told,), tmp_path, tmp_path, server.url).unknown == ("b",)
+
+
+def test_disks_are_counted_apart(tmp_path, monkeypatch):
+    archives, files = tmp_path / "archives", tmp_path / "images"
+    archives.mkdir(), files.mkdir()
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 0, 100))
+    require_space(Need(60, 40, (), ()), archives, files)
+    with pytest.raises(UserError, match="100 bytes free, 101 bytes needed"):
+        require_space(Need(60, 41, (), ()), archives, files)
+    devices = {archives: 1, files: 2}
+    monkeypatch.setattr(Path, "stat", lambda self: os.stat_result((0, 0, devices[self], *[0] * 7)))
+    require_space(Need(60, 41, (), ()), archives, files)
+    with pytest.raises(UserError, match="images: 100 bytes free, 101 bytes needed"):
+        require_space(Need(60, 101, (), ()), archives, files)
+
+
+def test_bytes_are_shown_in_a_unit_that_suits_them():
+    assert [shown_bytes(n) for n in (0, 999, 1000, 34_048_842, 2_865_082_125, 28 * 10**9, 10**16)] == [
+        "0 bytes", "999 bytes", "1.0 kB", "34.0 MB", "2.9 GB", "28.0 GB", "10,000.0 TB",
+    ]  # fmt: skip
+
+
+INTERRUPTED = """
+import sys
+from metilr import download
+from metilr.cli import main
+from tests.museum import DATABASE_IDS
+from tests.mirror import UNKNOWN
+from tests.test_download import COUNTS
+download.ARCHIVES, download.PUBLISHED_IMAGES = UNKNOWN, COUNTS
+main(["download", "--root", sys.argv[1], "--mirror", sys.argv[2]])
+"""
+
+
+def test_ctrl_c_keeps_what_is_there(mirror):
+    """With all archives done but one, which hangs in the middle."""
+    hang = threading.Event()
+    mirror.server.faults = [Fault(cut=10, hang=hang)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, mirror.root, mirror.server.url], stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        # Whoever runs the tests in the background hands down an ignored Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    records = mirror.root / "archives" / "downloads.json"
+    while not records.exists() or records.read_text().count('"unpacked": -1') < 4:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    hang.set()
+    assert process.returncode == 2
+    assert error.splitlines()[-1] == (
+        "metilr download: error: interrupted; finished work is kept, run the same command to continue"
+    )
+    before = mirror.server.gets()
+    status, _ = mirror.download()
+    assert status == 0 and mirror.data() == mirror.expected(*NOT_MINI)
+    assert mirror.server.gets()[len(before) :] == before[:1]  # the one that hung, and no other
