@@ -84,6 +84,11 @@ class _Best:
     def add(self, products: Tensor, first_row: int) -> None:
         """Take in the products with a block of rows, ``(C, rows)``; what cannot be among the best is dropped."""
         n_queries, n_rows = products.shape
+        if first_row == 0:  # nothing is known yet, so nothing can be dropped
+            width = min(n_rows, self.rows.shape[1])
+            best, self.rows[:, :width] = products.topk(width, dim=1)
+            self.similarities[:, :width] = best.float()
+            return
         if n_rows % _GROUP:
             products = F.pad(products, (0, -n_rows % _GROUP), value=-torch.inf)
         groups = products.view(n_queries, -1, _GROUP)

@@ -1,0 +1,148 @@
+"""Choosing k and tau, and answering both splits, at the Met's full size, against the plain ways in the same run.
+
+Synthetic descriptors of 512 dimensions: 397,121 database rows of 224,408 classes in clusters, 2,165 val and 19,319 test
+queries, a tenth of which are noisy copies of a row (real descriptors cluster otherwise; what is measured is time, and
+that the answers are equal). Two claims:
+
+1. One search and a vectorised grid against an index, a search and a Python loop for each of the 108 grid points. Those
+   take equally long for one k, so --points of them, spread over the grid, are run and counted for all.
+2. `recognise`: unit rows, search, tuning, both splits' answers, figures and matches, against nothing but FAISS's exact
+   search of both splits with as many neighbours.
+
+    python benchmarks/tuning.py [--points 9] [--rows 397121] [--growth]
+"""
+
+import argparse
+import math
+from types import SimpleNamespace
+from typing import Any, cast
+
+import faiss
+import numpy as np
+from measuring import Clock, PeakMemory, show
+
+from metilr.bfloat16_candidates import has_bfloat16
+from metilr.data.ground_truth import GroundTruth
+from metilr.knn import K_GRID, TAU_GRID, tune
+from metilr.method import Method
+from metilr.recognition import recognise
+from metilr.search import search
+from metilr.sources import Descriptors
+
+CLASSES_PER_ROW = 224_408 / 397_121
+QUERIES = {"val": 2_165, "test": 19_319}
+WIDTH = 512
+
+
+def synthetic(n_rows: int, seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int]:
+    """Unit rows and labels by split, and the number of classes; a class is a direction with noise about it."""
+    rng = np.random.default_rng(seed)
+    n_classes = round(n_rows * CLASSES_PER_ROW)
+    labels = np.concatenate([np.arange(n_classes), rng.integers(0, n_classes, n_rows - n_classes)])
+    centres = rng.standard_normal((n_classes, WIDTH), dtype=np.float32)
+    rows = {"database": centres[labels]}
+    rows["database"] += rng.standard_normal(rows["database"].shape, dtype=np.float32)
+    all_labels = {"database": labels}
+    for split, n in QUERIES.items():
+        shown = rng.integers(0, n_rows, n)
+        all_labels[split] = np.where(rng.random(n) < 0.1, labels[shown], -1)
+        noise = rng.standard_normal((n, WIDTH), dtype=np.float32)
+        rows[split] = np.where(all_labels[split][:, None] >= 0, rows["database"][shown] + 2 * noise, noise)
+    for split in rows:
+        rows[split] /= np.linalg.norm(rows[split], axis=1, keepdims=True)
+    return rows, all_labels, n_classes
+
+
+def plain_grid_point(
+    rows: dict[str, np.ndarray], labels: dict[str, np.ndarray], n_classes: int, k: int, tau: float
+) -> float:
+    """GAP on val by an index, a search and a loop, as the reference code does."""
+    index = faiss.IndexFlatIP(WIDTH)
+    index.add(rows["database"])
+    similarities, found = index.search(rows["val"], k)
+    answers = []
+    for query in range(len(found)):
+        best: dict[int, float] = {}
+        for similarity, row in zip(similarities[query].tolist(), found[query].tolist(), strict=True):
+            label = int(labels["database"][row])
+            best[label] = max(similarity, best.get(label, -math.inf))
+        label, similarity = max(best.items(), key=lambda item: (item[1], -item[0]))
+        odds = sum(math.exp(tau * (s - similarity)) for s in best.values())
+        odds += (n_classes - len(best)) * math.exp(-tau * similarity)
+        answers.append((-math.log(odds), label == labels["val"][query]))
+    answers.sort(key=lambda answer: -answer[0])
+    right, total = 0, 0.0
+    for rank, (_, is_right) in enumerate(answers, start=1):
+        right += is_right
+        total += is_right * right / rank
+    return total / int((labels["val"] >= 0).sum())
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=397_121)
+    parser.add_argument("--points", type=int, default=9, help="grid points of the plain way, at most 108")
+    parser.add_argument("--growth", action="store_true", help="also a quarter and half of the rows")
+    arguments = parser.parse_args()
+    rows, labels, n_classes = synthetic(arguments.rows)
+    ways = {"bfloat16": has_bfloat16()}
+
+    grid = [(k, tau) for k in K_GRID for tau in TAU_GRID]
+    points = [grid[round(i)] for i in np.linspace(0, len(grid) - 1, arguments.points)]
+    with PeakMemory() as plain_memory:
+        clock = Clock()
+        plain = {point: plain_grid_point(rows, labels, n_classes, *point) for point in points}
+        plain_seconds = clock() * len(grid) / len(points)
+    with PeakMemory() as memory:
+        clock = Clock()
+        found = search(rows["database"], rows["val"], K_GRID[-1])
+        tuning = tune(found, labels["database"], n_classes, labels["val"])
+        seconds = clock()
+    surface = {(k, tau): tuning.surface[i, j] for i, k in enumerate(K_GRID) for j, tau in enumerate(TAU_GRID)}
+    difference = max(abs(plain[point] - surface[point]) for point in points)
+    show(
+        f"tuning on val, {arguments.rows:,} x {WIDTH}",
+        ["way", "seconds for the grid", "added GB"],
+        [
+            [f"{len(points)} of {len(grid)} points, counted for all", plain_seconds, plain_memory.added / 1e9],
+            ["metilr", seconds, memory.added / 1e9],
+        ],
+        {**ways, "ratio": plain_seconds / seconds, "points": len(points), "largest_gap_difference": difference,
+         "peak_added_bytes": {"plain": plain_memory.added, "metilr": memory.added}},
+    )  # fmt: skip
+
+    sizes = [arguments.rows // 4, arguments.rows // 2] if arguments.growth else []
+    for n in [*sizes, arguments.rows]:
+        database = rows["database"][:n]
+        truth = cast(Any, SimpleNamespace(labels={**labels, "database": labels["database"][:n]}, n_classes=n_classes))
+        made = {split: np.ones(len(part), dtype=bool) for split, part in {**rows, "database": database}.items()}
+        parts = {**{split: [part] for split, part in rows.items()}, "database": [database]}
+        with PeakMemory() as memory:
+            clock = Clock()
+            recognition = recognise(Descriptors(parts, made, []), cast(GroundTruth, truth), Method("none"))
+            seconds = clock()
+        widths = {"val": K_GRID[-1], "test": max(20, recognition.k)}
+        with PeakMemory() as plain_memory:
+            clock = Clock()
+            faiss_found = {
+                split: faiss.knn(rows[split], database, widths[split], metric=faiss.METRIC_INNER_PRODUCT)
+                for split in QUERIES
+            }
+            plain_seconds = clock()
+        nearest = faiss_found["test"][1][:, 0]
+        answered = recognition.answers["test"].nearest
+        equal = (nearest == answered)[recognition.answers["test"].similarity > 0]
+        show(
+            f"tuning and both splits, {n:,} x {WIDTH}",
+            ["way", "seconds", "added GB"],
+            [["FAISS's two searches alone", plain_seconds, plain_memory.added / 1e9],
+             ["metilr, all of it", seconds, memory.added / 1e9]],
+            {**ways, "seconds": seconds, "share_of_raw_searches": seconds / plain_seconds,
+             "same_nearest": float(equal.mean()),
+             "peak_added_bytes": {"plain": plain_memory.added, "metilr": memory.added}},
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
