@@ -1,0 +1,98 @@
+"""Peak memory of a whole evaluation from a 397,121 x 2,048 descriptor store.
+
+    python benchmarks/evaluation_memory.py [--rows 397121] [--width 2048] [--folder runs]
+
+Makes a data root and a finished store of the Met's counts (3.4 GB on disk, removed at the end) and runs
+`evaluate.py --descriptors STORE` on it: whitening, search, tuning, both splits, intervals, report. Prints its peak
+RssAnon (mapped files do not count) beside the bytes of the database in float32 and float64, which the plain way (as the
+reference code) holds.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from measuring import Clock, PeakMemory, show
+from whitening import write_rows
+
+from metilr.data.ground_truth import load_ground_truth
+from metilr.descriptors import DescriptorStore
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CLASSES_PER_ROW = 224_408 / 397_121
+QUERIES = {"val": (129, 2_165), "test": (1_003, 19_319)}  # met queries, all
+
+
+def make_root(root: Path, n_rows: int) -> None:
+    """Ground truth of the Met's counts; no images."""
+    rng = np.random.default_rng(0)
+    n_classes = round(n_rows * CLASSES_PER_ROW)
+    ids = np.concatenate([np.arange(n_classes), rng.integers(0, n_classes, n_rows - n_classes)])
+    (root / "ground_truth").mkdir(parents=True)
+    (root / "images").mkdir()
+    database = [{"id": int(exhibit), "path": f"MET/{exhibit}/{i}.jpg"} for i, exhibit in enumerate(ids.tolist())]
+    (root / "ground_truth/MET_database.json").write_text(json.dumps(database))
+    for split, (n_met, n) in QUERIES.items():
+        shown = rng.integers(0, n_classes, n_met).tolist()
+        queries = [{"path": f"test_met/{split}{i}.jpg", "MET_id": exhibit} for i, exhibit in enumerate(shown)]
+        queries += [{"path": f"test_noart/{split}{i}.jpg"} for i in range(n - n_met)]
+        (root / f"ground_truth/{split}set.json").write_text(json.dumps(queries))
+
+
+def make_store(path: Path, root: Path, width: int) -> None:
+    """A finished store of made-up unit rows."""
+    truth = load_ground_truth(root)
+    counts = {split: len(paths) for split, paths in truth.paths.items()}
+    store = DescriptorStore(path)
+    store.prepare({"ground_truth": dict(truth.digests), "made": "up"}, counts, width)
+    for split, n in counts.items():
+        write_rows(path / f"{split}.npy", n, width)
+        files = np.load(path / f"{split}.files.npy", mmap_mode="r+")
+        files[:] = 1
+        files.flush()
+    store.finish()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=397_121)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where the files are made and removed")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        root, store = Path(folder) / "met", Path(folder) / "store"
+        make_root(root, arguments.rows)
+        make_store(store, root, arguments.width)
+        command = [
+            sys.executable, str(REPOSITORY / "evaluate.py"), "--root", str(root), "--descriptors", str(store),
+            "--output", str(Path(folder) / "run"), "--wandb", "off", "--quiet", "true",
+        ]  # fmt: skip
+        clock = Clock()
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process, PeakMemory(process.pid) as memory:
+            while process.poll() is None:
+                time.sleep(0.1)
+        if process.returncode:
+            sys.exit(f"evaluate.py failed with {process.returncode}")
+        seconds = clock()
+    float32 = arguments.rows * arguments.width * 4
+    show(
+        f"memory of an evaluation, {arguments.rows:,} x {arguments.width:,}",
+        ["what", "GB"],
+        [
+            ["peak RssAnon", memory.bytes / 1e9],
+            ["database in float32", float32 / 1e9],
+            ["database in float64", 2 * float32 / 1e9],
+        ],
+        {"peak_bytes": memory.bytes, "seconds": seconds, "float32_bytes": float32},
+    )
+
+
+if __name__ == "__main__":
+    main()
