@@ -1,5 +1,8 @@
 """Which images go through the backbone together."""
 
+import heapq
+from collections.abc import Sequence
+
 import numpy as np
 
 FULL_BATCH_PIXELS = 500 * 500  # the Met's images have at most 500 px a side
@@ -28,3 +31,22 @@ def same_shape_batches(shapes: np.ndarray, batch_size: int) -> list[np.ndarray]:
         size = max(1, min(batch_size, batch_size * FULL_BATCH_PIXELS // int(kinds[kind].prod())))
         batches += [members[kind][i : i + size] for i in range(0, len(members[kind]), size)]
     return batches
+
+
+def deal(work: Sequence[int], n_processes: int) -> list[list[int]]:
+    """Share out batches so that each process has nearly the same work: the largest first, to whom has least.
+
+    Args:
+        work: Of each batch, in any unit.
+        n_processes: That share it.
+
+    Returns:
+        By process, its batches as positions in ``work``, ascending; each batch once.
+    """
+    loads = [(0, process) for process in range(n_processes)]
+    shares: list[list[int]] = [[] for _ in loads]
+    for batch in sorted(range(len(work)), key=lambda batch: -work[batch]):
+        load, process = loads[0]
+        shares[process].append(batch)
+        heapq.heapreplace(loads, (load + work[batch], process))
+    return [sorted(share) for share in shares]

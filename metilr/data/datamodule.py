@@ -10,7 +10,7 @@ from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from metilr.data.batching import same_shape_batches
+from metilr.data.batching import deal, same_shape_batches
 from metilr.data.dataset import BatchDataset, ImageBatch, PlannedBatch
 from metilr.data.images import ImageRows, Images
 from metilr.data.transforms import BadImageError
@@ -80,8 +80,8 @@ class ImageDataModule(LightningDataModule):
     @override
     def predict_dataloader(self) -> Iterable[ImageBatch]:
         assert self.trainer is not None
-        # Neighbours in the plan cost the same, so dealing them out in turn balances the processes.
-        mine = self.plan[self.trainer.global_rank :: self.trainer.world_size]
+        work = [len(batch.rows) * batch.shape[0] * batch.shape[1] for batch in self.plan]
+        mine = [self.plan[i] for i in deal(work, self.trainer.world_size)[self.trainer.global_rank]]
         mine = mine or [NOTHING]  # Lightning refuses a process without a batch
         dataset = BatchDataset(self.rows, mine)
         return DataLoader(

@@ -64,8 +64,8 @@ class Projector(nn.Module):
 class Embedder(nn.Module):
     """Images to descriptors: f(x) = L2(projector(L2(pooling(backbone(x))))), summed over scales, L2 again.
 
-    The backbone runs in whatever precision the caller's autocast sets, but in float32 on the CPU where a scaled
-    image has a side below ``BFLOAT16_LEAST_SIDE``; all else runs in float32. L2
+    The backbone runs in whatever precision the caller's autocast sets, by whatever engine, but by PyTorch in float32 on
+    the CPU where a scaled image has a side below ``BFLOAT16_LEAST_SIDE``; all else runs in float32. L2
     normalisation leaves a zero vector zero: an image without any activation is similar to nothing.
 
     Args:
@@ -151,9 +151,9 @@ class Embedder(nn.Module):
             return self.project(F.normalize(self.pooling(features), dim=1))
 
     def _features(self, images: Tensor) -> Features:
-        in_float32 = images.device.type != "cpu" or not torch.is_autocast_enabled("cpu")
-        if in_float32 or min(images.shape[-2:]) >= BFLOAT16_LEAST_SIDE:
+        if images.device.type != "cpu" or min(images.shape[-2:]) >= BFLOAT16_LEAST_SIDE:
             return (self.engine or self.backbone)(images)
+        # Other engines are not safe there either: OpenVINO averages wrongly where a map is smaller than the window.
         with torch.autocast("cpu", enabled=False):
             return self.backbone(images)
 

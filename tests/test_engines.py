@@ -1,0 +1,220 @@
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import nn
+from torch.nn import functional as F
+
+from metilr import openvino_engine
+from metilr.data.ground_truth import load_ground_truth
+from metilr.engines import check_engine, start_engine
+from metilr.errors import UserError
+from metilr.extraction import ExtractionOptions, describe_images, store_settings
+from metilr.models.backbones import build_backbone
+from metilr.models.embedder import build_embedder
+
+openvino = pytest.importorskip("openvino")
+HAS_BFLOAT16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no bfloat16 arithmetic")
+
+SHAPES = [(393, 258), (301, 333), (128, 400)]  # odd sides beyond 256 among them
+
+
+def images(height, width, n=2):
+    return torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(height))
+
+
+def enlarged(museum):
+    """Images of sizes that the engine is used for."""
+    for file in museum.glob("images/**/*.jpg"):
+        with Image.open(file) as image:
+            larger = image.resize((9 * image.width, 9 * image.height))
+        larger.save(file)
+    return museum
+
+
+@pytest.fixture(scope="module", params=["timm/test_resnet", "timm/test_efficientnet", "lite0_in"])
+def backbone(request):
+    return build_backbone(request.param, "random")
+
+
+@torch.inference_mode()
+def test_openvino_computes_what_pytorch_does(backbone):
+    engine = start_engine("openvino", backbone, "32")
+    for shape in SHAPES:
+        found, expected = engine(images(*shape)), backbone(images(*shape))
+        assert found.cls is None
+        torch.testing.assert_close(found.map, expected.map, rtol=1e-3, atol=1e-4 * expected.map.abs().max().item())
+
+
+@needs_bfloat16
+@torch.inference_mode()
+def test_openvino_in_bfloat16_is_near_and_is_bfloat16(backbone):
+    engine = start_engine("openvino", backbone, "bf16-mixed")
+    for shape in SHAPES:
+        found, expected = engine(images(*shape)).map, backbone(images(*shape)).map
+        assert found.shape == expected.shape and found.dtype == torch.float32
+        pooled = [F.normalize(m.clamp(min=1e-6).pow(3).mean(dim=(2, 3)).pow(1 / 3), dim=1) for m in (found, expected)]
+        cosine = (pooled[0] * pooled[1]).sum(dim=1)
+        assert (cosine > 0.999).all()
+        assert (cosine < 1 - 1e-7).all()  # or the precision was not what was asked for
+
+
+@torch.inference_mode()
+def test_a_result_is_not_overwritten_by_the_next(backbone):
+    engine = start_engine("openvino", backbone, "32")
+    first = engine(images(80, 70)).map
+    before = first.clone()
+    engine(-images(80, 70))
+    torch.testing.assert_close(first, before, rtol=0, atol=0)
+
+
+def test_conversion_reports_nothing_to_anybody(monkeypatch):
+    telemetry = pytest.importorskip("openvino_telemetry.main")
+
+    def refuse(*arguments, **options):
+        raise AssertionError("usage was to be reported")
+
+    for name in ("__init__", "send_event", "start_session"):
+        monkeypatch.setattr(telemetry.Telemetry, name, refuse)
+    start_engine("openvino", build_backbone("timm/test_resnet", "random"), "32")
+
+
+def test_the_model_itself_stays_as_it_is():
+    backbone = build_backbone("lite0_in", "random")
+    kinds = [type(module) for module in backbone.model.modules()]
+    start_engine("openvino", backbone, "32")
+    assert [type(module) for module in backbone.model.modules()] == kinds
+
+
+@pytest.mark.parametrize("fault", ["shape", "values"])
+def test_an_engine_that_computes_something_else_is_refused(monkeypatch, fault):
+    class Wrong(nn.Module):
+        def __init__(self, backbone):
+            super().__init__()
+            self.backbone = backbone
+
+        def forward(self, x):
+            found = self.backbone(x).map
+            return found[..., 1:, :] if fault == "shape" else found.flip(1)
+
+    backbone = build_backbone("timm/test_resnet", "random")
+    monkeypatch.setattr(openvino_engine, "_converted", lambda part, *others: converted(Wrong(backbone), *others))
+    converted = CONVERTED
+    with pytest.raises(UserError, match=r"otherwise than PyTorch \((shape|cosine)"):
+        start_engine("openvino", backbone, "32")
+
+
+CONVERTED = openvino_engine._converted
+
+
+def test_what_cannot_run_is_refused(monkeypatch):
+    with pytest.raises(UserError, match="runs on the CPU"):
+        check_engine("openvino", "cuda")
+    with pytest.raises(UserError, match="--engine fast: unknown"):
+        check_engine("fast", "cpu")
+    with pytest.raises(UserError, match="no network of patches"):
+        start_engine("openvino", build_backbone("timm/test_vit", "random"), "32")
+    monkeypatch.setattr(openvino_engine.openvino, "Core", lambda: type("", (), {"get_property": lambda *a: ["FP32"]})())
+    with pytest.raises(UserError, match="no bfloat16 arithmetic"):
+        start_engine("openvino", build_backbone("timm/test_resnet", "random"), "bf16-mixed")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(UserError, match="is not installed; pip install openvino"):
+        check_engine("openvino", "cpu")
+
+
+def test_a_store_is_that_of_its_engine(tiny_museum, tmp_path):
+    truth = load_ground_truth(enlarged(tiny_museum))
+    embedder = build_embedder("timm/test_resnet", "random")
+    rows, console = {}, Console(quiet=True)
+    for engine in ("torch", "openvino"):
+        options = ExtractionOptions(accelerator="cpu", engine=engine, num_workers=0, quiet=True)
+        rows[engine] = np.array(describe_images(embedder, truth, tmp_path / engine, options, console).rows("database"))
+        assert embedder.engine is None  # not left behind
+    np.testing.assert_allclose(rows["openvino"], rows["torch"], rtol=0, atol=2e-6)
+    with pytest.raises(UserError, match="engine"):
+        describe_images(embedder, truth, tmp_path / "torch", options, console)
+    assert "engine" not in store_settings(embedder, truth, None, "32")["model"]
+
+
+def test_two_processes_with_openvino_give_the_rows_of_one(tiny_museum, tmp_path):
+    truth, embedder = load_ground_truth(enlarged(tiny_museum)), build_embedder("timm/test_resnet", "random")
+    stores = [
+        describe_images(
+            embedder,
+            truth,
+            tmp_path / str(devices),
+            ExtractionOptions(accelerator="cpu", devices=devices, engine="openvino", num_workers=0, quiet=True),
+            Console(quiet=True),
+        )
+        for devices in (1, 2)
+    ]
+    np.testing.assert_allclose(stores[0].rows("database"), stores[1].rows("database"), rtol=0, atol=2e-6)
+
+
+def test_an_efficientnet_starts_in_float32_under_autocast():
+    backbone = build_backbone("lite0_in", "random")
+    seen = {}
+    for name in ("conv_stem", "blocks.1", "blocks.2"):
+        module = backbone.model.get_submodule(name)
+        module.register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: output.dtype}))
+    with torch.inference_mode():
+        plain = backbone(images(130, 140)).map
+        expected = backbone.model.forward_features(images(130, 140))
+        assert torch.equal(plain, expected)  # in float32 nothing changes
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            backbone(images(130, 140))
+    assert seen == {"conv_stem": torch.float32, "blocks.1": torch.float32, "blocks.2": torch.bfloat16}
+
+
+def test_gradient_checkpointing_of_an_efficientnet_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        backbone = build_backbone("timm/test_efficientnet", "random")
+        assert isinstance(backbone.model, timm.models.EfficientNet)
+        backbone.model.set_grad_checkpointing(checkpointing)
+        backbone(images(64, 48).requires_grad_()).map.square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in backbone.model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.inference_mode()
+def test_a_compiled_backbone_on_a_gpu():
+    backbone = build_backbone("timm/test_resnet", "random").cuda()
+    compiled = start_engine("compile", backbone, "32")
+    for shape in SHAPES:
+        torch.testing.assert_close(compiled(images(*shape).cuda()).map, backbone(images(*shape).cuda()).map)
+
+
+@torch.inference_mode()
+def test_small_images_are_left_to_pytorch():
+    # OpenVINO averages wrongly where a map is smaller than the pooling's window, as here.
+    embedder = build_embedder("timm/test_resnet", "random")
+    small, large = embedder.normalise((images(24, 32) * 60 + 128).byte()), images(128, 130)
+    expected = embedder.describe(small), embedder(large)
+    used = []
+    engine = start_engine("openvino", embedder.backbone, "32")
+    embedder.engine = lambda batch: (used.append(batch.shape[-1]), engine(batch))[1]
+    torch.testing.assert_close(embedder.describe(small), expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(embedder(large), expected[1], rtol=0, atol=2e-6)
+    assert used == [130]
+
+
+def test_a_compiled_backbone_is_the_backbones_own_forward(monkeypatch):
+    asked = {}
+
+    def compiled(function, **options):
+        asked.update(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    backbone = build_backbone("timm/test_resnet", "random")
+    assert torch.equal(start_engine("compile", backbone, "32")(images(64, 50)).map, backbone(images(64, 50)).map)
+    assert asked == {"dynamic": True}  # not a compilation for each of hundreds of shapes
