@@ -2,8 +2,8 @@
 
 The plain path describes one image after another in float32, batch size 1: Pillow, to_tensor, the network, GeM, the
 sum over three scales. Both take all images of a data root. Prints, for each backbone, the time of an image by both,
-the lowest cosine between their descriptors, GAP of both, the multiply-adds a second against a large bfloat16 matrix
-product measured in between, and metilr's time for a quarter, half and all of the images.
+the lowest cosine between their descriptors, GAP of both (with all images), and the multiply-adds a second against a
+large bfloat16 matrix product measured in between.
 
     python benchmarks/extraction.py --root DIR --backbones lite0_in r18_in r50_in
 """
@@ -97,11 +97,12 @@ def main() -> None:
     parser.add_argument("--backbones", nargs="+", default=["lite0_in"], help="others than lite0_in: random weights")
     parser.add_argument("--engine", default="openvino", choices=["openvino", "torch", "compile"])
     parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32"])
-    parser.add_argument("--plain", type=int, help="images of the plain path, evenly spread; without it all, with GAP")
+    parser.add_argument("--share", type=float, default=1.0, help="of the images of each split, for both ways")
+    parser.add_argument("--growth", action="store_true", help="also a quarter and half of them, for metilr")
     arguments = parser.parse_args()
     quieten_lightning()
     root = arguments.root or make_demo(RUNS / "demo")
-    ground_truth = load_ground_truth(root)
+    ground_truth = part_of(load_ground_truth(root), arguments.share)
     names = [(split, i) for split in SPLITS for i in range(len(ground_truth.paths[split]))]
     files = [ground_truth.image(ground_truth.paths[split][i]) for split, i in names]
     shapes = Counter(image_shape(file) for file in files)
@@ -112,15 +113,14 @@ def main() -> None:
     try:
         for name in arguments.backbones:
             embedder = build_embedder(name, None if name == "lite0_in" else "random")
-            chosen = range(0, len(files), 1 if not arguments.plain else max(1, len(files) // arguments.plain))
             with torch.inference_mode():
                 plain_descriptor(files[0], embedder)
                 clock = Clock()
-                plain = torch.stack([plain_descriptor(files[i], embedder) for i in chosen]).numpy()
-                plain_seconds = clock() / len(chosen)
+                plain = torch.stack([plain_descriptor(file, embedder) for file in files]).numpy()
+                plain_seconds = clock() / len(files)
             peaks, growth = [matrix_peak()], {}
             with PeakMemory() as memory:
-                for share in (0.25, 0.5, 1.0):
+                for share in (0.25, 0.5, 1.0) if arguments.growth else (1.0,):
                     clock = Clock()
                     part = part_of(ground_truth, share)
                     store = describe_images(embedder, part, folder / f"{name}-{share}", options, silent)
@@ -128,9 +128,9 @@ def main() -> None:
                     peaks.append(matrix_peak())
             seconds = growth[len(files)] / len(files)
             fast = np.concatenate([store.rows(split) for split in SPLITS])
-            cosines = (fast[list(chosen)] * plain).sum(axis=1)
+            cosines = (fast * plain).sum(axis=1)
             gaps = {}
-            if len(chosen) == len(files):
+            if arguments.share == 1:
                 ends = np.cumsum([len(ground_truth.paths[split]) for split in SPLITS])[:-1]
                 parts = {split: [rows] for split, rows in zip(SPLITS, np.split(plain, ends), strict=True)}
                 made = {split: np.ones(len(rows), dtype=bool) for split, [rows] in parts.items()}
