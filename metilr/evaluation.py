@@ -48,7 +48,7 @@ from metilr.whitening import DEFAULT_DIM, PAIR_SHRINKAGE, LearnedWhitening
 
 # Options that make descriptors from images.
 OF_THE_MODEL = ("backbone", "weights", "pooling", "p", "stage", "patch_rounding")
-OF_THE_IMAGES = ("ckpt", *OF_THE_MODEL, "scales", "image_size", "bad_images", "store")
+OF_THE_IMAGES = ("ckpt", *OF_THE_MODEL, "scales", "image_size", "bad_images", "store", "engine", "profile")
 
 
 def evaluate(

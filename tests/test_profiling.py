@@ -1,0 +1,35 @@
+import re
+
+import pytest
+from rich.console import Console
+
+from metilr.data.ground_truth import load_ground_truth
+from metilr.extraction import ExtractionOptions, describe_images
+from metilr.models.embedder import build_embedder
+from metilr.profiling import StageTimes
+
+
+def test_only_what_is_asked_for_is_measured():
+    for is_on in (False, True):
+        times = StageTimes(is_on=is_on)
+        for stage in ("network", "network", "write"):
+            with times.measured(stage):
+                pass
+        assert [seconds > 0 for seconds in times.seconds.values()] == [False, False, False, is_on, is_on]
+
+
+def test_an_extraction_says_where_its_time_went(tiny_museum, tmp_path, capsys):
+    truth = load_ground_truth(tiny_museum)
+    options = ExtractionOptions(accelerator="cpu", num_workers=0, quiet=True, profile=True)
+    embedder = build_embedder("timm/test_resnet", "random")
+    describe_images(embedder, truth, tmp_path / "store", options, Console(quiet=True))
+    printed = capsys.readouterr().out
+    n_images = sum(map(len, truth.paths.values()))
+    total = float(re.search(rf"{n_images} images in ([\d.]+) s", printed)[1])
+    stages = {
+        line.split()[0]: float(line.split()[1]) for line in printed.splitlines() if re.match(r" *[a-z]+ +\d", line)
+    }
+    assert list(stages) == ["decode", "wait", "transfer", "network", "write"]
+    assert sum(stages[stage] for stage in ("wait", "transfer", "network", "write")) == pytest.approx(total, abs=0.3)
+    describe_images(embedder, truth, tmp_path / "store", options, Console(quiet=True))
+    assert not capsys.readouterr().out  # nothing was described
