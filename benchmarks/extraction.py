@@ -106,6 +106,7 @@ def main() -> None:
     names = [(split, i) for split in SPLITS for i in range(len(ground_truth.paths[split]))]
     files = [ground_truth.image(ground_truth.paths[split][i]) for split, i in names]
     shapes = Counter(image_shape(file) for file in files)
+    RUNS.mkdir(exist_ok=True)
     folder, silent = Path(tempfile.mkdtemp(dir=RUNS)), Console(quiet=True)
     options = ExtractionOptions(
         accelerator="cpu", engine=arguments.engine, precision=arguments.precision, num_workers=2, quiet=True

@@ -33,8 +33,7 @@ class Bfloat16Candidates:
     def __init__(self, database: np.ndarray, norms: np.ndarray) -> None:
         self.database = database
         self.largest_norm = float(norms.max(initial=0))
-        rounded = (_rounding_error(database[i : i + _ROWS]).max() for i in range(0, len(database), _ROWS))
-        self.largest_error = float(max(rounded, default=0.0))
+        self.largest_error = float(_rounding_error(database).max(initial=0))
 
     def __call__(self, queries: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Find candidates.
@@ -132,9 +131,11 @@ class _Best:
 
 
 def _rounding_error(vectors: np.ndarray) -> np.ndarray:
-    """How far each of some vectors moves by rounding to bfloat16, ``(n,)`` float64."""
-    exact = _tensor(vectors)
-    moved: np.ndarray = (exact - exact.bfloat16().float()).norm(dim=1).double().numpy()
+    """How far each of some vectors moves by rounding to bfloat16, ``(n,)`` float64; a block at a time."""
+    moved = np.empty(len(vectors))
+    for start in range(0, len(vectors), _ROWS):
+        exact = _tensor(vectors[start : start + _ROWS])
+        moved[start : start + _ROWS] = (exact - exact.bfloat16().float()).norm(dim=1)
     return moved
 
 

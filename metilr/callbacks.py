@@ -80,7 +80,7 @@ class DescriptorWriter(BasePredictionWriter):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
         if self.data.times.is_on and trainer.is_global_zero:
-            self.data.times.print(Console(highlight=False), self.data.num_workers)
+            self.data.times.print(Console(highlight=False), self.data.num_workers, trainer.world_size)
         trainer.strategy.barrier()  # the first process goes on alone: by then the rows of all are there
 
     @override

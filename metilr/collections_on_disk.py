@@ -99,9 +99,12 @@ def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerat
         raise UserError(f"{ground_truth.root}/ground_truth: changed since the evaluation {run.path}; evaluate again")
 
     engine = model.get("engine", "torch")
-    options = ExtractionOptions(
-        model["image_size"], accelerator=accelerator, precision=model["precision"], engine=engine
-    )
+    try:
+        options = ExtractionOptions(
+            model["image_size"], accelerator=accelerator, precision=model["precision"], engine=engine
+        )
+    except UserError as error:
+        raise UserError(f"{run.path}: was described with {error}") from None
     embedder = embedder_of_run(run, ckpt)
     wanted = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
     refuse_another_model(run.path, {name: model.get(name) for name in wanted["model"]}, wanted["model"])

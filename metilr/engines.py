@@ -27,7 +27,9 @@ def check_engine(engine: Engine, device: str) -> None:
     try:
         import openvino  # noqa: F401
     except ImportError:
-        raise UserError("--engine openvino: is not installed; pip install openvino, or take --engine torch") from None
+        raise UserError(
+            "--engine openvino: OpenVINO is not installed; pip install openvino, or describe with --engine torch"
+        ) from None
 
 
 def start_engine(engine: Engine, backbone: Backbone, precision: str) -> Callable[[Tensor], Features] | None:

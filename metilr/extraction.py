@@ -189,6 +189,8 @@ def describe_images(
     if path is None:
         path = STORES / f"{embedder.backbone.name.replace('/', '_')}-{settings_fingerprint(settings)}"
     store = DescriptorStore(path)
+    if options.engine == "openvino" and launched_as_first() and not (path / "manifest.json").exists():
+        start_engine(options.engine, embedder.backbone, options.precision)  # what it refuses leaves no store behind
     images = images_of(ground_truth, options.image_size)
     _fill(store, f"[bold]descriptors[/]  {escape(str(path))}", settings, embedder, images, sizes, options, console)
     return store
@@ -246,8 +248,9 @@ def _fill(
         return
     device = f"{options.n_processes} x {_device_name(options.device)}"
     console.print(f"[bold]running on[/]   {device}, precision {options.precision}, engine {options.engine}")
-    if options.device == "cpu" and options.engine == "torch" and n_pending >= MANY_IMAGES:
-        console.print("             (on a CPU, --engine openvino describes convolutional networks some times as fast)")
+    is_convolutional = embedder.backbone.patch == 1 and not embedder.backbone.has_cls
+    if options.device == "cpu" and options.engine == "torch" and n_pending >= MANY_IMAGES and is_convolutional:
+        console.print("             (on a CPU --engine openvino is faster, with the same rows up to rounding)")
     if launched_as_first():
         weights_from = embedder.describe_settings()["provenance"]
         store.begin({"weights_from": weights_from, "device": device, "versions": library_versions()})
@@ -286,7 +289,7 @@ def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: Extr
     """Fill in the rows that a prepared store lacks.
 
     Batches hold images of equal height and width, so a row does not depend on its neighbours; each process
-    takes every n-th batch and writes its rows where they belong, so a row does not depend on the number of
+    takes some of the batches and writes its rows where they belong, so a row does not depend on the number of
     processes either (beyond float32 rounding, about 1e-6).
 
     Raises:

@@ -109,9 +109,8 @@ def _converted(module: nn.Module, example: Tensor, name: str) -> Any:
             frontend = FrontEndManager().load_by_framework("pytorch")
             model = frontend.convert(frontend.load(decoder))
     except Exception as error:  # whatever the converter meets in an unknown network
-        raise UserError(
-            f"--engine openvino: cannot convert {name} ({str(error).splitlines()[0]}); take --engine torch"
-        ) from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"--engine openvino: cannot convert {name} ({reason}); take --engine torch") from error
     model.reshape({model.inputs[0]: openvino.PartialShape([-1, example.shape[1], -1, -1])})
     return model
 

@@ -54,11 +54,12 @@ class StageTimes:
         """Begin with the first batch's decoding."""
         self.started = time.perf_counter()
 
-    def print(self, console: Console, n_workers: int) -> None:
+    def print(self, console: Console, n_workers: int, n_processes: int) -> None:
         """Print a table; what no stage accounts for is waiting."""
+        of_process = f", the first of {n_processes} processes" if n_processes > 1 else ""
         total = time.perf_counter() - self.started
         self.seconds["wait"] = total - sum(self.seconds[stage] for stage in ("transfer", "network", "write"))
-        table = Table(title=f"{self.n_images:,} images in {total:.1f} s", title_justify="left", box=None)
+        table = Table(title=f"{self.n_images:,} images in {total:.1f} s{of_process}", title_justify="left", box=None)
         for name in ("stage", "seconds", "ms an image", ""):
             table.add_column(name, justify="left" if name in ("stage", "") else "right")
         for stage, seconds in self.seconds.items():

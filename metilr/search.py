@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 GPU_MAX_K = 2048  # FAISS's limit for selection on a GPU
 _MARGIN = 16  # candidates beyond k: enough that float32 rounding seldom leaves a query unsettled
-_BFLOAT16_MARGIN = 64  # the same for bfloat16, which rounds 65,536 times as coarsely
+_BFLOAT16_MARGIN = 64  # the same for bfloat16 and whitened descriptors; what it leaves open is searched in float32
 _BFLOAT16_QUERIES = 64  # for fewer queries, rounding the database takes longer than it saves
 _BFLOAT16_ROWS = 2**14  # the same for rows
 _QUERIES = 4096  # queries a chunk: FAISS's own block; shorter chunks would read the database more often
@@ -86,7 +86,8 @@ def search(
     database = np.ascontiguousarray(database, dtype=np.float32)  # no copy if it is that already
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     check_device(device, k)
-    proposer = _proposer(database, database_norms, queries, query_norms, device)
+    by_bfloat16 = device == "cpu" and n >= _BFLOAT16_ROWS and len(queries) >= _BFLOAT16_QUERIES and has_bfloat16()
+    proposer = (_coarse_proposer if by_bfloat16 else _proposer)(database, database_norms, queries, query_norms, device)
 
     similarities = np.empty((len(queries), k))
     rows = np.empty((len(queries), k), dtype=np.int64)
@@ -105,6 +106,9 @@ def search(
             unsettled.append(chunk[~settled])
             done(int(settled.sum()))
         pending, n_candidates = np.concatenate(unsettled), min(n, 4 * n_candidates)
+        if proposer.is_coarse and len(pending):
+            proposer = _proposer(database, database_norms, queries, query_norms, device)
+            n_candidates = min(n, k + proposer.margin)
     return Neighbours(similarities, rows)
 
 
@@ -117,21 +121,28 @@ class _Proposer:
         error: For each query, ``(Q,)``.
         relative_error: Of the product itself, on top.
         margin: Candidates to ask for beyond k at first.
+        is_coarse: Whether queries that are left open are better asked of a finer one than for more candidates: where
+            all descriptors resemble each other, thousands lie within the error of bfloat16.
     """
 
     find: _Candidates
     error: np.ndarray
     relative_error: float = 0.0
     margin: int = _MARGIN
+    is_coarse: bool = False
+
+
+def _coarse_proposer(
+    database: np.ndarray, norms: np.ndarray, queries: np.ndarray, query_norms: np.ndarray, device: SearchDevice
+) -> _Proposer:
+    candidates = Bfloat16Candidates(database, norms)
+    return _Proposer(candidates, candidates.errors(queries, query_norms), 2.0**-8, _BFLOAT16_MARGIN, is_coarse=True)
 
 
 def _proposer(
     database: np.ndarray, norms: np.ndarray, queries: np.ndarray, query_norms: np.ndarray, device: SearchDevice
 ) -> _Proposer:
-    n, width = database.shape
-    if device == "cpu" and n >= _BFLOAT16_ROWS and len(queries) >= _BFLOAT16_QUERIES and has_bfloat16():
-        candidates = Bfloat16Candidates(database, norms)
-        return _Proposer(candidates, candidates.errors(queries, query_norms), 2.0**-8, _BFLOAT16_MARGIN)
+    width = database.shape[1]
     # |float32 dot product - exact| <= D u |q| |x| for any order of summation (Higham, Accuracy and Stability
     # of Numerical Algorithms, 3.5), u = 2**-24. The 2% cover the norms' and float64's own rounding.
     largest_norm = norms.max(initial=0)

@@ -1,3 +1,4 @@
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -51,15 +52,23 @@ def test_the_search_is_as_exact_as_by_float32(monkeypatch, asked, spread, k):
     np.testing.assert_array_equal(found.similarities, expected.similarities)
 
 
-def test_near_ties_widen_the_search(monkeypatch, asked):
-    # 600 rows that bfloat16 cannot tell apart: more than the first candidates.
+def test_what_bfloat16_leaves_open_is_searched_in_float32(monkeypatch, asked):
+    # All rows resemble each other: thousands lie within the error of bfloat16.
     rng = np.random.default_rng(0)
-    database = clustered(rng, 3000, 32, 1.0)
-    query = clustered(rng, 5, 32, 1.0)[:1]
-    database[1000:1600] = query + 1e-4 * rng.standard_normal((600, 32)).astype(np.float32)
-    found = search(database, query, 3)
-    assert len(asked) > 1 and asked == sorted(asked)
-    np.testing.assert_array_equal(found.rows, in_float32(monkeypatch, database, query, 3).rows)
+    base = clustered(rng, 5, 32, 1.0)[:1]
+    database = base + np.float32(0.05) * clustered(rng, 3000, 32, 1.0)
+    queries = base + np.float32(0.05) * clustered(rng, 70, 32, 1.0)
+    in_float32_asked = []
+    find = faiss.knn
+
+    def noted(queries, database, width, **options):
+        in_float32_asked.append(width)
+        return find(queries, database, width, **options)
+
+    monkeypatch.setattr(faiss, "knn", noted)
+    found = search(database, queries, 3)
+    assert asked == [67] and in_float32_asked[0] == 19 and max(in_float32_asked) < 400
+    np.testing.assert_array_equal(found.rows, in_float32(monkeypatch, database, queries, 3).rows)
 
 
 def test_large_and_small_norms(monkeypatch, asked):

@@ -123,7 +123,7 @@ def test_what_cannot_run_is_refused(monkeypatch):
     with pytest.raises(UserError, match="no bfloat16 arithmetic"):
         start_engine("openvino", build_backbone("timm/test_resnet", "random"), "bf16-mixed")
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(UserError, match="is not installed; pip install openvino"):
+    with pytest.raises(UserError, match="not installed; pip install openvino"):
         check_engine("openvino", "cpu")
 
 
@@ -181,6 +181,14 @@ def test_gradient_checkpointing_of_an_efficientnet_changes_no_gradient():
         gradients.append([parameter.grad.clone() for parameter in backbone.model.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
+
+
+def test_a_refused_engine_leaves_no_store_behind(tiny_museum, tmp_path):
+    truth, embedder = load_ground_truth(tiny_museum), build_embedder("timm/test_vit", "random")
+    options = ExtractionOptions(accelerator="cpu", engine="openvino", num_workers=0, quiet=True)
+    with pytest.raises(UserError, match="take --engine torch"):
+        describe_images(embedder, truth, tmp_path / "store", options, Console(quiet=True))
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.gpu

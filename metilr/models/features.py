@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.layers.patch_embed import PatchEmbed
-from timm.models import EfficientNet, checkpoint_seq
+from timm.models import EfficientNet
 from torch import Tensor, nn
 
 from metilr.errors import UserError
@@ -52,7 +52,8 @@ class Backbone(nn.Module):
     Starts in eval mode; a training loop that calls ``train()`` decides about BatchNorm itself.
 
     Autocast does not reach the stem and the first two stages of an EfficientNet: they run in float32. They are a small
-    part of it, and in bfloat16 would make most of what it changes in a descriptor.
+    part of it, and in bfloat16 would make most of what it changes in a descriptor. (Not with gradient checkpointing,
+    which would have to keep their maps.)
 
     Attributes:
         name: As given to ``build_backbone``.
@@ -121,11 +122,10 @@ class Backbone(nn.Module):
         return nn.Sequential(*self.model.blocks[2:], self.model.conv_head, self.model.bn2)
 
     def _last_stage(self, images: Tensor) -> Features:
-        if self.sensitive is not None:
+        if self.sensitive is not None and not self.model.grad_checkpointing:
             with torch.autocast(images.device.type, enabled=False):
                 early = self.sensitive(images)
-            late = checkpoint_seq(self.rest, early) if self.model.grad_checkpointing else self.rest(early)
-            return Features(late, None)
+            return Features(self.rest(early), None)
         if not hasattr(self.model, "forward_intermediates"):  # some convolutional families of older timm
             return Features(self._channels_first(self.model.forward_features(images)), None)
         output, [last_map] = self.model.forward_intermediates(images, indices=1)
