@@ -16,6 +16,8 @@ from metilr.data.dataset import ImageBatch
 from metilr.data.transforms import BadImageError
 from metilr.descriptors import UNIT_TOLERANCE, RowWriter
 from metilr.errors import UserError
+from metilr.launch import has_launcher
+from metilr.process_faults import end_with_parent
 from metilr.progress import progress_bar
 
 
@@ -58,6 +60,8 @@ class DescriptorWriter(BasePredictionWriter):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.world_size > 1 and not has_launcher():
+            end_with_parent()
         self.writer = self.data.store.writer()
 
     @override

@@ -21,11 +21,13 @@ from typing import Any
 import numpy as np
 
 from metilr.errors import UserError
-from metilr.files import reserve_array, write_atomically
+from metilr.files import named, remove_leftovers, reserve_array, write_atomically
+from metilr.locks import LOCK, alone_in
 
 SCHEMA = "metilr.descriptors/1"
 SPLITS = ("database", "val", "test")
 CHUNK_ROWS = 8192
+OURS = (".manifest.json.", LOCK)  # in a folder where a killed process has got no further
 _MANIFEST_KEYS = {"schema", "settings", "counts", "width", "complete"}
 UNIT_TOLERANCE = 1e-3  # float32 rows are of unit length to about 1e-6; a torn write is far off
 
@@ -57,7 +59,7 @@ class DescriptorStore:
             self.path.mkdir(parents=True, exist_ok=True)
             present = sorted(file.name for file in self.path.iterdir())
             if "manifest.json" not in present:
-                foreign = [name for name in present if not name.startswith(".manifest.json.")]
+                foreign = [name for name in present if not name.startswith(OURS)]
                 if foreign:
                     raise UserError(
                         f"--store {self.path}: holds other files ({foreign[0]}); name an empty or new folder"
@@ -71,6 +73,14 @@ class DescriptorStore:
                     _reserve_array(self.path / f"{split}.files.npy", (n,), np.dtype(np.int64))
         except OSError as error:
             raise UserError(f"--store {self.path}: cannot be written ({error.strerror}); name another folder") from None
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the store against other runs while rows are made; of several processes of a run the first one does.
+
+        Raises:
+            UserError: If another run makes rows there now.
+        """
+        return alone_in(self.path, "another run", "stop it")
 
     def begin(self, made_with: Mapping[str, Any]) -> None:
         """Mark the store incomplete, before rows are made: a run killed now leaves no mixture unnoticed.
@@ -87,6 +97,7 @@ class DescriptorStore:
     def finish(self) -> None:
         """Mark the store complete."""
         self._write_manifest({**self.manifest(), "complete": True})
+        remove_leftovers(self.path)
 
     def manifest(self) -> dict[str, Any]:
         """What made the rows.
@@ -100,7 +111,7 @@ class DescriptorStore:
         except FileNotFoundError:
             raise UserError(f"{self.path}: not a descriptor store (it has no manifest.json)") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"{file}: cannot be read ({error}); delete {self.path} to make it again") from None
+            raise _unreadable(file, error) from None
         is_ours = isinstance(manifest, dict) and manifest.get("schema") == SCHEMA
         if not is_ours or not manifest.keys() >= _MANIFEST_KEYS:
             raise UserError(f"{file}: not of the form {SCHEMA}; delete {self.path} to make it again")
@@ -148,7 +159,7 @@ class DescriptorStore:
         try:
             return np.load(file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{file}: cannot be read ({error}); delete {self.path} to make it again") from None
+            raise _unreadable(file, error) from None
 
     def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
         write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
@@ -189,15 +200,24 @@ class RowWriter:
             for file in self._files.values():
                 all_are_closed.enter_context(file)
             for file in self._files.values():
-                os.fsync(file.fileno())
+                with named(file.name):
+                    os.fsync(file.fileno())
         self._files = {}
 
     def _put(self, name: str, row: int, content: bytes) -> None:
         file = self._files[name]
         assert len(content) == self._row_bytes[name], f"{name}: a row of another width or type"
         file.seek(self._offsets[name] + row * len(content))
-        while content:  # a nearly full disk takes a part and refuses the rest at the next call
-            content = content[file.write(content) :]
+        with named(file.name):
+            while content:  # a nearly full disk takes a part and refuses the rest at the next call
+                content = content[file.write(content) :]
+
+
+def _unreadable(file: Path, error: Exception) -> UserError:
+    """What to do: rows on a disk that fails are not to be thrown away."""
+    fails = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    remedy = "mend that and run the same command again" if fails else f"delete {file.parent} to make it again"
+    return UserError(f"{file}: cannot be read ({error}); {remedy}")
 
 
 def differing_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

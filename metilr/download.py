@@ -1,9 +1,7 @@
 """``metilr download``: the Met dataset from its official place into a data root, checked."""
 
-import contextlib
 import sys
 import urllib.parse
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +12,7 @@ from metilr.data.disk_space import find_need, require_space
 from metilr.data.download_records import DownloadRecords
 from metilr.data.obtain import Workplace, is_unpacked, obtain_all
 from metilr.errors import UserError
+from metilr.locks import alone_in
 from metilr.progress import byte_progress
 from metilr.verify import FILES, PartName, Verification, check, print_verification
 
@@ -58,7 +57,7 @@ def download(
     folder = root / "archives"
     folder.mkdir(parents=True, exist_ok=True)
     (root / "images").mkdir(exist_ok=True)
-    with _alone(folder / ".lock"):
+    with alone_in(folder, "another download", "stop it"):
         records = DownloadRecords(folder / "downloads.json")
         pending = [each for each in ARCHIVES[chosen] if not is_unpacked(records.get(each.name), each)]
         if pending:
@@ -104,24 +103,6 @@ def _checked_address(mirror: str) -> str:
     if not well_formed or any(letter.isspace() for letter in mirror):
         raise UserError(f"--mirror {mirror}: must be an address such as http://host/folder/")
     return mirror if mirror.endswith("/") else mirror + "/"
-
-
-@contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Hold a folder for one download at a time, where the system has a lock that ends with its holder."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{lock.parent}: another download is at work there; wait for it, or stop it") from None
-        except OSError:  # a network disk without locks
-            pass
-        yield
 
 
 def _note_other_counts(console: Console, found: Verification) -> None:

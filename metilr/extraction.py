@@ -2,10 +2,10 @@
 
 import dataclasses
 import logging
-import re
 import signal
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +18,6 @@ from pytorch_lightning.strategies import DDPStrategy, Strategy
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from typing_extensions import override
 
 from metilr.callbacks import DescriptorWriter, ExactFloat32, ImageProgress
@@ -33,6 +32,7 @@ from metilr.engines import Engine, check_engine, start_engine
 from metilr.errors import UserError
 from metilr.launch import has_launcher, launched_as_first
 from metilr.models.embedder import Embedder
+from metilr.process_faults import faults_in_one_line
 from metilr.profiling import StageTimes
 from metilr.sources import views_store
 from metilr.versions import library_versions
@@ -42,6 +42,7 @@ Precision = Literal["32", "bf16-mixed", "16-mixed"]
 STORES = Path("runs/descriptors")
 RECIPE = 1  # raise it when the code between image and descriptor changes what a row is
 MANY_IMAGES = 1000  # from here on a hint at a faster way is worth a line
+FASTER_ON_CPU = "(on a CPU, --engine openvino describes convolutional networks some times as fast)"
 PLAN_TIMEOUT = timedelta(hours=6)  # the others wait while the first process reads the headers of all images
 
 
@@ -238,28 +239,31 @@ def _fill(
     options: ExtractionOptions,
     console: Console,
 ) -> None:
-    """Reuse, continue or make a store, and print under its name which."""
+    """Reuse, continue or make a store, and print under its name which. One run at a time makes rows."""
     store.prepare(settings, {split: len(part) for split, part in images.items()}, embedder.dim)
     num_workers = default_workers(options.n_processes) if options.num_workers is None else options.num_workers
     data = ImageDataModule(images, sizes, store, options.batch_size, num_workers, options.bad_images, options.quiet)
-    n_all, n_pending = len(data.sizes), len(data.pending_rows())
-    console.print(f"{name}: {_progress_so_far(n_all, n_pending)}", soft_wrap=True)
-    if not n_pending and store.manifest()["complete"]:
+    n_all = len(data.sizes)
+    if store.manifest()["complete"] and not len(data.pending_rows()):
+        console.print(f"{name}: reusing {n_all:,} rows", soft_wrap=True)
         return
-    device = f"{options.n_processes} x {_device_name(options.device)}"
-    console.print(f"[bold]running on[/]   {device}, precision {options.precision}, engine {options.engine}")
-    is_convolutional = embedder.backbone.patch == 1 and not embedder.backbone.has_cls
-    if options.device == "cpu" and options.engine == "torch" and n_pending >= MANY_IMAGES and is_convolutional:
-        console.print("             (on a CPU --engine openvino is faster, with the same rows up to rounding)")
-    if launched_as_first():
-        weights_from = embedder.describe_settings()["provenance"]
-        store.begin({"weights_from": weights_from, "device": device, "versions": library_versions()})
-    extract_descriptors(embedder, data, options)
-    if not launched_as_first():
-        return
-    if len(data.pending_rows()):
-        raise UserError(f"{store.path}: image files changed during the run; run again to describe them anew")
-    store.finish()
+    with store.alone() if launched_as_first() else nullcontext():
+        n_pending = len(data.pending_rows())  # after the lock: another run may have made them meanwhile
+        console.print(f"{name}: {_progress_so_far(n_all, n_pending)}", soft_wrap=True)
+        device = f"{options.n_processes} x {_device_name(options.device)}"
+        console.print(f"[bold]running on[/]   {device}, precision {options.precision}, engine {options.engine}")
+        is_convolutional = embedder.backbone.patch == 1 and not embedder.backbone.has_cls
+        if options.device == "cpu" and options.engine == "torch" and n_pending >= MANY_IMAGES and is_convolutional:
+            console.print("             (on a CPU --engine openvino is faster, with the same rows up to rounding)")
+        if launched_as_first() and n_pending:
+            weights_from = embedder.describe_settings()["provenance"]
+            store.begin({"weights_from": weights_from, "device": device, "versions": library_versions()})
+        extract_descriptors(embedder, data, options)
+        if not launched_as_first():
+            return
+        if len(data.pending_rows()):
+            raise UserError(f"{store.path}: image files changed during the run; run again to describe them anew")
+        store.finish()
 
 
 def store_settings(
@@ -293,7 +297,8 @@ def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: Extr
     processes either (beyond float32 rounding, about 1e-6).
 
     Raises:
-        UserError: If an image cannot be decoded (with ``"stop"``) or gives a descriptor that is not finite.
+        UserError: If an image cannot be decoded (with ``"stop"``), gives a descriptor that is not finite, or a
+            process of the run fails or is killed.
         KeyboardInterrupt: If interrupted; finished rows are kept.
     """
     data.times.is_on = options.profile
@@ -318,9 +323,8 @@ def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: Extr
     interrupt_handler = signal.getsignal(signal.SIGINT)
     try:
         module = DescriptorModule(embedder, options.engine, options.precision, data.times)
-        trainer.predict(module, datamodule=data, return_predictions=False)
-    except (ProcessRaisedException, ProcessExitedException) as error:
-        raise _user_error_of(error) or error from None
+        with faults_in_one_line():
+            trainer.predict(module, datamodule=data, return_predictions=False)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         for process in getattr(trainer.strategy.launcher, "procs", None) or []:
             process.kill()
@@ -362,12 +366,3 @@ def _strategy(options: ExtractionOptions) -> str | Strategy:
         return "auto"
     # Spawned processes run the extraction only; this one waits and goes on alone.
     return DDPStrategy(start_method="spawn", timeout=PLAN_TIMEOUT)
-
-
-def _user_error_of(error: ProcessRaisedException | ProcessExitedException) -> UserError | None:
-    """The one-line reason that ended a spawned process, if it is one that the user can mend."""
-    if isinstance(error, ProcessExitedException):
-        return UserError(f"a process of the extraction was ended from outside ({error}); was memory short? Run again")
-    found = re.findall(r"^metilr\.\S*Error: (.*)$", str(error), flags=re.MULTILINE)
-    found += re.findall(r"^OSError: \[Errno \d+\] (.*)$", str(error), flags=re.MULTILINE)
-    return UserError(found[-1]) if found else None

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,15 +30,8 @@ def file_sha256(path: Path, report: Callable[[int], None] = lambda done: None) -
 
 def write_atomically(file: Path, text: str) -> None:
     """Write a text file so that a reader sees the old content or the new, never a part."""
-    temporary = _temporary(file)
-    try:
-        with temporary.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced_file(file) as stream:
+        stream.write(text.encode())
 
 
 @contextlib.contextmanager
@@ -45,11 +39,12 @@ def replaced_file(file: Path) -> Iterator[IO[bytes]]:
     """Open a file to write that takes the old one's place when the block ends well, on disk by then."""
     temporary = _temporary(file)
     try:
-        with temporary.open("xb") as stream:
+        with named(file), temporary.open("xb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(file)
+        _push_names(file.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -65,6 +60,8 @@ def new_file(file: Path) -> Iterator[IO[bytes]]:
     try:
         with temporary.open("xb") as stream:
             yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
         try:
             os.link(temporary, file)
         except FileExistsError:
@@ -74,6 +71,24 @@ def new_file(file: Path) -> Iterator[IO[bytes]]:
             temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named(file: str | Path) -> Iterator[None]:
+    """Let an error of the disk say which file it met: those of writing and flushing do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(file)) from None
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes have left of files that they were writing; nobody else may be writing there."""
+    for file in folder.iterdir():
+        if re.fullmatch(r"\..+\.[0-9a-f]{32}", file.name):
+            file.unlink(missing_ok=True)
 
 
 def reserve_array(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -102,6 +117,16 @@ def _allocate(descriptor: int, n_bytes: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot promise space
             raise
+
+
+def _push_names(folder: Path) -> None:
+    """Have a renaming on disk, where the system can: a machine that goes down now keeps the new file."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _temporary(file: Path) -> Path:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metilr.errors import UserError
+from metilr.process_faults import faults_in_one_line
 
 
 @contextlib.contextmanager
@@ -24,7 +25,8 @@ def agree(trainer: pl.Trainer) -> Iterator[None]:
     """
     message = None
     try:
-        yield
+        with faults_in_one_line():
+            yield
     except UserError as error:
         message = str(error)
     except OSError as error:

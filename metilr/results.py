@@ -20,10 +20,11 @@ from rich.table import Table
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.errors import UserError
-from metilr.files import write_atomically
+from metilr.files import remove_leftovers, write_atomically
 from metilr.geometric_check import GeometricCheck
 from metilr.geometric_evidence import Checked, inlier_lead, inliers_of_answers
 from metilr.knn import NO_LABEL, NO_ROW, Predictions
+from metilr.locks import alone_in
 from metilr.method import Method
 from metilr.metrics import DISTRACTOR
 from metilr.recognition import Recognition
@@ -39,27 +40,6 @@ _WHITENING_SOURCES = {"pca": "learned on the database", "learned": "learned from
 PREDICTION_COLUMNS = (
     "path", "exhibit_id", "predicted_id", "log_confidence", "confidence", "similarity", "nearest_path", "correct",
 )  # fmt: skip
-
-
-def open_output(output: Path | None, name: str, options: Mapping[str, Any]) -> Path:
-    """Make the output folder and write the resolved configuration, before any work is done.
-
-    Args:
-        output: The folder; None: a dated one under ``runs/``.
-        name: Ends the dated folder's name.
-        options: All options as resolved; ``config.yaml`` repeats the run.
-
-    Raises:
-        UserError: If the folder cannot be written, or holds results already.
-    """
-    try:
-        if output is not None and (output / "results.json").exists():
-            raise UserError(f"--output {output}: holds results already; name another folder, or delete it")
-        folder = make_output(output, name)
-        write_atomically(folder / "config.yaml", yaml.safe_dump(plain_options(options), sort_keys=False))
-    except OSError as error:
-        raise _unwritable(output, error) from None
-    return folder
 
 
 def make_output(output: Path | None, name: str) -> Path:
@@ -86,14 +66,42 @@ def _unwritable(output: Path | None, error: OSError) -> UserError:
 
 @contextlib.contextmanager
 def output_folder(output: Path | None, name: str, options: Mapping[str, Any]) -> Iterator[Path]:
-    """Open the output folder for a run; a dated one goes again if the run fails."""
-    folder = open_output(output, name, options)
+    """Open the output folder of a run, held against others, and write the resolved configuration before any work.
+
+    A dated folder goes again if the run fails.
+
+    Args:
+        output: The folder; None: a dated one under ``runs/``.
+        name: Ends the dated folder's name.
+        options: All options as resolved; ``config.yaml`` repeats the run.
+
+    Raises:
+        UserError: If the folder cannot be written, holds results already, or another run is at work there.
+    """
+    _refuse_results(output)  # before the lock's file is made there
+    folder = make_output(output, name)
     try:
-        yield folder
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(alone_in(folder, "another run", "name another --output"))
+                _refuse_results(output)
+                remove_leftovers(folder)
+                write_atomically(folder / "config.yaml", yaml.safe_dump(plain_options(options), sort_keys=False))
+            except OSError as error:
+                raise _unwritable(output, error) from None
+            yield folder
     except BaseException:
         if output is None:
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _refuse_results(output: Path | None) -> None:
+    try:
+        if output is not None and (output / "results.json").exists():
+            raise UserError(f"--output {output}: holds results already; name another folder, or delete it")
+    except OSError as error:
+        raise _unwritable(output, error) from None
 
 
 def results_of(

@@ -34,8 +34,10 @@ from metilr.cli import OneLineErrors, check_config
 from metilr.data.pair_datamodule import PairDataModule
 from metilr.errors import UserError
 from metilr.extraction import PLAN_TIMEOUT
-from metilr.files import write_atomically
+from metilr.files import remove_leftovers, write_atomically
 from metilr.launch import has_launcher, is_first_process
+from metilr.locks import LOCK, alone_in
+from metilr.process_faults import end_with_parent, faults_in_one_line
 from metilr.results import RUNS, make_new_folder
 from metilr.training import FineTuning
 from metilr.training_callbacks import Announcement, EpochLines, KNNValidation, PairPictures, TrainingProgress
@@ -69,7 +71,8 @@ class TrainingParser(OneLineErrors, LightningArgumentParser):
 class TrainingCLI(LightningCLI):
     """Options of the trainer, the model and the data, as ``--trainer.x``, ``--model.x`` and ``--data.x``."""
 
-    def __init__(self, args: Sequence[str]) -> None:
+    def __init__(self, args: Sequence[str], held: contextlib.ExitStack) -> None:
+        self.held = held  # what is left when the run ends: the lock of its folder
         super().__init__(
             FineTuning,
             PairDataModule,
@@ -129,7 +132,7 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         _refuse_what_would_not_resume(self.config.trainer)
         self.options = _plain(self.parser, self.config)
-        self.output, self.resume_from = open_run(self.config.output, self.options)
+        self.output, self.resume_from = open_run(self.config.output, self.options, self.held)
         with self.kept_if_of_use():
             return self._trainer(**kwargs)
 
@@ -197,14 +200,23 @@ class TrainingCLI(LightningCLI):
 def train(args: Sequence[str] | None = None) -> None:
     """Fine-tune: the whole of ``python train.py``.
 
+    One run at a time works in an output folder.
+
     Raises:
         UserError: If an option, a file or the data is not usable.
         KeyboardInterrupt: If interrupted; finished epochs are kept.
     """
     _quieten()
+    if not is_first_process() and not has_launcher():
+        end_with_parent()
+    with contextlib.ExitStack() as held:
+        _train(sys.argv[1:] if args is None else args, held)
+
+
+def _train(args: Sequence[str], held: contextlib.ExitStack) -> None:
     console = Console(highlight=False, quiet=not is_first_process())
     try:
-        cli = TrainingCLI(sys.argv[1:] if args is None else args)
+        cli = TrainingCLI(args, held)
     except UserError as error:
         raise UserError(_as_typed(str(error))) from None
     except (MisconfigurationException, ValueError) as error:  # Lightning's words for options that cannot work
@@ -224,7 +236,7 @@ def train(args: Sequence[str] | None = None) -> None:
         if isinstance(logger, WandbLogger) and is_first_process():
             console.print(escape(where_logged(logger.experiment, cli.output)), soft_wrap=True)
     try:
-        with cli.kept_if_of_use(), staged_in(cli.output):
+        with cli.kept_if_of_use(), staged_in(cli.output), faults_in_one_line():
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from)
     except SystemExit:  # what Lightning turns Ctrl-C into
         raise UserError(f"interrupted; {_what_is_kept(cli)}") from None
@@ -232,7 +244,7 @@ def train(args: Sequence[str] | None = None) -> None:
         raise UserError(f"--trainer: {error}") from None
     except UserError as error:
         kept = f" (to continue, add --output {cli.output})" if _needs_its_name(cli) else ""
-        raise UserError(_as_typed(_without_traceback(str(error))) + kept) from None
+        raise UserError(_as_typed(str(error)) + kept) from None
     finally:
         launcher: Any = trainer.strategy.launcher
         if sys.exc_info()[0] is not None and launcher is not None:
@@ -241,12 +253,6 @@ def train(args: Sequence[str] | None = None) -> None:
     if trainer.is_global_zero:
         with staged_in(cli.output):
             _finish(cli, console)
-
-
-def _without_traceback(message: str) -> str:
-    """The error itself, where a loader's process has put its traceback before it."""
-    found = re.findall(r"^metilr\.\S*Error: (.*)$", message, flags=re.MULTILINE)
-    return found[-1] if found else message
 
 
 def _as_typed(message: str) -> str:
@@ -269,14 +275,15 @@ def _needs_its_name(cli: TrainingCLI) -> bool:
     return cli.config.output is None and (cli.output / f"{LAST}.ckpt").exists()
 
 
-def open_run(output: Path | None, options: Mapping[str, Any]) -> tuple[Path, Path | None]:
-    """Make the run's folder, or find the unfinished run in it.
+def open_run(output: Path | None, options: Mapping[str, Any], held: contextlib.ExitStack) -> tuple[Path, Path | None]:
+    """Make the run's folder, or find the unfinished run in it; the first process holds it against other runs.
 
     Returns:
         The folder, and the checkpoint to continue from, if any.
 
     Raises:
-        UserError: If the folder cannot be written, or holds a finished run, one of other options, or other files.
+        UserError: If the folder cannot be written, or holds a finished run, one of other options, or other files, or
+            another run is at work there.
     """
     if OUTPUT_VARIABLE in os.environ and not is_first_process():
         output = Path(os.environ[OUTPUT_VARIABLE])
@@ -288,7 +295,7 @@ def open_run(output: Path | None, options: Mapping[str, Any]) -> tuple[Path, Pat
     config = output / "config.yaml"
     last = output / f"{LAST}.ckpt"
     if is_first_process():
-        _claim(output, config, options)
+        _claim(output, config, options, held)
     if not last.exists():
         return output, None
     try:
@@ -299,29 +306,36 @@ def open_run(output: Path | None, options: Mapping[str, Any]) -> tuple[Path, Pat
     return output, last
 
 
-def _claim(output: Path, config: Path, options: Mapping[str, Any]) -> None:
+def _claim(output: Path, config: Path, options: Mapping[str, Any], held: contextlib.ExitStack) -> None:
     text = yaml.safe_dump(dict(options), sort_keys=False)
-    if (output / "finished").exists():
-        raise UserError(f"--output {output}: holds a finished run; name another folder")
-    if config.exists() and (output / f"{LAST}.ckpt").exists():
-        try:
-            before = yaml.safe_load(config.read_text())
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"{config}: cannot be read ({type(error).__name__}); name another --output") from None
-        other = _differing(before, yaml.safe_load(text))
-        if other:
-            raise UserError(
-                f"--output {output}: holds a run with other options ({', '.join(other[:4])}); name another folder, or "
-                f"continue that run with --config {config} --output {output}"
-            )
-        return
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if any(output.iterdir()) and not config.exists():  # what failed before its first epoch is tried anew
+        ours = (LOCK, f".{config.name}.")  # where a killed process got no further
+        if not config.exists() and any(not file.name.startswith(ours) for file in output.iterdir()):
             raise UserError(f"--output {output}: holds other files; name an empty or new folder")
-        write_atomically(config, text)
+        held.enter_context(alone_in(output, "another run", "name another --output"))
+        if (output / "finished").exists():
+            raise UserError(f"--output {output}: holds a finished run; name another folder")
+        remove_leftovers(output)
+        if config.exists() and (output / f"{LAST}.ckpt").exists():
+            _refuse_other_options(output, config, yaml.safe_load(text))
+        else:  # what failed before its first epoch is tried anew
+            write_atomically(config, text)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror}); name another folder") from None
+
+
+def _refuse_other_options(output: Path, config: Path, options: Mapping[str, Any]) -> None:
+    try:
+        before = yaml.safe_load(config.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{config}: cannot be read ({type(error).__name__}); name another --output") from None
+    other = _differing(before, options)
+    if other:
+        raise UserError(
+            f"--output {output}: holds a run with other options ({', '.join(other[:4])}); name another folder, or "
+            f"continue that run with --config {config} --output {output}"
+        )
 
 
 def _differing(before: Any, now: Any, name: str = "") -> list[str]:

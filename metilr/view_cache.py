@@ -1,5 +1,6 @@
 """The fast path of a frozen backbone: pooled vectors of a fixed number of views per image, computed once, on disk."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -49,16 +50,19 @@ class ViewCache:
         }  # fmt: skip
         store = DescriptorStore(VIEWS / f"{embedder.backbone.name.replace('/', '_')}-{settings_fingerprint(settings)}")
         n = len(self.views.files) * self.n_views
-        with agree(trainer):
-            if trainer.is_global_zero:
-                store.prepare(settings, {SPLIT: n}, pooled.dim)
-        pending = np.flatnonzero(store.pending(SPLIT, np.ones(n, dtype=np.int64), retry_bad=True))
-        trainer.strategy.barrier()  # nobody writes before all have looked
-        with agree(trainer):
-            self._fill(trainer, pooled, augmentation, store, pending)
-        with agree(trainer):
-            if trainer.is_global_zero and not store.manifest()["complete"]:
-                store.finish()
+        with contextlib.ExitStack() as held:
+            with agree(trainer):
+                if trainer.is_global_zero:
+                    store.prepare(settings, {SPLIT: n}, pooled.dim)
+                    if not store.manifest()["complete"]:
+                        held.enter_context(store.alone())
+            pending = np.flatnonzero(store.pending(SPLIT, np.ones(n, dtype=np.int64), retry_bad=True))
+            trainer.strategy.barrier()  # nobody writes before all have looked
+            with agree(trainer):
+                self._fill(trainer, pooled, augmentation, store, pending)
+            with agree(trainer):
+                if trainer.is_global_zero and not store.manifest()["complete"]:
+                    store.finish()
         return store.rows(SPLIT)
 
     def _fill(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import uuid
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from metilr.errors import UserError
+from metilr.files import replaced_file
 
 DEFAULT_DIM = 512  # the paper's: GAP of R18SWSL fine-tuned falls from 36.1 to 34.1 at 256 dimensions
 PAIR_SHRINKAGE = 0.05  # by GAP on val of one small museum; between 0.02 and 0.1 it hardly matters there
@@ -94,18 +94,13 @@ class PCAWhitening:
             UserError: If the file cannot be written.
         """
         path = Path(path)
-        # A name of this process's own, so that two processes that save at once do not mix their bytes.
-        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("wb") as file:
+            with replaced_file(path) as file:
                 arrays: dict[str, Any] = parts_of_whitening(self)
                 np.savez(file, format=np.array(self.format), **arrays)
-            unfinished.replace(path)
         except OSError as error:
             raise UserError(f"cannot write the whitening to {path} ({error}): name another place") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: str | Path) -> "PCAWhitening":

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forks import Forks
 from tests.museum import write_museum
 from tests.server import Server
 
@@ -39,3 +40,10 @@ def server() -> Iterator[Server]:
     server = Server()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    forks = Forks()
+    yield forks
+    forks.stop()

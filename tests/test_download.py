@@ -20,6 +20,7 @@ from metilr.data.archives import ARCHIVES, Archive
 from metilr.data.disk_space import Need, find_need, require_space, shown_bytes
 from metilr.data.obtain import Workplace
 from metilr.errors import UserError
+from metilr.locks import alone_in
 from tests.mirror import UNKNOWN, serve
 from tests.museum import DATABASE_IDS, MINI
 from tests.server import Fault, Server
@@ -191,7 +192,7 @@ def test_a_folder_that_cannot_be_made_is_named(mirror, tmp_path):
 
 def test_two_downloads_into_one_folder(mirror):
     mirror.root.joinpath("archives").mkdir(parents=True)
-    with module._alone(mirror.root / "archives" / ".lock"):
+    with alone_in(mirror.root / "archives", "another download", "stop it"):
         status, printed = mirror.download()
         assert status == 2 and "archives: another download is at work there" in printed
     assert mirror.download()[0] == 0

@@ -16,7 +16,7 @@ from metilr.knn import Predictions, Tuning
 from metilr.matches import Matches
 from metilr.method import Method
 from metilr.recognition import Recognition
-from metilr.results import open_output, print_table, results_of, write_results
+from metilr.results import output_folder, print_table, results_of, write_results
 from metilr.sources import Descriptors
 from metilr.whitening import fit_pca_whitening
 
@@ -68,6 +68,11 @@ def results(recognition, origins=None, notes=(), synthetic=False):
         TRUTH, recognition, opened, synthetic=synthetic, search_device="cpu", method=Method(), check=None,
         skipped_images=[{"split": "test", "path": "t/3.jpg", "reason": "broken"}], notes=list(notes), seconds=1.25,
     )  # fmt: skip
+
+
+def open_output(output, name, options):
+    with output_folder(output, name, options) as folder:
+        return folder
 
 
 def test_output_folder_holds_the_options_before_any_work(tmp_path):

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from metilr.data.transforms import BadImageError, image_shape, load_image
 from metilr.data.workers import default_workers, leave_signals_to_the_parent
+from metilr.process_faults import faults_in_one_line
 from metilr.progress import counted
 
 MISSING, EMPTY = "missing", "empty"
@@ -55,10 +56,11 @@ def find_faults(
     found = _by_processes(batches, num_workers) if decode else _by_threads(batches)
     with counted("decoding" if decode else "reading headers", len(files), "images", quiet) as done:
         start = 0
-        for reasons in found:
-            faults |= {start + i: reason for i, reason in enumerate(reasons) if reason is not None}
-            start += len(reasons)
-            done(len(reasons))
+        with faults_in_one_line():
+            for reasons in found:
+                faults |= {start + i: reason for i, reason in enumerate(reasons) if reason is not None}
+                start += len(reasons)
+                done(len(reasons))
     return faults
 
 

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from metilr.errors import UserError
+from metilr.files import named
 
 EXIF_ORIENTATION = 0x0112
 QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
@@ -113,7 +114,8 @@ def _refuse_failing_machine(error: Exception) -> None:
 
 
 def _bad_image(path: Path, error: Exception) -> BadImageError:
-    reason = why_undecodable(error)
+    with named(path):
+        reason = why_undecodable(error)
     message = f"{path}: cannot be decoded ({reason}); replace it, or leave it out with --bad_images skip"
     return BadImageError(message, reason)
 

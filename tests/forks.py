@@ -1,0 +1,167 @@
+"""Commands in forks of one process that has imported everything: a run, or a killed one, in a fraction of a second."""
+
+import contextlib
+import faulthandler
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+HANGS = 300  # seconds after which a run counts as hanging; it says where
+
+
+class Outcome(NamedTuple):
+    """How a run ended: exit status (negative: the signal), what it printed, what it did to files."""
+
+    status: int
+    printed: str
+    operations: list[str]
+
+    @property
+    def error(self) -> str:
+        """The one line that a command's error must be."""
+        assert self.status == 2, self
+        lines = [line for line in self.printed.splitlines() if "error" in line.lower()]
+        assert len(lines) == 1 and "Traceback" not in self.printed, self.printed
+        return lines[0]
+
+
+class Forks:
+    """The process that forks. It computes nothing itself: threads that have been at work do not survive a fork."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.forks"], cwd=REPOSITORY, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, folder: Path, command: Sequence[object], setup: str = "", **fault: Any) -> Outcome:
+        """Run ``evaluate.py`` or ``train.py`` with options in a folder.
+
+        Args:
+            folder: Where to.
+            command: ``"evaluate"`` or ``"train"``, and options.
+            setup: Python to be executed before.
+            fault: See ``tests.faults.Operations``; without any no fault, and operations are not counted.
+        """
+        return self.wait(self.start(folder, command, setup, **fault))
+
+    def start(
+        self, folder: Path, command: Sequence[object], setup: str = "", env: dict[str, str] | None = None, **fault: Any
+    ) -> tuple[int, Path]:
+        """As ``run``, without waiting."""
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder.with_name(f"{folder.name}.{time.monotonic_ns()}")
+        job = {"cwd": str(folder), "command": [str(part) for part in command], "setup": setup, "log": str(log),
+               "fault": fault, "env": env or {}}  # fmt: skip
+        return self._ask(job), log
+
+    def wait(self, started: tuple[int, Path]) -> Outcome:
+        """Wait for a run that was started."""
+        pid, log = started
+        status = self._ask({"wait": pid})
+        assert status is not None, f"hangs: {log.with_suffix('.out').read_text()}"
+        log_text = log.with_suffix(".operations")
+        operations = log_text.read_text().splitlines() if log_text.exists() else []
+        return Outcome(status, log.with_suffix(".out").read_text(), operations)
+
+    def stop(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+    def _ask(self, job: dict[str, Any]) -> Any:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+
+def _serve() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    from metilr import evaluation, train_command  # noqa: F401
+    from tests import faults  # noqa: F401
+
+    gc.collect()
+    gc.freeze()  # or each fork's collector would copy all of it
+    for line in sys.stdin:
+        job = json.loads(line)
+        answer = _wait(job["wait"]) if "wait" in job else _fork(job)
+        print(json.dumps(answer), flush=True)
+
+
+def _fork(job: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        code = 1
+        try:
+            with _output_to(Path(job["log"]).with_suffix(".out")):
+                faulthandler.dump_traceback_later(HANGS - 30)
+                code = _run(job)
+        finally:
+            os._exit(code)
+    return pid
+
+
+def _wait(pid: int) -> int | None:
+    end = time.monotonic() + HANGS
+    while time.monotonic() < end:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def _run(job: dict[str, Any]) -> int:
+    from metilr.cli import run_command, run_main
+    from tests.faults import Operations
+
+    os.chdir(job["cwd"])
+    os.environ.update(job["env"])
+    if job["fault"]:
+        log = Path(job["log"]).with_suffix(".operations")
+        Operations(Path(job["cwd"]).parent, log, **job["fault"]).install()
+    try:
+        exec(job["setup"], {})
+        name, *options = job["command"]
+        if name == "train":
+            run_main("metilr.train_command:train", options, prog="train.py")
+        else:
+            run_command("metilr.evaluation:evaluate", options, prog="evaluate.py")
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+@contextlib.contextmanager
+def _output_to(file: Path) -> Iterator[None]:
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    with os.fdopen(0, closefd=False):
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    _serve()
