@@ -14,6 +14,7 @@ from metilr.approximate_search import check_size
 from metilr.checkpoints import load_embedder
 from metilr.data.catalogue import Catalogue, read_catalogue
 from metilr.data.datamodule import BadImages
+from metilr.data.image_limits import MAX_MEGAPIXELS, limit_images
 from metilr.engines import Engine
 from metilr.errors import UserError
 from metilr.extraction import (
@@ -57,6 +58,7 @@ def index(
     scales: Sequence[float] | None = None,
     image_size: int | None = None,
     bad_images: BadImages = "stop",
+    max_megapixels: float = MAX_MEGAPIXELS,
     whitening: str = "pca",
     whitening_dim: int | None = None,
     visits: int | None = None,
@@ -92,6 +94,7 @@ def index(
         image_size: Images and photos are resized so that the longest side has this many px; without it as the
             checkpoint was trained, else 500.
         bad_images: Stop at an image that cannot be decoded, or skip it.
+        max_megapixels: An image of more is bad; its header tells, before anything is decoded.
         whitening: pca learns it on the images; learned from pairs of an image and its simulated visits; none goes
             without; else a whitening.npz of a run or an index.
         whitening_dim: Dimensions after whitening; without it 512 (pca) or all (learned), or as many as the images
@@ -120,6 +123,7 @@ def index(
     arguments = dict(locals())
     output, console = Path(output), Console(highlight=False)
     _check(arguments)
+    limit_images(max_megapixels)
     quieten_lightning()
     catalogue = read_catalogue(folder, csv)
     if Path(folder).resolve() in (output.resolve(), *output.resolve().parents):
