@@ -236,7 +236,10 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def _fail(prog: str, message: str) -> NoReturn:
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    # A hostile file's own words may be in it: none of them is to move a terminal's cursor.
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    print(f"{prog}: error: {line}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
 
 

@@ -14,6 +14,8 @@ from typing import IO
 
 import numpy as np
 
+from metilr.errors import UserError, one_line
+
 CHUNK = 1 << 20  # bytes hashed at a time
 
 
@@ -74,6 +76,23 @@ def new_file(file: Path) -> Iterator[IO[bytes]]:
             temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def map_array(file: Path, remedy: str) -> np.memmap:
+    """Map a .npy file, read-only; its header may claim what it likes.
+
+    Args:
+        file: The file.
+        remedy: What the message says to do.
+
+    Raises:
+        UserError: If the file is missing, cut off, empty, or no array of numbers.
+    """
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # NumPy raises many types on damaged headers
+        reason = "holds objects" if "pickle" in str(error) else one_line(error)  # NumPy's advice there would be unsafe
+        raise UserError(f"{file}: cannot be read ({reason}); {remedy}") from None
 
 
 def reserve_array(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:

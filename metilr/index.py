@@ -16,7 +16,7 @@ from metilr.data.catalogue import Catalogue, read_catalogue
 from metilr.data.datamodule import BadImages
 from metilr.data.image_limits import MAX_MEGAPIXELS, limit_images
 from metilr.engines import Engine
-from metilr.errors import UserError
+from metilr.errors import UserError, one_line, shown
 from metilr.extraction import (
     Accelerator,
     ExtractionOptions,
@@ -26,6 +26,7 @@ from metilr.extraction import (
     quieten_lightning,
 )
 from metilr.files import write_atomically
+from metilr.index_schema import check_index
 from metilr.knn import USUAL_TAU
 from metilr.launch import launched_as_first
 from metilr.method import CropSimilarity, DatabaseViews, Method, method_of
@@ -240,7 +241,8 @@ class Index:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             if content["schema"] != SCHEMA:
-                raise ValueError(f"its schema is {content['schema']}")
+                raise ValueError(f"its schema is {shown(content['schema'])}")
+            check_index(content)
             images = content["images"]
             catalogue = Catalogue(
                 Path(content["folder"]),
@@ -264,8 +266,9 @@ class Index:
             raise UserError(
                 f"--store {path}: not an index (it has no index.json); make one with metilr index, or give --run"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{file}: cannot be read ({error}); delete {path} and make the index again") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
+            raise UserError(f"{file}: cannot be read ({reason}); delete {path} and make the index again") from None
 
 
 def build_model(model: Mapping[str, Any]) -> tuple[Embedder, int | None]:

@@ -92,7 +92,7 @@ def test_an_evaluation_stops_at_a_bomb_or_skips_it(tiny_museum, tmp_path, monkey
     place.write_bytes(bomb.read_bytes())
     options = [
         "--root", str(tiny_museum), "--backbone", "timm/test_resnet", "--weights", "random", "--accelerator", "cpu",
-        "--num_workers", "0", "--report", "false", "--wandb", "disabled",
+        "--num_workers", "0", "--report", "false", "--wandb", "off",
     ]  # fmt: skip
     with pytest.raises(SystemExit):
         run_command(evaluate, options)
