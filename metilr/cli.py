@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from metilr.errors import UserError
+from metilr.yaml_files import read_yaml
 
 EXIT_USER_ERROR = 2
 WITHOUT_VALUE = ("-h", "--help", "--print_config")
@@ -135,10 +135,10 @@ def parse_options(
 def check_config(parser: ArgumentParser, file: str) -> None:
     """Refuse what is no YAML file of options, by the file's name."""
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        content = read_yaml(Path(file))
     except OSError as error:
         parser.error(f"--config {file}: cannot be read ({error.strerror})")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         parser.error(f"--config {file}: not valid YAML ({error})")
     if not isinstance(content, dict):
         parser.error(f"--config {file}: must hold options, one a line, each as NAME: VALUE")

@@ -1,7 +1,6 @@
 """What ``index.json`` must be like: it may come from somebody else, and names files that will be opened."""
 
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any, get_args
 
 from metilr.data.catalogue import is_place_below
@@ -65,5 +64,5 @@ def _is_whole(value: object, least: int) -> bool:
     return type(value) is int and least <= value < 2**63
 
 
-def _is_positive(value: object) -> bool:
-    return isinstance(value, Real) and type(value) is not bool and 0 < value < 1e300
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e300

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from metilr.data.ground_truth import QUERY_FILES
-from metilr.errors import UserError
+from metilr.errors import UserError, one_line
 from metilr.metrics import DISTRACTOR
 from metilr.results import PREDICTION_COLUMNS, SCHEMA_VERSION
+from metilr.yaml_files import read_yaml
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +60,9 @@ def read_run(path: Path) -> Run:
     results = read_results(path)
     file = path / "config.yaml"
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except Exception as error:  # PyYAML raises many types where a tag does not fit its value
-        raise UserError(f"{file}: cannot be read ({type(error).__name__}); run the evaluation again") from None
+        config = read_yaml(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({one_line(error)}); run the evaluation again") from None
     if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
         raise UserError(f"{file}: holds no options; run the evaluation again")
     answers = {split: _read_answers(path / "predictions" / f"{split}.csv") for split in QUERY_FILES}

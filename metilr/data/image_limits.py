@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from PIL import Image
 
@@ -58,10 +58,18 @@ def open_image(file: Path | IO[bytes], max_pixels: int) -> Iterator[Image.Image]
         TooManyPixels: If it claims more.
         Exception: Of many types, if it is no image of a usual kind, or a progressive JPEG of too many scans.
     """
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(file.open("rb")) if isinstance(file, Path) else file
+        with _opened(_Bounded(stream), max_pixels) as image:
+            yield image
+
+
+@contextlib.contextmanager
+def _opened(stream: Any, max_pixels: int) -> Iterator[Image.Image]:
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit, which would refuse what is allowed here
     try:
-        opened = Image.open(file, formats=FORMATS)
+        opened = Image.open(stream, formats=FORMATS)
     except Image.DecompressionBombError:
         raise TooManyPixels(max_pixels) from None
     with opened as image:
@@ -70,6 +78,18 @@ def open_image(file: Path | IO[bytes], max_pixels: int) -> Iterator[Image.Image]
         if "progressive" in image.info:
             _refuse_many_scans(image)
         yield image
+
+
+class _Bounded:
+    """A stream that takes no memory for bytes that the file does not have, whatever a header claims."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._size = stream, stream.seek(0, 2)
+        self.seek, self.tell, self.fileno = stream.seek, stream.tell, stream.fileno
+        stream.seek(0)
+
+    def read(self, n: int = -1) -> bytes:
+        return self._stream.read(n if n is None or n < 0 else min(n, self._size))
 
 
 def _refuse_many_scans(image: Image.Image) -> None:

@@ -33,7 +33,7 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _check_place(event: str, name: Any) -> None:
-    place = Path(os.path.abspath(os.fsdecode(name)))
+    place = Path(os.fsdecode(name)).resolve()
     if place != _folder and _folder not in place.parents and str(place) != os.devnull:
         _broken.append(f"{event} {place}")
 
@@ -61,7 +61,7 @@ def watched(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def refusal(file: Path) -> Iterator[list[str]]:
+def refusal(file: Path | str) -> Iterator[list[str]]:
     """Run one case; it may end in a ``UserError`` of one line that names the file.
 
     Yields:

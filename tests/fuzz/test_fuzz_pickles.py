@@ -14,7 +14,8 @@ from tests.fuzz.mutations import PROPERTIES, cases, mutated
 
 MATRICES = {key: np.arange(6, dtype=np.float32).reshape(n, -1) for n, key in zip((2, 3, 1), KEYS.values(), strict=True)}
 TOKENS = (
-    b"c", b"R", b"b", b"\x81", b"(", b"t", b".", b"cos\nsystem\n", b"\x93", b"}", b"]", b"K\xff", b"\x8a\x10", b"B", b"X",
+    b"c", b"R", b"b", b"\x81", b"(", b"t", b".", b"cos\nsystem\n", b"\x93", b"}", b"]", b"K\xff", b"\x8a\x10", b"B",
+    b"X",
     b"\x8e", b"N", b"0", b"1", b"2", b"h\0", b"\x94", b"numpy", b"cbuiltins\neval\n", b"q\0", b"r\xff\xff\xff\x7f",
 )  # fmt: skip
 

@@ -41,8 +41,10 @@ CSV_TOKENS = (
     b"7.5",
 )
 YAML_TOKENS = (
-    b"[" * 2000, b"{" * 2000, b"&a [*a]", b"*a", b"!!python/object/apply:os.system ['x']", b"!!timestamp x", b"!!int ''",
-    b"!!bool x", b"!!float ''", b"!!binary x", b"? [a]\n", b"2024-99-99", b"- ", b"\t", b": ", b"<<: 1\n", b"\x00", b"!!set {a}",
+    b"[" * 2000, b"{" * 2000, b"&a [*a]", b"*a", b"!!python/object/apply:os.system ['x']", b"!!timestamp x",
+    b"!!int ''",
+    b"!!bool x", b"!!float ''", b"!!binary x", b"? [a]\n", b"2024-99-99", b"- ", b"\t", b": ", b"<<: 1\n", b"\x00",
+    b"!!set {a}",
     b"!!omap x", b"0x", b"1:1:1", b"=", b"!!python/name:os.system", b"9" * 5000, b"---\n", b"\xff",
 )  # fmt: skip
 
