@@ -1,14 +1,17 @@
 """An approximate index on disk: the codes, and a note of what they belong to. The rows lie where they lay."""
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 
 from metilr.approximate_search import ApproximateIndex
-from metilr.errors import UserError
+from metilr.errors import UserError, one_line, shown
 from metilr.files import file_sha256, replaced_file, write_atomically
 from metilr.random_rows import RandomRows, open_rows
 
@@ -60,11 +63,12 @@ def load_approximate(folder: Path, rows_file: Path, made_from: str = "") -> Appr
     try:
         note = json.loads(note_file.read_text(encoding="utf-8"))
         if note["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {note['schema']}")
-        expected = (note["rows"], note["width"])
+            raise ValueError(f"its schema is {shown(note['schema'])}")
+        expected, n_lists = (note["rows"], note["width"]), note["lists"]
         digests = note["codes_sha256"], note["rows_sample"], note["made_from"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{note_file}: cannot be read ({error}); {again}") from None
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
+        raise UserError(f"{note_file}: cannot be read ({reason}); {again}") from None
     if digests[2] != made_from:
         raise UserError(f"{note_file}: was made from other descriptors or with other options than are here; {again}")
     rows = open_rows(rows_file)
@@ -73,10 +77,35 @@ def load_approximate(folder: Path, rows_file: Path, made_from: str = "") -> Appr
     try:
         if file_sha256(codes_file) != digests[0]:
             raise ValueError("it is not the file that was saved")
-        codes = faiss.read_index(str(codes_file))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{codes_file}: cannot be read ({' '.join(str(error).split())}); {again}") from None
+        codes = _read_codes(codes_file)
+        if (codes.ntotal, codes.d) != expected or codes.nlist != n_lists:
+            raise ValueError("it is of another size than its note says")
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        raise UserError(f"{codes_file}: cannot be read ({one_line(error)}); {again}") from None
     return ApproximateIndex(codes, rows, RandomRows(rows_file))
+
+
+def _read_codes(file: Path) -> Any:
+    """Read FAISS's file; the note's digest tells accidents, but whoever made both could have made anything."""
+    with _parts_of_at_most(file.stat().st_size):
+        codes = faiss.read_index(str(file))
+    if not isinstance(codes, faiss.IndexIVFPQFastScan):
+        raise ValueError(f"it holds a {type(codes).__name__}")
+    return codes
+
+
+@contextlib.contextmanager
+def _parts_of_at_most(n_bytes: int) -> Iterator[None]:
+    """Have FAISS refuse what claims to be larger than the file, where it can: it would take the memory first."""
+    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
+        yield
+        return
+    before = faiss.get_deserialization_vector_byte_limit()
+    faiss.set_deserialization_vector_byte_limit(n_bytes)
+    try:
+        yield
+    finally:
+        faiss.set_deserialization_vector_byte_limit(before)
 
 
 def _sample_digest(rows: np.ndarray) -> str:

@@ -4,7 +4,7 @@ A checkpoint of metilr is Lightning's, a dict that ``torch.load(weights_only=Tru
 ``checkpoint["metilr"]``, plain values that say all that is needed to build the model without the run's options.
 """
 
-import re
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
-from metilr.errors import UserError
+from metilr.errors import UserError, one_line, shown
 from metilr.files import file_sha256, replaced_file
 from metilr.models.backbones import build_backbone
 from metilr.models.embedder import SCALES, Embedder, Projector
@@ -23,23 +23,11 @@ from metilr.models.features import Backbone, Provenance
 from metilr.models.pooling import build_pooling
 from metilr.models.specs import IMAGENET_MEAN, IMAGENET_STD
 from metilr.models.weights import StateDict, load_strictly, tensors_sha256
+from metilr.reference_checkpoint import architecture_of, split_reference
+from metilr.zip_files import refuse_compressed
 
 FORMAT = "metilr.checkpoint/1"
 EMBEDDER = "embedder."  # where the LightningModule keeps the model
-
-# torchvision's ResNets: bottleneck blocks?, blocks of each stage, groups and width of the 3x3 convolution.
-_RESNETS: dict[tuple[bool, tuple[int, ...], int, int], str] = {
-    (False, (2, 2, 2, 2), 1, 64): "resnet18",
-    (False, (3, 4, 6, 3), 1, 64): "resnet34",
-    (True, (3, 4, 6, 3), 1, 64): "resnet50",
-    (True, (3, 4, 23, 3), 1, 64): "resnet101",
-    (True, (3, 4, 6, 3), 32, 128): "resnext50_32x4d",
-    (True, (3, 4, 23, 3), 32, 128): "resnext101_32x4d",
-    (True, (3, 4, 23, 3), 32, 256): "resnext101_32x8d",
-    (True, (3, 4, 23, 3), 32, 512): "resnext101_32x16d",
-}
-# The reference code keeps a torchvision ResNet as a list of its children: these positions carry weights.
-_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -90,6 +78,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise UserError(f"--ckpt {path}: no such file")
     try:
+        refuse_compressed(path)
         with torch.serialization.safe_globals(_numpy_scalars()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as its format has parts
@@ -116,15 +105,28 @@ def load_embedder(path: Path, scales: Sequence[float] | None = None) -> tuple[Em
         UserError: If the file cannot be read or its weights fit no known architecture.
     """
     content = read_checkpoint(path)
-    entry = content.get("metilr")
-    if entry is None:
-        return _reference_embedder(path, content["state_dict"], scales), None
-    if not isinstance(entry, Mapping) or entry.get("format") != FORMAT:
+    entry, state_dict = content.get("metilr"), content["state_dict"]
+    if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()):
+        raise UserError(f"--ckpt {path}: its 'state_dict' holds more than named tensors; take another one")
+    if entry is not None and (not isinstance(entry, Mapping) or entry.get("format") != FORMAT):
         raise UserError(f"--ckpt {path}: not of the form {FORMAT}; it was written by another version of metilr")
+    try:
+        if entry is None:
+            return _reference_embedder(path, state_dict, scales), None
+        return _own_embedder(path, entry, state_dict, scales)
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"--ckpt {path}: {one_line(error)}") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"  # values that neither train.py nor metilr pack writes
+        raise UserError(f"--ckpt {path}: makes no model ({reason}); copy it again, or take another one") from error
+
+
+def _own_embedder(
+    path: Path, entry: Mapping[str, Any], state_dict: StateDict, scales: Sequence[float] | None
+) -> tuple[Embedder, int | None]:
     model = entry["model"]
-    weights = {
-        key.removeprefix(EMBEDDER): value for key, value in content["state_dict"].items() if key.startswith(EMBEDDER)
-    }
+    weights = {key.removeprefix(EMBEDDER): value for key, value in state_dict.items() if key.startswith(EMBEDDER)}
+    _check_entry(model, weights)
     backbone = build_backbone(model["backbone"], "random", model["stage"], model["patch_rounding"])
     # p as a parameter or as a buffer has the same key; only its shape matters here.
     pooling = build_pooling(model["pooling"], backbone.width, model["p"] if model["pooling"] == "gem" else 3.0)
@@ -135,6 +137,19 @@ def load_embedder(path: Path, scales: Sequence[float] | None = None) -> tuple[Em
     # Not every published network of a name has the same normalisation: the checkpoint's counts.
     backbone.mean, backbone.std = tuple(model["mean"]), tuple(model["std"])
     return embedder.eval(), model["image_size"]
+
+
+def _check_entry(model: Mapping[str, Any], weights: StateDict) -> None:
+    """Refuse what would be noticed late, or take memory first."""
+    size, dim = model["image_size"], model["projector_dim"]
+    if size is not None and (type(size) is not int or not 1 <= size < 2**31):
+        raise ValueError(f"image_size {shown(size)}")
+    if dim is not None and (type(dim) is not int or dim != len(weights["projector.linear.weight"])):
+        raise ValueError(f"projector_dim {shown(dim)}")
+    for name, least in (("mean", -math.inf), ("std", 0)):
+        values = [float(value) for value in model[name]]
+        if len(values) != 3 or not all(math.isfinite(value) and value > least for value in values):
+            raise ValueError(f"{name} {shown(model[name])}")
 
 
 def model_entry(embedder: Embedder, pooling: str, image_size: int | None) -> dict[str, Any]:
@@ -156,8 +171,8 @@ def model_entry(embedder: Embedder, pooling: str, image_size: int | None) -> dic
 
 def _reference_embedder(path: Path, state_dict: Mapping[str, Any], scales: Sequence[float] | None) -> Embedder:
     """Build the model of a reference checkpoint, whose architecture only the shapes of its weights tell."""
-    weights, p, linear = _split_reference(state_dict)
-    architecture = _architecture(weights)
+    weights, p, linear = split_reference(state_dict)
+    architecture = architecture_of(weights)
     if architecture is None:
         raise UserError(
             f"--ckpt {path}: neither metilr's nor the reference code's: its weights are of no ResNet that is known here"
@@ -178,32 +193,6 @@ def _reference_embedder(path: Path, state_dict: Mapping[str, Any], scales: Seque
             )
     pooling = build_pooling("gem", backbone.width, 3.0 if p is None else float(p.flatten()[0]))
     return Embedder(backbone, pooling, projector, SCALES if scales is None else scales).eval()
-
-
-def _split_reference(state_dict: Mapping[str, Any]) -> tuple[StateDict, torch.Tensor | None, StateDict]:
-    """Sort a reference state dict into the ResNet's weights by torchvision's names, GeM's p, and the projector."""
-    weights: StateDict = {}
-    projector: StateDict = {}
-    p = None
-    for key, value in state_dict.items():
-        name = re.sub(r"^(module\.|backbone\.)+", "", key)
-        if name == "pool.p":
-            p = value
-        elif name.startswith("projector."):
-            projector[name.rpartition(".")[2]] = value
-        else:
-            child, _, rest = name.partition(".")
-            weights[f"{_CHILDREN.get(child, child)}.{rest}"] = value
-    return weights, p, projector
-
-
-def _architecture(weights: StateDict) -> str | None:
-    kernel = weights.get("layer1.0.conv2.weight")
-    if kernel is None or kernel.ndim != 4:
-        return None
-    blocks = tuple(len({key.split(".")[1] for key in weights if key.startswith(f"layer{i}.")}) for i in range(1, 5))
-    groups = kernel.shape[0] // max(kernel.shape[1], 1)
-    return _RESNETS.get(("layer1.0.conv3.weight" in weights, blocks, groups, kernel.shape[0]))
 
 
 def _provenance(path: Path, backbone: Backbone, licence: str | None) -> Provenance:

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from metilr.errors import UserError
+from metilr.yaml_files import read_yaml
 
 EXIT_USER_ERROR = 2
 WITHOUT_VALUE = ("-h", "--help", "--print_config")
@@ -135,10 +135,10 @@ def parse_options(
 def check_config(parser: ArgumentParser, file: str) -> None:
     """Refuse what is no YAML file of options, by the file's name."""
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        content = read_yaml(Path(file))
     except OSError as error:
         parser.error(f"--config {file}: cannot be read ({error.strerror})")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         parser.error(f"--config {file}: not valid YAML ({error})")
     if not isinstance(content, dict):
         parser.error(f"--config {file}: must hold options, one a line, each as NAME: VALUE")
@@ -236,7 +236,10 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def _fail(prog: str, message: str) -> NoReturn:
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    # A hostile file's own words may be in it: none of them is to move a terminal's cursor.
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    print(f"{prog}: error: {line}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from metilr.approximate_collection import digest_of_database, load_searchable
 from metilr.callbacks import keep_float32_exact
 from metilr.data.dataset import ImageBatch
 from metilr.data.ground_truth import GroundTruth
+from metilr.data.image_limits import max_pixels, open_image
 from metilr.data.views import CentreCrops
 from metilr.descriptors import UNIT_TOLERANCE, DescriptorStore, differing_settings
 from metilr.errors import UserError
@@ -304,7 +304,7 @@ def refuse_another_model(path: Path, found: dict[str, object], wanted: dict[str,
 
 def _longest_side(file: Path) -> int:
     try:
-        with Image.open(file) as image:
+        with open_image(file, max_pixels()) as image:
             return max(image.size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # as in load_image
         return 0

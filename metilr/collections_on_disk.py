@@ -8,6 +8,7 @@ from metilr.approximate_collection import APPROXIMATE
 from metilr.checkpoints import load_embedder
 from metilr.collection import Collection, open_collection, refuse_another_model
 from metilr.data.ground_truth import load_ground_truth
+from metilr.data.image_limits import MAX_MEGAPIXELS, limit_images
 from metilr.descriptors import DescriptorStore
 from metilr.errors import UserError
 from metilr.extraction import Accelerator, ExtractionOptions, store_settings
@@ -93,6 +94,7 @@ def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerat
     results, config, model = run.results, run.config, run.results["model"]
     if config.get("descriptors") or "store" not in model:
         raise UserError(f"{run.path}: was made from --descriptors, so it has no model for photos; evaluate with --root")
+    limit_images(config.get("max_megapixels", MAX_MEGAPIXELS))
     root = RUNS / "demo" if config.get("root") is None else Path(config["root"])
     ground_truth = load_ground_truth(_found(run, "--root", root), results["data"]["database"])
     if ground_truth.fingerprint() != results["data"]["fingerprint"]:

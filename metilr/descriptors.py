@@ -20,15 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from metilr.errors import UserError
-from metilr.files import named, remove_leftovers, reserve_array, write_atomically
+from metilr.errors import UserError, one_line
+from metilr.files import map_array, named, remove_leftovers, reserve_array, write_atomically
 from metilr.locks import LOCK, alone_in
 
 SCHEMA = "metilr.descriptors/1"
 SPLITS = ("database", "val", "test")
 CHUNK_ROWS = 8192
 OURS = (".manifest.json.", LOCK)  # in a folder where a killed process has got no further
-_MANIFEST_KEYS = {"schema", "settings", "counts", "width", "complete"}
 UNIT_TOLERANCE = 1e-3  # float32 rows are of unit length to about 1e-6; a torn write is far off
 
 
@@ -110,10 +109,9 @@ class DescriptorStore:
             manifest = json.loads(file.read_text())
         except FileNotFoundError:
             raise UserError(f"{self.path}: not a descriptor store (it has no manifest.json)") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise _unreadable(file, error) from None
-        is_ours = isinstance(manifest, dict) and manifest.get("schema") == SCHEMA
-        if not is_ours or not manifest.keys() >= _MANIFEST_KEYS:
+        if not _is_manifest(manifest):
             raise UserError(f"{file}: not of the form {SCHEMA}; delete {self.path} to make it again")
         return manifest
 
@@ -156,10 +154,14 @@ class DescriptorStore:
     def array(self, name: str) -> np.memmap:
         """One file of the store, memory-mapped, read-only."""
         file = self.path / name
-        try:
-            return np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise _unreadable(file, error) from None
+        array = map_array(file, lambda error: _remedy(file, error))
+        dtype, ndim = (np.int64, 1) if name.endswith(".files.npy") else (np.float32, 2)
+        if array.dtype != dtype or array.ndim != ndim or not array.flags.c_contiguous:
+            raise UserError(
+                f"{file}: holds {array.dtype} of shape {array.shape}, which is no part of a store; "
+                f"delete {self.path} to make it again"
+            )
+        return array
 
     def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
         write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
@@ -214,10 +216,13 @@ class RowWriter:
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file}: cannot be read ({one_line(error)}); {_remedy(file, error)}")
+
+
+def _remedy(file: Path, error: Exception) -> str:
     """What to do: rows on a disk that fails are not to be thrown away."""
     fails = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-    remedy = "mend that and run the same command again" if fails else f"delete {file.parent} to make it again"
-    return UserError(f"{file}: cannot be read ({error}); {remedy}")
+    return "mend that and run the same command again" if fails else f"delete {file.parent} to make it again"
 
 
 def differing_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -247,6 +252,22 @@ def row_chunks(arrays: Sequence[np.ndarray], keep: np.ndarray, chunk_rows: int =
             yield np.concatenate([np.asarray(a[part][keep[part]], dtype=np.float32) for a in arrays], axis=1)
 
 
+def _is_manifest(found: Any) -> bool:
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        return False
+    kinds = {"settings": dict, "counts": dict, "width": int, "complete": bool}
+    if any(type(found.get(name)) is not kind for name, kind in kinds.items()):
+        return False
+    made_with = found.get("made_with", [])
+    return (
+        found["width"] >= 1
+        and all(type(n) is int and 0 <= n < 2**63 for n in found["counts"].values())
+        and isinstance(found["settings"].get("ground_truth", {}), dict)
+        and isinstance(made_with, list)
+        and all(isinstance(each, dict) for each in made_with)
+    )
+
+
 def _reserve_array(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
     try:
         reserve_array(file, shape, dtype)
@@ -266,7 +287,7 @@ def _differing_keys(found: Any, wanted: Any, name: str) -> list[str]:
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = sorted(found.keys() | wanted.keys())
         return [d for key in keys for d in _differing_keys(found.get(key), wanted.get(key), key)]
-    return [] if found == wanted else [f"{name}: {_shown(found)} there, {_shown(wanted)} now"]
+    return [] if found == wanted else [f"{name[:40]}: {_shown(found)} there, {_shown(wanted)} now"]
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:

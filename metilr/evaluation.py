@@ -17,6 +17,7 @@ from metilr.checkpoints import load_embedder
 from metilr.data.datamodule import BadImages
 from metilr.data.demo import make_demo
 from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_truth
+from metilr.data.image_limits import MAX_MEGAPIXELS, limit_images
 from metilr.data.transforms import BadImageError, load_image
 from metilr.descriptors import SPLITS
 from metilr.engines import Engine
@@ -64,6 +65,7 @@ def evaluate(
     patch_rounding: PatchRounding = "nearest",
     image_size: int | None = None,
     bad_images: BadImages = "stop",
+    max_megapixels: float = MAX_MEGAPIXELS,
     whitening: str = "pca",
     whitening_dim: int | None = None,
     whitening_shrinkage: float = 1.0,
@@ -123,6 +125,7 @@ def evaluate(
             checkpoint was trained.
         bad_images: Stop at an image that cannot be decoded, or skip it: it is left out of the database, and a
             query counts as wrong.
+        max_megapixels: An image of more is bad; its header tells, before anything is decoded.
         whitening: pca learns it on the database; learned from pairs of a database image and its simulated visits (and
             of images of one exhibit); none goes without; else a whitening.npz of another run, or a checkpoint that
             metilr pack wrote.
@@ -182,6 +185,7 @@ def evaluate(
     arguments = dict(locals())
     started = time.perf_counter()
     _check_arguments(arguments)
+    limit_images(max_megapixels)
     scales = [scales] if isinstance(scales, (int, float)) else scales
     output = None if output is None else Path(output)
     quieten_lightning()

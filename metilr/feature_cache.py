@@ -18,6 +18,7 @@ from metilr.descriptors import settings_fingerprint
 from metilr.errors import UserError
 from metilr.files import replaced_file
 from metilr.geometry import LocalFeatures
+from metilr.zip_files import read_npz
 
 LIMIT = 4 << 30  # bytes: 40,000 images by lite0_in, 3,000 by a ResNet-50
 SUFFIX = ".local.npz"  # of entries; nothing else in the folder is touched
@@ -115,9 +116,16 @@ class FeatureCache:
 def _read(entry: Path) -> LocalFeatures | None:
     """Return what an entry holds, and note the use; None if it is missing or damaged."""
     try:
-        with np.load(entry, allow_pickle=False) as arrays:
-            features = LocalFeatures(arrays["positions"], arrays["descriptors"])
+        arrays = read_npz(entry)
+        features = LocalFeatures(arrays["positions"], arrays["descriptors"])
     except Exception:  # NumPy and zipfile raise many types on damaged files; each means the same here
+        return None
+    positions, descriptors = features
+    if positions.dtype != np.float32 or positions.ndim != 2 or positions.shape[1] != 2:
+        return None
+    if descriptors.dtype != np.float16 or descriptors.ndim != 2 or len(descriptors) != len(positions):
+        return None
+    if not np.isfinite(positions).all() or not np.isfinite(descriptors).all():
         return None
     with contextlib.suppress(OSError):  # thrown away by another process just now, or a folder to read from alone
         os.utime(entry)

@@ -15,6 +15,8 @@ from typing import IO
 
 import numpy as np
 
+from metilr.errors import UserError, one_line
+
 CHUNK = 1 << 20  # bytes hashed at a time
 
 
@@ -89,6 +91,24 @@ def remove_leftovers(folder: Path) -> None:
     for file in folder.iterdir():
         if re.fullmatch(r"\..+\.[0-9a-f]{32}", file.name):
             file.unlink(missing_ok=True)
+
+
+def map_array(file: Path, remedy: str | Callable[[Exception], str]) -> np.memmap:
+    """Map a .npy file, read-only; its header may claim what it likes.
+
+    Args:
+        file: The file.
+        remedy: What the message says to do; may depend on the error.
+
+    Raises:
+        UserError: If the file is missing, cut off, empty, or no array of numbers.
+    """
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # NumPy raises many types on damaged headers
+        reason = "holds objects" if "pickle" in str(error) else one_line(error)  # NumPy's advice there would be unsafe
+        advice = remedy if isinstance(remedy, str) else remedy(error)
+        raise UserError(f"{file}: cannot be read ({reason}); {advice}") from None
 
 
 def reserve_array(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:

@@ -13,10 +13,11 @@ from metilr.answers_page import write_page
 from metilr.collection import Collection
 from metilr.collections_on_disk import open_with_threshold
 from metilr.data.image_files import find_images
+from metilr.data.image_limits import pixels_of
 from metilr.errors import UserError
 from metilr.extraction import Accelerator
 from metilr.matches import N_MATCHES
-from metilr.photos import BadPhotoError, load_photo
+from metilr.photos import MAX_PHOTO_MEGAPIXELS, BadPhotoError, TooManyPixelsError, load_photo
 from metilr.scoring import MIN_PRECISION
 from metilr.threshold import Threshold
 from metilr.thumbnails import jpeg_of
@@ -32,6 +33,7 @@ def identify(
     min_precision: float = MIN_PRECISION,
     threshold: float | None = None,
     matches: int = N_MATCHES,
+    max_megapixels: float = MAX_PHOTO_MEGAPIXELS,
     json: bool = False,
     page: Path | None = None,
     accelerator: Accelerator = "auto",
@@ -48,6 +50,7 @@ def identify(
         min_precision: An exhibit is named where at least this share of such answers was right on val of the run.
         threshold: An exhibit is named from this log-confidence on, in place of one chosen on val.
         matches: Exhibits listed for each photo, with their nearest images.
+        max_megapixels: A photo of more is not decoded.
         json: Print a JSON document and nothing else.
         page: Also write this .html file, one page with the pictures in it.
         accelerator: Where the model runs; auto takes a GPU if there is one.
@@ -59,6 +62,7 @@ def identify(
         raise UserError(f"--matches {matches}: must be at least 1")
     if page is not None and Path(page).suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--page {page}: name a file that ends in .html")
+    max_pixels = pixels_of(max_megapixels)
     photos = [photos] if isinstance(photos, (str, Path)) else photos
     if not photos:
         raise UserError("name one or more photos, or folders of photos")
@@ -67,7 +71,7 @@ def identify(
     console.print(_head(collection, chosen), soft_wrap=True)
 
     answered = []
-    for photo in _answers(collection, chosen, photos, matches, with_pictures=page is not None):
+    for photo in _answers(collection, chosen, photos, matches, max_pixels, with_pictures=page is not None):
         console.print(_lines(photo, collection), soft_wrap=True)
         answered.append(photo)
     if json:
@@ -80,7 +84,12 @@ def identify(
 
 
 def _answers(
-    collection: Collection, threshold: Threshold, photos: Sequence[Path], n_matches: int, with_pictures: bool
+    collection: Collection,
+    threshold: Threshold,
+    photos: Sequence[Path],
+    n_matches: int,
+    max_pixels: int,
+    with_pictures: bool,
 ) -> Iterator[Identified]:
     for named in map(Path, photos):
         try:
@@ -90,10 +99,11 @@ def _answers(
             continue
         for file in files:
             try:
-                photo = load_photo(file, collection.image_size, collection.largest_side)
+                photo = load_photo(file, collection.image_size, collection.largest_side, max_pixels)
                 answer = collection.answer(photo.image, n_matches, draw=with_pictures)
             except BadPhotoError as error:
-                yield Identified(str(file), error=str(error))
+                hint = ", or raise --max_megapixels" if isinstance(error, TooManyPixelsError) else ""
+                yield Identified(str(file), error=f"{error}{hint}")
                 continue
             picture = jpeg_of(photo.image) if with_pictures else None
             decision = threshold.decide(answer.log_confidence)

@@ -14,8 +14,9 @@ from metilr.approximate_search import check_size
 from metilr.checkpoints import load_embedder
 from metilr.data.catalogue import Catalogue, read_catalogue
 from metilr.data.datamodule import BadImages
+from metilr.data.image_limits import MAX_MEGAPIXELS, limit_images
 from metilr.engines import Engine
-from metilr.errors import UserError
+from metilr.errors import UserError, one_line, shown
 from metilr.extraction import (
     Accelerator,
     ExtractionOptions,
@@ -25,6 +26,7 @@ from metilr.extraction import (
     quieten_lightning,
 )
 from metilr.files import write_atomically
+from metilr.index_schema import check_index
 from metilr.knn import USUAL_TAU
 from metilr.launch import launched_as_first
 from metilr.method import CropSimilarity, DatabaseViews, Method, method_of
@@ -57,6 +59,7 @@ def index(
     scales: Sequence[float] | None = None,
     image_size: int | None = None,
     bad_images: BadImages = "stop",
+    max_megapixels: float = MAX_MEGAPIXELS,
     whitening: str = "pca",
     whitening_dim: int | None = None,
     visits: int | None = None,
@@ -92,6 +95,7 @@ def index(
         image_size: Images and photos are resized so that the longest side has this many px; without it as the
             checkpoint was trained, else 500.
         bad_images: Stop at an image that cannot be decoded, or skip it.
+        max_megapixels: An image of more is bad; its header tells, before anything is decoded.
         whitening: pca learns it on the images; learned from pairs of an image and its simulated visits; none goes
             without; else a whitening.npz of a run or an index.
         whitening_dim: Dimensions after whitening; without it 512 (pca) or all (learned), or as many as the images
@@ -120,6 +124,7 @@ def index(
     arguments = dict(locals())
     output, console = Path(output), Console(highlight=False)
     _check(arguments)
+    limit_images(max_megapixels)
     quieten_lightning()
     catalogue = read_catalogue(folder, csv)
     if Path(folder).resolve() in (output.resolve(), *output.resolve().parents):
@@ -236,7 +241,8 @@ class Index:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             if content["schema"] != SCHEMA:
-                raise ValueError(f"its schema is {content['schema']}")
+                raise ValueError(f"its schema is {shown(content['schema'])}")
+            check_index(content)
             images = content["images"]
             catalogue = Catalogue(
                 Path(content["folder"]),
@@ -260,8 +266,9 @@ class Index:
             raise UserError(
                 f"--store {path}: not an index (it has no index.json); make one with metilr index, or give --run"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{file}: cannot be read ({error}); delete {path} and make the index again") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
+            raise UserError(f"{file}: cannot be read ({reason}); delete {path} and make the index again") from None
 
 
 def build_model(model: Mapping[str, Any]) -> tuple[Embedder, int | None]:

@@ -1,17 +1,15 @@
 """Photographs from anywhere, to be recognised: decoded within limits, whatever they claim to be."""
 
-import warnings
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from PIL import Image
 from torch import Tensor
 
+from metilr.data.image_limits import TooManyPixels, open_image
 from metilr.data.transforms import to_tensor, why_undecodable
 from metilr.errors import UserError
 
-MAX_PIXELS = 50_000_000  # phones take 12 to 50 megapixels; decoded, that is 150 MB
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # Pillow knows more, and some of them start programs
+MAX_PHOTO_MEGAPIXELS = 50.0  # phones take 12 to 50; decoded, that is 150 MB
 
 
 class BadPhotoError(UserError):
@@ -19,7 +17,7 @@ class BadPhotoError(UserError):
 
 
 class TooManyPixelsError(BadPhotoError):
-    """A photograph beyond ``MAX_PIXELS``, which its header tells before anything is decoded."""
+    """A photograph beyond the limit, which its header tells before anything is decoded."""
 
 
 class Photo(NamedTuple):
@@ -34,33 +32,31 @@ class Photo(NamedTuple):
     reduced: bool
 
 
-def load_photo(file: Path | IO[bytes], image_size: int | None = None, largest_side: int | None = None) -> Photo:
+def load_photo(
+    file: Path | IO[bytes],
+    image_size: int | None = None,
+    largest_side: int | None = None,
+    max_pixels: int = int(MAX_PHOTO_MEGAPIXELS * 10**6),
+) -> Photo:
     """Decode a photograph as ``load_image`` does, if it is an image of a usual kind and not too large.
 
     Args:
         file: Its path, or the opened file.
         image_size: Length in px that the longest side is resized to; None keeps the size.
         largest_side: Without ``image_size``: reduce a photograph whose longest side is longer to this; None does not.
+        max_pixels: More are refused, before anything is decoded.
 
     Raises:
         BadPhotoError: If it cannot be decoded.
         OSError: If the disk is at fault.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
-            with Image.open(file, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise _too_many_pixels()
-                too_long = image_size is None and largest_side is not None and max(image.size) > largest_side
-                return Photo(to_tensor(image, largest_side if too_long else image_size), too_long)
-    except (BadPhotoError, MemoryError):
+        with open_image(file, max_pixels) as image:
+            too_long = image_size is None and largest_side is not None and max(image.size) > largest_side
+            return Photo(to_tensor(image, largest_side if too_long else image_size), too_long)
+    except MemoryError:
         raise
-    except Image.DecompressionBombError:
-        raise _too_many_pixels() from None
+    except TooManyPixels as error:
+        raise TooManyPixelsError(f"has {error}; make it smaller") from None
     except Exception as error:  # as in load_image
         raise BadPhotoError(f"cannot be decoded ({why_undecodable(error)})") from None
-
-
-def _too_many_pixels() -> TooManyPixelsError:
-    return TooManyPixelsError(f"has more than {MAX_PIXELS // 10**6} megapixels; make it smaller")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from metilr.errors import UserError
+from metilr.files import map_array
 
 
 class RandomRows:
@@ -52,10 +53,7 @@ def open_rows(file: Path) -> np.memmap:
     Raises:
         UserError: If the file is missing, cut off or holds something else.
     """
-    try:
-        rows = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); make it again") from None
+    rows = map_array(file, "make it again")
     if rows.ndim != 2 or rows.dtype != np.float32 or not rows.size or not rows.flags.c_contiguous:
         raise UserError(f"{file}: holds {rows.dtype} of shape {rows.shape}, not float32 rows; make it again")
     return rows

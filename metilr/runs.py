@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from metilr.data.ground_truth import QUERY_FILES
-from metilr.errors import UserError
+from metilr.errors import UserError, one_line
 from metilr.metrics import DISTRACTOR
 from metilr.results import PREDICTION_COLUMNS, SCHEMA_VERSION
+from metilr.yaml_files import read_yaml
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +60,10 @@ def read_run(path: Path) -> Run:
     results = read_results(path)
     file = path / "config.yaml"
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read ({type(error).__name__}); run the evaluation again") from None
-    if not isinstance(config, dict):
+        config = read_yaml(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({one_line(error)}); run the evaluation again") from None
+    if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
         raise UserError(f"{file}: holds no options; run the evaluation again")
     answers = {split: _read_answers(path / "predictions" / f"{split}.csv") for split in QUERY_FILES}
     return Run(path, results, config, answers)
@@ -88,10 +88,18 @@ def read_results(path: Path) -> Mapping[str, Any]:
         raise UserError(f"{file}: not of schema {SCHEMA_VERSION}; run the evaluation again")
     missing = {"data", "model", "knn", *QUERY_FILES} - results.keys()
     figures = {"gap", "gap_minus", "acc", "n_queries", "n_met"}
-    missing |= {f"{split}.{name}" for split in QUERY_FILES for name in figures - dict(results.get(split) or {}).keys()}
+    parts = {name: part if isinstance(part, dict) else {} for name, part in results.items()}
+    missing |= {f"{split}.{name}" for split in QUERY_FILES for name in figures if not _is_number(parts, split, name)}
+    missing |= {f"knn.{name}" for name in ("k", "tau") if not _is_number(parts, "knn", name)}
+    missing |= {name for name in ("data", "model") if not parts.get(name)}
     if missing:
         raise UserError(f"{file}: lacks {', '.join(sorted(missing)[:4])}; run the evaluation again")
     return results
+
+
+def _is_number(parts: Mapping[str, Any], part: str, name: str) -> bool:
+    value = parts.get(part, {}).get(name)
+    return type(value) in (int, float) and -1e300 < value < 1e300  # JSON's NaN is none
 
 
 def _read_answers(file: Path) -> Answers:
@@ -100,11 +108,16 @@ def _read_answers(file: Path) -> Answers:
             rows = list(csv.DictReader(stream))
         if not rows or not set(PREDICTION_COLUMNS) <= rows[0].keys():
             raise ValueError
-        return Answers(
+        answers = Answers(
             paths=tuple(row["path"] for row in rows),
-            exhibit_ids=np.array([int(row["exhibit_id"] or DISTRACTOR) for row in rows]),
-            predicted_ids=np.array([int(row["predicted_id"] or DISTRACTOR) for row in rows]),
+            exhibit_ids=np.array([int(row["exhibit_id"] or DISTRACTOR) for row in rows], dtype=np.int64),
+            predicted_ids=np.array([int(row["predicted_id"] or DISTRACTOR) for row in rows], dtype=np.int64),
             log_confidence=np.array([float(row["log_confidence"]) for row in rows]),
         )
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+        if not all(answers.paths) or np.isnan(answers.log_confidence).any():
+            raise ValueError
+        if min(answers.exhibit_ids.min(), answers.predicted_ids.min()) < DISTRACTOR:
+            raise ValueError
+        return answers
+    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:
         raise UserError(f"{file}: cannot be read as predictions ({type(error).__name__}); evaluate again") from None

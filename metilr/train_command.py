@@ -42,6 +42,7 @@ from metilr.results import RUNS, make_new_folder
 from metilr.training import FineTuning
 from metilr.training_callbacks import Announcement, EpochLines, KNNValidation, PairPictures, TrainingProgress
 from metilr.wandb_run import PROJECT, WandbMode, open_wandb, staged_in, unharmed, where_logged
+from metilr.yaml_files import read_yaml
 
 OUTPUT_VARIABLE = "METILR_TRAINING_OUTPUT"  # tells the processes that Lightning starts which folder the first chose
 BEST, LAST = "best", "last"
@@ -327,8 +328,8 @@ def _claim(output: Path, config: Path, options: Mapping[str, Any], held: context
 
 def _refuse_other_options(output: Path, config: Path, options: Mapping[str, Any]) -> None:
     try:
-        before = yaml.safe_load(config.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        before = read_yaml(config)
+    except (OSError, ValueError) as error:
         raise UserError(f"{config}: cannot be read ({type(error).__name__}); name another --output") from None
     other = _differing(before, options)
     if other:

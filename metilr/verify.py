@@ -14,6 +14,7 @@ from rich.table import Table
 
 from metilr.data.ground_truth import DATABASE_FILES, QUERY_FILES, DatabaseName, load_ground_truth
 from metilr.data.image_faults import EMPTY, MISSING, find_faults
+from metilr.data.image_limits import MAX_MEGAPIXELS, limit_images
 from metilr.errors import UserError
 from metilr.files import write_atomically
 
@@ -48,6 +49,7 @@ def verify(
     root: Path,
     parts: Sequence[PartName] = (),
     decode: bool = False,
+    max_megapixels: float = MAX_MEGAPIXELS,
     list: Path | None = None,
     num_workers: int | None = None,
     quiet: bool = False,
@@ -59,6 +61,7 @@ def verify(
         parts: What to check: full and mini (the databases), val, test. Without it all whose ground truth is there,
             a database only if one of its images is there too; for full, one that the mini database lacks.
         decode: Decode every image whole, in several processes; without it its header alone.
+        max_megapixels: An image of more counts as not readable.
         list: CSV file for all that is wrong, with the columns part, path and reason.
         num_workers: Decoding processes; without it as many as cores are free, at most 8.
         quiet: Show no progress.
@@ -67,6 +70,7 @@ def verify(
         UserError: If the ground truth is missing or malformed, or none of its images is there.
     """
     console = Console(highlight=False)
+    limit_images(max_megapixels)
     if list is not None and not Path(list).parent.is_dir():
         raise UserError(f"--list {list}: there is no folder {Path(list).parent}; make it, or name another file")
     found = check(Path(root), parts, decode, num_workers, quiet)

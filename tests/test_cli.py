@@ -304,3 +304,12 @@ def test_a_reader_that_has_had_enough_is_no_error():
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert (run.returncode, run.stdout, run.stderr) == (0, "line\nline\n", "")
+
+
+def test_what_a_file_says_cannot_steer_the_terminal(capsys):
+    def refuse() -> None:
+        raise UserError("a\x1b[2Jb\ud800\nç")
+
+    with pytest.raises(SystemExit):
+        run_command(refuse, [], prog="x")
+    assert capsys.readouterr().err == "x: error: a\\x1b[2Jb\\ud800 ç\n"

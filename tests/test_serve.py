@@ -30,6 +30,7 @@ uvicorn = pytest.importorskip("uvicorn", reason="needs metilr[serve]")
 testclient = pytest.importorskip("fastapi.testclient", reason="needs httpx")
 
 MAX_BYTES = 200_000
+MAX_PIXELS = 50_000_000
 HOSTS = ["127.0.0.1", "localhost"]
 
 
@@ -49,7 +50,9 @@ def folder(tmp_path_factory) -> Path:
 def app(folder):
     from metilr.serve.web import build_app
 
-    return build_app(*open_with_threshold(None, folder / "index", threshold=-3.0, accelerator="cpu"), MAX_BYTES, HOSTS)
+    return build_app(
+        *open_with_threshold(None, folder / "index", threshold=-3.0, accelerator="cpu"), MAX_BYTES, HOSTS, MAX_PIXELS
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +100,7 @@ def test_the_page_shows_what_photo_and_answer_have_in_common(tmp_path, monkeypat
         museum, backbone="r18_in", weights="random", accelerator="cpu", num_workers=0, report=False, geometric_check=2,
         output=Path("run"),
     )  # fmt: skip
-    app = build_app(*open_with_threshold(Path("run"), None, accelerator="cpu"), MAX_BYTES, HOSTS)
+    app = build_app(*open_with_threshold(Path("run"), None, accelerator="cpu"), MAX_BYTES, HOSTS, MAX_PIXELS)
     client = testclient.TestClient(app, base_url="http://127.0.0.1")
     answer = send(client, (museum / "images" / "MET" / "9" / "2.jpg").read_bytes()).json()
     assert answer["matches"][0]["inliers"] > 20
@@ -172,7 +175,7 @@ def test_a_picture_that_is_gone_is_said(folder, tmp_path):
     from metilr.serve.web import build_app
 
     collection, threshold = open_with_threshold(None, folder / "index", accelerator="cpu")
-    client = testclient.TestClient(build_app(collection, threshold, MAX_BYTES, ["*"]))
+    client = testclient.TestClient(build_app(collection, threshold, MAX_BYTES, ["*"], MAX_PIXELS))
     photo = folder / "museum" / "41" / "4.jpg"
     content = photo.read_bytes()
     photo.rename(tmp_path / "away.jpg")

@@ -154,7 +154,7 @@ def test_malformed_ground_truth_is_named(tiny_museum, capsys):
 
 
 def test_a_failing_disk_is_not_taken_for_a_bad_image(tiny_museum, monkeypatch):
-    def failing(path: Path) -> None:
+    def failing(path: Path, limit: int | None = None) -> None:
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr("metilr.data.image_faults.image_shape", failing)

@@ -10,7 +10,7 @@ import numpy as np
 
 from metilr.data.ground_truth import GroundTruth
 from metilr.data.image_files import find_images
-from metilr.errors import UserError
+from metilr.errors import UserError, one_line, shown
 
 CSV_COLUMNS = ("path", "exhibit")
 
@@ -49,6 +49,14 @@ class Catalogue:
         )
 
 
+def is_place_below(path: object) -> bool:
+    """Whether a path, relative to a folder, names a file that can lie below it."""
+    if type(path) is not str or "\0" in path or any("\ud800" <= letter <= "\udfff" for letter in path):
+        return False
+    parts = PurePosixPath(path)
+    return bool(parts.name) and not parts.is_absolute() and ".." not in parts.parts
+
+
 def read_catalogue(folder: Path, csv: Path | None = None) -> Catalogue:
     """List the images of a folder and what they show. Opens no image.
 
@@ -66,7 +74,9 @@ def read_catalogue(folder: Path, csv: Path | None = None) -> Catalogue:
     catalogue = _from_folder(folder) if csv is None else _from_csv(folder, Path(csv))
     if len(catalogue.names) < 2:
         hint = "give each exhibit a sub-folder" if csv is None else "list more"
-        raise UserError(f"{csv or folder}: has one exhibit, {catalogue.names[0]}; recognising needs at least 2: {hint}")
+        raise UserError(
+            f"{csv or folder}: has one exhibit, {catalogue.names[0][:60]}; recognising needs at least 2: {hint}"
+        )
     return catalogue
 
 
@@ -99,16 +109,18 @@ def _from_csv(folder: Path, csv: Path) -> Catalogue:
     except FileNotFoundError:
         raise UserError(f"--csv {csv}: no such file") from None
     except (OSError, UnicodeDecodeError, Error) as error:
-        raise UserError(f"--csv {csv}: cannot be read as CSV in UTF-8 ({error})") from None
+        raise UserError(f"--csv {csv}: cannot be read as CSV in UTF-8 ({one_line(error)})") from None
     if not rows:
         raise UserError(f"--csv {csv}: lists no images")
     seen: dict[PurePosixPath, int] = {}
     for line, path, exhibit in rows:
         parts = PurePosixPath(path)
-        if not parts.name or parts.is_absolute() or ".." in parts.parts or "\0" in path:
-            raise UserError(f"--csv {csv}: line {line}: path {path!r} must name a file below {folder}")
+        if not is_place_below(path):
+            raise UserError(f"--csv {csv}: line {line}: path {shown(path)} must name a file below {folder}")
         if not exhibit:
             raise UserError(f"--csv {csv}: line {line}: names no exhibit")
         if seen.setdefault(parts, line) != line:
-            raise UserError(f"--csv {csv}: line {line}: {path!r} is listed already in line {seen[parts]}; remove one")
+            raise UserError(
+                f"--csv {csv}: line {line}: {shown(path)} is listed already in line {seen[parts]}; remove one"
+            )
     return Catalogue(folder, tuple(path for _, path, _ in rows), tuple(exhibit for _, _, exhibit in rows))

@@ -6,7 +6,7 @@ import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from metilr.errors import UserError
+from metilr.errors import UserError, one_line
 from metilr.files import write_atomically
 
 ALL = -1  # members unpacked: every one
@@ -31,6 +31,11 @@ class DownloadRecord:
     unpacked: int = 0
 
 
+def _is_sound(record: DownloadRecord) -> bool:
+    texts, numbers = (record.url, record.sha256, record.date), (record.bytes, record.unpacked)
+    return all(type(text) is str for text in texts) and all(type(n) is int and n >= ALL for n in numbers)
+
+
 class DownloadRecords:
     """The records of a folder of archives; several threads may use them, each for an archive of its own.
 
@@ -47,10 +52,12 @@ class DownloadRecords:
         try:
             content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
             self._records = {str(name): DownloadRecord(**entry) for name, entry in content.items()}
-            if not all(isinstance(each.unpacked, int) for each in self._records.values()):
-                raise ValueError("unpacked must be a number")
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{file}: not readable ({error}); delete it, then all archives are checked anew") from None
+            if not all(map(_is_sound, self._records.values())):
+                raise ValueError("a value is of a wrong kind")
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{file}: not readable ({one_line(error)}); delete it, then all archives are checked anew"
+            ) from None
 
     def get(self, name: str) -> DownloadRecord | None:
         """The record of an archive; None if there is none."""

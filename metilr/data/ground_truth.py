@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metilr.errors import UserError
+from metilr.errors import UserError, one_line, shown
 from metilr.metrics import DISTRACTOR
 
 DatabaseName = Literal["full", "mini"]
@@ -184,31 +184,31 @@ def _read_entries(file: Path) -> tuple[list[Any], str]:
     try:
         entries = json.loads(content)
     except (ValueError, RecursionError) as error:  # also a number with more digits than Python reads
-        raise UserError(f"{file}: not valid JSON ({error}); download or write it again") from None
+        raise UserError(f"{file}: not valid JSON ({one_line(error)}); download or write it again") from None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{file}: must be a non-empty JSON list of objects")
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            raise UserError(f"{file}: entry {i} must be an object with a 'path', found {_shown(entry)}")
+            raise UserError(f"{file}: entry {i} must be an object with a 'path', found {shown(entry)}")
     return entries, hashlib.sha256(content).hexdigest()
 
 
 def _path(file: str, i: int, entry: dict[str, Any]) -> str:
     path = entry.get("path")
     if not isinstance(path, str) or not path:
-        raise UserError(f"{file}: entry {i}: 'path' must be a non-empty string, found {_shown(path)}")
+        raise UserError(f"{file}: entry {i}: 'path' must be a non-empty string, found {shown(path)}")
     parts = PurePosixPath(path)
     if parts.is_absolute() or ".." in parts.parts or not parts.name:
-        raise UserError(f"{file}: entry {i}: 'path' must stay inside images/, found {_shown(path)}")
+        raise UserError(f"{file}: entry {i}: 'path' must stay inside images/, found {shown(path)}")
     if "\0" in path or any("\ud800" <= letter <= "\udfff" for letter in path):
-        raise UserError(f"{file}: entry {i}: 'path' cannot be a file name, found {_shown(path)}")
+        raise UserError(f"{file}: entry {i}: 'path' cannot be a file name, found {shown(path)}")
     return path
 
 
 def _exhibit_id(file: str, i: int, entry: dict[str, Any], key: str) -> int:
     exhibit_id = entry.get(key)
     if isinstance(exhibit_id, bool) or not isinstance(exhibit_id, int) or not 0 <= exhibit_id < 2**63:
-        raise UserError(f"{file}: entry {i}: '{key}' must be a whole number >= 0, found {_shown(exhibit_id)}")
+        raise UserError(f"{file}: entry {i}: '{key}' must be a whole number >= 0, found {shown(exhibit_id)}")
     return exhibit_id
 
 
@@ -221,7 +221,9 @@ def _refuse_repeated_paths(files: Mapping[str, str], paths: Mapping[str, Iterabl
             if same in seen:
                 other_file, other = seen[same]
                 where = f"entry {other}" if other_file == files[split] else f"{other_file}, entry {other}"
-                raise UserError(f"{files[split]}: entry {i}: path {path!r} is listed already ({where}); remove one")
+                raise UserError(
+                    f"{files[split]}: entry {i}: path {shown(path)} is listed already ({where}); remove one"
+                )
             seen[same] = (files[split], i)
 
 
@@ -235,13 +237,15 @@ def _query_labels(
         if "MET_id" not in entry:
             misspelt = [key for key in entry if key.lower() == "met_id" or key == "id"]
             if misspelt:
-                raise UserError(f"{file}: entry {i}: has {misspelt[0]!r}, a query's exhibit is 'MET_id'; rename it")
+                raise UserError(
+                    f"{file}: entry {i}: has {shown(misspelt[0])}, a query's exhibit is 'MET_id'; rename it"
+                )
             continue
         exhibit_id = _exhibit_id(file, i, entry, "MET_id")
         if exhibit_id in label_of:
             labels[i] = label_of[exhibit_id]
         else:
-            unknown.append(f"{entry['path']} (exhibit {exhibit_id})")
+            unknown.append(f"{entry['path'][:100]} (exhibit {exhibit_id})")
     if unknown:
         named = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         raise UserError(
@@ -265,8 +269,3 @@ def _file_size(path: Path) -> int:
         return path.stat().st_size
     except (FileNotFoundError, NotADirectoryError):
         return 0
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset
 
+from metilr.data.image_limits import max_pixels
 from metilr.data.transforms import BadImageError, image_shape, load_image
 from metilr.data.workers import default_workers, leave_signals_to_the_parent
 from metilr.process_faults import faults_in_one_line
@@ -16,12 +17,13 @@ READERS = 8  # threads that read headers: the time goes into waiting for the dis
 BATCH = 64  # images that a thread or a process looks at before it answers
 
 
-def find_fault(file: Path, decode: bool = False) -> str | None:
+def find_fault(file: Path, decode: bool = False, limit: int | None = None) -> str | None:
     """Say in a few words why an image file cannot be used; None if it can.
 
     Args:
         file: The image.
         decode: Decode all of it; without it the header alone, and a file that is cut short counts as fine.
+        limit: See ``load_image``.
 
     Raises:
         OSError: If the disk, not the file, is at fault.
@@ -29,7 +31,7 @@ def find_fault(file: Path, decode: bool = False) -> str | None:
     try:
         if file.stat().st_size == 0:
             return EMPTY
-        (load_image if decode else image_shape)(file)
+        (load_image if decode else image_shape)(file, limit=limit)
     except (FileNotFoundError, NotADirectoryError):
         return MISSING
     except BadImageError as error:
@@ -69,12 +71,13 @@ class _Batches(Dataset[list[str | None]]):
 
     def __init__(self, files: Sequence[Path], decode: bool) -> None:
         self.files, self.decode = files, decode
+        self.limit = max_pixels()  # of this process, taken along to its workers
 
     def __len__(self) -> int:
         return -(-len(self.files) // BATCH)
 
     def __getitem__(self, i: int) -> list[str | None]:
-        return [find_fault(file, self.decode) for file in self.files[i * BATCH : (i + 1) * BATCH]]
+        return [find_fault(file, self.decode, self.limit) for file in self.files[i * BATCH : (i + 1) * BATCH]]
 
 
 def _by_threads(batches: _Batches) -> Iterator[list[str | None]]:

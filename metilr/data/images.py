@@ -1,13 +1,14 @@
 """What is described: images, or views of them, by row."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from metilr.data.ground_truth import GroundTruth
+from metilr.data.image_limits import max_pixels
 from metilr.data.transforms import image_shape, load_image
 from metilr.data.views import View
 
@@ -21,12 +22,14 @@ class Images:
         names: Path of each in the ground truth.
         image_size: See ``load_image``.
         view: View v of image i is row ``i * view.n + v``; None: row i is image i.
+        max_pixels: See ``load_image``; of the process that makes this, so that its workers have the same.
     """
 
     files: Sequence[Path]
     names: Sequence[str]
     image_size: int | None
     view: View | None = None
+    max_pixels: int = field(default_factory=max_pixels)
 
     def __len__(self) -> int:
         return len(self.files) * self.n_views
@@ -46,7 +49,7 @@ class Images:
         Raises:
             BadImageError: If the header cannot be read.
         """
-        shape = image_shape(self.file(row), self.image_size)
+        shape = image_shape(self.file(row), self.image_size, self.max_pixels)
         if self.view is None:
             return shape
         return self.view.shape(*shape, self.names[row // self.n_views], row % self.n_views)
@@ -58,7 +61,7 @@ class Images:
             BadImageError: If it cannot be decoded.
             OSError: If the disk, not the file, is at fault.
         """
-        image = load_image(self.file(row), self.image_size)
+        image = load_image(self.file(row), self.image_size, self.max_pixels)
         if self.view is None:
             return image
         return self.view(image, self.names[row // self.n_views], row % self.n_views)

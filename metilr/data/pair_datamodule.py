@@ -17,6 +17,7 @@ from metilr.data.augmentations import Augmentation, RandomCrop, SimulatedVisit
 from metilr.data.datamodule import BadImages
 from metilr.data.demo import make_demo
 from metilr.data.ground_truth import DatabaseName, GroundTruth, image_sizes, load_ground_truth, require_images
+from metilr.data.image_limits import MAX_MEGAPIXELS, limit_images
 from metilr.data.pair_dataset import CachedPairDataset, PairBatch, PairDataset, ViewMaker
 from metilr.data.pairs import Pairing, Pairs, deal_batches, draw_pairs, needs_descriptors
 from metilr.data.workers import default_workers, leave_signals_to_the_parent
@@ -50,6 +51,7 @@ class PairDataModule(LightningDataModule):
         extraction_batch_size: Most images in a batch of mining and validation.
         num_workers: Decoding processes beside each process; without it as many as cores are free, at most 8.
         bad_images: Stop at an image that cannot be decoded, or skip it.
+        max_megapixels: An image of more is bad; its header tells, before anything is decoded.
         seed: Set by --seed_everything.
     """
 
@@ -68,6 +70,7 @@ class PairDataModule(LightningDataModule):
         extraction_batch_size: int = 32,
         num_workers: int | None = None,
         bad_images: BadImages = "stop",
+        max_megapixels: float = MAX_MEGAPIXELS,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -92,6 +95,7 @@ class PairDataModule(LightningDataModule):
         self.extraction_batch_size = extraction_batch_size
         self.num_workers = num_workers
         self.bad_images = bad_images
+        self.max_megapixels = max_megapixels
         self.seed = seed
         self.folder = RUNS / "training"  # of the descriptors of the day; the command names the run's own
         self.ground_truth: GroundTruth | None = None
@@ -108,6 +112,7 @@ class PairDataModule(LightningDataModule):
         assert self.trainer is not None
         if self.ground_truth is not None:
             return
+        limit_images(self.max_megapixels)
         root = RUNS / "demo" if self.root is None else self.root
         truth = load_ground_truth(root, self.database, queries=("val",))
         sizes = image_sizes(truth)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from metilr.data.augmentations import Augmentation
+from metilr.data.image_limits import max_pixels
 from metilr.data.pairs import Pairs
 from metilr.data.transforms import load_image
 from metilr.data.visits import derive_seed
@@ -44,10 +45,12 @@ class ViewMaker:
 
     def __init__(self, files: Sequence[Path], names: Sequence[str], seed: int) -> None:
         self.files, self.names, self.seed = files, names, seed
+        self.max_pixels = max_pixels()  # of this process, taken along to its workers
 
     def view(self, row: int, number: int, augmentation: Augmentation) -> Tensor:
         """View ``number`` of a row, uint8 ``(3, size, size)``."""
-        return augmentation(load_image(self.files[row]), derive_seed(self.seed, self.names[row], number))
+        image = load_image(self.files[row], limit=self.max_pixels)
+        return augmentation(image, derive_seed(self.seed, self.names[row], number))
 
 
 class PairDataset(Dataset[PairBatch]):

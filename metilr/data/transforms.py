@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from metilr.data.image_limits import TooManyPixels, max_pixels, open_image
 from metilr.errors import UserError
 from metilr.files import named
 
@@ -31,7 +32,7 @@ class BadImageError(UserError):
         self.reason = reason
 
 
-def load_image(path: Path, image_size: int | None = None) -> Tensor:
+def load_image(path: Path, image_size: int | None = None, limit: int | None = None) -> Tensor:
     """Decode a file to RGB, uint8 ``(3, H, W)``.
 
     EXIF orientation is applied; alpha is laid on white; grey, palette and CMYK become RGB; 16-bit grey is
@@ -41,14 +42,15 @@ def load_image(path: Path, image_size: int | None = None) -> Tensor:
         path: Image file.
         image_size: Length in px that the longest side is resized to (bilinear, antialiased, up or down);
             ``None`` keeps the size.
+        limit: Most pixels of the file; ``None``: as ``limit_images`` says.
 
     Raises:
-        BadImageError: If the file is missing, truncated, not an image, or of a kind without a clear
-            8-bit reading (32-bit float).
+        BadImageError: If the file is missing, truncated, not an image of a usual kind, too large, or of a kind
+            without a clear 8-bit reading (32-bit float).
         OSError: If the disk, not the file, is at fault.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path, max_pixels() if limit is None else limit) as image:
             return to_tensor(image, image_size)
     except MemoryError:
         raise
@@ -65,14 +67,14 @@ def to_tensor(image: Image.Image, image_size: int | None = None) -> Tensor:
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()  # HxWxC to CxHxW
 
 
-def image_shape(path: Path, image_size: int | None = None) -> tuple[int, int]:
+def image_shape(path: Path, image_size: int | None = None, limit: int | None = None) -> tuple[int, int]:
     """Height and width of ``load_image``'s result, from the file's header alone where that is enough.
 
     Raises:
-        BadImageError: If the header cannot be read.
+        BadImageError: If the header cannot be read, or claims too many pixels.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path, max_pixels() if limit is None else limit) as image:
             if image.format not in HEADER_TELLS_SIZE:
                 image.load()
             width, height = image.size
@@ -116,7 +118,8 @@ def _refuse_failing_machine(error: Exception) -> None:
 def _bad_image(path: Path, error: Exception) -> BadImageError:
     with named(path):
         reason = why_undecodable(error)
-    message = f"{path}: cannot be decoded ({reason}); replace it, or leave it out with --bad_images skip"
+    remedy = "make it smaller, raise --max_megapixels" if isinstance(error, TooManyPixels) else "replace it"
+    message = f"{path}: cannot be decoded ({reason}); {remedy}, or leave it out with --bad_images skip"
     return BadImageError(message, reason)
 
 

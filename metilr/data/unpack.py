@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ MAX_FILE = 1 << 28  # bytes; the largest file of the official archives, a JSON, 
 MAX_READ = 1 << 24  # bytes that a header may claim for itself: tarfile reads it into memory at once
 MAX_GROWTH = 100  # bytes of files for each of the archive; text reaches 20, a bomb 1,000
 ROOM = 1 << 20  # bytes of files that are always allowed: a small archive is mostly headers
+MAX_NAME = 200  # bytes of a part of a path; file systems take 255
 BLOCK = 512  # tar's
 DAMAGE = (  # what a broken archive makes Python's readers raise
     tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, IndexError, OverflowError, RecursionError,
@@ -152,7 +154,8 @@ def _refuse_unsafe(archive: Path, member: tarfile.TarInfo) -> None:
     windows = PureWindowsPath(member.name)  # takes / and \ for what they are
     if windows.root or ".." in windows.parts or ":" in member.name:  # the last begins a drive or a hidden stream
         raise _hostile(archive, member, "leads out of the folder")
-    if "\0" in member.name or (member.isreg() and not member.name.strip("./")):
+    too_long = any(len(os.fsencode(part)) > MAX_NAME for part in PurePosixPath(member.name).parts)
+    if too_long or "\0" in member.name or (member.isreg() and not member.name.strip("./")):
         raise _hostile(archive, member, "has no usable name")
 
 

@@ -19,6 +19,7 @@ from metilr.errors import UserError
 from metilr.files import file_sha256
 from metilr.progress import byte_progress
 from metilr.transfer import FetchError, content_length, copy_body, open_url
+from metilr.zip_files import refuse_compressed
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which timm looks for them
 StateDict = dict[str, torch.Tensor]
@@ -152,6 +153,7 @@ def read_state_dict(path: Path) -> StateDict:
     if not path.is_file():
         raise UserError(f"{path}: no such file; check --weights")
     try:
+        refuse_compressed(path)
         if path.suffix == ".safetensors":
             content: object = safetensors.torch.load_file(path)
         else:

@@ -8,8 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from metilr.data.image_limits import pixels_of
 from metilr.errors import UserError
 from metilr.extraction import Accelerator
+from metilr.photos import MAX_PHOTO_MEGAPIXELS
 from metilr.scoring import MIN_PRECISION
 
 MAX_MEGABYTES = 20  # phones' photos have 2 to 12
@@ -25,6 +27,7 @@ def serve(
     min_precision: float = MIN_PRECISION,
     threshold: float | None = None,
     max_megabytes: float = MAX_MEGABYTES,
+    max_megapixels: float = MAX_PHOTO_MEGAPIXELS,
     accelerator: Accelerator = "auto",
 ) -> None:
     """Serve a page on which a photo is dropped, chosen or taken, and that says which exhibit it shows.
@@ -42,6 +45,7 @@ def serve(
         min_precision: An exhibit is named where at least this share of such answers was right on val of the run.
         threshold: An exhibit is named from this log-confidence on, in place of one chosen on val.
         max_megabytes: Larger uploads are refused.
+        max_megapixels: A photo of more is not decoded.
         accelerator: Where the model runs; auto takes a GPU if there is one.
 
     Raises:
@@ -52,6 +56,7 @@ def serve(
         raise UserError(f"metilr serve needs {' and '.join(missing)}: pip install 'metilr[serve]'")
     if not max_megabytes > 0:
         raise UserError(f"--max_megabytes {max_megabytes}: choose a number above 0")
+    max_pixels = pixels_of(max_megapixels)
     listener = _listen(host, port)
     with listener:
         # Imported late: they take seconds, and the first two are not everyone's.
@@ -62,7 +67,7 @@ def serve(
 
         collection, chosen = open_with_threshold(run, store, ckpt, min_precision, threshold, accelerator)
         hosts = ["127.0.0.1", "localhost", "[::1]", "::1", host] if is_loopback(host) else ["*"]
-        app = build_app(collection, chosen, int(max_megabytes * 10**6), hosts)
+        app = build_app(collection, chosen, int(max_megabytes * 10**6), hosts, max_pixels)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
         listener.listen()  # so that who reads the next line can ask already
         console = Console(highlight=False)

@@ -18,7 +18,7 @@ from metilr.answers import answer_document, collection_document, detail, headlin
 from metilr.answers_page import data_uri
 from metilr.collection import Collection
 from metilr.data.transforms import BadImageError
-from metilr.photos import MAX_PIXELS, BadPhotoError, TooManyPixelsError, load_photo
+from metilr.photos import BadPhotoError, TooManyPixelsError, load_photo
 from metilr.threshold import Threshold
 from metilr.thumbnails import jpeg_thumbnail
 
@@ -33,7 +33,9 @@ HEADERS = {
 }
 
 
-def build_app(collection: Collection, threshold: Threshold, max_bytes: int, hosts: Sequence[str]) -> FastAPI:
+def build_app(
+    collection: Collection, threshold: Threshold, max_bytes: int, hosts: Sequence[str], max_pixels: int
+) -> FastAPI:
     """Build the application.
 
     Args:
@@ -41,11 +43,12 @@ def build_app(collection: Collection, threshold: Threshold, max_bytes: int, host
         threshold: What decisions are made by.
         max_bytes: Longer requests are refused, while they come in.
         hosts: Names by which the server may be asked; ``*`` for any.
+        max_pixels: Photos of more are not decoded.
     """
     app = FastAPI(title="metilr", docs_url=None, redoc_url=None, openapi_url=None)
     templates = jinja2.Environment(loader=jinja2.PackageLoader("metilr.serve"), autoescape=True)
     page = templates.get_template("serve.html").render(
-        collection=collection, threshold=threshold, max_bytes=max_bytes, max_megapixels=MAX_PIXELS // 10**6
+        collection=collection, threshold=threshold, max_bytes=max_bytes, max_megapixels=max_pixels / 10**6
     )
     one_at_a_time = threading.Lock()  # a photo decoded and in the model takes up to a gigabyte
 
@@ -57,7 +60,7 @@ def build_app(collection: Collection, threshold: Threshold, max_bytes: int, host
     def identify(photo: UploadFile) -> dict[str, Any]:
         with one_at_a_time:
             try:
-                loaded = load_photo(photo.file, collection.image_size, collection.largest_side)
+                loaded = load_photo(photo.file, collection.image_size, collection.largest_side, max_pixels)
                 answer = collection.answer(loaded.image, draw=True)
             except TooManyPixelsError as error:
                 raise HTTPException(413, f"The photo {error}.") from None

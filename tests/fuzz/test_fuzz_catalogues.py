@@ -1,0 +1,105 @@
+"""A museum's own list of images, and the index that was made of it."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metilr.data.catalogue import read_catalogue
+from metilr.index import SCHEMA, Index
+from tests.fuzz.guard import refusal
+from tests.fuzz.mutations import PROPERTIES, cases, mutated, mutated_value
+
+CSV = 'path,exhibit,note\r\na/1.jpg,Vase,x\r\na/2.jpg,Vase,\r\n"b, c.jpg",Mask ü,y\r\n'.encode()
+TOKENS = (b",", b'"', b"\r\n", b"\0", b"../", b"/etc/passwd", b"\xff", b"\xef\xbb\xbf", b"path", b"x" * 140_000, b"\\")
+INDEX = {
+    "schema": SCHEMA, "folder": "/museum",
+    "images": [{"path": "a/1.jpg", "exhibit": "Vase"}, {"path": "b.jpg", "exhibit": "Mask"}],
+    "model": {
+        "ckpt": None, "backbone": "lite0_in", "weights": None, "pooling": "gem", "p": 3.0, "scales": None,
+        "precision": "32", "engine": "torch",
+    },
+    "image_size": 500, "whitening": True,
+    "elements": {
+        "visits": 0, "database_views": "none", "query_crops": [], "crop_similarity": "best", "seed": 0
+    },
+    "knn": {"k": 2, "tau": 50.0}, "versions": {},
+}  # fmt: skip
+
+
+def check_catalogue(catalogue, folder):
+    assert len(catalogue.paths) == len(catalogue.exhibits) and len(catalogue.names) >= 1
+    truth = catalogue.ground_truth()
+    assert truth.labels["database"].max() < truth.n_classes == len(catalogue.names)
+    for path, exhibit in zip(catalogue.paths, catalogue.exhibits, strict=True):
+        assert type(path) is type(exhibit) is str and path and exhibit
+        assert folder.resolve() in truth.image(path).resolve().parents
+
+
+def test_changed_lists(tmp_path):
+    file, n_read = tmp_path / "list.csv", 0
+    for rng in cases(1200):
+        file.write_bytes(mutated(CSV, rng, TOKENS))
+        with refusal(file) as said:
+            check_catalogue(read_catalogue(tmp_path, file), tmp_path)
+        n_read += not said
+    assert n_read > 30
+
+
+@PROPERTIES
+@given(
+    st.lists(
+        st.tuples(st.text("ab,\"' é\n", min_size=1, max_size=6), st.text("xy,\"\né", min_size=1, max_size=6)),
+        min_size=2, max_size=6,
+    )
+)  # fmt: skip
+def test_lists_are_read_as_written(tmp_path, rows):
+    import csv
+
+    file = tmp_path / "list.csv"
+    named = [(f"{i}{path}", f"{exhibit}{i}") for i, (path, exhibit) in enumerate(rows)]
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("path", "exhibit"), *named])
+    catalogue = read_catalogue(tmp_path, file)
+    assert [*zip(catalogue.paths, catalogue.exhibits, strict=True)] == [(path, name.strip()) for path, name in named]
+
+
+def read_index(folder):
+    file = folder / "index.json"
+    with refusal(file) as said:
+        index = Index.load(folder)
+        check_catalogue(index.catalogue, index.catalogue.folder)
+        assert type(index.k) is int and index.k >= 1 and 0 < index.tau < float("inf")
+        assert index.image_size is None or (type(index.image_size) is int and index.image_size >= 1)
+        assert type(index.is_whitened) is bool and type(index.seed) is int and 0 <= index.seed < 2**63
+        method = index.method
+        assert type(method.visits) is int and method.visits >= 0 and method.rows_per_image >= 1
+        assert method.database_views in ("none", "rows", "mean") and method.crop_similarity in ("best", "mean")
+        assert all(0 < share < 1 for share in method.query_crops)
+        model = index.model
+        assert all(type(model[name]) is str for name in ("backbone", "pooling"))
+        assert all(model[name] is None or type(model[name]) is str for name in ("ckpt", "weights"))
+        assert model["scales"] is None or all(0 < scale < float("inf") for scale in model["scales"])
+        assert type(model["p"]) in (int, float)
+    return said
+
+
+def test_changed_indices(tmp_path):
+    file, whole, n_read = tmp_path / "index.json", json.dumps(INDEX).encode(), 0
+    for rng in cases(1000):
+        if rng.random() < 0.7:
+            file.write_text(json.dumps(mutated_value(INDEX, rng)))
+        else:
+            file.write_bytes(mutated(whole, rng, (b"[" * 3000, b"{", b"}", b"../", b"9" * 5000, b"\xff", b"null")))
+        n_read += not read_index(tmp_path)
+    assert n_read > 30
+    file.write_bytes(whole)
+    assert not read_index(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["../x.jpg", "/etc/passwd", "a/../../x", "", ".", "a\0b", None, 3])
+def test_an_index_names_no_image_elsewhere(tmp_path, path):
+    content = {**INDEX, "images": [*INDEX["images"], {"path": path, "exhibit": "x"}]}
+    (tmp_path / "index.json").write_text(json.dumps(content))
+    assert "index.json" in read_index(tmp_path)[0]

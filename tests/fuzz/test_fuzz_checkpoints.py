@@ -1,0 +1,202 @@
+"""Checkpoints, metilr's and the reference code's, and weights files."""
+
+import io
+import os
+import pickle
+import zipfile
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from metilr.checkpoints import FORMAT, load_embedder, model_entry, read_checkpoint
+from metilr.models.embedder import Embedder, build_embedder
+from metilr.models.weights import read_state_dict
+from metilr.whitening import PCAWhitening
+from metilr.whitening_files import load_whitening
+from tests.fuzz.guard import refusal
+from tests.fuzz.mutations import cases, mutated, mutated_value
+
+STATE = {"module.a.weight": torch.arange(6.0).reshape(2, 3), "module.b": torch.tensor([1], dtype=torch.int64)}
+TOKENS = (
+    b"cos\nsystem\n", b"R", b"c__builtin__\neval\n", b"torch._utils\n_rebuild_tensor_v2\n", b"\x80\x02",
+    b"X\xff\xff\xff\x7f",
+    b"K\xff", b"J\xff\xff\xff\x7f", b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f", b"PK\x03\x04", b"PK\x01\x02",
+    b"PK\x05\x06", b".",
+)  # fmt: skip
+SAFE_TOKENS = (
+    b"[999999999999,3]",
+    b"F64",
+    b"BOOL",
+    b"I8",
+    b"-1",
+    b"[0,0]",
+    b"[3]",
+    b'"',
+    b"{" * 500,
+    b"F8_E4M3",
+    b"[]",
+)
+
+
+class Program:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def saved(content, **options):
+    stream = io.BytesIO()
+    torch.save(content, stream, **options)
+    return stream.getvalue()
+
+
+def with_pickle(content, rng):
+    """The same archive with other bytes where its pickle is."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(stream, "w") as new:
+        for entry in old.infolist():
+            part = old.read(entry)
+            new.writestr(entry.filename, mutated(part, rng, TOKENS) if entry.filename.endswith("data.pkl") else part)
+    return stream.getvalue()
+
+
+def read_weights(file):
+    with refusal(file) as said:
+        state = read_state_dict(file)
+        assert state and all(type(key) is str for key in state)
+        for tensor in state.values():
+            assert isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu"
+            assert tensor.nelement() * tensor.element_size() <= 10_000
+            tensor.clone()  # every element is there
+    return said
+
+
+@pytest.mark.parametrize("form", ["zip", "zip's pickle", "legacy", "bare pickle"])
+def test_changed_weights_files(tmp_path, form):
+    file, canary, n_read = tmp_path / "w.pth", tmp_path / "canary", 0
+    hostile = {**STATE, "x": Program(f"touch {canary}")}
+    options = {"_use_new_zipfile_serialization": form not in ("legacy", "bare pickle")}
+    contents = [saved(STATE, **options), saved(hostile, **options), saved({"state_dict": STATE}, **options)]
+    if form == "bare pickle":
+        contents = [pickle.dumps(content, 2) for content in (hostile, {"a": Program(f"touch {canary}")})]
+    for rng in cases(250):
+        content = rng.choice(contents)
+        file.write_bytes(with_pickle(content, rng) if form == "zip's pickle" else mutated(content, rng, TOKENS))
+        n_read += not read_weights(file)
+        with refusal(file):
+            assert isinstance(read_checkpoint(file)["state_dict"], dict)
+    assert not canary.exists() and (n_read > 5 or form == "bare pickle")
+
+
+def test_changed_safetensors(tmp_path):
+    file, whole, n_read = tmp_path / "w.safetensors", safetensors.torch.save(STATE), 0
+    for rng in cases(700):
+        head = int.from_bytes(whole[:8], "little") + 8
+        file.write_bytes(mutated(whole[:head], rng, SAFE_TOKENS) + whole[head:])
+        n_read += not read_weights(file)
+    assert n_read > 10
+
+
+def tiny_checkpoint():
+    torch.manual_seed(0)
+    embedder = build_embedder("timm/test_resnet", "random", "gem", 3.0, None, (1.0,))
+    state = {f"embedder.{name}": value for name, value in embedder.state_dict().items()}
+    entry = {
+        "format": FORMAT, "model": model_entry(embedder, "gem", 64), "provenance": {"source": "x", "licence": None},
+    }  # fmt: skip
+    return {"state_dict": state, "metilr": entry, "epoch": 1}
+
+
+def test_changed_entries_of_checkpoints(tmp_path):
+    file, whole, n_read = tmp_path / "a.ckpt", tiny_checkpoint(), 0
+    whole["metilr"]["model"]["scales"] = [*whole["metilr"]["model"]["scales"]]
+    for rng in cases(150):
+        torch.save({**whole, "metilr": mutated_value({"metilr": whole["metilr"]}, rng).get("metilr")}, file)
+        with refusal(file) as said:
+            embedder, image_size = load_embedder(file)
+            assert isinstance(embedder, Embedder) and not embedder.training
+            assert image_size is None or (type(image_size) is int and image_size >= 1)
+            assert all(0 < scale < float("inf") for scale in embedder.scales) and embedder.scales
+            assert embedder.mean.shape == embedder.std.shape == (1, 3, 1, 1) or embedder.mean.numel() == 3
+            assert (embedder.std > 0).all()
+        n_read += not said
+    assert n_read > 5
+
+
+def test_changed_tensors_of_checkpoints(tmp_path):
+    file, whole = tmp_path / "a.ckpt", tiny_checkpoint()
+    hostile = (None, 3, "x", torch.zeros(0), torch.zeros(3, 3), torch.zeros(64, dtype=torch.bool), [1.0])
+    for rng in cases(60):
+        state = dict(whole["state_dict"])
+        state[rng.choice([*state, "embedder.new", "other", 3])] = rng.choice(hostile)
+        if rng.random() < 0.3:
+            del state[rng.choice([*state])]
+        torch.save({**whole, "state_dict": state}, file)
+        with refusal(file):
+            load_embedder(file)[0](torch.zeros(1, 3, 32, 32))
+
+
+def test_changed_reference_checkpoints(tmp_path):
+    file = tmp_path / "a.ckpt"
+    network = timm.create_model("resnet18", pretrained=False, num_classes=0).state_dict()
+    small = {key: value for key, value in network.items() if value.numel() < 40_000 or key == "layer1.0.conv2.weight"}
+    state = {f"backbone.backbone.{key}": value for key, value in small.items()} | {
+        "backbone.pool.p": torch.tensor([2.5]), "backbone.projector.weight": torch.zeros(4, 512),
+    }  # fmt: skip
+    hostile = (
+        None,
+        3,
+        "x",
+        torch.zeros(0),
+        torch.zeros(3, 3),
+        torch.zeros(64, 0, 3, 3),
+        torch.zeros(1, 1, 1, 1),
+        [1.0],
+    )
+    for rng in cases(60):
+        changed = dict(state)
+        for _ in range(rng.choice((1, 2))):
+            likely = [
+                "backbone.backbone.layer1.0.conv2.weight",
+                "backbone.pool.p",
+                "backbone.projector.weight",
+                "layer1",
+                3,
+            ]
+            changed[rng.choice([*likely, *changed])] = rng.choice(hostile)
+        torch.save({"state_dict": changed}, file)
+        with refusal(file) as said:
+            load_embedder(file)
+        assert said  # a part of the weights is missing
+
+
+def test_changed_whitenings_in_checkpoints(tmp_path):
+    file = tmp_path / "a.ckpt"
+    whitening = {
+        "kind": PCAWhitening.format, "mean": torch.zeros(3, dtype=torch.float64), "n": torch.tensor(9),
+        "projection": torch.eye(3, 2, dtype=torch.float64), "eigenvalues": torch.ones(3, dtype=torch.float64),
+        "shrinkage": torch.tensor(1.0), "supported_dim": torch.tensor(3),
+    }  # fmt: skip
+    hostile = (
+        None,
+        3,
+        "x",
+        torch.zeros(0),
+        torch.zeros(3, 3),
+        torch.zeros(3, dtype=torch.bfloat16),
+        torch.tensor(-1),
+        {},
+        [],
+    )
+    n_read = 0
+    for rng in cases(200):
+        entry = {"whitening": mutated_value(whitening, rng, hostile)}
+        torch.save({"state_dict": {}, "metilr": rng.choice((entry, entry, entry, *hostile))}, file)
+        with refusal(file) as said:
+            assert load_whitening(file).transform(torch.ones(2, 3).numpy()).shape[0] == 2
+        n_read += not said
+    assert n_read

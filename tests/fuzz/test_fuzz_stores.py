@@ -1,0 +1,83 @@
+"""Descriptor stores: the manifest, and .npy files whose headers claim what they like."""
+
+import json
+import struct
+
+import numpy as np
+
+from metilr.descriptors import SPLITS, DescriptorStore
+from metilr.random_rows import RandomRows
+from tests.fuzz.guard import refusal
+from tests.fuzz.mutations import cases, mutated, mutated_value
+
+COUNTS = {"database": 4, "val": 2, "test": 3}
+HEADER_TOKENS = (
+    b"(4, 3)", b"(-4, 3)", b"(4,)", b"(4, 10**9)", b"(99999999999, 3)", b"(0, 3)", b"'|O'", b"'<f8'", b"'<U9'", b"True",
+    b"'shape'", b"'descr'", b"[('a', '<f4')]", b"\x93NUMPY\x03\x00", b"__import__('os').system('x')", b"(" * 200,
+)  # fmt: skip
+
+
+def make(folder):
+    store = DescriptorStore(folder)
+    store.prepare({"a": [1, None]}, COUNTS, 3)
+    store.begin({"device": "cpu"})
+    writer = store.writer()
+    for split, n in COUNTS.items():
+        for row in range(n):
+            writer.write(split, row, np.eye(3, dtype=np.float32)[row % 3], 10 + row)
+    writer.close()
+    return store
+
+
+def use(store):
+    """What continues or opens a store."""
+    with refusal(store.path) as said:
+        manifest = store.manifest()
+        assert type(manifest["settings"]) is type(manifest["counts"]) is dict
+        assert type(manifest["width"]) is int and manifest["width"] >= 1 and type(manifest["complete"]) is bool
+        assert all(type(n) is int and n >= 0 for n in manifest["counts"].values())
+        assert all(type(made) is dict for made in manifest.get("made_with", []))
+        for split in SPLITS:
+            rows, made = store.rows(split), store.made(split)
+            assert rows.dtype == np.float32 and rows.ndim == 2 and np.isfinite(rows.sum(dtype=np.float64)) is not None
+            assert made.dtype == bool and made.ndim == 1
+            assert store.pending(split, np.arange(len(made)), retry_bad=True).shape == made.shape
+    return said
+
+
+def test_changed_manifests(tmp_path):
+    store = make(tmp_path / "store")
+    file = store.path / "manifest.json"
+    whole, n_read = json.loads(file.read_text()), 0
+    for rng in cases(700):
+        if rng.random() < 0.6:
+            file.write_text(json.dumps(mutated_value(whole, rng)))
+        else:
+            file.write_bytes(mutated(json.dumps(whole).encode(), rng, (b"[" * 3000, b"{", b"1e9", b'"', b"\xff")))
+        n_read += not use(store)
+        with refusal(store.path):
+            store.prepare({"a": [1, None]}, COUNTS, 3)
+    assert n_read > 30
+
+
+def test_changed_arrays(tmp_path):
+    store = make(tmp_path / "store")
+    files = {name: (store.path / name).read_bytes() for name in ("database.npy", "database.files.npy")}
+    n_read = 0
+    for rng in cases(700):
+        name = rng.choice([*files])
+        header = 128 if rng.random() < 0.7 else len(files[name])
+        content = mutated(files[name][:header], rng, HEADER_TOKENS) + files[name][header:]
+        if rng.random() < 0.5 and len(content) > 10:  # a header of the length that it says
+            shown = content[10:].split(b"\n")[0].rstrip()[:4000]
+            padded = shown.ljust((len(shown) // 64 + 1) * 64 + 53) + b"\n"
+            content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(padded)) + padded + files[name][128:]
+        (store.path / name).write_bytes(content)
+        n_read += not use(store)
+        with refusal(store.path):
+            rows = RandomRows(store.path / name)
+            assert rows.array.dtype == np.float32 and rows.array.ndim == 2 and rows.array.size
+            rows.expect(np.arange(len(rows.array)))
+            assert rows.array.nbytes <= len(content)
+        (store.path / name).write_bytes(files[name])
+    assert n_read > 30 and not use(store)

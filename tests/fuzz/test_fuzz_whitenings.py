@@ -1,0 +1,125 @@
+"""Whitenings and local features on disk: .npz files."""
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+
+from metilr.feature_cache import FeatureCache
+from metilr.geometry import LocalFeatures
+from metilr.whitening import LearnedWhitening, PCAWhitening
+from tests.fuzz.guard import refusal
+from tests.fuzz.mutations import cases, mutated
+
+PCA = PCAWhitening(np.zeros(3), np.eye(3, 2), np.ones(3), 1.0, 9, 3)
+LEARNED = LearnedWhitening(np.ones(3), np.eye(3), np.ones(3), 0.1, 9, 3, 4)
+TOKENS = (
+    b"(3,)", b"(-3,)", b"(3, 2)", b"(99999999999,)", b"(10**9,)", b"'<f8'", b"'|O'", b"'<U9'", b"'<f4'", b"True",
+    b"PK\x03\x04",
+    b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"\x08\x00", b"\x01\x00", b"\x63\x00", b"format.npy", b"mean.npy",
+    b"nan", b"(" * 200,
+)  # fmt: skip
+HOSTILE = (
+    np.zeros(0), np.zeros(3, np.float32), np.full(3, np.nan), np.zeros((3, 3, 3)), np.array("x"), np.array(-1),
+    np.array(1e308),
+    np.array(2**63, np.uint64), np.zeros(()), np.zeros((3, 0)), np.array([1, 2]), np.zeros(3, "<i4"), np.zeros((1000,
+    1)),
+)  # fmt: skip
+
+
+def read(file):
+    with refusal(file) as said:
+        whitening = PCAWhitening.load(file)
+        width = len(whitening.mean)
+        assert whitening.projection.shape == (width, whitening.dim) and width < 2000
+        assert whitening.mean.dtype == whitening.projection.dtype == np.float64
+        assert type(whitening.n) is type(whitening.supported_dim) is int and whitening.n >= 1
+        assert type(whitening.shrinkage) is float and 0 <= whitening.shrinkage <= 1
+        with np.errstate(all="ignore"):
+            unit = np.linalg.norm(whitening.transform(np.eye(width, dtype=np.float32)), axis=1)
+        assert ((np.abs(unit - 1) < 1e-3) | (unit == 0)).all()
+    return said
+
+
+def test_changed_bytes(tmp_path):
+    file, n_read = tmp_path / "whitening.npz", 0
+    for each in (PCA, LEARNED):
+        each.save(file)
+        whole = file.read_bytes()
+        for rng in cases(450):
+            file.write_bytes(mutated(whole, rng, TOKENS))
+            n_read += not read(file)
+    assert n_read > 10
+
+
+def parts(file):
+    with np.load(file) as arrays:
+        return dict(arrays)
+
+
+def test_changed_parts(tmp_path):
+    file, n_read = tmp_path / "whitening.npz", 0
+    for each in (PCA, LEARNED):
+        each.save(file)
+        whole = parts(file)
+        for rng in cases(350):
+            changed = dict(whole)
+            name = rng.choice([*changed])
+            changed[name] = rng.choice(
+                (*HOSTILE, whole[rng.choice([*whole])], whole[name] * 1 if name != "format" else 0)
+            )
+            np.savez(file, **changed)
+            n_read += not read(file)
+    assert n_read > 10
+
+
+def npy_of(shape):
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["claims a terabyte", "deflated zeros", "encrypted", "unknown method"])
+def test_archives_that_take_memory_or_a_reader_that_is_not_there(tmp_path, kind):
+    file = tmp_path / "whitening.npz"
+    PCA.save(file)
+    with zipfile.ZipFile(file) as old:
+        contents = {name: old.read(name) for name in old.namelist()}
+    method = zipfile.ZIP_DEFLATED if kind == "deflated zeros" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(file, "w", method) as new:
+        for name, content in contents.items():
+            if name == "mean.npy" and kind == "claims a terabyte":
+                content = npy_of((2**37,)) + bytes(100)
+            if name == "mean.npy" and kind == "deflated zeros":
+                content = npy_of((2**22,)) + bytes(8 * 2**22)
+            new.writestr(name, content)
+    if kind in ("encrypted", "unknown method"):
+        content = bytearray(file.read_bytes())
+        for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            place = -1
+            while (place := content.find(mark, place + 1)) >= 0:
+                content[place + flags + (0 if kind == "encrypted" else 2)] |= 1 if kind == "encrypted" else 97
+        file.write_bytes(content)
+    assert read(file)
+
+
+def test_features_that_are_damaged_are_computed_again(tmp_path):
+    image = tmp_path / "a.jpg"
+    image.write_bytes(b"x")
+    cache = FeatureCache(tmp_path / "cache", {"a": 1})
+    rng = np.random.default_rng(0)
+    wanted = LocalFeatures(rng.random((5, 2), dtype=np.float32), rng.random((5, 8), dtype=np.float32))
+    cache.features(image, lambda: wanted)
+    (entry,) = (tmp_path / "cache").iterdir()
+    whole, n_computed = entry.read_bytes(), 0
+    for random in cases(400):
+        entry.write_bytes(mutated(whole, random, TOKENS))
+        computed = []
+        with refusal(entry):
+            found = cache.features(image, lambda computed=computed: computed.append(1) or wanted)
+            assert found.positions.ndim == found.descriptors.ndim == 2 and found.positions.shape[1] == 2
+            assert len(found.positions) == len(found.descriptors) and found.descriptors.dtype == np.float32
+            assert found.positions.dtype == np.float32 and np.isfinite(found.positions).all()
+        n_computed += len(computed)
+    assert n_computed > 100
