@@ -10,7 +10,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from metilr.approximate_search import ApproximateIndex
+from metilr.approximate_search import ApproximateIndex, code_width
 from metilr.errors import UserError, one_line, shown
 from metilr.files import file_sha256, replaced_file, write_atomically
 from metilr.random_rows import RandomRows, open_rows
@@ -78,7 +78,7 @@ def load_approximate(folder: Path, rows_file: Path, made_from: str = "") -> Appr
         if file_sha256(codes_file) != digests[0]:
             raise ValueError("it is not the file that was saved")
         codes = _read_codes(codes_file)
-        if (codes.ntotal, codes.d) != expected or codes.nlist != n_lists:
+        if (codes.ntotal, codes.d) != (len(rows), code_width(rows.shape[1])) or codes.nlist != n_lists:
             raise ValueError("it is of another size than its note says")
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         raise UserError(f"{codes_file}: cannot be read ({one_line(error)}); {again}") from None

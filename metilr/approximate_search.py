@@ -227,7 +227,12 @@ def _probes(n_lists: int) -> int:
     return min(n_lists, round(PROBES * math.sqrt(n_lists)))
 
 
+def code_width(width: int) -> int:
+    """Dimensions of rows as they are coded: filled up to whole codes with zeros."""
+    return width + -width % _DIMS_A_CODE
+
+
 def _filled_up(rows: np.ndarray) -> np.ndarray:
     """Rows with zeros behind them, so that codes share their width evenly; inner products stay the same."""
-    missing = -rows.shape[1] % _DIMS_A_CODE
+    missing = code_width(rows.shape[1]) - rows.shape[1]
     return np.ascontiguousarray(np.pad(rows, ((0, 0), (0, missing))) if missing else rows)

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -129,6 +130,9 @@ def parse_options(
             check_config(parser, file or args[i + 1])
     options = parser.parse_args(args).as_dict()
     options.pop("config", None)
+    for name, kind in typing.get_type_hints(function).items():
+        if name in options and options[name] is None and type(None) not in typing.get_args(kind):
+            raise UserError(f"--{name} null: expected {_readable_type(str(kind))}; leave it out for the default")
     return options
 
 
@@ -249,7 +253,7 @@ def _one_line(message: str, options: list[str]) -> str:
         r"(?:Key|key|Option) ['\"]([\w.-]+)['\"] is not (?:expected|accepted)", message
     )
     if unknown:
-        name = "--" + unknown[1].lstrip("-")
+        name = "--" + unknown[1].lstrip("-")[:60]
         return f"unknown option {name}{did_you_mean(name, options)}; --help lists them"
     bad_value = re.search(r"Parser key [\"']([\w.-]+)[\"']:", message)
     if bad_value:
@@ -257,8 +261,10 @@ def _one_line(message: str, options: list[str]) -> str:
         kinds = " or ".join(_readable_type(kind) for kind in expected)
         value = re.search(r"(?:Given value|Got value): (.*)$", message, re.MULTILINE)
         if kinds and value:
-            return f"--{bad_value[1]} {value[1]}: expected {kinds}; see --help"
-    return message
+            text = value[1] if len(value[1]) <= 200 else value[1][:197] + "..."
+            return f"--{bad_value[1]} {text}: expected {kinds}; see --help"
+    line = " ".join(message.split())
+    return line if len(line) <= 1000 else line[:997] + "..."
 
 
 def _readable_type(kind: str) -> str:

@@ -53,7 +53,7 @@ def _require(holds: object, name: str, value: object) -> None:
 
 
 def _is_text(value: object) -> bool:
-    return type(value) is str and "\0" not in value
+    return type(value) is str and "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _is_list(value: object) -> bool:

@@ -54,5 +54,5 @@ def _array(content: bytes) -> np.ndarray:
     count = math.prod(shape)
     if dtype.hasobject or min(shape, default=0) < 0 or count * dtype.itemsize > len(content):
         raise ValueError(f"an array of shape {shape} and type {dtype} in {len(content):,} bytes")
-    flat = np.frombuffer(content, dtype, count, stream.tell()) if count else np.empty(0, dtype)
+    flat = np.frombuffer(bytearray(content), dtype, count, stream.tell()) if count else np.empty(0, dtype)
     return flat.reshape(shape, order="F" if is_fortran else "C")

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from metilr.cli import main, run_command
+from metilr.cli import main, parse_options, run_command
 from metilr.errors import UserError
 from metilr.evaluation import evaluate
 
@@ -313,3 +313,12 @@ def test_what_a_file_says_cannot_steer_the_terminal(capsys):
     with pytest.raises(SystemExit):
         run_command(refuse, [], prog="x")
     assert capsys.readouterr().err == "x: error: a\\x1b[2Jb\\ud800 ç\n"
+
+
+@pytest.mark.parametrize(("line", "said"), [("batch_size: null", "expected int"), ("database: null", "one of full")])
+def test_null_in_a_configuration_is_no_value_of_an_option_that_needs_one(tmp_path, line, said):
+    (tmp_path / "c.yaml").write_text(line)
+    with pytest.raises(UserError, match=said):
+        parse_options(evaluate, ["--config", str(tmp_path / "c.yaml")])
+    (tmp_path / "c.yaml").write_text("k: null")
+    assert parse_options(evaluate, ["--config", str(tmp_path / "c.yaml")])["k"] is None

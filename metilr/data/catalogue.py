@@ -73,10 +73,9 @@ def read_catalogue(folder: Path, csv: Path | None = None) -> Catalogue:
     folder = Path(folder).absolute()
     catalogue = _from_folder(folder) if csv is None else _from_csv(folder, Path(csv))
     if len(catalogue.names) < 2:
+        name = " ".join(catalogue.names[0].split())[:60]
         hint = "give each exhibit a sub-folder" if csv is None else "list more"
-        raise UserError(
-            f"{csv or folder}: has one exhibit, {catalogue.names[0][:60]}; recognising needs at least 2: {hint}"
-        )
+        raise UserError(f"{csv or folder}: has one exhibit, {name}; recognising needs at least 2: {hint}")
     return catalogue
 
 

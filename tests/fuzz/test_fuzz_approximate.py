@@ -13,7 +13,7 @@ from metilr.approximate_search import ApproximateIndex
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import cases, mutated, mutated_value
 
-N, WIDTH = 64, 8
+N, WIDTH = 64, 8  # whole codes
 TOKENS = (
     b"IwPs",
     b"IwFl",
@@ -76,7 +76,7 @@ def test_changed_codes_that_the_note_vouches_for(tmp_path, whole):
     """Each in a process of its own: what FAISS makes of them may be its end, but not a false answer."""
     place(tmp_path, whole)
     ends = []
-    for rng in cases(150):
+    for rng in cases(100):
         content = mutated(whole["codes.faiss"], rng, TOKENS)
         note = {**json.loads(whole[NOTE]), "codes_sha256": hashlib.sha256(content).hexdigest()}
         (tmp_path / "codes.faiss").write_bytes(content)
