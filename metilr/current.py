@@ -125,6 +125,7 @@ class CurrentDescriptors:
         counts = {split: len(paths) for split, paths in self.ground_truth.paths.items()}
         is_a_store = (self.store.path / "manifest.json").exists()  # not after a kill in the middle of the removal
         if self.store.path.exists() and not (is_a_store and self.store.manifest()["settings"] == settings):
+            (self.store.path / "manifest.json").unlink(missing_ok=True)  # first: half a store must not pass for whole
             shutil.rmtree(self.store.path)
         self.store.prepare(settings, counts, single.dim)
 

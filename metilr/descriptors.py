@@ -197,14 +197,14 @@ class RowWriter:
         self._put(f"{split}.files", row, np.int64(-file_size - 1).tobytes())
 
     def close(self) -> None:
-        """Push what was written to the disk."""
+        """Push what was written to the disk; a second call does nothing."""
+        files, self._files = self._files, {}
         with contextlib.ExitStack() as all_are_closed:  # even if one disk is gone
-            for file in self._files.values():
+            for file in files.values():
                 all_are_closed.enter_context(file)
-            for file in self._files.values():
+            for file in files.values():
                 with named(file.name):
                     os.fsync(file.fileno())
-        self._files = {}
 
     def _put(self, name: str, row: int, content: bytes) -> None:
         file = self._files[name]
