@@ -24,6 +24,7 @@ HOSTILE_VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 2**31, 2**63, -(2**63) - 1, 10**400, 0.5, 1e308, float("nan"), float("inf"),
     "", "x", "1", "../../x", "/etc/passwd", "a\0b", "\ud800", "x" * 3000, "NaN", [], {}, [[]], [1, "a"], {"a": 1}, DEEP,
 )  # fmt: skip
+_LEFT_OUT = object()
 NUMBERS = tuple(struct.pack(form, n) for form in ("<I", ">I", "<Q") for n in (0, 1, 0xFFFF, 2**31 - 1, 2**32 - 1))
 
 
@@ -80,6 +81,19 @@ def mutated_value(value: Any, rng: random.Random, hostile: Sequence[Any] = HOSTI
         else:
             holder[key] = copy.deepcopy(rng.choice(hostile))
     return changed
+
+
+def each_replaced(value: Any, hostile: Sequence[Any] = HOSTILE_VALUES) -> Iterator[Any]:
+    """The value with each of its parts, one at a time, replaced by each hostile value, or left out."""
+    for i in range(len([*_places(value)])):
+        for replacement in (*hostile, _LEFT_OUT):
+            changed = copy.deepcopy(value)
+            holder, key = [*_places(changed)][i]
+            if replacement is _LEFT_OUT:
+                del holder[key]
+            else:
+                holder[key] = copy.deepcopy(replacement)
+            yield changed
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:

@@ -76,7 +76,7 @@ def test_changed_codes_that_the_note_vouches_for(tmp_path, whole):
     """Each in a process of its own: what FAISS makes of them may be its end, but not a false answer."""
     place(tmp_path, whole)
     ends = []
-    for rng in cases(100):
+    for rng in cases(70):
         content = mutated(whole["codes.faiss"], rng, TOKENS)
         note = {**json.loads(whole[NOTE]), "codes_sha256": hashlib.sha256(content).hexdigest()}
         (tmp_path / "codes.faiss").write_bytes(content)
@@ -91,3 +91,28 @@ def test_changed_codes_that_the_note_vouches_for(tmp_path, whole):
                 os._exit(1)
         ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert not any(ends), ends
+
+
+def other_codes(kind):
+    rows = np.random.default_rng(1).normal(size=(80, 12)).astype(np.float32)
+    quantizer = faiss.IndexFlatIP(WIDTH)
+    kinds = {
+        "flat": lambda: faiss.IndexFlatIP(WIDTH),
+        "inverted file without codes": lambda: faiss.IndexIVFFlat(quantizer, WIDTH, 2),
+        "more lists": lambda: faiss.IndexIVFPQFastScan(quantizer, WIDTH, 4, 2, 4, faiss.METRIC_INNER_PRODUCT),
+        "wider": lambda: faiss.IndexIVFPQFastScan(faiss.IndexFlatIP(12), 12, 2, 3, 4, faiss.METRIC_INNER_PRODUCT),
+        "more rows": lambda: faiss.IndexIVFPQFastScan(quantizer, WIDTH, 2, 2, 4, faiss.METRIC_INNER_PRODUCT),
+    }
+    codes = kinds[kind]()
+    rows = rows[:, : codes.d].copy() if kind == "more rows" else rows[:N, : codes.d].copy()
+    codes.train(rows)
+    codes.add(rows)
+    return faiss.serialize_index(codes).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["flat", "inverted file without codes", "more lists", "wider", "more rows"])
+def test_codes_of_other_kinds_or_sizes_that_the_note_vouches_for(tmp_path, whole, kind):
+    content = other_codes(kind)
+    note = {**json.loads(whole[NOTE]), "codes_sha256": hashlib.sha256(content).hexdigest()}
+    place(tmp_path, {**whole, "codes.faiss": content, NOTE: json.dumps(note).encode()})
+    assert "codes.faiss" in read(tmp_path)[0]

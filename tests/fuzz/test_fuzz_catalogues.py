@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from metilr.data.catalogue import read_catalogue
 from metilr.index import SCHEMA, Index
 from tests.fuzz.guard import refusal
-from tests.fuzz.mutations import PROPERTIES, cases, mutated, mutated_value
+from tests.fuzz.mutations import PROPERTIES, cases, each_replaced, mutated, mutated_value
 
 CSV = 'path,exhibit,note\r\na/1.jpg,Vase,x\r\na/2.jpg,Vase,\r\n"b, c.jpg",Mask ü,y\r\n'.encode()
 TOKENS = (b",", b'"', b"\r\n", b"\0", b"../", b"/etc/passwd", b"\xff", b"\xef\xbb\xbf", b"path", b"x" * 140_000, b"\\")
+JSON_TOKENS = (b"[" * 3000, b"{", b"}", b"../", b"9" * 5000, b"\xff", b"null")
 INDEX = {
     "schema": SCHEMA, "folder": "/museum",
     "images": [{"path": "a/1.jpg", "exhibit": "Vase"}, {"path": "b.jpg", "exhibit": "Mask"}],
@@ -87,11 +88,11 @@ def read_index(folder):
 
 def test_changed_indices(tmp_path):
     file, whole, n_read = tmp_path / "index.json", json.dumps(INDEX).encode(), 0
-    for rng in cases(1000):
-        if rng.random() < 0.7:
-            file.write_text(json.dumps(mutated_value(INDEX, rng)))
-        else:
-            file.write_bytes(mutated(whole, rng, (b"[" * 3000, b"{", b"}", b"../", b"9" * 5000, b"\xff", b"null")))
+    contents = [json.dumps(changed).encode() for changed in each_replaced(INDEX)]
+    contents += [json.dumps(mutated_value(INDEX, rng)).encode() for rng in cases(150)]
+    contents += [mutated(whole, rng, JSON_TOKENS) for rng in cases(250)]
+    for content in contents:
+        file.write_bytes(content)
         n_read += not read_index(tmp_path)
     assert n_read > 30
     file.write_bytes(whole)

@@ -192,6 +192,11 @@ def test_changed_whitenings_in_checkpoints(tmp_path):
         {},
         [],
     )
+    expanded = torch.zeros((), dtype=torch.float64).expand(2**31)  # 16 GB of one number
+    torch.save({"state_dict": {}, "metilr": {"whitening": {**whitening, "mean": expanded}}}, file)
+    with refusal(file) as said:
+        load_whitening(file)
+    assert said
     n_read = 0
     for rng in cases(200):
         entry = {"whitening": mutated_value(whitening, rng, hostile)}

@@ -10,7 +10,7 @@ from metilr.data.download_records import DownloadRecord, DownloadRecords
 from metilr.data.ground_truth import load_ground_truth
 from metilr.metrics import DISTRACTOR
 from tests.fuzz.guard import refusal
-from tests.fuzz.mutations import PROPERTIES, cases, mutated, mutated_value
+from tests.fuzz.mutations import PROPERTIES, cases, each_replaced, mutated, mutated_value
 from tests.museum import write_ground_truth
 
 DATABASE = [{"id": 7, "path": "MET/7/0.jpg"}, {"id": 9, "path": "MET/9/0.jpg"}, {"id": 7, "path": "MET/7/1.jpg"}]
@@ -42,12 +42,12 @@ def read(root):
 def test_changed_values_are_read_rightly_or_refused(tmp_path):
     write_ground_truth(tmp_path, DATABASE, VAL, TEST)
     n_read = 0
-    for rng in cases(900):
-        name = rng.choice([*FILES])
+    for name, whole in FILES.items():
         file = tmp_path / "ground_truth" / f"{name}.json"
-        file.write_text(json.dumps(mutated_value(FILES[name], rng)))
-        n_read += not read(tmp_path)
-        file.write_text(json.dumps(FILES[name]))
+        for changed in (*each_replaced(whole), *(mutated_value(whole, rng) for rng in cases(150))):
+            file.write_text(json.dumps(changed))
+            n_read += not read(tmp_path)
+        file.write_text(json.dumps(whole))
     assert n_read > 30  # what means nothing may be anything
 
 
@@ -86,11 +86,10 @@ RECORDS = {"a.tar.gz": {"url": "http://x/a.tar.gz", "bytes": 5, "sha256": "0" * 
 
 def test_records_of_downloads_are_numbers_and_text_or_refused(tmp_path):
     file = tmp_path / "downloads.json"
-    for rng in cases(700):
-        if rng.random() < 0.5:
-            file.write_text(json.dumps(mutated_value(RECORDS, rng)))
-        else:
-            file.write_bytes(mutated(json.dumps(RECORDS).encode(), rng, TOKENS))
+    contents = [json.dumps(changed).encode() for changed in each_replaced(RECORDS)]
+    contents += [mutated(json.dumps(RECORDS).encode(), rng, TOKENS) for rng in cases(400)]
+    for content in contents:
+        file.write_bytes(content)
         with refusal(file):
             records = DownloadRecords(file)
             for record in filter(None, map(records.get, json.loads(file.read_text()))):

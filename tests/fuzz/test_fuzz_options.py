@@ -34,7 +34,7 @@ def command(
 def test_changed_configurations_are_read_by_type_or_refused(tmp_path):
     file, whole, n_read = tmp_path / "c.yaml", yaml.safe_dump(CONFIG).encode(), 0
     contents = [b"k: " + token for token in YAML_TOKENS] + [token + b": 1" for token in YAML_TOKENS]
-    contents += [mutated(whole, rng, YAML_TOKENS) for rng in cases(150)]
+    contents += [mutated(whole, rng, YAML_TOKENS) for rng in cases(100)]
     for content in contents:
         file.write_bytes(content)
         with refusal("") as said:  # a wrong value is named by its option

@@ -11,7 +11,7 @@ from metilr.metrics import DISTRACTOR
 from metilr.results import PREDICTION_COLUMNS
 from metilr.runs import read_run
 from tests.fuzz.guard import refusal
-from tests.fuzz.mutations import PROPERTIES, cases, mutated, mutated_value
+from tests.fuzz.mutations import PROPERTIES, cases, each_replaced, mutated, mutated_value
 
 FIGURES = {"gap": 0.5, "gap_minus": 0.6, "acc": 0.7, "n_queries": 3, "n_met": 2}
 RESULTS = {
@@ -26,6 +26,7 @@ ROWS = [
     ["test_other/ü.jpg", "", "", "-inf", "0.0", "", "", "0"],
 ]
 CSV = "\r\n".join([",".join(PREDICTION_COLUMNS), *map(",".join, ROWS), ""]).encode()
+JSON_TOKENS = (b"[" * 3000, b"}", b"NaN", b"9" * 5000, b"\xff")
 CSV_TOKENS = (
     b",",
     b'"',
@@ -80,10 +81,10 @@ def read(folder):
 def test_changed_results(tmp_path):
     make(tmp_path)
     n_read = 0
-    for rng in cases(700):
-        content = json.dumps(mutated_value(RESULTS, rng)).encode()
-        if rng.random() < 0.4:
-            content = mutated(json.dumps(RESULTS).encode(), rng, (b"[" * 3000, b"}", b"NaN", b"9" * 5000, b"\xff"))
+    contents = [json.dumps(changed).encode() for changed in each_replaced(RESULTS)]
+    contents += [json.dumps(mutated_value(RESULTS, rng)).encode() for rng in cases(150)]
+    contents += [mutated(json.dumps(RESULTS).encode(), rng, JSON_TOKENS) for rng in cases(250)]
+    for content in contents:
         (tmp_path / "results.json").write_bytes(content)
         n_read += not read(tmp_path)
     assert n_read > 30

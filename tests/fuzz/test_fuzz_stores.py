@@ -8,9 +8,25 @@ import numpy as np
 from metilr.descriptors import SPLITS, DescriptorStore
 from metilr.random_rows import RandomRows
 from tests.fuzz.guard import refusal
-from tests.fuzz.mutations import cases, mutated, mutated_value
+from tests.fuzz.mutations import cases, each_replaced, mutated, mutated_value
 
+TYPES = ("'<f4'", "'>f4'", "'<i8'", "'<f8'", "'<f2'", "'|O'", "'<U3'", "'|V4'", "[('a', '<f4')]", "'<M8[s]'", "3", "''")
+ORDERS = ("False", "False", "False", "True", "1", "None")
+SHAPES = (
+    "(4, 3)",
+    "(2, 3)",
+    "(4,)",
+    "(12,)",
+    "(0, 3)",
+    "(3, 0)",
+    "()",
+    "(-4, 3)",
+    "(4, 3, 1)",
+    "(10**12, 3)",
+    "(99999999999, 3)",
+)
 COUNTS = {"database": 4, "val": 2, "test": 3}
+TOKENS = (b"[" * 3000, b"{", b"1e9", b'"', b"\xff")
 HEADER_TOKENS = (
     b"(4, 3)", b"(-4, 3)", b"(4,)", b"(4, 10**9)", b"(99999999999, 3)", b"(0, 3)", b"'|O'", b"'<f8'", b"'<U9'", b"True",
     b"'shape'", b"'descr'", b"[('a', '<f4')]", b"\x93NUMPY\x03\x00", b"__import__('os').system('x')", b"(" * 200,
@@ -49,11 +65,11 @@ def test_changed_manifests(tmp_path):
     store = make(tmp_path / "store")
     file = store.path / "manifest.json"
     whole, n_read = json.loads(file.read_text()), 0
-    for rng in cases(700):
-        if rng.random() < 0.6:
-            file.write_text(json.dumps(mutated_value(whole, rng)))
-        else:
-            file.write_bytes(mutated(json.dumps(whole).encode(), rng, (b"[" * 3000, b"{", b"1e9", b'"', b"\xff")))
+    contents = [json.dumps(changed).encode() for changed in each_replaced(whole)]
+    contents += [json.dumps(mutated_value(whole, rng)).encode() for rng in cases(200)]
+    contents += [mutated(json.dumps(whole).encode(), rng, TOKENS) for rng in cases(250)]
+    for content in contents:
+        file.write_bytes(content)
         n_read += not use(store)
         with refusal(store.path):
             store.prepare({"a": [1, None]}, COUNTS, 3)
@@ -68,9 +84,10 @@ def test_changed_arrays(tmp_path):
         name = rng.choice([*files])
         header = 128 if rng.random() < 0.7 else len(files[name])
         content = mutated(files[name][:header], rng, HEADER_TOKENS) + files[name][header:]
-        if rng.random() < 0.5 and len(content) > 10:  # a header of the length that it says
-            shown = content[10:].split(b"\n")[0].rstrip()[:4000]
-            padded = shown.ljust((len(shown) // 64 + 1) * 64 + 53) + b"\n"
+        if rng.random() < 0.4:  # a header that is in order, and lies
+            kind, order, shape = rng.choice(TYPES), rng.choice(ORDERS), rng.choice(SHAPES)
+            said = f"{{'descr': {kind}, 'fortran_order': {order}, 'shape': {shape}, }}"
+            padded = said.ljust((len(said) // 64 + 1) * 64 + 53).encode() + b"\n"
             content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(padded)) + padded + files[name][128:]
         (store.path / name).write_bytes(content)
         n_read += not use(store)
