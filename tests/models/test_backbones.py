@@ -13,6 +13,7 @@ from torch import nn
 from metilr.errors import UserError
 from metilr.models.backbones import BACKBONES, build_backbone
 from metilr.models.weights import StateDict
+from tests.server import Server
 
 REPORT = [
     "r18_in",
@@ -220,12 +221,15 @@ def test_a_missing_lite0_package_names_the_command(monkeypatch: pytest.MonkeyPat
         build_backbone("lite0_in")
 
 
-def test_official_weights_come_from_the_specs_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # file: is fetched by the same client as http:; digests, truncation and 404 have their tests in test_weights.
+def test_official_weights_come_from_the_specs_url(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server
+) -> None:
+    # Digests, truncation and 404 have their tests in test_weights.
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     weights = random_weights("resnet18")
     torch.save(weights, tmp_path / "resnet18.pth")
-    url = (tmp_path / "resnet18.pth").as_uri()
+    server.files["resnet18.pth"] = (tmp_path / "resnet18.pth").read_bytes()
+    url = f"{server.url}resnet18.pth"
     monkeypatch.setitem(BACKBONES, "r18_in", dataclasses.replace(BACKBONES["r18_in"], url=url, sha256=None))
     official = build_backbone("r18_in").provenance
     assert (official.source, official.licence) == (url, "bsd-3-clause")
