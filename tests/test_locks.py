@@ -1,0 +1,166 @@
+"""One run at a time in a store or an output folder, and no trace of one that was killed."""
+
+import errno
+import fcntl
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from metilr.errors import UserError
+from metilr.locks import LOCK, alone_in
+from tests.small_runs import assert_same_evaluation, assert_same_training
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from metilr.locks import alone_in
+with alone_in(Path(sys.argv[1]), "another run", "stop it"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def lock(folder: Path):
+    return alone_in(folder, "another run", "stop it")
+
+
+def test_the_second_process_is_told_of_the_first_and_a_killed_one_holds_nothing(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    repository = Path(__file__).resolve().parents[1]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=repository) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+            with pytest.raises(UserError) as refused, lock(tmp_path):
+                pass
+            assert f"{tmp_path}: another run is at work there (process {holder.pid} on " in str(refused.value)
+            assert str(refused.value).endswith("; wait for it, or stop it")
+        finally:
+            holder.kill()
+    with lock(tmp_path):
+        assert f"process {os.getpid()} on" in (tmp_path / LOCK).read_text()
+
+
+def test_it_ends_with_the_block_and_with_an_error_in_it(tmp_path):
+    with pytest.raises(KeyError), lock(tmp_path):
+        raise KeyError
+    with lock(tmp_path), pytest.raises(UserError), lock(tmp_path):
+        pass
+    with lock(tmp_path):
+        pass
+
+
+def test_a_fork_does_not_hold_it(tmp_path):
+    """Workers of a loader live on for seconds when their parent is killed."""
+    context = multiprocessing.get_context("fork")
+    runs, goes_on = context.Event(), context.Event()
+    with lock(tmp_path):
+        worker = context.Process(target=lambda: (runs.set(), goes_on.wait()))
+        worker.start()
+        runs.wait()
+    try:
+        with lock(tmp_path):
+            pass
+    finally:
+        worker.kill()
+        worker.join()
+
+
+def test_a_fork_that_ends_leaves_it_held(tmp_path):
+    with lock(tmp_path):
+        worker = multiprocessing.get_context("fork").Process(target=int)
+        worker.start()
+        worker.join()
+        with pytest.raises(UserError), lock(tmp_path):
+            pass
+
+
+def test_a_disk_without_locks_is_worked_on_without(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with lock(tmp_path), lock(tmp_path):
+        pass
+
+
+WAITS = """
+import time
+from pathlib import Path
+from metilr.callbacks import DescriptorWriter
+from metilr.training import FineTuning
+write, step = DescriptorWriter.write_on_batch_end, FineTuning.training_step
+
+def wait():
+    Path("waits").touch()
+    while not Path("go").exists():
+        time.sleep(0.01)
+
+DescriptorWriter.write_on_batch_end = lambda *arguments: (wait(), write(*arguments))
+FineTuning.training_step = lambda *arguments: (wait(), step(*arguments))[1]
+"""
+
+
+def started(place, name: str, folder: Path):
+    """A run that waits in its first batch for a file called go."""
+    run = place.forks.start(folder, place.commands[name], WAITS)
+    while not (folder / "waits").exists():
+        time.sleep(0.01)
+    return run
+
+
+def test_two_evaluations_that_want_one_store(place):
+    folder = place.folder / "two"
+    first = started(place, "evaluate", folder)
+    second = place.forks.run(folder, [*place.commands["evaluate"], "--output", "other"])
+    assert f"store: another run is at work there (process {first[0]} on " in second.error
+    (folder / "go").touch()
+    assert place.forks.wait(first).status == 0
+    after = place.forks.run(folder, [*place.commands["evaluate"], "--output", "other"])
+    assert after.status == 0 and "reusing 22 rows" in after.printed
+    assert_same_evaluation(folder, place.folder / "clean_evaluate")
+    shutil.rmtree(folder)
+
+
+def test_two_evaluations_into_one_folder(place):
+    folder = place.folder / "two"
+    first = started(place, "evaluate", folder)
+    second = place.forks.run(folder, [*place.commands["evaluate"], "--store", "other", "--k", 3])
+    assert f"out: another run is at work there (process {first[0]} on " in second.error
+    assert "name another --output" in second.error and not (folder / "other").exists()
+    (folder / "go").touch()
+    assert place.forks.wait(first).status == 0
+    assert_same_evaluation(folder, place.folder / "clean_evaluate")
+    shutil.rmtree(folder)
+
+
+def test_another_training_does_not_touch_one_in_its_first_epoch(place):
+    folder = place.folder / "two"
+    first = started(place, "train", folder)
+    second = place.forks.run(folder, [*place.commands["train"], "--model.lr", "0.5"])
+    assert f"out: another run is at work there (process {first[0]} on " in second.error
+    assert yaml.safe_load((folder / "out/config.yaml").read_text())["model"]["lr"] != 0.5
+    (folder / "go").touch()
+    assert place.forks.wait(first).status == 0
+    assert_same_training(folder / "out", place.folder / "clean_train/out")
+    shutil.rmtree(folder)
+
+
+def test_what_a_killed_run_held_is_free_at_once(place):
+    """With a decoding process that lives on."""
+    folder = place.folder / "two"
+    place.commands["one_worker"] = [*place.commands["evaluate"], "--num_workers", 1]
+    first = started(place, "one_worker", folder)
+    os.kill(first[0], signal.SIGKILL)
+    assert place.forks.wait(first).status == -signal.SIGKILL
+    again = place.run("evaluate", "two")
+    assert again.status == 0, again.printed
+    assert_same_evaluation(folder, place.folder / "clean_evaluate")
+    shutil.rmtree(folder)
