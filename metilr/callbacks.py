@@ -1,5 +1,6 @@
 """Lightning callbacks of the extraction: rows to the store, progress to the terminal."""
 
+import signal
 from typing import Any
 
 import numpy as np
@@ -60,9 +61,14 @@ class DescriptorWriter(BasePredictionWriter):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if trainer.world_size > 1 and not has_launcher():
-            end_with_parent()
         self.writer = self.data.store.writer()
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.world_size > 1 and not has_launcher():  # this process was started by the command
+            end_with_parent()
+            # Lightning's answer would tell the other processes, of which one has just died.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     @override
     def write_on_batch_end(

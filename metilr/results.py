@@ -20,7 +20,7 @@ from rich.table import Table
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.errors import UserError
-from metilr.files import remove_leftovers, write_atomically
+from metilr.files import named, remove_leftovers, write_atomically
 from metilr.geometric_check import GeometricCheck
 from metilr.geometric_evidence import Checked, inlier_lead, inliers_of_answers
 from metilr.knn import NO_LABEL, NO_ROW, Predictions
@@ -298,7 +298,7 @@ def _write_predictions(
     labels = ground_truth.labels[split]
     if checked is not None:
         inliers, lead = inliers_of_answers(answers, checked), inlier_lead(answers, checked)
-    with file.open("w", newline="", encoding="utf-8") as stream:
+    with named(file), file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow([*PREDICTION_COLUMNS, *([] if checked is None else CHECK_COLUMNS)])
         for i, path in enumerate(ground_truth.paths[split]):

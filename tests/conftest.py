@@ -7,6 +7,7 @@ import pytest
 from tests.forks import Forks
 from tests.museum import write_museum
 from tests.server import Server
+from tests.small_runs import Place
 
 SHARED = Path(os.environ.get("METILR_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -47,3 +48,12 @@ def forks() -> Iterator[Forks]:
     forks = Forks()
     yield forks
     forks.stop()
+
+
+@pytest.fixture(scope="session")
+def place(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Clean runs, made once."""
+    place = Place(forks, tmp_path_factory.mktemp("runs"))
+    for outcome in place.clean.values():
+        assert outcome.status == 0, outcome.printed
+    return place

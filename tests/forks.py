@@ -69,10 +69,10 @@ class Forks:
         """Wait for a run that was started."""
         pid, log = started
         status = self._ask({"wait": pid})
-        assert status is not None, f"hangs: {log.with_suffix('.out').read_text()}"
-        log_text = log.with_suffix(".operations")
-        operations = log_text.read_text().splitlines() if log_text.exists() else []
-        return Outcome(status, log.with_suffix(".out").read_text(), operations)
+        assert status is not None, f"hangs: {Path(f'{log}.out').read_text()}"
+        counted = Path(f"{log}.operations")
+        operations = counted.read_text().splitlines() if counted.exists() else []
+        return Outcome(status, Path(f"{log}.out").read_text(), operations)
 
     def stop(self) -> None:
         assert self.process.stdin is not None
@@ -106,7 +106,7 @@ def _fork(job: dict[str, Any]) -> int:
         os.setsid()
         code = 1
         try:
-            with _output_to(Path(job["log"]).with_suffix(".out")):
+            with _output_to(Path(f"{job['log']}.out")):
                 faulthandler.dump_traceback_later(HANGS - 30)
                 code = _run(job)
         finally:
@@ -127,13 +127,16 @@ def _wait(pid: int) -> int | None:
 
 
 def _run(job: dict[str, Any]) -> int:
+    from lightning_utilities.core import rank_zero
+
     from metilr.cli import run_command, run_main
     from tests.faults import Operations
 
     os.chdir(job["cwd"])
     os.environ.update(job["env"])
+    rank_zero.rank_zero_only.rank = int(os.environ.get("RANK", 0))  # Lightning has read it before the fork
     if job["fault"]:
-        log = Path(job["log"]).with_suffix(".operations")
+        log = Path(f"{job['log']}.operations")
         Operations(Path(job["cwd"]).parent, log, **job["fault"]).install()
     try:
         exec(job["setup"], {})
@@ -152,7 +155,7 @@ def _run(job: dict[str, Any]) -> int:
 
 @contextlib.contextmanager
 def _output_to(file: Path) -> Iterator[None]:
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     with os.fdopen(0, closefd=False):

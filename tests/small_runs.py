@@ -1,0 +1,100 @@
+"""Small runs of both commands, clean ones to compare with, and what it means to be the same."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.forks import Forks, Outcome
+from tests.museum import write_museum
+
+EVALUATE = [
+    "evaluate", "--backbone", "timm/test_resnet", "--weights", "random", "--accelerator", "cpu", "--num_workers", 0,
+    "--batch_size", 4, "--scales", 1, "--store", "store", "--output", "out", "--report", "false", "--wandb", "off",
+]  # fmt: skip
+TRAIN = [
+    "train", "--model.backbone", "timm/test_resnet", "--model.weights", "random", "--model.projector_dim", 4,
+    "--data.pairing", "syn+neg", "--data.first_view", "RandomCrop", "--data.first_view.size", 32,
+    "--data.second_view", "RandomCrop", "--data.second_view.size", 32, "--data.batch_pairs", 8,
+    "--data.num_workers", 0, "--trainer.accelerator", "cpu", "--trainer.precision", 32, "--trainer.max_epochs", 2,
+    "--trainer.enable_progress_bar", "false", "--validate_first", "false", "--wandb", "off", "--output", "out",
+]  # fmt: skip
+
+
+class Place:
+    """A museum, and clean runs in it to compare with."""
+
+    def __init__(self, forks: Forks, folder: Path) -> None:
+        self.forks, self.folder = forks, folder
+        museum = write_museum(folder / "museum")
+        self.commands: dict[str, Sequence[object]] = {
+            "evaluate": [*EVALUATE, "--root", museum], "train": [*TRAIN, "--data.root", museum],
+        }  # fmt: skip
+        self.clean = {name: self.run(name, f"clean_{name}", at=None) for name in self.commands}
+
+    def run(self, name: str, folder: str, **fault: Any) -> Outcome:
+        fault = {"fault": "kill", **fault} if fault else {}
+        return self.forks.run(self.folder / folder, self.commands[name], **fault)
+
+
+def assert_same_evaluation(found: Path, clean: Path) -> None:
+    assert_same_store(found / "store", clean / "store")
+    for file in ("predictions/val.csv", "predictions/test.csv", "config.yaml"):
+        assert (found / "out" / file).read_text() == (clean / "out" / file).read_text().replace(str(clean), str(found))
+    results = [json.loads((folder / "out/results.json").read_text()) for folder in (found, clean)]
+    for part in ("val", "test", "knn", "whitening", "data"):
+        assert results[0][part] == results[1][part]
+    assert no_leftovers(found)
+
+
+def assert_same_store(found: Path, clean: Path) -> None:
+    files = sorted(file.name for file in clean.iterdir() if file.name != ".lock")
+    assert sorted(file.name for file in found.iterdir() if file.name != ".lock") == files
+    for file in files:
+        assert (found / file).read_bytes() == (clean / file).read_bytes(), file
+
+
+def assert_same_training(found: Path, clean: Path) -> None:
+    for file in ("last.ckpt", "best.ckpt"):
+        ours, theirs = (torch.load(folder / file, weights_only=True) for folder in (found, clean))
+        assert (ours["epoch"], ours["global_step"]) == (theirs["epoch"], theirs["global_step"])
+        assert_close(ours["state_dict"], theirs["state_dict"])
+        assert_close(ours["optimizer_states"], theirs["optimizer_states"])
+    assert losses(found) == pytest.approx(losses(clean), abs=1e-6)
+    assert_same_store(found / "descriptors", clean / "descriptors")
+    assert (found / "config.yaml").read_bytes() == (clean / "config.yaml").read_bytes()
+    assert no_leftovers(found)
+
+
+def assert_close(ours: Any, theirs: Any) -> None:
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        ours, theirs = list(ours.values()), list(theirs.values())
+    if isinstance(theirs, list):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert_close(a, b)
+    elif isinstance(theirs, torch.Tensor):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    else:
+        assert ours == theirs
+
+
+def losses(folder: Path) -> dict[str, float]:
+    """Loss by step; of a step that was taken again the later one."""
+    found = {}
+    for file in sorted(folder.glob("csv*/metrics.csv"), key=lambda file: (len(file.parent.name), file)):
+        with file.open(newline="") as stream:
+            found.update({row["step"]: float(row["train/loss"]) for row in csv.DictReader(stream) if row["train/loss"]})
+    assert found and all(np.isfinite(list(found.values())))
+    return found
+
+
+def no_leftovers(folder: Path) -> bool:
+    """Whether no temporary file is left."""
+    return not [file for file in folder.rglob(".*") if file.name != ".lock"]

@@ -1,0 +1,189 @@
+"""Disks and processes that fail in the middle of a run: one line that says so, and going on as if nothing had been."""
+
+import random
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.small_runs import assert_same_evaluation, assert_same_training
+
+ERRORS = ("EIO", "ENOSPC", "ESTALE")
+KINDS = {"evaluate": ("row", "fsync", "allocate", "rename", "open"), "train": ("row", "fsync", "save", "rmdir", "open")}
+
+
+def same(place, name: str, folder: Path) -> None:
+    if name == "evaluate":
+        assert_same_evaluation(folder, place.folder / "clean_evaluate")
+    else:
+        assert_same_training(folder / "out", place.folder / "clean_train/out")
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in KINDS.items() for kind in kinds])
+def test_a_disk_that_fails_once_or_from_then_on(place, name, kind):
+    rng = random.Random(kind + name)
+    folders = (" out", " csv", " store")  # flushing these is tried, not required
+    numbers = [
+        i for i, line in enumerate(place.clean[name].operations)
+        if line.startswith(f"{kind} ") and not line.endswith(folders)
+    ]  # fmt: skip
+    fault = {"at": rng.choice(numbers), "fault": rng.choice(ERRORS), "lasting": rng.random() < 0.5}
+    failed = place.run(name, "failed", **fault)
+    assert failed.error.startswith(f"{name}.py: error: "), fault  # one line, no traceback
+    again = place.run(name, "failed")
+    assert again.status == 0, again.printed
+    same(place, name, place.folder / "failed")
+
+
+def test_a_flush_that_fails_is_one_error(place):
+    """The rows' files are closed on the way out as well, where the error must not be met again."""
+    operations = place.clean["evaluate"].operations
+    at = max(i for i, line in enumerate(operations) if line == "fsync val.npy")
+    failed = place.run("evaluate", "failed", at=at, fault="EIO")
+    assert "store/val.npy: Input/output error; finished work is kept" in failed.error
+    shutil.rmtree(place.folder / "failed")
+
+
+@pytest.mark.parametrize(("code", "advice"), [("ESTALE", "mend that and run"), ("ENOENT", "delete store")])
+def test_a_store_on_a_disk_that_is_gone_is_not_to_be_deleted(place, code, advice):
+    operations = place.clean["evaluate"].operations
+    at = max(i for i, line in enumerate(operations) if line == "open database.npy")
+    message = place.run("evaluate", "gone", at=at, fault=code).error
+    assert "store/database.npy: cannot be read" in message and advice in message
+    shutil.rmtree(place.folder / "gone")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small disk is not permitted here ({mounted.stderr.decode().strip()})")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_with_a_little_more_room_each_time(place, small_disk):
+    """The disk ends in the middle of one file after another; what is done stays, and in the end all is there."""
+    run, said = small_disk / "run", []
+    for _ in range(12):
+        outcome = place.forks.run(run, place.commands["evaluate"])
+        if outcome.status == 0:
+            break
+        assert "No space left on device" in outcome.error
+        assert not (run / "out/results.json").exists()
+        said.append(outcome.error)
+        leave_free(small_disk, 4 + 4 * len(said))
+    assert outcome.status == 0 and len(set(said)) > 2, said
+    assert any("cannot reserve" in line for line in said) and "store" not in said[-1]
+    same(place, "evaluate", run)
+
+
+def leave_free(disk: Path, kilobytes: int) -> None:
+    usage = shutil.disk_usage(disk)
+    size = f"size={usage.used // 1024 + kilobytes}k"
+    subprocess.run(["mount", "-o", f"remount,{size}", disk], check=True)
+
+
+WORKER_DIES = """
+import os, signal
+from torch.utils.data import get_worker_info
+from metilr.data import images, pair_dataset
+load = images.load_image
+
+def die(path, *arguments):
+    if get_worker_info() is not None and {where}:
+        {how}
+    return load(path, *arguments)
+
+images.load_image = pair_dataset.load_image = die
+"""
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.parametrize("how", [KILLED, "raise OSError(5, 'Input/output error', str(path))"])
+@pytest.mark.parametrize(
+    ("name", "where", "option"),
+    [
+        ("evaluate", '"val" in path.name', "--num_workers"),
+        ("train", '"val" in path.name', "--data.num_workers"),  # while it describes
+        ("train", "not arguments", "--data.num_workers"),  # while it trains
+    ],
+)
+def test_a_decoding_process_that_fails(place, name, where, option, how):
+    command = [*place.commands[name], option, 1]
+    failed = place.forks.run(place.folder / "failed", command, setup=WORKER_DIES.format(where=where, how=how))
+    if how == KILLED:
+        assert "a decoding process" in failed.error and option in failed.error
+    else:
+        assert ".jpg" in failed.error and "Input/output error" in failed.error
+    assert "continue" in failed.error
+    shutil.rmtree(place.folder / "failed")
+
+
+RANK_DIES = """
+import os, signal
+import metilr.extraction as extraction
+from metilr.callbacks import DescriptorWriter
+from pytorch_lightning.strategies import DDPStrategy
+extraction._strategy = lambda options: DDPStrategy(start_method="fork", timeout=extraction.PLAN_TIMEOUT)
+write = DescriptorWriter.write_on_batch_end
+
+def die(self, trainer, *arguments):
+    if trainer.global_rank == {rank}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, trainer, *arguments)
+
+DescriptorWriter.write_on_batch_end = die
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_two_describing_processes_is_killed(place, rank):
+    command = [*place.commands["evaluate"], "--devices", 2]
+    failed = place.forks.run(place.folder / "failed", command, setup=RANK_DIES.format(rank=rank))
+    assert "a process of this run was ended from outside" in failed.error
+    again = place.run("evaluate", "failed")
+    assert again.status == 0, again.printed
+    shutil.rmtree(place.folder / "failed")
+
+
+DIES_IN_ITS_SECOND_STEP = """
+import os, signal
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+steps = []
+
+def die(*_):
+    steps.append(1)
+    if len(steps) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+register_optimizer_step_pre_hook(die)
+"""
+
+
+def test_one_of_two_training_processes_is_killed(place):
+    """As torchrun starts them; the second one dies in its second step."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    folder = place.folder / "failed"
+    command = [*place.commands["train"], "--trainer.devices", 2]
+    started = []
+    for rank in (0, 1):
+        launched = {
+            "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test",
+        }  # fmt: skip
+        setup = DIES_IN_ITS_SECOND_STEP if rank else ""
+        env = {key: str(value) for key, value in launched.items()}
+        started.append(place.forks.start(folder, command, setup, env=env))
+    first, second = (place.forks.wait(one) for one in started)
+    assert second.status == -signal.SIGKILL, second.printed
+    assert "a process of this run was ended from outside" in first.error
+    shutil.rmtree(folder)
