@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +27,7 @@ SUBCOMMANDS = {
     "index": "metilr.index:index",
     "serve": "metilr.serve.app:serve",
     "compare": "metilr.compare:compare",
+    "rerun": "metilr.rerun:rerun",
     "sweep": "metilr.sweep:sweep",
     "describe": "metilr.describe:describe",
     "download": "metilr.download:download",
@@ -130,6 +131,17 @@ def parse_options(
     options = parser.parse_args(args).as_dict()
     options.pop("config", None)
     return options
+
+
+def options_of(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Read recorded options into the arguments that a command's function is called with, defaults included.
+
+    Raises:
+        UserError: If the command has no such option, or not with such a value.
+    """
+    read: dict[str, Any] = _parser(function).parse_object(dict(options)).as_dict()
+    read.pop("config", None)
+    return read
 
 
 def check_config(parser: ArgumentParser, file: str) -> None:
