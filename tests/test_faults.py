@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_runs import assert_same_evaluation, assert_same_training
+from tests.small_runs import assert_same_evaluation, assert_same_store, assert_same_training
 
 ERRORS = ("EIO", "ENOSPC", "ESTALE")
 KINDS = {"evaluate": ("row", "fsync", "allocate", "rename", "open"), "train": ("row", "fsync", "save", "rmdir", "open")}
@@ -56,6 +56,35 @@ def test_a_store_on_a_disk_that_is_gone_is_not_to_be_deleted(place, code, advice
     message = place.run("evaluate", "gone", at=at, fault=code).error
     assert "store/database.npy: cannot be read" in message and advice in message
     shutil.rmtree(place.folder / "gone")
+
+
+VANISHES = """
+from pathlib import Path
+from metilr.data import images
+load, loaded = images.{function}, []
+
+def vanish(path, *arguments):
+    loaded.append(path)
+    if len(loaded) == 6:
+        Path("museum/images").rename("museum/gone")
+    return load(path, *arguments)
+
+images.{function} = vanish
+"""
+
+
+@pytest.mark.parametrize("function", ["load_image", "image_shape"])
+def test_a_disk_of_images_that_goes_is_no_reason_to_leave_them_out(place, function):
+    folder = place.folder / "vanishing"
+    shutil.copytree(place.folder / "museum", folder / "museum")
+    command = [*place.commands["evaluate"], "--root", "museum", "--bad_images", "skip"]
+    gone = place.forks.run(folder, command, VANISHES.format(function=function))
+    assert ".jpg: has vanished during the run" in gone.error
+    assert "museum/images: not one of the images is there" in place.forks.run(folder, command).error
+    (folder / "museum/gone").rename(folder / "museum/images")
+    assert place.forks.run(folder, command).status == 0
+    assert_same_store(folder / "store", place.folder / "clean_evaluate/store")
+    shutil.rmtree(folder)
 
 
 @pytest.fixture
