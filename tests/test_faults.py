@@ -1,10 +1,12 @@
 """Disks and processes that fail in the middle of a run: one line that says so, and going on as if nothing had been."""
 
+import os
 import random
 import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -181,6 +183,33 @@ def test_one_of_two_describing_processes_is_killed(place, rank):
     again = place.run("evaluate", "failed")
     assert again.status == 0, again.printed
     shutil.rmtree(place.folder / "failed")
+
+
+WAITS_FOR_EVER = RANK_DIES.replace(
+    "os.kill(os.getpid(), signal.SIGKILL)",
+    """
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a collective, which no signal reaches
+        open("pid", "w").write(str(os.getpid()))
+        import time
+        time.sleep(600)
+""",
+)
+
+
+def test_a_describing_process_does_not_outlive_its_command(place):
+    folder = place.folder / "failed"
+    command = [*place.commands["evaluate"], "--devices", 2]
+    started = place.forks.start(folder, command, WAITS_FOR_EVER.format(rank=1))
+    while not (folder / "pid").exists() or not (folder / "pid").read_text():
+        time.sleep(0.01)
+    status = Path(f"/proc/{(folder / 'pid').read_text()}/status")
+    os.kill(started[0], signal.SIGKILL)
+    assert place.forks.wait(started).status == -signal.SIGKILL
+    end = time.monotonic() + 60
+    while status.exists() and "zombie" not in status.read_text():
+        assert time.monotonic() < end, "it lives on"
+        time.sleep(0.05)
+    shutil.rmtree(folder)
 
 
 DIES_IN_ITS_SECOND_STEP = """
