@@ -44,7 +44,7 @@ def write_rows(writer: RowWriter, data: ImageDataModule, batch: ImageBatch, desc
     for row, reason in batch.bad:  # after the good ones, so that stopping loses nothing
         if data.bad_images == "stop":
             raise BadImageError(reason)
-        writer.mark_bad(*data.rows.locate(row), int(data.sizes[row]))
+        data.mark_bad(writer, row)
 
 
 class DescriptorWriter(BasePredictionWriter):

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +28,7 @@ SUBCOMMANDS = {
     "index": "metilr.index:index",
     "serve": "metilr.serve.app:serve",
     "compare": "metilr.compare:compare",
+    "rerun": "metilr.rerun:rerun",
     "sweep": "metilr.sweep:sweep",
     "describe": "metilr.describe:describe",
     "download": "metilr.download:download",
@@ -134,6 +135,17 @@ def parse_options(
         if name in options and options[name] is None and type(None) not in typing.get_args(kind):
             raise UserError(f"--{name} null: expected {_readable_type(str(kind))}; leave it out for the default")
     return options
+
+
+def options_of(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Read recorded options into the arguments that a command's function is called with, defaults included.
+
+    Raises:
+        UserError: If the command has no such option, or not with such a value.
+    """
+    read: dict[str, Any] = _parser(function).parse_object(dict(options)).as_dict()
+    read.pop("config", None)
+    return read
 
 
 def check_config(parser: ArgumentParser, file: str) -> None:

@@ -260,6 +260,7 @@ def evaluate(
             ground_truth,
             recognition,
             opened,
+            options=arguments,
             synthetic=synthetic,
             search_device=search_device,
             method=method,

@@ -23,7 +23,7 @@ from typing_extensions import override
 from metilr.callbacks import DescriptorWriter, ExactFloat32, ImageProgress
 from metilr.data.datamodule import BadImages, ImageDataModule
 from metilr.data.dataset import ImageBatch
-from metilr.data.ground_truth import GroundTruth, image_sizes, require_images
+from metilr.data.ground_truth import GroundTruth, image_sizes, require_images, require_some_images
 from metilr.data.images import Images, images_of
 from metilr.data.views import View
 from metilr.data.workers import default_workers
@@ -185,8 +185,7 @@ def describe_images(
     """
     settings = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
     sizes = image_sizes(ground_truth)
-    if options.bad_images == "stop":
-        require_images(ground_truth, sizes)
+    (require_images if options.bad_images == "stop" else require_some_images)(ground_truth, sizes)
     if path is None:
         path = STORES / f"{embedder.backbone.name.replace('/', '_')}-{settings_fingerprint(settings)}"
     store = DescriptorStore(path)

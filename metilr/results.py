@@ -33,8 +33,10 @@ from metilr.sources import Descriptors
 from metilr.versions import library_versions
 from metilr.whitening import LearnedWhitening
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_SCHEMAS = (1, 2)  # 1 does not hold the options: it can be compared, but not repeated
 RUNS = Path("runs")
+FILES_OR_WORDS = ("weights", "whitening")  # options that are a file's path, or a word such as "random" or "pca"
 CHECK_COLUMNS = ("inliers", "inlier_lead")  # after the others, where geometry was checked
 _WHITENING_SOURCES = {"pca": "learned on the database", "learned": "learned from pairs"}
 PREDICTION_COLUMNS = (
@@ -109,6 +111,7 @@ def results_of(
     recognition: Recognition,
     opened: Descriptors,
     *,
+    options: Mapping[str, Any],
     synthetic: bool,
     search_device: str,
     method: Method,
@@ -125,6 +128,7 @@ def results_of(
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": _command(),
         "directory": str(Path.cwd()),
+        "options": plain_options(options),
         "seconds": round(seconds, 1),
         "peak_memory_gb": peak_memory_gb(),
         "notes": notes,
@@ -321,7 +325,9 @@ def _write_predictions(
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """All options but the output folder, as what YAML and JSON can say."""
-    return {key: _plain(value) for key, value in options.items() if key != "output"}
+    plain = {key: _plain(value) for key, value in options.items() if key != "output"}
+    files = {key for key in FILES_OR_WORDS if isinstance(plain.get(key), str) and Path(plain[key]).is_file()}
+    return {key: str(Path(value).absolute()) if key in files else value for key, value in plain.items()}
 
 
 def make_new_folder(parent: Path, name: str) -> Path:

@@ -12,7 +12,7 @@ import numpy as np
 from metilr.data.ground_truth import QUERY_FILES
 from metilr.errors import UserError, one_line
 from metilr.metrics import DISTRACTOR
-from metilr.results import PREDICTION_COLUMNS, SCHEMA_VERSION
+from metilr.results import PREDICTION_COLUMNS, READABLE_SCHEMAS
 from metilr.yaml_files import read_yaml
 
 
@@ -70,13 +70,14 @@ def read_run(path: Path) -> Run:
 
 
 def read_results(path: Path) -> Mapping[str, Any]:
-    """Read ``results.json`` of a run's folder.
+    """Read ``results.json``, the file itself or that of a run's folder.
 
     Raises:
         UserError: If it is missing, malformed, or of another schema.
     """
-    file = Path(path) / "results.json"
-    if not Path(path).is_dir():
+    path = Path(path)
+    file = path if path.is_file() else path / "results.json"
+    if not path.exists():
         raise UserError(f"{path}: not a finished evaluation (no such folder)")
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
@@ -84,8 +85,8 @@ def read_results(path: Path) -> Mapping[str, Any]:
         raise UserError(f"{path}: not a finished evaluation (it has no results.json)") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({type(error).__name__}); run the evaluation again") from None
-    if not isinstance(results, dict) or results.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(f"{file}: not of schema {SCHEMA_VERSION}; run the evaluation again")
+    if not isinstance(results, dict) or results.get("schema_version") not in READABLE_SCHEMAS:
+        raise UserError(f"{file}: not of schema {' or '.join(map(str, READABLE_SCHEMAS))}; run the evaluation again")
     missing = {"data", "model", "knn", *QUERY_FILES} - results.keys()
     figures = {"gap", "gap_minus", "acc", "n_queries", "n_met"}
     parts = {name: part if isinstance(part, dict) else {} for name, part in results.items()}

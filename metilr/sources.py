@@ -1,5 +1,6 @@
 """Descriptors as the cheap half reads them: from one or several stores or pickles, side by side, with their views."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,11 @@ def _open_store(path: Path, ground_truth: GroundTruth, views: Sequence[View]) ->
         matrices.update(rows)
         made.update({split: of_view.made(split) for split in view.of})
     parts = {split: [matrix] for split, matrix in matrices.items()}
-    origin = {"store": str(path), **manifest["settings"], "made_with": manifest.get("made_with", [])}
+    files = [store.files(split).tobytes() for split in ground_truth.paths]
+    origin = {
+        "store": str(path), **manifest["settings"], "made_with": manifest.get("made_with", []),
+        "image_files": hashlib.sha256(b"".join(files)).hexdigest(),  # of their sizes: images exchanged for others show
+    }  # fmt: skip
     if made_of_views:
         origin["views"] = made_of_views
     return Descriptors(parts, made, [origin])

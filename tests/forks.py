@@ -92,12 +92,17 @@ def _serve() -> None:
     from metilr import evaluation, train_command  # noqa: F401
     from tests import faults  # noqa: F401
 
+    groups: set[Any] = set()
     gc.collect()
     gc.freeze()  # or each fork's collector would copy all of it
     for line in sys.stdin:
         job = json.loads(line)
         answer = _wait(job["wait"]) if "wait" in job else _fork(job)
+        groups |= set() if "wait" in job else {answer}
         print(json.dumps(answer), flush=True)
+    for group in groups:  # whatever a failed test has left at work
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
 
 
 def _fork(job: dict[str, Any]) -> int:

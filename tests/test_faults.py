@@ -1,16 +1,18 @@
 """Disks and processes that fail in the middle of a run: one line that says so, and going on as if nothing had been."""
 
+import os
 import random
 import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.small_runs import assert_same_evaluation, assert_same_training
+from tests.small_runs import assert_same_evaluation, assert_same_store, assert_same_training
 
 ERRORS = ("EIO", "ENOSPC", "ESTALE")
 KINDS = {"evaluate": ("row", "fsync", "allocate", "rename", "open"), "train": ("row", "fsync", "save", "rmdir", "open")}
@@ -56,6 +58,35 @@ def test_a_store_on_a_disk_that_is_gone_is_not_to_be_deleted(place, code, advice
     message = place.run("evaluate", "gone", at=at, fault=code).error
     assert "store/database.npy: cannot be read" in message and advice in message
     shutil.rmtree(place.folder / "gone")
+
+
+VANISHES = """
+from pathlib import Path
+from metilr.data import images
+load, loaded = images.{function}, []
+
+def vanish(path, *arguments):
+    loaded.append(path)
+    if len(loaded) == 6:
+        Path("museum/images").rename("museum/gone")
+    return load(path, *arguments)
+
+images.{function} = vanish
+"""
+
+
+@pytest.mark.parametrize("function", ["load_image", "image_shape"])
+def test_a_disk_of_images_that_goes_is_no_reason_to_leave_them_out(place, function):
+    folder = place.folder / "vanishing"
+    shutil.copytree(place.folder / "museum", folder / "museum")
+    command = [*place.commands["evaluate"], "--root", "museum", "--bad_images", "skip"]
+    gone = place.forks.run(folder, command, VANISHES.format(function=function))
+    assert ".jpg: has vanished during the run" in gone.error
+    assert "museum/images: not one of the images is there" in place.forks.run(folder, command).error
+    (folder / "museum/gone").rename(folder / "museum/images")
+    assert place.forks.run(folder, command).status == 0
+    assert_same_store(folder / "store", place.folder / "clean_evaluate/store")
+    shutil.rmtree(folder)
 
 
 @pytest.fixture
@@ -112,7 +143,8 @@ KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
     ("name", "where", "option"),
     [
         ("evaluate", '"val" in path.name', "--num_workers"),
-        ("train", '"val" in path.name', "--data.num_workers"),
+        ("train", '"val" in path.name', "--data.num_workers"),  # while it describes
+        ("train", "not arguments", "--data.num_workers"),  # while it trains
     ],
 )
 def test_a_decoding_process_that_fails(place, name, where, option, how):
@@ -151,6 +183,33 @@ def test_one_of_two_describing_processes_is_killed(place, rank):
     again = place.run("evaluate", "failed")
     assert again.status == 0, again.printed
     shutil.rmtree(place.folder / "failed")
+
+
+WAITS_FOR_EVER = RANK_DIES.replace(
+    "os.kill(os.getpid(), signal.SIGKILL)",
+    """
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a collective, which no signal reaches
+        open("pid", "w").write(str(os.getpid()))
+        import time
+        time.sleep(600)
+""",
+)
+
+
+def test_a_describing_process_does_not_outlive_its_command(place):
+    folder = place.folder / "failed"
+    command = [*place.commands["evaluate"], "--devices", 2]
+    started = place.forks.start(folder, command, WAITS_FOR_EVER.format(rank=1))
+    while not (folder / "pid").exists() or not (folder / "pid").read_text():
+        time.sleep(0.01)
+    status = Path(f"/proc/{(folder / 'pid').read_text()}/status")
+    os.kill(started[0], signal.SIGKILL)
+    assert place.forks.wait(started).status == -signal.SIGKILL
+    end = time.monotonic() + 60
+    while status.exists() and "zombie" not in status.read_text():
+        assert time.monotonic() < end, "it lives on"
+        time.sleep(0.05)
+    shutil.rmtree(folder)
 
 
 DIES_IN_ITS_SECOND_STEP = """

@@ -164,3 +164,19 @@ def test_what_a_killed_run_held_is_free_at_once(place):
     assert again.status == 0, again.printed
     assert_same_evaluation(folder, place.folder / "clean_evaluate")
     shutil.rmtree(folder)
+
+
+def test_trainings_that_want_one_cache_of_views(place):
+    folder = place.folder / "two"
+    frozen = ["--model.freeze_backbone", "true", "--data.n_views", 1, "--data.cache_views", "true"]
+    command = [*place.commands["train"], *frozen, "--trainer.max_epochs", 1]
+    made = place.forks.run(folder, command)
+    assert made.status == 0, made.printed
+    store = next((folder / "runs/views").iterdir())
+    with lock(store):
+        assert place.forks.run(folder, [*command, "--output", "finished"]).status == 0  # nothing is to be made
+        manifest = (store / "manifest.json").read_text()
+        (store / "manifest.json").write_text(manifest.replace('"complete": true', '"complete": false'))
+        second = place.forks.run(folder, [*command, "--output", "unfinished"])
+    assert f"runs/views/{store.name}: another run is at work there" in second.error
+    shutil.rmtree(folder)

@@ -65,7 +65,7 @@ def results(recognition, origins=None, notes=(), synthetic=False):
     }  # fmt: skip
     opened = Descriptors({"database": [np.zeros((2, 3))]}, {}, origins or [origin])
     return results_of(
-        TRUTH, recognition, opened, synthetic=synthetic, search_device="cpu", method=Method(), check=None,
+        TRUTH, recognition, opened, options={}, synthetic=synthetic, search_device="cpu", method=Method(), check=None,
         skipped_images=[{"split": "test", "path": "t/3.jpg", "reason": "broken"}], notes=list(notes), seconds=1.25,
     )  # fmt: skip
 

@@ -15,7 +15,8 @@ from metilr.data.dataset import BatchDataset, ImageBatch, PlannedBatch
 from metilr.data.images import ImageRows, Images
 from metilr.data.transforms import BadImageError
 from metilr.data.workers import leave_signals_to_the_parent
-from metilr.descriptors import DescriptorStore
+from metilr.descriptors import DescriptorStore, RowWriter
+from metilr.errors import UserError
 from metilr.profiling import StageTimes
 from metilr.progress import tracked
 
@@ -71,6 +72,19 @@ class ImageDataModule(LightningDataModule):
         ]
         return np.flatnonzero(np.concatenate(pending))
 
+    def mark_bad(self, writer: RowWriter, row: int) -> None:
+        """Note that a row's image cannot be decoded and is left out.
+
+        Raises:
+            UserError: If it was there when the run began: then a disk has gone, which is no reason to leave images out.
+        """
+        if self.sizes[row] and not self.rows.file(row).exists():
+            raise UserError(
+                f"{self.rows.file(row)}: has vanished during the run; is its disk still there? Finished work is kept, "
+                "run the same command to continue"
+            )
+        writer.mark_bad(*self.rows.locate(row), int(self.sizes[row]))
+
     @override
     def setup(self, stage: str) -> None:
         assert self.trainer is not None
@@ -123,7 +137,7 @@ class ImageDataModule(LightningDataModule):
                         pool.shutdown(cancel_futures=True)
                         raise shape
                     else:
-                        writer.mark_bad(*self.rows.locate(int(rows[i])), int(self.sizes[rows[i]]))
+                        self.mark_bad(writer, int(rows[i]))
         finally:
             writer.close()
         return shapes, shapes[:, 0] > 0

@@ -171,6 +171,17 @@ def require_images(ground_truth: GroundTruth, sizes: Mapping[str, np.ndarray]) -
     )
 
 
+def require_some_images(ground_truth: GroundTruth, sizes: Mapping[str, np.ndarray]) -> None:
+    """Refuse a data root without any image: its disk is not there, which is no reason to leave all images out.
+
+    Raises:
+        UserError: If every file is missing or empty by ``sizes`` (from ``image_sizes``).
+    """
+    if not any(of_split.any() for of_split in sizes.values()):
+        folder = ground_truth.root / ground_truth.folder
+        raise UserError(f"{folder}: not one of the images is there; is the disk mounted?")
+
+
 def _read_entries(file: Path) -> tuple[list[Any], str]:
     try:
         content = file.read_bytes()

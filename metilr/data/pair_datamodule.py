@@ -16,7 +16,14 @@ from metilr.current import CurrentDescriptors
 from metilr.data.augmentations import Augmentation, RandomCrop, SimulatedVisit
 from metilr.data.datamodule import BadImages
 from metilr.data.demo import make_demo
-from metilr.data.ground_truth import DatabaseName, GroundTruth, image_sizes, load_ground_truth, require_images
+from metilr.data.ground_truth import (
+    DatabaseName,
+    GroundTruth,
+    image_sizes,
+    load_ground_truth,
+    require_images,
+    require_some_images,
+)
 from metilr.data.image_limits import MAX_MEGAPIXELS, limit_images
 from metilr.data.pair_dataset import CachedPairDataset, PairBatch, PairDataset, ViewMaker
 from metilr.data.pairs import Pairing, Pairs, deal_batches, draw_pairs, needs_descriptors
@@ -116,8 +123,7 @@ class PairDataModule(LightningDataModule):
         root = RUNS / "demo" if self.root is None else self.root
         truth = load_ground_truth(root, self.database, queries=("val",))
         sizes = image_sizes(truth)
-        if self.bad_images == "stop":
-            require_images(truth, sizes)
+        (require_images if self.bad_images == "stop" else require_some_images)(truth, sizes)
         if needs_descriptors(self.pairing) and truth.n_classes < 2:
             raise UserError(
                 f"--data.pairing {self.pairing}: negatives need at least two exhibits, {root} has one; use syn"

@@ -17,7 +17,14 @@ QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 # Formats whose header tells the size of what is decoded. Pillow turns TIFF itself, and an ICO holds several sizes.
 HEADER_TELLS_SIZE = ("JPEG", "MPO", "PNG", "WEBP")
 
-FAILING_MACHINE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+FAILING_MACHINE = tuple(
+    getattr(errno, name)
+    for name in (
+        "EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "ENODEV", "ENXIO",
+        "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "EREMOTEIO",  # of network disks
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
 
 
 class BadImageError(UserError):

@@ -1,0 +1,178 @@
+"""``metilr rerun results.json``: an evaluation once more, and whether its figures come out again."""
+
+import json
+import math
+import shutil
+import sys
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from metilr.cli import options_of
+from metilr.data.ground_truth import QUERY_FILES
+from metilr.descriptors import differing_settings
+from metilr.errors import UserError
+from metilr.evaluation import evaluate
+from metilr.extraction import Accelerator
+from metilr.files import write_atomically
+from metilr.results import SCHEMA_VERSION, make_output
+from metilr.runs import read_results
+
+Verdict = Literal["exactly", "within the tolerance", "not"]
+# Of a figure in [0, 1]: 0.1 points, the last digit that is published. Other hardware or versions round descriptors
+# differently by about 1e-6, which can exchange two answers whose confidences are next to equal.
+TOLERANCE = 1e-3
+FIGURES = ("gap", "gap_minus", "acc")
+COUNTS = ("n_queries", "n_met")
+# What may explain a difference; where the descriptors lie is none.
+MADE_BY = ("data", "model", "whitening", "elements", "geometric_check", "search", "versions")
+PLACES = ("store", "made_with", "pickle", "views", "concatenated")
+
+
+def rerun(
+    results: Path,
+    output: Path | None = None,
+    root: Path | None = None,
+    accelerator: Accelerator | None = None,
+    devices: int | Literal["auto"] | None = None,
+    describe_again: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any] | None:
+    """Repeat an evaluation from its results.json alone, and say whether the figures agree; exit status 1 if not.
+
+    Figures agree if each of GAP, GAP⁻ and ACC, on val and on test, is the recorded one within 0.1 points, of the same
+    numbers of queries. Where they are not exactly the same, what else differs is named: data, weights, settings,
+    devices, library versions.
+
+    Args:
+        results: The results.json, or the folder with it.
+        output: Folder for the new results, and for rerun.json with the comparison; without it a dated one under runs/.
+        root: Where the data lies now; without it where it was.
+        accelerator: As in evaluate.py, in place of the recorded one.
+        devices: As in evaluate.py, in place of the recorded number.
+        describe_again: Describe the images again, into OUTPUT/store; without it a finished store is used as it is.
+        quiet: Print tables and paths alone.
+
+    Returns:
+        What rerun.json says; None in the processes of a launcher other than the first.
+
+    Raises:
+        UserError: If the file does not say how to repeat the run, or the run cannot be repeated here.
+    """
+    recorded = read_results(results)
+    recorded_figures(recorded)  # refused now and not after hours
+    options = _options(Path(results), recorded)
+    folder = make_output(output, "rerun")
+    given = {"root": root, "accelerator": accelerator, "devices": devices}
+    options |= {name: value for name, value in given.items() if value is not None}
+    options |= {"output": folder, "quiet": quiet, "wandb": "off"}
+    if describe_again and not options["descriptors"]:
+        options["store"] = folder / "store"
+    try:
+        now = evaluate(**options)
+    except BaseException:
+        if output is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if now is None:
+        return None
+    comparison = compare_results(recorded, now)
+    write_atomically(folder / "rerun.json", json.dumps({"of": str(results), **comparison}, indent=1) + "\n")
+    _print(Console(highlight=False), comparison, folder / "rerun.json")
+    if comparison["agree"] == "not":
+        sys.exit(1)
+    return comparison
+
+
+def compare_results(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Set the figures of two results side by side.
+
+    Returns:
+        ``agree`` (``"exactly"``, ``"within the tolerance"`` or ``"not"``), ``tolerance``, ``figures`` (by split and
+        name the recorded one and the new one), and ``differences``: what differs of what made them, in words.
+
+    Raises:
+        UserError: If a recorded figure is no number.
+    """
+    figures = {
+        split: {name: [value, now[split][name]] for name, value in of_split.items()}
+        for split, of_split in recorded_figures(recorded).items()
+    }
+    pairs = [(name, *pair) for of_split in figures.values() for name, pair in of_split.items()]
+    agree: Verdict = "not"
+    if all(a == b for _, a, b in pairs):
+        agree = "exactly"
+    elif all(abs(a - b) <= (TOLERANCE if name in FIGURES else 0) for name, a, b in pairs):
+        agree = "within the tolerance"
+    differences = [
+        f"{part}: {line}" if part == "versions" else line
+        for part in MADE_BY
+        for line in differing_settings(_of(recorded, part), _of(now, part))
+    ]
+    if recorded["knn"].get("tuned_on"):
+        differences += differing_settings(*({f"tuned {key}": of["knn"].get(key) for key in ("k", "tau")}
+                                            for of in (recorded, now)))  # fmt: skip
+    return {"agree": agree, "tolerance": TOLERANCE, "figures": figures, "differences": differences}
+
+
+def recorded_figures(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The figures to come out again, by split and name.
+
+    Raises:
+        UserError: If one is no number.
+    """
+    figures = {split: {name: results[split][name] for name in (*FIGURES, *COUNTS)} for split in QUERY_FILES}
+    for split, of_split in figures.items():
+        for name, value in of_split.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+                raise UserError(f"results.json: {split}.{name} is no number but {value!r}; evaluate again")
+    return figures
+
+
+def _options(path: Path, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    options = recorded.get("options")
+    if recorded["schema_version"] < SCHEMA_VERSION or not isinstance(options, dict):
+        raise UserError(
+            f"{path}: of schema {recorded['schema_version']}, which does not say how to repeat the run; evaluate again"
+        )
+    try:
+        return options_of(evaluate, options)
+    except UserError as error:
+        raise UserError(f"{path}: its options are not this version's: {error}") from None
+
+
+def _of(results: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """A part of the results without what says only where things lie, with the device of the last session."""
+    content = dict(results.get(part) or {})
+    made_with = typing.cast(list[dict[str, Any]], content.get("made_with") or [])
+    devices = {"device": sorted({str(session.get("device")) for session in made_with})} if made_with else {}
+    return {**{key: value for key, value in content.items() if key not in PLACES}, **devices}
+
+
+def _print(console: Console, comparison: Mapping[str, Any], file: Path) -> None:
+    table = Table(title="recorded and repeated, in percent", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("split", "figure", "recorded", "now", "difference"):
+        table.add_column(column, justify="left" if column in ("split", "figure") else "right", no_wrap=True)
+    names = {"gap": "GAP", "gap_minus": "GAP⁻", "acc": "ACC"}
+    for split, figures in comparison["figures"].items():
+        for name, (before, now) in figures.items():
+            if name in COUNTS and before == now:
+                continue
+            scale, form = (1, ",") if name in COUNTS else (100, ".2f")
+            cells = [format(scale * value, form) for value in (before, now)]
+            table.add_row(split, names.get(name, name), *cells, f"{scale * (now - before):+.3g}")
+    console.print(table)
+    agree = comparison["agree"]
+    limit = f" (of {100 * comparison['tolerance']:g} points)" if agree != "exactly" else ""
+    console.print(f"[bold]the figures agree {agree}[/]{limit}" if agree != "not" else
+                  f"[bold red]the figures do not agree[/] within {100 * comparison['tolerance']:g} points")  # fmt: skip
+    if agree != "exactly":
+        for difference in comparison["differences"] or ["nothing else that is recorded differs"]:
+            console.print(f"  {escape(difference)}", soft_wrap=True)
+    console.print(f"wrote {escape(str(file))}", soft_wrap=True)
