@@ -69,7 +69,7 @@ def vanish(path, *arguments):
     loaded.append(path)
     if len(loaded) == 6:
         Path("museum/images").rename("museum/gone")
-    return load(path, *arguments)
+    return load(path, *arguments, **options)
 
 images.{function} = vanish
 """
@@ -128,10 +128,10 @@ from torch.utils.data import get_worker_info
 from metilr.data import images, pair_dataset
 load = images.load_image
 
-def die(path, *arguments):
+def die(path, *arguments, **options):
     if get_worker_info() is not None and {where}:
         {how}
-    return load(path, *arguments)
+    return load(path, *arguments, **options)
 
 images.load_image = pair_dataset.load_image = die
 """
