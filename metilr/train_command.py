@@ -286,7 +286,7 @@ def open_run(output: Path | None, options: Mapping[str, Any], held: contextlib.E
         UserError: If the folder cannot be written, or holds a finished run, one of other options, or other files, or
             another run is at work there.
     """
-    if OUTPUT_VARIABLE in os.environ and not is_first_process():
+    if not has_launcher() and not is_first_process():  # started by Lightning in the first one's environment
         output = Path(os.environ[OUTPUT_VARIABLE])
     elif output is None:
         if has_launcher():

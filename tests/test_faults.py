@@ -65,7 +65,7 @@ from pathlib import Path
 from metilr.data import images
 load, loaded = images.{function}, []
 
-def vanish(path, *arguments):
+def vanish(path, *arguments, **options):
     loaded.append(path)
     if len(loaded) == 6:
         Path("museum/images").rename("museum/gone")
