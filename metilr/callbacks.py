@@ -1,6 +1,8 @@
 """Lightning callbacks of the extraction: rows to the store, progress to the terminal."""
 
 import signal
+from collections import deque
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -52,12 +54,15 @@ class DescriptorWriter(BasePredictionWriter):
 
     Args:
         data: Knows the store, the rows and what to do with a bad image.
+        n_streams: Batches that are described side by side; beyond 1, predictions are futures of descriptors.
     """
 
-    def __init__(self, data: ImageDataModule) -> None:
+    def __init__(self, data: ImageDataModule, n_streams: int = 1) -> None:
         super().__init__(write_interval="batch")
         self.data = data
+        self.n_streams = n_streams
         self.writer: RowWriter | None = None
+        self.unwritten: deque[tuple[ImageBatch, Future[Tensor]]] = deque()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -75,19 +80,34 @@ class DescriptorWriter(BasePredictionWriter):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        prediction: Tensor,
+        prediction: Tensor | Future[Tensor],
         batch_indices: Any,  # Lightning's count of arrivals; the batch carries the rows
         batch: ImageBatch,
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
+        if isinstance(prediction, Tensor):
+            self._write(batch, prediction)
+            return
+        self.unwritten.append((batch, prediction))
+        self._write_all_but(self.n_streams)  # one more than are described waits its turn
+
+    def _write_all_but(self, n: int) -> None:
+        while len(self.unwritten) > n:
+            batch, future = self.unwritten.popleft()
+            with self.data.times.measured("network"):
+                descriptors = future.result()
+            self._write(batch, descriptors)
+
+    def _write(self, batch: ImageBatch, descriptors: Tensor) -> None:
         assert self.writer is not None
         with self.data.times.measured("write"):
-            write_rows(self.writer, self.data, batch, prediction)
+            write_rows(self.writer, self.data, batch, descriptors)
         self.data.times.count(len(batch.rows), batch.decode_seconds)
 
     @override
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write_all_but(0)
         self._close()
         if self.data.times.is_on and trainer.is_global_zero:
             self.data.times.print(Console(highlight=False), self.data.num_workers, trainer.world_size)

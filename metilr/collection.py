@@ -100,7 +100,7 @@ class Describer:
             torch.inference_mode(),
             torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "32"),
         ):
-            descriptor = self.module.predict_step(batch, 0).float().cpu().numpy()
+            descriptor = self.module.describe(batch).float().cpu().numpy()
         if not abs(np.linalg.norm(descriptor) - 1) < UNIT_TOLERANCE:  # also true for NaN
             raise BadPhotoError("gives a descriptor that is not finite or all zero; take another photo")
         return descriptor

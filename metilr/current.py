@@ -140,9 +140,9 @@ class CurrentDescriptors:
                 tqdm(total=sum(len(batch.rows) for batch in self._data.plan) // trainer.world_size,
                      desc="describing images", unit="image", leave=False, disable=hidden(trainer)) as bar,
             ):  # fmt: skip
-                for i, batch in enumerate(batches):
+                for batch in batches:
                     on_device = batch._replace(images=batch.images.to(trainer.strategy.root_device))
-                    write_rows(writer, self._data, batch, module.predict_step(on_device, i))
+                    write_rows(writer, self._data, batch, module.describe(on_device))
                     bar.update(len(batch.rows))
         finally:
             writer.close()

@@ -32,13 +32,16 @@ def check_engine(engine: Engine, device: str) -> None:
         ) from None
 
 
-def start_engine(engine: Engine, backbone: Backbone, precision: str) -> Callable[[Tensor], Features] | None:
+def start_engine(
+    engine: Engine, backbone: Backbone, precision: str, n_streams: int = 1
+) -> Callable[[Tensor], Features] | None:
     """Make an engine ready to compute a backbone's features, in this process.
 
     Args:
         engine: Which.
         backbone: In its place on its device, in eval mode.
         precision: ``32`` or ``bf16-mixed``, for OpenVINO; the others take it from autocast.
+        n_streams: Threads that may call the engine at a time, for OpenVINO; the cores are divided among them.
 
     Returns:
         Images to features, for ``Embedder.engine``; None for PyTorch as it is.
@@ -54,4 +57,4 @@ def start_engine(engine: Engine, backbone: Backbone, precision: str) -> Callable
         return compiled
     from metilr.openvino_engine import OpenVINOEngine
 
-    return OpenVINOEngine(backbone, precision)
+    return OpenVINOEngine(backbone, precision, n_streams)

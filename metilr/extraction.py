@@ -5,6 +5,7 @@ import logging
 import signal
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -43,6 +44,7 @@ STORES = Path("runs/descriptors")
 RECIPE = 1  # raise it when the code between image and descriptor changes what a row is
 MANY_IMAGES = 1000  # from here on a hint at a faster way is worth a line
 FASTER_ON_CPU = "(on a CPU, --engine openvino describes convolutional networks some times as fast)"
+MAX_STREAMS = 4  # of OpenVINO; each holds activations
 PLAN_TIMEOUT = timedelta(hours=6)  # the others wait while the first process reads the headers of all images
 
 
@@ -54,17 +56,30 @@ class DescriptorModule(pl.LightningModule):
         engine: What computes the features.
         precision: Of the backbone, for the engine; autocast is the caller's.
         times: Told how long transfer and network took.
+        n_streams: Batches that are described side by side, by OpenVINO: what one core alone can do for a new image
+            shape then leaves the others at work. Beyond 1, a step returns the descriptors' future.
     """
 
     def __init__(
-        self, embedder: Embedder, engine: Engine = "torch", precision: str = "32", times: StageTimes | None = None
+        self,
+        embedder: Embedder,
+        engine: Engine = "torch",
+        precision: str = "32",
+        times: StageTimes | None = None,
+        n_streams: int = 1,
     ) -> None:
         super().__init__()
         self.times = StageTimes() if times is None else times
         self.embedder = embedder
         self.engine: Engine = engine
         self.precision = precision
+        self.n_streams = n_streams
+        self.streams: ThreadPoolExecutor | None = None
         self.memory_format = torch.contiguous_format
+
+    @override
+    def setup(self, stage: str) -> None:
+        quieten_lightning()  # in spawned processes too
 
     @override
     def on_predict_start(self) -> None:
@@ -73,16 +88,34 @@ class DescriptorModule(pl.LightningModule):
         if self.engine != "openvino" and (self.device.type == "cpu" or self.precision != "32"):
             self.memory_format = torch.channels_last
             self.embedder.to(memory_format=torch.channels_last)
-        self.embedder.engine = start_engine(self.engine, self.embedder.backbone, self.precision)
+        self.embedder.engine = start_engine(self.engine, self.embedder.backbone, self.precision, self.n_streams)
+        if self.n_streams > 1:
+            self.n_threads = torch.get_num_threads()
+            torch.set_num_threads(max(1, self.n_threads // self.n_streams))
+            self.streams = ThreadPoolExecutor(self.n_streams)
         self.times.start()
 
     @override
-    def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | Future[Tensor]:
+        if self.streams is not None:
+            return self.streams.submit(self.describe, batch)
+        with self.times.measured("network"):
+            return self.describe(batch)
+
+    @torch.inference_mode()
+    def describe(self, batch: ImageBatch) -> Tensor:
+        """Describe the images of a batch: ``(B, D)``, unit length."""
         if not len(batch.images):  # none of the batch could be decoded
             return torch.empty(0, self.embedder.dim)
-        with self.times.measured("network"):
-            images = self.embedder.normalise(batch.images)
-            return self.embedder.describe(images.contiguous(memory_format=self.memory_format))
+        images = self.embedder.normalise(batch.images)
+        return self.embedder.describe(images.contiguous(memory_format=self.memory_format))
+
+    @override
+    def teardown(self, stage: str) -> None:
+        if self.streams is not None:
+            self.streams.shutdown(cancel_futures=True)
+            self.streams = None
+            torch.set_num_threads(self.n_threads)
 
 
 @dataclass(frozen=True)
@@ -97,7 +130,7 @@ class ExtractionOptions:
         num_nodes: Machines, each started with the same command by torchrun or SLURM; they share the store.
         precision: Of the backbone; pooling and normalisation are float32 in any case.
         engine: What computes the backbone.
-        batch_size: Most images in a batch.
+        batch_size: Most images in a batch, or in the batches that are described side by side.
         num_workers: Decoding processes beside each process; ``None``: the cores, at most 8.
         quiet: Show no progress.
         profile: Print where the time went.
@@ -130,6 +163,13 @@ class ExtractionOptions:
         if self.devices == "auto":
             return torch.cuda.device_count() if self.device == "cuda" else 1
         return self.devices
+
+    @property
+    def n_streams(self) -> int:
+        """Batches that each process describes side by side."""
+        if self.engine != "openvino":
+            return 1
+        return max(1, min(MAX_STREAMS, torch.get_num_threads() // self.n_processes))
 
     def __post_init__(self) -> None:
         """Refuse before any work what is out of range or what Lightning would replace by something else."""
@@ -241,7 +281,8 @@ def _fill(
     """Reuse, continue or make a store, and print under its name which. One run at a time makes rows."""
     store.prepare(settings, {split: len(part) for split, part in images.items()}, embedder.dim)
     num_workers = default_workers(options.n_processes) if options.num_workers is None else options.num_workers
-    data = ImageDataModule(images, sizes, store, options.batch_size, num_workers, options.bad_images, options.quiet)
+    batch_size = max(1, options.batch_size // options.n_streams)
+    data = ImageDataModule(images, sizes, store, batch_size, num_workers, options.bad_images, options.quiet)
     n_all = len(data.sizes)
     if store.manifest()["complete"] and not len(data.pending_rows()):
         console.print(f"{name}: reusing {n_all:,} rows", soft_wrap=True)
@@ -301,7 +342,7 @@ def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: Extr
         KeyboardInterrupt: If interrupted; finished rows are kept.
     """
     data.times.is_on = options.profile
-    callbacks: list[pl.Callback] = [DescriptorWriter(data)]
+    callbacks: list[pl.Callback] = [DescriptorWriter(data, options.n_streams)]
     if not options.quiet:
         callbacks.append(ImageProgress())
     if options.precision == "32":
@@ -320,8 +361,8 @@ def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: Extr
         enable_model_summary=False,
     )
     interrupt_handler = signal.getsignal(signal.SIGINT)
+    module = DescriptorModule(embedder, options.engine, options.precision, data.times, options.n_streams)
     try:
-        module = DescriptorModule(embedder, options.engine, options.precision, data.times)
         with faults_in_one_line():
             trainer.predict(module, datamodule=data, return_predictions=False)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
@@ -330,6 +371,7 @@ def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: Extr
         signal.signal(signal.SIGINT, interrupt_handler)  # which Lightning has switched off
         raise KeyboardInterrupt from None
     finally:
+        module.teardown("predict")
         embedder.engine = None
 
 
@@ -340,6 +382,7 @@ def quieten_lightning() -> None:
     logging.getLogger("pytorch_lightning.trainer.connectors.signal_connector").setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
+        ".*persistent_workers=True.*",  # there is one pass
         ".*infer the batch indices.*",  # batches carry their rows themselves
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning's own call
     ):

@@ -1,6 +1,7 @@
 """A backbone computed by OpenVINO: on CPUs several times as fast as PyTorch, for any image shape."""
 
 import copy
+import queue
 import warnings
 from typing import Any
 
@@ -29,13 +30,14 @@ class OpenVINOEngine:
     Args:
         backbone: A convolutional network without class token, on the CPU, in eval mode.
         precision: ``32`` or ``bf16-mixed``.
+        n_streams: Threads that may call at a time; the cores are divided among them.
 
     Raises:
         UserError: If the backbone is of another kind, cannot be converted or disagrees with PyTorch, or the CPU has no
             bfloat16 arithmetic and it is asked for.
     """
 
-    def __init__(self, backbone: Backbone, precision: str) -> None:
+    def __init__(self, backbone: Backbone, precision: str, n_streams: int = 1) -> None:
         if backbone.patch > 1 or backbone.has_cls:
             raise UserError(f"--engine openvino: takes no network of patches ({backbone.name}); take --engine torch")
         core = openvino.Core()
@@ -44,23 +46,31 @@ class OpenVINOEngine:
         parts: list[tuple[nn.Module, str]] = [(_MapOf(backbone), precision)]
         if precision != "32" and backbone.sensitive is not None:
             parts = [(backbone.sensitive, "32"), (backbone.rest, precision)]
-        self.requests: list[Any] = []
+        compiled = []
         probe = torch.randn(PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
             example = probe.clone()
             for part, part_precision in parts:
                 model = _converted(part, example, backbone.name)
-                self.requests.append(core.compile_model(model, "CPU", _options(part_precision)).create_infer_request())
+                compiled.append(core.compile_model(model, "CPU", _options(part_precision, n_streams)))
                 example = part(example)
+        self.free: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()  # a request to each part, for each stream
+        for _ in range(n_streams):
+            self.free.put([part.create_infer_request() for part in compiled])
         _check_agreement(self(probe).map, example, backbone.name, precision)
 
     def __call__(self, images: Tensor) -> Features:
         """Compute the features of normalised images ``(B, 3, H, W)``: the map, float32."""
         values: Any = images.contiguous().numpy()
-        for request in self.requests:
-            request.infer({0: values})
-            values = request.get_output_tensor()
-        return Features(torch.from_numpy(np.array(values.data, dtype=np.float32)), None)  # a copy: it is overwritten
+        requests = self.free.get()
+        try:
+            for request in requests:
+                request.infer({0: values})
+                values = request.get_output_tensor()
+            found = np.array(values.data, dtype=np.float32)  # a copy: the request's own is overwritten
+        finally:
+            self.free.put(requests)
+        return Features(torch.from_numpy(found), None)
 
 
 class _MapOf(nn.Module):
@@ -122,10 +132,10 @@ def _with_whole_numbers(module: nn.Module) -> nn.Module:
     return module
 
 
-def _options(precision: str) -> dict[str, Any]:
+def _options(precision: str, n_streams: int) -> dict[str, Any]:
     return {
         "INFERENCE_PRECISION_HINT": "f32" if precision == "32" else "bf16",
-        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": n_streams,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "ENABLE_CPU_PINNING": False,  # several processes would be pinned to the same cores
     }

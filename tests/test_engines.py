@@ -1,4 +1,7 @@
+import io
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from metilr import openvino_engine
 from metilr.data.ground_truth import load_ground_truth
 from metilr.engines import check_engine, start_engine
 from metilr.errors import UserError
-from metilr.extraction import ExtractionOptions, describe_images, store_settings
+from metilr.extraction import DescriptorModule, ExtractionOptions, describe_images, store_settings
 from metilr.models.backbones import build_backbone
 from metilr.models.embedder import build_embedder
 
@@ -141,7 +144,61 @@ def test_a_store_is_that_of_its_engine(tiny_museum, tmp_path):
     assert "engine" not in store_settings(embedder, truth, None, "32")["model"]
 
 
-def test_two_processes_with_openvino_give_the_rows_of_one(tiny_museum, tmp_path):
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+def test_streams_at_work_side_by_side_keep_to_themselves(backbone, two_threads):
+    engine = start_engine("openvino", backbone, "32", n_streams=2)
+    inputs = [images(60 + 3 * i, 70, n=1) for i in range(12)]
+    with ThreadPoolExecutor(2) as streams:
+        found = list(streams.map(engine, inputs))
+    for features, x in zip(found, inputs, strict=True):
+        expected = backbone(x).map
+        torch.testing.assert_close(features.map, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+def test_batches_described_side_by_side_give_the_rows_of_one_after_another(tiny_museum, tmp_path, two_threads):
+    truth, embedder = load_ground_truth(enlarged(tiny_museum)), build_embedder("timm/test_resnet", "random")
+    options = ExtractionOptions(accelerator="cpu", engine="openvino", batch_size=2, num_workers=0, quiet=True)
+    assert options.n_streams == 2 and replace(options, engine="torch").n_streams == 1
+    side_by_side = describe_images(embedder, truth, tmp_path / "two", options, Console(quiet=True))
+    assert torch.get_num_threads() == 2  # not left divided
+    torch.set_num_threads(1)
+    assert options.n_streams == 1
+    one = describe_images(embedder, truth, tmp_path / "one", options, Console(quiet=True))
+    for split in ("database", "val", "test"):
+        np.testing.assert_allclose(side_by_side.rows(split), one.rows(split), rtol=0, atol=2e-6)
+
+
+def test_a_fault_in_a_stream_is_told_and_finished_rows_are_kept(tiny_museum, tmp_path, two_threads, monkeypatch):
+    truth, embedder = load_ground_truth(enlarged(tiny_museum)), build_embedder("timm/test_resnet", "random")
+    options = ExtractionOptions(accelerator="cpu", engine="openvino", batch_size=2, num_workers=0, quiet=True)
+    describe, batches = DescriptorModule.describe, []
+
+    def fail(module, batch):
+        batches.append(batch)
+        if len(batches) == 5:
+            raise UserError("the fifth batch")
+        return describe(module, batch)
+
+    monkeypatch.setattr(DescriptorModule, "describe", fail)
+    with pytest.raises(UserError, match="the fifth batch"):
+        describe_images(embedder, truth, tmp_path / "store", options, Console(quiet=True))
+    assert torch.get_num_threads() == 2
+    before = sum(len(batch.rows) for batch in batches[:4])
+    monkeypatch.undo()
+    told = io.StringIO()
+    describe_images(embedder, truth, tmp_path / "store", options, Console(file=told, width=200))
+    assert f"continuing, {before} of " in told.getvalue()
+
+
+def test_two_processes_with_openvino_give_the_rows_of_one(tiny_museum, tmp_path, capfd):
     truth, embedder = load_ground_truth(enlarged(tiny_museum)), build_embedder("timm/test_resnet", "random")
     stores = [
         describe_images(
@@ -154,6 +211,7 @@ def test_two_processes_with_openvino_give_the_rows_of_one(tiny_museum, tmp_path)
         for devices in (1, 2)
     ]
     np.testing.assert_allclose(stores[0].rows("database"), stores[1].rows("database"), rtol=0, atol=2e-6)
+    assert "Warning" not in capfd.readouterr().err  # Lightning's, meant for training
 
 
 def test_an_efficientnet_starts_in_float32_under_autocast():
