@@ -33,6 +33,7 @@ from metilr.engines import Engine, check_engine, start_engine
 from metilr.errors import UserError
 from metilr.launch import has_launcher, launched_as_first
 from metilr.models.embedder import Embedder
+from metilr.models.features import FLOAT32_STAGES
 from metilr.process_faults import faults_in_one_line
 from metilr.profiling import StageTimes
 from metilr.sources import views_store
@@ -320,7 +321,7 @@ def store_settings(
     if engine != "torch":
         model["engine"] = engine
     if precision != "32" and embedder.backbone.sensitive is not None:
-        model["float32_start"] = True
+        model["float32_stages"] = FLOAT32_STAGES
     return {
         "recipe": RECIPE,
         "model": model,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metilr.errors import UserError
 
 PatchRounding = Literal["nearest", "down", "off"]
+FLOAT32_STAGES = 4  # of an EfficientNet, whatever the precision
 
 
 class Features(NamedTuple):
@@ -51,9 +52,9 @@ class Backbone(nn.Module):
 
     Starts in eval mode; a training loop that calls ``train()`` decides about BatchNorm itself.
 
-    Autocast does not reach the stem and the first two stages of an EfficientNet: they run in float32. They are a small
-    part of it, and in bfloat16 would make most of what it changes in a descriptor. (Not with gradient checkpointing,
-    which would have to keep their maps.)
+    Autocast does not reach the stem and the first four stages of an EfficientNet: they run in float32. In bfloat16 they
+    would make most of what it changes in a descriptor, and save next to nothing on CPUs without AMX. (Not with gradient
+    checkpointing, which would have to keep their maps.)
 
     Attributes:
         name: As given to ``build_backbone``.
@@ -114,12 +115,12 @@ class Backbone(nn.Module):
         """What runs in float32 whatever the precision; None where nothing does. The output of it is for ``rest``."""
         if self.stage is not None or not isinstance(self.model, EfficientNet):
             return None
-        return nn.Sequential(self.model.conv_stem, self.model.bn1, *self.model.blocks[:2])
+        return nn.Sequential(self.model.conv_stem, self.model.bn1, *self.model.blocks[:FLOAT32_STAGES])
 
     @property
     def rest(self) -> nn.Sequential:
         """What follows ``sensitive``, up to the map."""
-        return nn.Sequential(*self.model.blocks[2:], self.model.conv_head, self.model.bn2)
+        return nn.Sequential(*self.model.blocks[FLOAT32_STAGES:], self.model.conv_head, self.model.bn2)
 
     def _last_stage(self, images: Tensor) -> Features:
         if self.sensitive is not None and not self.model.grad_checkpointing:
