@@ -131,7 +131,7 @@ class ExtractionOptions:
         num_nodes: Machines, each started with the same command by torchrun or SLURM; they share the store.
         precision: Of the backbone; pooling and normalisation are float32 in any case.
         engine: What computes the backbone.
-        batch_size: Most images in a batch, or in the batches that are described side by side.
+        batch_size: Most images in a batch; with the engine ``openvino`` it is 1.
         num_workers: Decoding processes beside each process; ``None``: the cores, at most 8.
         quiet: Show no progress.
         profile: Print where the time went.
@@ -282,7 +282,8 @@ def _fill(
     """Reuse, continue or make a store, and print under its name which. One run at a time makes rows."""
     store.prepare(settings, {split: len(part) for split, part in images.items()}, embedder.dim)
     num_workers = default_workers(options.n_processes) if options.num_workers is None else options.num_workers
-    batch_size = max(1, options.batch_size // options.n_streams)
+    # OpenVINO gains nothing from batches, which take memory, and each number of images would be a new shape.
+    batch_size = 1 if options.engine == "openvino" else options.batch_size
     data = ImageDataModule(images, sizes, store, batch_size, num_workers, options.bad_images, options.quiet)
     n_all = len(data.sizes)
     if store.manifest()["complete"] and not len(data.pending_rows()):
