@@ -1,4 +1,5 @@
-# make demo | make test | make test-lowest | make lint | make clean. Everything happens in .venv; nothing outside is touched.
+# make demo | make test | make lint | make test-lowest | make release-check | make audit | make clean
+# Everything happens in .venv and its likes beside it; nothing outside is touched. CONTRIBUTING.md says what each is for.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ export OMP_WAIT_POLICY := passive
 # A process per core with a thread each is twice as fast as one process with all of them.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test test-lowest lint clean
+.PHONY: demo test lint test-lowest release-check audit clean
 demo: $(VENV)/.installed-demo
 	$(BIN)/python evaluate.py
 
@@ -18,16 +19,22 @@ test: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
 
-# The tests on the lower bounds that pyproject.toml declares, in an environment of their own.
-test-lowest:
-	test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python -m pip install -q -e '.[demo,serve,openvino,dev]' -c tests/lowest.txt
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(PARALLEL)
-
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/mypy
+
+# The tests on the lower bounds that pyproject.toml declares.
+test-lowest: .venv-lowest/.installed
+	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest $(PARALLEL)
+
+# What a user of the wheel has.
+release-check: .venv-tools/.installed
+	.ci/release-check $(PYTHON)
+
+# Known vulnerabilities; what cannot be asked about is a failure too.
+audit: .venv-tools/.installed $(VENV)/.installed-dev
+	.ci/audit
 
 # A stamp per set of extras, renewed when pyproject.toml changes: a second run installs nothing.
 $(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
@@ -38,16 +45,24 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -e '.[demo,serve,openvino,dev]'
 	@touch $@ $(VENV)/.installed-demo
 
+.venv-lowest/.installed: pyproject.toml tests/lowest.txt | .venv-lowest/bin/python
+	.venv-lowest/bin/python -m pip install -q -e '.[demo,serve,openvino,dev]' -c tests/lowest.txt
+	@touch $@
+
+.venv-tools/.installed: | .venv-tools/bin/python
+	.venv-tools/bin/python -m pip install -q build pip-audit 'twine>=6.1'
+	@touch $@
+
 # Some systems ship venv without ensurepip; then the system's pip puts one in.
-$(BIN)/python:
+%/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "metilr needs Python 3.10 or newer; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
-	$(PYTHON) -m venv $(VENV) || { \
-		$(PYTHON) -m venv --without-pip --clear $(VENV) && \
+	$(PYTHON) -m venv $* || { \
+		$(PYTHON) -m venv --without-pip --clear $* && \
 		$(PYTHON) -m pip install -q pip --target \
-			"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; \
-	} || { rm -rf $(VENV); exit 1; }
-	@echo "installing into $(VENV) (PyTorch and FAISS are several GB; this takes minutes)"
+			"$$($@ -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; \
+	} || { rm -rf $*; exit 1; }
+	@echo "installing into $* (PyTorch and FAISS are several GB; with them this takes minutes)"
 
 clean:
-	rm -rf $(VENV) .venv-lowest .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) .venv-* build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -117,7 +117,7 @@ def load_embedder(path: Path, scales: Sequence[float] | None = None) -> tuple[Em
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"--ckpt {path}: {one_line(error)}") from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"  # values that neither train.py nor metilr pack writes
+        reason = f"{type(error).__name__}: {one_line(error)}"  # values that neither metilr train nor metilr pack writes
         raise UserError(f"--ckpt {path}: makes no model ({reason}); copy it again, or take another one") from error
 
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
+from metilr import __version__
 from metilr.errors import UserError
 from metilr.yaml_files import read_yaml
 
@@ -24,6 +25,8 @@ EXIT_USER_ERROR = 2
 WITHOUT_VALUE = ("-h", "--help", "--print_config")
 
 SUBCOMMANDS = {
+    "evaluate": "metilr.evaluation:evaluate",
+    "train": "metilr.train_command:train",
     "identify": "metilr.identify:identify",
     "index": "metilr.index:index",
     "serve": "metilr.serve.app:serve",
@@ -62,14 +65,19 @@ def run_command(function: Callable[..., Any] | str, args: Sequence[str] | None =
 
 def run_main(function: str, args: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Call ``module:name``, which reads the command line itself, with errors as in ``run_command``."""
-    _run(lambda: _load(function)(args), prog or Path(sys.argv[0]).name)
+    prog = prog or Path(sys.argv[0]).name
+    _run(lambda: _load(function)(args, prog), prog)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run ``metilr SUBCOMMAND``."""
+    """Run ``metilr SUBCOMMAND``: ``evaluate`` and ``train`` are the scripts of the repository by another name."""
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
         _run(_print_subcommands, "metilr")
+    elif args[0] == "--version":
+        print(f"metilr {__version__}")
+    elif args[0] == "train":
+        run_main(SUBCOMMANDS["train"], args[1:], prog="metilr train")
     elif args[0] in SUBCOMMANDS:
         run_command(SUBCOMMANDS[args[0]], args[1:], prog=f"metilr {args[0]}")
     else:
@@ -77,7 +85,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _print_subcommands() -> None:
-    print("usage: metilr SUBCOMMAND [options]\n\nsubcommands (metilr SUBCOMMAND --help tells more):")
+    print("usage: metilr SUBCOMMAND [options] | metilr --version\n\nsubcommands (metilr SUBCOMMAND --help tells more):")
     for name, function in SUBCOMMANDS.items():
         print(f"  {name:<20} {(_load(function).__doc__ or '').strip().splitlines()[0]}")
 
@@ -218,6 +226,8 @@ def _number_or_text(value: str) -> float | str:
 
 
 def _run(call: Callable[[], Any], prog: str) -> None:
+    # Before PyTorch loads OpenMP: threads that wait by spinning slow down a busy machine many times over.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         with _sigterm_as_interrupt():
             call()

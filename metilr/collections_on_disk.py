@@ -49,7 +49,7 @@ def open_with_threshold(
         UserError: If not exactly one is given, something is missing, or the model is not the one that made it.
     """
     if (run is None) == (store is None):
-        raise UserError("give either --run (a folder that evaluate.py wrote) or --store (one that metilr index wrote)")
+        raise UserError("give either --run (a folder of metilr evaluate) or --store (one of metilr index)")
     if run is None:
         assert store is not None
         chosen = choose_threshold(None, threshold, min_precision)

@@ -78,7 +78,7 @@ def download(
             for each in ARCHIVES[chosen]:
                 (folder / each.name).unlink(missing_ok=True)
     if chosen != "queries":
-        console.print(f"now: python evaluate.py --root {escape(str(root))} --database {chosen}", soft_wrap=True)
+        console.print(f"now: metilr evaluate --root {escape(str(root))} --database {chosen}", soft_wrap=True)
 
 
 def _chosen(queries: bool, mini: bool, full: bool) -> DataSet:

@@ -1,4 +1,4 @@
-"""``python evaluate.py``: from photographs to GAP, top to bottom."""
+"""``metilr evaluate``, in the repository ``python evaluate.py`` too: from photographs to GAP, top to bottom."""
 
 import inspect
 import time
@@ -108,7 +108,7 @@ def evaluate(
         root: Folder with images/ and ground_truth/ in the Met layout. Without it: the built-in demo museum,
             which is synthetic.
         database: Match against MET_database.json (full) or mini_MET_database.json (mini).
-        ckpt: Checkpoint of train.py, or of the reference code, in place of the model options below.
+        ckpt: Checkpoint of metilr train, or of the reference code, in place of the model options below.
         backbone: One of r18_in, r50_in, r50_swav, r50_sin, r18_swsl, r50_swsl, rx50_32x4d_swsl,
             rx101_32x4d_swsl, rx101_32x8d_swsl, rx101_32x16d_swsl, lite0_in, or timm/NAME for any timm model.
         weights: File with weights in the official file's form; "random" for seeded random weights; without

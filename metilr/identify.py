@@ -44,7 +44,7 @@ def identify(
 
     Args:
         photos: Photos and folders of photos (with their sub-folders).
-        run: Folder that evaluate.py wrote: its database, its model, its k and tau, and its val for the threshold.
+        run: Folder that metilr evaluate wrote: its database, its model, its k and tau, and its val for the threshold.
         store: Folder that metilr index wrote, in place of a run.
         ckpt: The checkpoint that made the run or the index, if it was moved. Another one is refused.
         min_precision: An exhibit is named where at least this share of such answers was right on val of the run.

@@ -85,8 +85,8 @@ def index(
         folder: Folder with the images.
         output: Folder for the index, to be given to metilr identify and metilr serve as --store.
         csv: Names images and exhibits instead of the sub-folders: columns path (relative to the folder) and exhibit.
-        ckpt: Checkpoint of train.py in place of the model options below.
-        backbone: One of those that evaluate.py --help lists.
+        ckpt: Checkpoint of metilr train in place of the model options below.
+        backbone: One of those that metilr evaluate --help lists.
         weights: File with weights in the official file's form; "random" for seeded random weights; without it the
             official ones, from their cache or downloaded.
         pooling: Generalised mean, maximum, mean, regional maxima, or class token (ViTs).
@@ -110,8 +110,8 @@ def index(
         approximate: Also make an approximate search of 100,000 images or more, which identify and serve then use.
         accelerator: Where the backbone runs; auto takes GPUs if there are any, and says so.
         devices: Number of processes, one GPU each.
-        precision: Arithmetic of the backbone, see evaluate.py --help.
-        engine: What computes the backbone, see evaluate.py --help.
+        precision: Arithmetic of the backbone, see metilr evaluate --help.
+        engine: What computes the backbone, see metilr evaluate --help.
         batch_size: Most images in a batch.
         num_workers: Image decoding processes beside each process.
 

@@ -19,11 +19,11 @@ from metilr.whitening_files import CHECKPOINT
 def pack(run: Path, output: Path) -> None:
     """Write the model of an evaluation and the whitening that it learned into one checkpoint, to pass on.
 
-    To evaluate other data with it: evaluate.py --ckpt FILE --whitening FILE. Crops, visits in the database and a
+    To evaluate other data with it: metilr evaluate --ckpt FILE --whitening FILE. Crops, visits in the database and a
     geometric check are no part of it: they stay options.
 
     Args:
-        run: Folder that evaluate.py wrote.
+        run: Folder that metilr evaluate wrote.
         output: File to write, ending in .ckpt.
 
     Raises:
@@ -60,7 +60,7 @@ def pack(run: Path, output: Path) -> None:
     AtomicCheckpointIO().save_checkpoint(content, output)
     name = escape(str(output))
     Console(highlight=False).print(
-        f"wrote {name}, model and whitening; now: python evaluate.py --ckpt {name} --whitening {name} --root DIR, with "
+        f"wrote {name}, model and whitening; now: metilr evaluate --ckpt {name} --whitening {name} --root DIR, with "
         "the run's options for crops, visits and geometry, if it had some",
         soft_wrap=True,
     )

@@ -54,8 +54,8 @@ def rerun(
         results: The results.json, or the folder with it.
         output: Folder for the new results, and for rerun.json with the comparison; without it a dated one under runs/.
         root: Where the data lies now; without it where it was.
-        accelerator: As in evaluate.py, in place of the recorded one.
-        devices: As in evaluate.py, in place of the recorded number.
+        accelerator: As in metilr evaluate, in place of the recorded one.
+        devices: As in metilr evaluate, in place of the recorded number.
         describe_again: Describe the images again, into OUTPUT/store; without it a finished store is used as it is.
         quiet: Print tables and paths alone.
 

@@ -280,8 +280,10 @@ def peak_memory_gb() -> float | None:
 
 def _command() -> str | None:
     """The command line, if this is one of metilr's; None where a program of the user's calls."""
-    is_ours = Path(sys.argv[0]).name in ("evaluate.py", "metilr")
-    return shlex.join([Path(sys.executable).name, *sys.argv]) if is_ours else None
+    script = Path(sys.argv[0])
+    if script.stem == "metilr":
+        return shlex.join(["metilr", *sys.argv[1:]])
+    return shlex.join([Path(sys.executable).name, *sys.argv]) if script.name == "evaluate.py" else None
 
 
 def _model(opened: Descriptors) -> dict[str, Any]:

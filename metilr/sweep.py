@@ -29,7 +29,7 @@ from metilr.files import write_atomically
 from metilr.results import RUNS, make_output, plain_options
 from metilr.runs import read_run
 
-# Options of evaluate.py that say how and where, but change no figure beyond rounding: another run of the sweep may
+# Options of metilr evaluate that say how and where, but change no figure beyond rounding: another run of the sweep may
 # have other ones, say a smaller batch after a row that ran out of memory.
 CHANGE_NO_FIGURE = frozenset({
     "output", "store", "accelerator", "devices", "num_nodes", "batch_size", "num_workers", "search_device",
@@ -46,7 +46,7 @@ class Row:
     Attributes:
         name: Of its folder, and in tables.
         folder: Where it writes.
-        arguments: Of ``evaluate.py``, without ``--output``.
+        arguments: Of ``metilr evaluate``, without ``--output``.
         options: The same as resolved, as ``config.yaml`` keeps them.
     """
 
@@ -76,12 +76,12 @@ def sweep(
     the others. The same command continues an interrupted sweep and tries failed rows again; finished ones are kept.
 
     Args:
-        configs: YAML files of evaluate.py's options, as in configs/eval.
+        configs: YAML files of metilr evaluate's options, as in configs/eval.
         root: Data root for all rows; without it each file's own.
         database: Match against full or mini in all rows; without it each file's own.
-        vary: Option of evaluate.py to give several values, such as p, stage or whitening_dim.
+        vary: Option of metilr evaluate to give several values, such as p, stage or whitening_dim.
         values: Values of that option, a row each; a list as [1,0.5].
-        options: Further options of evaluate.py for all rows, each as NAME=VALUE, such as accelerator=cpu.
+        options: Further options of metilr evaluate for all rows, each as NAME=VALUE, such as accelerator=cpu.
         output: Folder for a folder a row, and for the comparison.
 
     Returns:
@@ -184,7 +184,7 @@ def _check_option(where: str, name: str) -> None:
         raise UserError(f"{where} output: every row has a folder of its own; leave it out")
     if name not in known:
         raise UserError(
-            f"{where} {name}: evaluate.py has no such option{did_you_mean(name, known)}; its --help lists them"
+            f"{where} {name}: metilr evaluate has no such option{did_you_mean(name, known)}; its --help lists them"
         )
 
 
@@ -216,13 +216,11 @@ def _run(row: Row) -> str | None:
 
 
 def _command(row: Row) -> list[str]:
-    # What results.json records as the command is then one that can be typed.
-    program = "import sys; sys.argv[0] = 'evaluate.py'; from metilr.cli import run_command; "
-    return [sys.executable, "-c", f"{program}run_command('metilr.evaluation:evaluate')", *_as_typed(row)[2:]]
+    return [sys.executable, "-m", *_as_typed(row)]
 
 
 def _as_typed(row: Row) -> list[str]:
-    return ["python", "evaluate.py", *row.arguments, "--output", str(row.folder)]
+    return ["metilr", "evaluate", *row.arguments, "--output", str(row.folder)]
 
 
 @contextlib.contextmanager
@@ -263,7 +261,7 @@ def _reason(code: int, printed: str) -> str:
         hint = ", most often for want of memory" if -code == signal.SIGKILL else ""
         return f"ended by {signal.Signals(-code).name}{hint}"
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    return lines[-1].removeprefix("evaluate.py: error: ") if lines else f"ended with status {code} and said nothing"
+    return lines[-1].removeprefix("metilr evaluate: error: ") if lines else f"ended with status {code} and said nothing"
 
 
 def _print_outcomes(console: Console, outcomes: Mapping[str, tuple[str, str | None]]) -> None:

@@ -1,4 +1,7 @@
-"""``python train.py``: a Lightning CLI around FineTuning and PairDataModule, with one-line errors."""
+"""``metilr train``: a Lightning CLI around FineTuning and PairDataModule, with one-line errors.
+
+In the repository it is ``python train.py`` too.
+"""
 
 import contextlib
 import inspect
@@ -72,7 +75,8 @@ class TrainingParser(OneLineErrors, LightningArgumentParser):
 class TrainingCLI(LightningCLI):
     """Options of the trainer, the model and the data, as ``--trainer.x``, ``--model.x`` and ``--data.x``."""
 
-    def __init__(self, args: Sequence[str], held: contextlib.ExitStack) -> None:
+    def __init__(self, args: Sequence[str], prog: str, held: contextlib.ExitStack) -> None:
+        self.prog = prog
         self.held = held  # what is left when the run ends: the lock of its folder
         super().__init__(
             FineTuning,
@@ -81,7 +85,7 @@ class TrainingCLI(LightningCLI):
             trainer_defaults={"max_epochs": 2, "log_every_n_steps": 1, "precision": "bf16-mixed"},
             seed_everything_default=0,
             parser_kwargs={
-                "prog": "train.py",
+                "prog": prog,
                 "description": (FineTuning.__doc__ or "").splitlines()[0] + " Without options: on the demo museum.",
             },
             parser_class=TrainingParser,
@@ -198,10 +202,14 @@ class TrainingCLI(LightningCLI):
         return loggers if wandb_logger is None else [*loggers, wandb_logger]
 
 
-def train(args: Sequence[str] | None = None) -> None:
-    """Fine-tune: the whole of ``python train.py``.
+def train(args: Sequence[str] | None = None, prog: str = "metilr train") -> None:
+    """Fine-tune a model, also on a museum's own catalogue images alone.
 
     One run at a time works in an output folder.
+
+    Args:
+        args: Command line without the program; default: the process's own.
+        prog: The command's name in messages.
 
     Raises:
         UserError: If an option, a file or the data is not usable.
@@ -211,13 +219,13 @@ def train(args: Sequence[str] | None = None) -> None:
     if not is_first_process() and not has_launcher():
         end_with_parent()
     with contextlib.ExitStack() as held:
-        _train(sys.argv[1:] if args is None else args, held)
+        _train(sys.argv[1:] if args is None else args, prog, held)
 
 
-def _train(args: Sequence[str], held: contextlib.ExitStack) -> None:
+def _train(args: Sequence[str], prog: str, held: contextlib.ExitStack) -> None:
     console = Console(highlight=False, quiet=not is_first_process())
     try:
-        cli = TrainingCLI(args, held)
+        cli = TrainingCLI(args, prog, held)
     except UserError as error:
         raise UserError(_as_typed(str(error))) from None
     except (MisconfigurationException, ValueError) as error:  # Lightning's words for options that cannot work
@@ -368,7 +376,7 @@ def _refuse_what_would_not_resume(trainer: Any) -> None:
     defaults = {name: parameter.default for name, parameter in inspect.signature(Trainer).parameters.items()}
     for name in SET_HERE:
         if trainer.get(name) not in (None, defaults[name]):
-            raise UserError(f"--trainer.{name}: is decided by train.py; leave it out")
+            raise UserError(f"--trainer.{name}: is decided by this command; leave it out")
     precision = str(trainer.get("precision"))
     if precision not in PRECISIONS:
         raise UserError(f"--trainer.precision {precision}: choose one of {', '.join(PRECISIONS)}")
@@ -414,7 +422,8 @@ def _print_outcome(cli: TrainingCLI, console: Console) -> None:
     options += [] if cli.datamodule.database == "full" else ["--database", cli.datamodule.database]
     # Whitening would undo a linear projector: it makes the database's covariance the identity, whatever comes before.
     options += ["--whitening", "none"] if cli.model.freeze_backbone else []
-    command = shlex.join(["python", "evaluate.py", "--ckpt", best or str(cli.output / f"{LAST}.ckpt"), *options])
+    evaluate = ("python", "evaluate.py") if cli.prog == "train.py" else ("metilr", "evaluate")
+    command = shlex.join([*evaluate, "--ckpt", best or str(cli.output / f"{LAST}.ckpt"), *options])
     console.print(f"evaluate it with\n  {escape(command)}", soft_wrap=True)
 
 

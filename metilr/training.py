@@ -37,7 +37,7 @@ class FineTuning(pl.LightningModule):
     BatchNorm keeps its statistics and dropout is off: the network stays in eval mode throughout.
 
     Args:
-        backbone: As in evaluate.py: r18_in, ..., lite0_in, or timm/NAME.
+        backbone: As in metilr evaluate: r18_in, ..., lite0_in, or timm/NAME.
         weights: File with weights to start from; random for untrained ones; without it the official ones.
         stage: Take the map of an earlier stage, counted from 1; without it the last.
         patch_rounding: How a ViT's input sides are made multiples of its patch: nearest, down or off.

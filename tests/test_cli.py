@@ -9,6 +9,7 @@ from typing import Literal
 
 import pytest
 
+from metilr import __version__
 from metilr.cli import main, parse_options, run_command
 from metilr.errors import UserError
 from metilr.evaluation import evaluate
@@ -272,6 +273,27 @@ def test_metilr_lists_its_subcommands(capsys):
         main(args)
         printed = capsys.readouterr().out
         assert "export-descriptors" in printed and "Write a descriptor store as the reference code's" in printed
+
+
+def test_version_from_the_command_and_from_the_module(capsys):
+    main(["--version"])
+    said = capsys.readouterr().out
+    assert said == f"metilr {__version__}\n"
+    module = [sys.executable, "-m", "metilr"]
+    assert subprocess.run([*module, "--version"], capture_output=True, text=True, timeout=120).stdout == said
+    refused = subprocess.run([*module, "vers"], capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2 and refused.stderr.startswith("metilr: error: no subcommand 'vers'")
+
+
+@pytest.mark.parametrize("name", ["evaluate", "train"])
+def test_the_scripts_are_subcommands_too(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--outptu", "x"])
+    assert caught.value.code == 2
+    assert f"metilr {name}: error: unknown option --outptu (did you mean --output" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == 0 and f"usage: metilr {name} " in capsys.readouterr().out
 
 
 def test_metilr_refuses_what_it_does_not_know(capsys):

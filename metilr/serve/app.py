@@ -36,7 +36,7 @@ def serve(
     asked of the network. Ctrl-C ends it.
 
     Args:
-        run: Folder that evaluate.py wrote: its database, its model, its k and tau, and its val for the threshold.
+        run: Folder that metilr evaluate wrote: its database, its model, its k and tau, and its val for the threshold.
         store: Folder that metilr index wrote, in place of a run.
         ckpt: The checkpoint that made the run or the index, if it was moved. Another one is refused.
         host: Address to listen at. The default is reached from this machine alone; 0.0.0.0 lets everyone in the
