@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := passive
 # A process per core with a thread each is twice as fast as one process with all of them.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test lint test-lowest release-check audit clean
+.PHONY: demo test lint coverage docs test-lowest release-check audit clean
 demo: $(VENV)/.installed-demo
 	$(BIN)/python evaluate.py
 
@@ -18,6 +18,10 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
+
+# The API reference from the docstrings; fails on a link that leads nowhere.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/reference.py build/docs
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -28,6 +28,9 @@ def save_approximate(index: ApproximateIndex, folder: Path, made_from: str = "")
         index: Whose rows are, or will be, in a .npy file.
         folder: Is made if need be.
         made_from: What the rows were made from, a digest; ``load_approximate`` compares it.
+
+    Raises:
+        OSError: If a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / NOTE).unlink(missing_ok=True)

@@ -34,7 +34,8 @@ def write_rows(writer: RowWriter, data: ImageDataModule, batch: ImageBatch, desc
         descriptors: Theirs, without the bad ones', ``(B, D)``.
 
     Raises:
-        UserError: If a descriptor is not of unit length, or an image is bad and ``data`` says to stop.
+        UserError: If a descriptor is not of unit length.
+        BadImageError: If an image is bad and ``data`` says to stop.
     """
     for row, descriptor in zip(batch.rows.tolist(), descriptors.float().cpu().numpy(), strict=True):
         if not abs(np.linalg.norm(descriptor) - 1) < UNIT_TOLERANCE:  # also true for NaN
@@ -66,10 +67,12 @@ class DescriptorWriter(BasePredictionWriter):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Open the store."""
         self.writer = self.data.store.writer()
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let this process end with the command that started it."""
         if trainer.world_size > 1 and not has_launcher():  # this process was started by the command
             end_with_parent()
             # Lightning's answer would tell the other processes, of which one has just died.
@@ -86,6 +89,7 @@ class DescriptorWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
+        """Write a batch's rows, see ``write_rows``; those of batches that are still described, later."""
         if isinstance(prediction, Tensor):
             self._write(batch, prediction)
             return
@@ -107,6 +111,7 @@ class DescriptorWriter(BasePredictionWriter):
 
     @override
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the store, and wait until all processes have."""
         self._write_all_but(0)
         self._close()
         if self.data.times.is_on and trainer.is_global_zero:
@@ -115,6 +120,7 @@ class DescriptorWriter(BasePredictionWriter):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Close the store: what is written is kept."""
         self._close()
 
     def _close(self) -> None:
@@ -135,6 +141,7 @@ class ImageProgress(Callback):
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the bar, in the first process."""
         if not trainer.is_global_zero:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -153,6 +160,7 @@ class ImageProgress(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        """Move the bar on."""
         if self.progress is None:
             return
         self.progress.advance(self.task, (len(batch.rows) + len(batch.bad)) * trainer.world_size)
@@ -162,10 +170,12 @@ class ImageProgress(Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take the bar away."""
         self._stop()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Take the bar away."""
         self._stop()
 
     def _stop(self) -> None:
@@ -179,6 +189,7 @@ class ExactFloat32(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Switch TF32 off, in each process."""
         keep_float32_exact()
 
 

@@ -102,7 +102,11 @@ class OneLineErrors:
     _actions: list[argparse.Action]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong in one line."""
+        """Say what is wrong in one line.
+
+        Raises:
+            UserError: In any case.
+        """
         raise UserError(_one_line(message, self._option_names()))
 
     def _option_names(self) -> list[str]:
@@ -157,7 +161,11 @@ def options_of(function: Callable[..., Any], options: Mapping[str, Any]) -> dict
 
 
 def check_config(parser: ArgumentParser, file: str) -> None:
-    """Refuse what is no YAML file of options, by the file's name."""
+    """Refuse what is no YAML file of options, by the file's name.
+
+    Raises:
+        UserError: If it is none, or cannot be read.
+    """
     try:
         content = read_yaml(Path(file))
     except OSError as error:

@@ -60,7 +60,11 @@ def open_with_threshold(
 
 
 def collection_of_index(path: Path, ckpt: Path | None = None, accelerator: Accelerator = "auto") -> Collection:
-    """Open what ``metilr index`` wrote."""
+    """Open what ``metilr index`` wrote.
+
+    Raises:
+        UserError: If it is no index, or something is missing or changed of the model, the store or the whitening.
+    """
     index = Index.load(path)
     embedder, _ = build_model(index.model if ckpt is None else {**index.model, "ckpt": ckpt})
     approximate = path / APPROXIMATE
@@ -90,6 +94,9 @@ def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerat
     """Open the database of an evaluation that described images with a model.
 
     Paths that were relative are so to the folder that the evaluation was started in, or else to the current one.
+
+    Raises:
+        UserError: If it had no model, or something is missing or changed of data, model, store or whitening.
     """
     results, config, model = run.results, run.config, run.results["model"]
     if config.get("descriptors") or "store" not in model:

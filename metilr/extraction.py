@@ -98,6 +98,7 @@ class DescriptorModule(pl.LightningModule):
 
     @override
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | Future[Tensor]:
+        """Describe a batch, or begin to where several are described side by side; see ``describe``."""
         if self.streams is not None:
             return self.streams.submit(self.describe, batch)
         with self.times.measured("network"):
@@ -105,7 +106,7 @@ class DescriptorModule(pl.LightningModule):
 
     @torch.inference_mode()
     def describe(self, batch: ImageBatch) -> Tensor:
-        """Describe the images of a batch: ``(B, D)``, unit length."""
+        """Describe the images of a batch that could be decoded: float32 ``(B, D)``, unit length."""
         if not len(batch.images):  # none of the batch could be decoded
             return torch.empty(0, self.embedder.dim)
         images = self.embedder.normalise(batch.images)

@@ -24,7 +24,14 @@ Report = Callable[[int, int | None], None]  # bytes that are there, and of how m
 
 @dataclass(frozen=True)
 class Remote:
-    """What a server says about a file: with this a later answer is known to be about the same content."""
+    """What a server says about a file: with this a later answer is known to be about the same content.
+
+    Attributes:
+        url: Where the file is.
+        size: Bytes.
+        etag: The server's name of this version.
+        modified: When the server says that it was changed last.
+    """
 
     url: str
     size: int | None = None

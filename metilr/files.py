@@ -31,14 +31,22 @@ def file_sha256(path: Path, report: Callable[[int], None] = lambda done: None) -
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never a part."""
+    """Write a text file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        OSError: If it cannot be written; names it.
+    """
     with replaced_file(file) as stream:
         stream.write(text.encode())
 
 
 @contextlib.contextmanager
 def replaced_file(file: Path) -> Iterator[IO[bytes]]:
-    """Open a file to write that takes the old one's place when the block ends well, on disk by then."""
+    """Open a file to write that takes the old one's place when the block ends well, on disk by then.
+
+    Raises:
+        OSError: If it cannot be written; names it.
+    """
     temporary = _temporary(file)
     try:
         with named(file), temporary.open("xb") as stream:

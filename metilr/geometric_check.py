@@ -106,7 +106,11 @@ def check_recognition(
 def geometric_check_of(
     embedder: Embedder, image_size: int | None, candidates: int, reorder: bool, boost: float = 0.0, gate: Gate = OFF
 ) -> GeometricCheck:
-    """Put a check together from a model; features are kept in ``runs/local_features``."""
+    """Put a check together from a model; features are kept in ``runs/local_features``.
+
+    Raises:
+        UserError: If that folder cannot be made or read.
+    """
     keep_float32_exact()
     if embedder.mean.device.type == "cpu":  # as the extraction leaves it, so that features are the same without one
         embedder.to(memory_format=torch.channels_last)

@@ -272,7 +272,11 @@ class Index:
 
 
 def build_model(model: Mapping[str, Any]) -> tuple[Embedder, int | None]:
-    """Build the model that an index's options name; with the size that its checkpoint was trained with."""
+    """Build the model that an index's options name; with the size that its checkpoint was trained with.
+
+    Raises:
+        UserError: If its checkpoint or its weights are missing or fit no known architecture.
+    """
     if model["ckpt"] is not None:
         return load_embedder(Path(model["ckpt"]), model["scales"])
     return build_embedder(**{name: model[name] for name in OF_THE_MODEL}), None

@@ -24,7 +24,12 @@ CHUNK = 64  # resamples at a time: 10 MB an array for the Met test split
 
 
 class Interval(NamedTuple):
-    """Where a metric lies at the chosen level, each end in [0, 1]."""
+    """Where a metric lies at the chosen level.
+
+    Attributes:
+        low: Lower end, in [0, 1].
+        high: Upper end, in [0, 1].
+    """
 
     low: float
     high: float

@@ -12,12 +12,18 @@ from metilr.errors import UserError
 from metilr.metrics.functional import DISTRACTOR, gap
 from metilr.search import Neighbours
 
-K_GRID = (1, 2, 3, 5, 7, 10, 15, 20, 50)  # the benchmark's grid
-TAU_GRID = (0.01, 0.1, 1.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 50.0, 100.0, 500.0)  # the benchmark's grid
-USUAL_TAU = 50.0  # what the published rows chose on val, nearly all
-MAX_TAU = 700.0  # exp(-700) is still a normal float64: a lead of 1 does not saturate the log-confidence
-NO_ROW = -1  # nearest row of an answer that no neighbour gave
-NO_LABEL = DISTRACTOR  # label of a query that was not answered: right nowhere
+K_GRID = (1, 2, 3, 5, 7, 10, 15, 20, 50)
+"""The benchmark's grid."""
+TAU_GRID = (0.01, 0.1, 1.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 50.0, 100.0, 500.0)
+"""The benchmark's grid."""
+USUAL_TAU = 50.0
+"""What the published rows chose on val, nearly all."""
+MAX_TAU = 700.0
+"""exp(-700) is still a normal float64: a lead of 1 does not saturate the log-confidence."""
+NO_ROW = -1
+"""Nearest row of an answer that no neighbour gave."""
+NO_LABEL = DISTRACTOR
+"""Label of a query that was not answered: right nowhere."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,7 +232,11 @@ def _log_confidence(ballot: _Ballot, tau: float) -> np.ndarray:
 
 
 def first_of_class(labels: np.ndarray) -> np.ndarray:
-    """Return which neighbours ``(Q, K)`` are the nearest of their class, for every k at once."""
+    """Return which neighbours are the nearest of their class, for every k at once: bool ``(Q, K)``.
+
+    Args:
+        labels: Class of each neighbour, nearest first, ``(Q, K)``.
+    """
     order = np.argsort(labels, axis=1, kind="stable")
     ordered = np.take_along_axis(labels, order, axis=1)
     starts = np.ones(labels.shape, dtype=bool)

@@ -15,6 +15,9 @@ class ContrastiveLoss(nn.Module):
     Args:
         margin: Negatives farther apart than this cost nothing; unit vectors are at most 2 apart.
 
+    Raises:
+        UserError: If the margin is not above 0.
+
     Source: Hadsell et al., CVPR 2006, as used by Ypsilantis et al., NeurIPS 2021 (margin 1.8). Differs from
     pytorch-metric-learning's ``ContrastiveLoss`` in the square, the ½ and in taking given pairs.
     """
@@ -41,6 +44,12 @@ class ContrastiveLoss(nn.Module):
         return torch.where(positive, 0.5 * squared, 0.5 * hinge.pow(2)).mean()
 
     def active(self, first: Tensor, second: Tensor, positive: Tensor) -> Tensor:
-        """Share of the negatives that cost something, a scalar; NaN without negatives."""
+        """Share of the negatives that cost something, a scalar in [0, 1]; NaN without negatives.
+
+        Args:
+            first: Embeddings, ``(P, D)``.
+            second: Embeddings, ``(P, D)``.
+            positive: Whether a pair shows the same exhibit, bool ``(P,)``.
+        """
         distances = (first.float() - second.float()).norm(dim=1)[~positive]
         return (distances < self.margin).float().mean()

@@ -165,7 +165,11 @@ def check_search(
 def whitening_of(
     descriptors: Descriptors, ground_truth: GroundTruth, method: Method, quiet: bool = True
 ) -> PCAWhitening | None:
-    """Learn or load the whitening that the method asks for; None for none."""
+    """Learn or load the whitening that the method asks for; None for none.
+
+    Raises:
+        UserError: If it cannot be learned on this data, or its file cannot be read.
+    """
     if method.whitening == "none":
         return None
     if method.whitening in ("pca", "learned"):
@@ -202,6 +206,9 @@ def figures_of(answers: Predictions, labels: np.ndarray, made: np.ndarray) -> di
         answers: To all queries.
         labels: What each shows, ``(Q,)``.
         made: Whether each has a descriptor, ``(Q,)``.
+
+    Raises:
+        UserError: If no query shows an exhibit.
     """
     arguments = (answers.log_confidence, answers.labels, labels)
     least, greatest = gap_bounds(*arguments)

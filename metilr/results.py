@@ -194,6 +194,10 @@ def write_results(
 
     Returns:
         The files written.
+
+    Raises:
+        UserError: If the whitening cannot be written.
+        OSError: If another file cannot; names it.
     """
     written = [output / "predictions" / f"{split}.csv" for split in QUERY_FILES]
     (output / "predictions").mkdir(exist_ok=True)

@@ -52,13 +52,12 @@ def search(
     """Find each query's k largest inner products over the whole database.
 
     ``k`` and some more candidates are proposed by products in bfloat16, where the CPU has such arithmetic and the
-    search is large, else by FAISS in float32. They are scored again in float64
-    by a sum whose order depends on ``D`` alone and sorted by (similarity descending, row ascending). Equal
-    rows of the database therefore tie exactly, and the result is the same for any chunk size, BLAS or
-    device. No row can be missed: a row that was not proposed is at most as similar as the last candidate plus
-    the rounding bound; where the k-th answer does not clear that (say, many copies of one image),
-    the search is widened for this query until it does. A database of nothing but (nearly) equal descriptors
-    thus costs a float64 product with every row.
+    search is large, else by FAISS in float32. They are scored again in float64 by a sum whose order depends on
+    ``D`` alone and sorted by (similarity descending, row ascending). Equal rows of the database therefore tie
+    exactly, and the result is the same for any chunk size, BLAS or device. No row can be missed: a row that was not
+    proposed is at most as similar as the last candidate plus the rounding bound; where the k-th answer does not
+    clear that (say, many copies of one image), the search is widened for this query until it does. A database of
+    nothing but (nearly) equal descriptors thus costs a float64 product with every row.
 
     Args:
         database: Descriptors, ``(N, D)`` float32; may be memory-mapped, is not copied.
@@ -227,7 +226,11 @@ def _on_gpus(database: np.ndarray) -> _Candidates:
 
 
 def norms(descriptors: np.ndarray, name: str) -> np.ndarray:
-    """Return the lengths ``(N,)`` in one pass, refusing what is no table of finite numbers."""
+    """Return the lengths of descriptors ``(N, D)``, float64 ``(N,)``, in one pass.
+
+    Raises:
+        UserError: If they are no table of finite numbers; ``name`` says which these are.
+    """
     if descriptors.ndim != 2 or descriptors.shape[1] == 0:
         raise UserError(f"{name} descriptors have shape {descriptors.shape}: expected (rows, width)")
     block_size = 2**13

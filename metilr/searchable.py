@@ -162,7 +162,11 @@ def joined_views(whole: np.ndarray, crops: np.ndarray, method: Method) -> np.nda
 
 
 def learn_whitening(descriptors: Descriptors, ground_truth: GroundTruth, method: Method, quiet: bool) -> PCAWhitening:
-    """Learn the whitening that the method asks for, in one pass over the database and one over the visits."""
+    """Learn the whitening that the method asks for, in one pass over the database and one over the visits.
+
+    Raises:
+        UserError: As ``metilr.whitening.fit_pca_whitening`` or ``metilr.whitening.fit_learned_whitening``.
+    """
     made = descriptors.made["database"]
     with counted("learning whitening", int(made.sum()), "rows", quiet) as done:
 
@@ -179,7 +183,11 @@ def learn_whitening(descriptors: Descriptors, ground_truth: GroundTruth, method:
 
 
 def pair_differences(descriptors: Descriptors, ground_truth: GroundTruth) -> Iterator[np.ndarray]:
-    """Differences of descriptors that show the same exhibit: of images and their visits, and of its images."""
+    """Differences of descriptors that show the same exhibit: of images and their visits, and of its images.
+
+    Yields:
+        float32 ``(m, D)``, a row a pair.
+    """
     database, made = descriptors.parts["database"], descriptors.made["database"]
     if "visits" in descriptors.parts:
         yield from visit_differences(database, descriptors.parts["visits"], made)

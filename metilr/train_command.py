@@ -97,6 +97,7 @@ class TrainingCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options that are neither trainer's, model's nor data's."""
         parser.allow_abbrev = False  # a config or a script with half a name would break with the next option
         parser.add_argument(
             "--output", type=Path | None, default=None,
@@ -122,6 +123,7 @@ class TrainingCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read the command line, refusing what Lightning lets through."""
         for i, arg in enumerate(args):
             option, _, file = arg.partition("=")
             if option in ("--config", "-c") and (file or i + 1 < len(args)):
@@ -135,6 +137,7 @@ class TrainingCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Open the run's folder, and make the trainer with its callbacks and loggers."""
         _refuse_what_would_not_resume(self.config.trainer)
         self.options = _plain(self.parser, self.config)
         self.output, self.resume_from = open_run(self.config.output, self.options, self.held)

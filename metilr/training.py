@@ -61,6 +61,9 @@ class FineTuning(pl.LightningModule):
         warmup_steps: Rise to the learning rate over so many steps.
         gradient_checkpointing: Save memory by computing each block's activations again in the backward pass.
         seed: Set by --seed_everything.
+
+    Raises:
+        UserError: If an option is out of range or does not go with another, or the backbone cannot be built.
     """
 
     def __init__(
@@ -133,12 +136,18 @@ class FineTuning(pl.LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
+        """Lay the weights out as convolutions run fastest."""
         # Before DDP looks at the strides of the weights.
         if self.trainer.strategy.root_device.type == "cpu":  # there convolutions run faster with channels last
             self.embedder.to(memory_format=torch.channels_last)
 
     @override
     def on_fit_start(self) -> None:
+        """Check that the loss takes these embeddings, and start the projector.
+
+        Raises:
+            UserError: If it does not, or the projector cannot be started so.
+        """
         self._check_loss()
         if self.embedder.projector is not None and self.projector_start != "random" and not self.resumed:
             self._start_projector(self.embedder.projector)
@@ -209,6 +218,11 @@ class FineTuning(pl.LightningModule):
 
     @override
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """Return the loss of the whole batch, this process's pairs and the others', float32.
+
+        Raises:
+            UserError: If it is not finite.
+        """
         if batch.first.shape[1:] == batch.second.shape[1:]:
             first, second = self.embed(torch.cat([batch.first, batch.second])).chunk(2)
         else:
@@ -253,6 +267,7 @@ class FineTuning(pl.LightningModule):
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
+        """Keep GeM's p within ``P_BOUNDS``."""
         if isinstance(self.embedder.pooling, GeM):
             with torch.no_grad():
                 if isinstance(self.embedder.pooling.p, nn.Parameter):
@@ -260,6 +275,7 @@ class FineTuning(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
+        """Return the optimizer, with learning rates of their own for backbone, p and projector, and the schedule."""
         backbone, pooling = self.embedder.backbone, self.embedder.pooling
         heads = [*_trainable(self.embedder.projector), *_trainable(self.loss)]
         groups = [
@@ -295,6 +311,7 @@ class FineTuning(pl.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what evaluation needs besides the weights, see `metilr.checkpoints`."""
         truth = self._data.ground_truth
         provenance = self.embedder.backbone.provenance
         checkpoint["metilr"] = {
@@ -312,6 +329,11 @@ class FineTuning(pl.LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with a run, on the data that it began with.
+
+        Raises:
+            UserError: If the data is other.
+        """
         self.resumed = True
         entry = checkpoint.get("metilr", {})
         if entry.get("data", {}).get("fingerprint") != self._data.ground_truth.fingerprint():

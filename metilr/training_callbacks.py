@@ -35,6 +35,7 @@ class KNNValidation(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validate the starting weights, where that is asked for."""
         if self.before_training and trainer.current_epoch == 0:
             self.before = {name: value.item() for name, value in self._validate(trainer, pl_module).items()}
             for logger in trainer.loggers:
@@ -42,14 +43,17 @@ class KNNValidation(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log ``val/gap``, ``val/gap_minus`` and ``val/acc``, each in [0, 1]."""
         pl_module.log_dict(self._validate(trainer, pl_module), prog_bar=True)
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        """Return the figures of the starting weights, for a run that is continued."""
         return {"before": self.before}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the figures of the starting weights."""
         self.before = state_dict["before"]
 
     @torch.no_grad()
@@ -82,6 +86,7 @@ class Announcement(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print a line about the data, in the first process."""
         if not trainer.is_global_zero:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -99,6 +104,7 @@ class TrainingProgress(TQDMProgressBar):
 
     @override
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """Return what the bar shows beside the progress."""
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
@@ -110,10 +116,12 @@ class EpochLines(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to measure the epoch's time."""
         self.started = time.perf_counter()
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the epoch's loss and figures, in the first process."""
         if not trainer.is_global_zero:
             return
         figures = {name: value.item() for name, value in trainer.callback_metrics.items()}
@@ -136,6 +144,7 @@ class PairPictures(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the table, in the first process and every so many epochs."""
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         if not trainer.is_global_zero or not loggers or trainer.current_epoch % self.every_n_epochs:
             return

@@ -88,7 +88,11 @@ def check(
     num_workers: int | None = None,
     quiet: bool = False,
 ) -> Verification:
-    """Look at the images of a data root; see ``verify``."""
+    """Look at the images of a data root; see ``verify``.
+
+    Raises:
+        UserError: If the ground truth is missing or malformed, or none of its images is there.
+    """
     if num_workers is not None and num_workers < 0:
         raise UserError(f"--num_workers {num_workers}: choose 0 or more")
     named = read_paths(root, parts)

@@ -157,9 +157,3 @@ def test_every_option_that_readme_and_docs_name_exists(capsys):
     text = "\n".join([README, *(file.read_text() for file in DOCS)])
     named = set(re.findall(r"(?<![\w-])--[a-z_][\w.-]*\w", text))
     assert named - PLACEHOLDERS - OTHERS_COMMANDS <= known
-
-
-def test_links_to_files_lead_somewhere():
-    for file in (Path(__file__).parents[1] / "README.md", *DOCS):
-        for link in re.findall(r"\]\((?!http)([^)#]+)\)", file.read_text()):
-            assert (file.parent / link).exists(), (file, link)

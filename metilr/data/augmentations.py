@@ -22,7 +22,7 @@ Preset = Literal["mild", "medium", "severe"]
 
 
 class Augmentation(abc.ABC):
-    """A seeded map from an image of any size to a square view."""
+    """A seeded map from an image of any size, uint8 ``(3, H, W)``, to a square view, uint8 ``(3, size, size)``."""
 
     @abc.abstractmethod
     def __call__(self, image: Tensor, seed: int) -> Tensor:
@@ -40,6 +40,9 @@ class RandomCrop(Augmentation):
         size: Side of the view in px.
         scale: Least and largest share of the image's area.
         ratio: Least and largest ratio of the part's sides, width to height.
+
+    Raises:
+        UserError: If a number is out of range.
     """
 
     def __init__(
@@ -81,6 +84,9 @@ class PublishedAugmentation(RandomCrop):
         scale: Least and largest share of the image's area.
         ratio: Least and largest ratio of the part's sides, width to height.
 
+    Raises:
+        UserError: If a number is out of range.
+
     Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021; its released training code.
     """
 
@@ -108,6 +114,9 @@ class SimulatedVisit(Augmentation):
         size: Side of the view in px.
         weakest: mild, medium or severe: the preset at the lower end.
         strongest: The preset at the upper end.
+
+    Raises:
+        UserError: If ``size`` is below 1 or a preset is unknown.
     """
 
     def __init__(self, size: int = 320, weakest: Preset = "mild", strongest: Preset = "severe") -> None:

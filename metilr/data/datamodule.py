@@ -87,12 +87,14 @@ class ImageDataModule(LightningDataModule):
 
     @override
     def setup(self, stage: str) -> None:
+        """Make the plan in the first process, and tell it to the others."""
         assert self.trainer is not None
         plan = self.make_plan() if self.trainer.is_global_zero else []
         self.plan = self.trainer.strategy.broadcast(plan)
 
     @override
     def predict_dataloader(self) -> Iterable[ImageBatch]:
+        """Return this process's part of the plan, as decoded batches."""
         assert self.trainer is not None
         work = [len(batch.rows) * batch.shape[0] * batch.shape[1] for batch in self.plan]
         mine = [self.plan[i] for i in deal(work, self.trainer.world_size)[self.trainer.global_rank]]
@@ -108,6 +110,7 @@ class ImageDataModule(LightningDataModule):
 
     @override
     def transfer_batch_to_device(self, batch: ImageBatch, device: torch.device, dataloader_idx: int) -> ImageBatch:
+        """Move a batch, and measure how long that takes."""
         with self.times.measured("transfer"):
             moved: ImageBatch = super().transfer_batch_to_device(batch, device, dataloader_idx)
             return moved

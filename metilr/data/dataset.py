@@ -14,7 +14,12 @@ from metilr.data.transforms import BadImageError
 
 
 class PlannedBatch(NamedTuple):
-    """Rows whose images have one shape. Not decoded yet."""
+    """Rows whose images have one shape. Not decoded yet.
+
+    Attributes:
+        rows: Row of each image in the descriptors, int64 ``(B,)``.
+        shape: Height and width of all, in px.
+    """
 
     rows: np.ndarray
     shape: tuple[int, int]

@@ -21,7 +21,8 @@ from metilr.metrics import DISTRACTOR
 DatabaseName = Literal["full", "mini"]
 DATABASE_FILES: dict[DatabaseName, str] = {"full": "MET_database.json", "mini": "mini_MET_database.json"}
 QUERY_FILES = {"val": "valset.json", "test": "testset.json"}
-NOT_NAMED = -1  # photographer of a query whose entry names none
+NOT_NAMED = -1
+"""Photographer of a query whose entry names none."""
 MET = "met"
 DISTRACTOR_KINDS = {"test_other": "other-artwork", "test_noart": "non-art"}  # by folder, as published
 

@@ -60,6 +60,9 @@ class PairDataModule(LightningDataModule):
         bad_images: Stop at an image that cannot be decoded, or skip it.
         max_megapixels: An image of more is bad; its header tells, before anything is decoded.
         seed: Set by --seed_everything.
+
+    Raises:
+        UserError: If an option is out of range or does not go with another.
     """
 
     def __init__(
@@ -111,11 +114,17 @@ class PairDataModule(LightningDataModule):
 
     @override
     def prepare_data(self) -> None:
+        """Draw the demo museum where no data root is given."""
         if self.root is None:
             make_demo(RUNS / "demo")
 
     @override
     def setup(self, stage: str) -> None:
+        """Read the ground truth of database and val, and refuse what cannot be trained on.
+
+        Raises:
+            UserError: If the data is missing, malformed or too small for the options.
+        """
         assert self.trainer is not None
         if self.ground_truth is not None:
             return

@@ -179,6 +179,9 @@ def draw_pairs(
         seed: The run's.
         device: Where FAISS searches.
 
+    Raises:
+        UserError: If negatives are mined and there is only one class.
+
     Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021, section 4.
     """
     rng = np.random.default_rng((seed, epoch))

@@ -66,7 +66,11 @@ def load_image(path: Path, image_size: int | None = None, limit: int | None = No
 
 
 def to_tensor(image: Image.Image, image_size: int | None = None) -> Tensor:
-    """Decode an opened image as ``load_image`` does; raises whatever Pillow's decoders raise."""
+    """Decode an opened image as ``load_image`` does, uint8 ``(3, H, W)``.
+
+    Raises:
+        Exception: Of many types: whatever Pillow's decoders raise.
+    """
     rgb = _to_rgb(ImageOps.exif_transpose(image))
     height, width = resized_shape(rgb.height, rgb.width, image_size)
     if (height, width) != (rgb.height, rgb.width):
@@ -79,6 +83,7 @@ def image_shape(path: Path, image_size: int | None = None, limit: int | None = N
 
     Raises:
         BadImageError: If the header cannot be read, or claims too many pixels.
+        OSError: If the disk, not the file, is at fault.
     """
     try:
         with open_image(path, max_pixels() if limit is None else limit) as image:

@@ -32,10 +32,15 @@ class HostileArchive(UserError):
 
 
 class Unpacked(NamedTuple):
-    """What an archive held."""
+    """What an archive held.
+
+    Attributes:
+        files: Number of files that were wanted.
+        left_out: Number of files of other kinds.
+    """
 
     files: int
-    left_out: int  # files of other kinds
+    left_out: int
 
 
 def unpack(

@@ -167,7 +167,11 @@ def derive_seed(base_seed: int, name: str, index: int) -> int:
 
 
 def refuse_bad_seed(seed: int) -> None:
-    """Raise a UserError for a seed outside [0, 2⁶³), the range that every generator takes."""
+    """Refuse a seed outside [0, 2⁶³), the range that every generator takes.
+
+    Raises:
+        UserError: If it is.
+    """
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed {seed}: out of range; choose one from 0 to 2**63 - 1")
 

@@ -1,4 +1,8 @@
-"""GAP, GAP⁻ and ACC: pure functions and torchmetrics classes side by side."""
+"""GAP, GAP⁻ and ACC: pure functions and torchmetrics classes side by side.
+
+The functions are those of `metilr.metrics.functional`, the classes those of `metilr.metrics.distributed`. What else the
+confidence is good for: `metilr.metrics.open_set`.
+"""
 
 from typing import TYPE_CHECKING, Any
 

@@ -12,7 +12,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from metilr.metrics import functional
 
 
-class _AnswerMetric(Metric):
+class AnswerMetric(Metric):
     """Answers gathered from all batches and processes, scored at the end by one function.
 
     Every query carries its position in the split. Answers are put in that order before they are scored, and a
@@ -68,7 +68,11 @@ class _AnswerMetric(Metric):
             getattr(self, name).append(values.detach().to(self.device, self._dtypes[name]))
 
     def compute(self) -> Tensor:
-        """Return the metric over all distinct queries, a float64 scalar in [0, 1]."""
+        """Return the metric over all distinct queries, a float64 scalar in [0, 1].
+
+        Raises:
+            UserError: If a confidence is NaN; without a met query if ``no_met`` says so.
+        """
         self._fill_empty_states()
         index, log_confidence, predicted, target = (
             dim_zero_cat(getattr(self, name)).cpu().numpy()
@@ -95,19 +99,19 @@ class _AnswerMetric(Metric):
                 state.append(torch.empty(0, dtype=dtype, device=self.device))
 
 
-class GAP(_AnswerMetric):
-    """Global average precision over all queries; see ``functional.gap``."""
+class GAP(AnswerMetric):
+    """Global average precision over all queries; see `metilr.metrics.functional.gap`."""
 
     _score = staticmethod(functional.gap)
 
 
-class GAPMinus(_AnswerMetric):
-    """GAP over the queries that show an exhibit; see ``functional.gap_minus``."""
+class GAPMinus(AnswerMetric):
+    """GAP over the queries that show an exhibit; see `metilr.metrics.functional.gap_minus`."""
 
     _score = staticmethod(functional.gap_minus)
 
 
-class ACC(_AnswerMetric):
-    """Share of right labels among the queries that show an exhibit; see ``functional.acc``."""
+class ACC(AnswerMetric):
+    """Share of right labels among the queries that show an exhibit; see `metilr.metrics.functional.acc`."""
 
     _score = staticmethod(functional.acc)

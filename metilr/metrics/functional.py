@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from metilr.errors import UserError
 
-DISTRACTOR = -1  # target of a query that shows no exhibit of the museum
+DISTRACTOR = -1
+"""Target of a query that shows no exhibit of the museum."""
 
 
 def gap(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike) -> float:
@@ -111,7 +112,11 @@ def _average_precision(right: np.ndarray, n_met: int) -> float:
 def checked(
     log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the confidence in float64, and where an answer is right and a query met; all ``(Q,)``."""
+    """Return the confidence in float64, and where an answer is right and a query met; all ``(Q,)``.
+
+    Raises:
+        UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
+    """
     confidence = np.asarray(log_confidence, dtype=np.float64)
     answers, truth = np.asarray(predicted), np.asarray(target)
     if confidence.ndim != 1 or not confidence.shape == answers.shape == truth.shape:

@@ -17,7 +17,12 @@ FLOAT32_STAGES = 4  # of an EfficientNet, whatever the precision
 
 
 class Features(NamedTuple):
-    """What a backbone makes of a batch of images."""
+    """What a backbone makes of a batch of images.
+
+    Attributes:
+        map: Local features, ``(B, C, h, w)``.
+        cls: Class tokens, ``(B, C)``; None where the backbone has none.
+    """
 
     map: Tensor  # (B, C, h, w)
     cls: Tensor | None  # (B, C); None without a class token
@@ -50,7 +55,7 @@ class Backbone(nn.Module):
     stages (stage 3 of a ResNet is the output of ``layer3``), a ViT's blocks (without the final norm), and in
     other families the entries of timm's ``feature_info``. What comes after the stage is not computed.
 
-    Starts in eval mode; a training loop that calls ``train()`` decides about BatchNorm itself.
+    Starts in eval mode; a training loop that leaves it decides about BatchNorm itself.
 
     Autocast does not reach the stem and the first four stages of an EfficientNet: they run in float32. In bfloat16 they
     would make most of what it changes in a descriptor, and save next to nothing on CPUs without AMX. (Not with gradient

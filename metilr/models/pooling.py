@@ -102,8 +102,8 @@ def rmac_regions(height: int, width: int, levels: int = 3) -> list[tuple[int, in
     Levels whose squares would be smaller than one position are left out.
 
     Args:
-        height: Of the map.
-        width: Of the map.
+        height: Of the map, in positions.
+        width: Of the map, in positions.
         levels: Number of region sizes.
     """
     short, long = min(height, width), max(height, width)
@@ -136,8 +136,17 @@ def _full_precision(features: Tensor) -> Tensor:
 class GeM(nn.Module):
     """Generalised-mean pooling, see ``gem``.
 
+    Args:
+        width: Channels of the features.
+        p: Exponent, its start if learnable.
+        learnable: Whether training may change p.
+        per_channel: Whether each channel has its own p.
+
     Attributes:
         p: ``(1,)`` or ``(width,)``; a parameter if learnable, else a buffer.
+
+    Raises:
+        UserError: If p is not a finite number above 0.
     """
 
     p: Tensor
@@ -192,7 +201,11 @@ class SPoC(nn.Module):
 
 
 class RMAC(nn.Module):
-    """Regional maximum pooling, see ``rmac``."""
+    """Regional maximum pooling, see ``rmac``.
+
+    Args:
+        levels: Number of region sizes.
+    """
 
     def __init__(self, levels: int = 3) -> None:
         super().__init__()

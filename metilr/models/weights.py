@@ -29,11 +29,17 @@ COUNTER = "num_batches_tracked"
 
 
 class PackagedFile(NamedTuple):
-    """A weights file inside an installed Python package."""
+    """A weights file inside an installed Python package.
+
+    Attributes:
+        module: Name that the package is imported by.
+        path: Of the file, relative to the package's folder.
+        install: The command that brings the package.
+    """
 
     module: str
     path: str
-    install: str  # the command that brings the package
+    install: str
 
 
 def find_packaged_file(package: PackagedFile, sha256: str) -> Path:
