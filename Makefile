@@ -21,6 +21,7 @@ test: $(VENV)/.installed-dev
 
 # The API reference from the docstrings; fails on a link that leads nowhere.
 docs: $(VENV)/.installed-dev
+	rm -rf build/docs
 	$(BIN)/python docs/reference.py build/docs
 
 lint: $(VENV)/.installed-dev

@@ -6,7 +6,6 @@ import importlib.util
 import itertools
 import pkgutil
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -118,7 +117,6 @@ def test_a_docstring_that_describes_something_else_is_found(tmp_path, monkeypatc
     monkeypatch.syspath_prepend(tmp_path)
     [*_, warning] = reference.check_docstrings("mistaken")
     assert "Parameter 'b' does not appear" in warning
-    sys.modules.pop("mistaken", None)
 
 
 def test_a_broken_link_of_the_reference_is_found(tmp_path):
