@@ -92,6 +92,7 @@ def broken_links(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     folder = Path(sys.argv[1]).resolve()
     found = check_docstrings("metilr")
     build(folder)
