@@ -54,7 +54,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     @override
     def load_checkpoint(self, path: Any, map_location: Any = None, *_: Any, **__: Any) -> dict[str, Any]:
         """Read a checkpoint to the CPU, as ``read_checkpoint`` does."""
-        return dict(read_checkpoint(Path(path)))
+        try:
+            return dict(read_checkpoint(Path(path)))
+        except UserError as error:  # no option named the file
+            raise UserError(str(error).removeprefix("--ckpt ")) from None
 
 
 class MovableModelCheckpoint(ModelCheckpoint):

@@ -60,9 +60,7 @@ class DescriptorStore:
             if "manifest.json" not in present:
                 foreign = [name for name in present if not name.startswith(OURS)]
                 if foreign:
-                    raise UserError(
-                        f"--store {self.path}: holds other files ({foreign[0]}); name an empty or new folder"
-                    )
+                    raise UserError(f"{self.path}: holds other files ({foreign[0]}); name an empty or new folder")
                 self._write_manifest({**wanted, "complete": False})  # first: arrays without it are somebody else's
             manifest = self.manifest()
             self._refuse_other_settings(manifest, wanted)
@@ -71,7 +69,7 @@ class DescriptorStore:
                     _reserve_array(self.path / f"{split}.npy", (n, width), np.dtype(np.float32))
                     _reserve_array(self.path / f"{split}.files.npy", (n,), np.dtype(np.int64))
         except OSError as error:
-            raise UserError(f"--store {self.path}: cannot be written ({error.strerror}); name another folder") from None
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); name another folder") from None
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
         """Hold the store against other runs while rows are made; of several processes of a run the first one does.
@@ -171,7 +169,7 @@ class DescriptorStore:
         differing = [key for name in names for key in _differing_keys(found.get(name), wanted[name], name)]
         if differing:
             keys = "; ".join(differing[:4]) + ("; ..." if len(differing) > 4 else "")
-            raise UserError(f"--store {self.path}: was made with other settings ({keys}); name another folder")
+            raise UserError(f"{self.path}: was made with other settings ({keys}); name another folder")
 
 
 class RowWriter:
@@ -273,8 +271,8 @@ def _reserve_array(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
         reserve_array(file, shape, dtype)
     except OSError as error:
         raise UserError(
-            f"{file}: cannot reserve {_gigabytes(shape, dtype)} GB ({error.strerror}); free some or name "
-            "another --store"
+            f"{file}: cannot reserve {_gigabytes(shape, dtype)} GB ({error.strerror}); free some, or name a folder on "
+            "another disk"
         ) from None
 
 

@@ -269,10 +269,11 @@ def _train(args: Sequence[str], prog: str, held: contextlib.ExitStack) -> None:
 
 def _as_typed(message: str) -> str:
     """An error's option names as this command has them: --data.root for --root."""
+    here = {name: f"trainer.{name}" for name in ("precision", "devices", "num_nodes", "accelerator")}
     for prefix, of in (("model", FineTuning), ("data", PairDataModule)):
-        names = "|".join(inspect.signature(of.__init__).parameters)
-        message = re.sub(rf"--({names})\b(?!\.)", rf"--{prefix}.\1", message)
-    return message
+        here |= {name: f"{prefix}.{name}" for name in inspect.signature(of.__init__).parameters}
+    here["seed"] = "seed_everything"
+    return re.sub(rf"--({'|'.join(here)})\b(?!\.)", lambda found: f"--{here[found[1]]}", message)
 
 
 def _what_is_kept(cli: TrainingCLI) -> str:

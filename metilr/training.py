@@ -28,6 +28,11 @@ from metilr.processes import agree, gather_rows
 from metilr.searchable import exhibit_differences, visit_differences
 from metilr.whitening import fit_learned_whitening, fit_pca_whitening
 
+# The options of whitening that errors name, as those of the projector that starts as one.
+WHITENING_HERE = {
+    "--whitening_dim": "--model.projector_dim", "--whitening none": "--model.projector_start random",
+    "--whitening pca": "--model.projector_start pca",
+}  # fmt: skip
 P_BOUNDS = (1.0, 10.0)  # 1 is the mean; beyond 10 GeM is next to the maximum and its gradient next to nothing
 
 
@@ -192,7 +197,9 @@ class FineTuning(pl.LightningModule):
                         )
                         whitening = fit_learned_whitening(chunks, pairs, dim)
                 except UserError as error:
-                    message = str(error).replace("--whitening_dim", "--model.projector_dim")
+                    message = str(error)
+                    for of_evaluation, here in WHITENING_HERE.items():
+                        message = message.replace(of_evaluation, here)
                     raise UserError(message) from None
                 mean, projection = torch.from_numpy(whitening.mean), torch.from_numpy(whitening.projection)
                 start = [projection.T.contiguous(), -mean @ projection]
