@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from metilr.data.unpack import MAX_FILE, MAX_READ, DamagedArchive, HostileArchive, Unpacked, unpack
+from metilr.data.unpack import CHUNK, MAX_FILE, MAX_READ, DamagedArchive, HostileArchive, Unpacked, unpack
 from metilr.errors import UserError
 from tests.tarballs import IMAGES, header, tar_of, tarball, tree
 
@@ -177,6 +177,17 @@ def test_a_wrong_checksum_and_a_second_archive_behind_the_first(place):
     place.refused(bytes(content), DamagedArchive)
     long = gzip.compress(tar_of(GOOD) + bytes(MAX_READ + 1))
     assert "goes on after its end mark" in place.refused(long, DamagedArchive)
+
+
+def test_padding_after_the_end_is_read_to_the_checksum_but_not_for_ever(place):
+    """Some megabytes of zeros, or of anything, are a few kB in the archive."""
+    whole = tar_of(GOOD)
+    padded = gzip.compress(whole + bytes(MAX_READ - len(whole)), 1, mtime=0)
+    assert place.unpack(padded) == Unpacked(len(GOOD), 0)
+    for rest in (bytes(MAX_READ + CHUNK), b"x" * (MAX_READ + CHUNK)):
+        bomb = gzip.compress(whole + rest, 1, mtime=0) + b"no gzip"  # which is not reached
+        assert "goes on after its end mark" in place.refused(bomb, DamagedArchive)
+    assert tree(place.folder) == IMAGES
 
 
 @pytest.mark.parametrize("seed", range(40))

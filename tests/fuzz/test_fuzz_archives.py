@@ -7,7 +7,7 @@ import tarfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metilr.data.unpack import MAX_GROWTH, ROOM, unpack
+from metilr.data.unpack import CHUNK, MAX_GROWTH, MAX_READ, ROOM, unpack
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import PROPERTIES, cases, mutated
 from tests.tarballs import header, tar_of, tarball, tree
@@ -70,6 +70,18 @@ def test_changed_streams(tmp_path):
     for rng in cases(300):
         extract(tmp_path / "root", mutated(whole, rng, (b"\x1f\x8b\x08\0", b"\0" * 8, b"\xff")))
     assert not extract(tmp_path / "root", whole)
+
+
+def test_changed_padding_behind_the_end(tmp_path):
+    """Zeros and text of more than a reader should follow, where the stream is changed too."""
+    n_read = 0
+    for rng in cases(12):
+        length = rng.choice((0, 512, 10_240, MAX_READ - 20_480, MAX_READ + 2 * CHUNK))
+        whole = gzip.compress(HONEST[0] + rng.choice((b"\0", b"x")) * length, 1, mtime=0)
+        for content in (whole, mutated(whole, rng)):
+            n_read += not (said := extract(tmp_path / "root", content))
+            assert length < MAX_READ or said
+    assert n_read > 5
 
 
 @PROPERTIES
