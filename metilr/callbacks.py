@@ -132,8 +132,8 @@ class DescriptorWriter(BasePredictionWriter):
 class ImageProgress(Callback):
     """A bar with images done, images per second and time left.
 
-    The first process draws it and counts its own images times the number of processes, which have equal
-    shares.
+    The first process draws it. It knows its own share of the images alone, and the shares, which are of equal work, are
+    done at about the same pace: of all images it shows as large a part as of its own. At the end all are done.
     """
 
     def __init__(self) -> None:
@@ -145,10 +145,11 @@ class ImageProgress(Callback):
         if not trainer.is_global_zero:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        total = sum(len(batch.rows) for batch in data.plan)
+        self.n_all, self.n_own = (sum(len(batch.rows) for batch in part) for part in (data.plan, data.share()))
+        self.n_done = 0  # of its own
         self.progress = progress_bar("images")
         self.progress.start()
-        self.task = self.progress.add_task("describing images", total=total)
+        self.task = self.progress.add_task("describing images", total=self.n_all)
 
     @override
     def on_predict_batch_end(
@@ -163,10 +164,14 @@ class ImageProgress(Callback):
         """Move the bar on."""
         if self.progress is None:
             return
-        self.progress.advance(self.task, (len(batch.rows) + len(batch.bad)) * trainer.world_size)
-        task = self.progress.tasks[0]
-        if task.total and task.completed > task.total:
-            self.progress.update(self.task, completed=task.total)
+        self.n_done += len(batch.rows) + len(batch.bad)
+        self.progress.update(self.task, completed=self.n_all * self.n_done // max(self.n_own, 1))
+
+    @override
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Fill the bar."""
+        if self.progress is not None:  # the writer's barrier was before
+            self.progress.update(self.task, completed=self.n_all)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

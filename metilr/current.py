@@ -137,13 +137,13 @@ class CurrentDescriptors:
         try:
             with (
                 torch.inference_mode(),
-                tqdm(total=sum(len(batch.rows) for batch in self._data.plan) // trainer.world_size,
+                tqdm(total=sum(len(batch.rows) for batch in self._data.share()),
                      desc="describing images", unit="image", leave=False, disable=hidden(trainer)) as bar,
             ):  # fmt: skip
                 for batch in batches:
                     on_device = batch._replace(images=batch.images.to(trainer.strategy.root_device))
                     write_rows(writer, self._data, batch, module.describe(on_device))
-                    bar.update(len(batch.rows))
+                    bar.update(len(batch.rows) + len(batch.bad))
         finally:
             writer.close()
 

@@ -96,9 +96,7 @@ class ImageDataModule(LightningDataModule):
     def predict_dataloader(self) -> Iterable[ImageBatch]:
         """Return this process's part of the plan, as decoded batches."""
         assert self.trainer is not None
-        work = [len(batch.rows) * batch.shape[0] * batch.shape[1] for batch in self.plan]
-        mine = [self.plan[i] for i in deal(work, self.trainer.world_size)[self.trainer.global_rank]]
-        mine = mine or [NOTHING]  # Lightning refuses a process without a batch
+        mine = self.share() or [NOTHING]  # Lightning refuses a process without a batch
         dataset = BatchDataset(self.rows, mine)
         return DataLoader(
             dataset,
@@ -107,6 +105,12 @@ class ImageDataModule(LightningDataModule):
             worker_init_fn=leave_signals_to_the_parent,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
+
+    def share(self) -> list[PlannedBatch]:
+        """This process's batches of the plan."""
+        assert self.trainer is not None
+        work = [len(batch.rows) * batch.shape[0] * batch.shape[1] for batch in self.plan]
+        return [self.plan[i] for i in deal(work, self.trainer.world_size)[self.trainer.global_rank]]
 
     @override
     def transfer_batch_to_device(self, batch: ImageBatch, device: torch.device, dataloader_idx: int) -> ImageBatch:
