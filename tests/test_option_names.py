@@ -48,7 +48,7 @@ def known() -> set[str]:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(TrainingCLI, "parse_arguments", stop)
-        TrainingCLI([], ExitStack())
+        TrainingCLI([], "train.py", ExitStack())
     assert {"--data.root", "--trainer.precision", "--output"} <= set(found)
     return set(found)
 
