@@ -143,7 +143,7 @@ def test_nineteen_thousand_queries(browser, met_root, tmp_path):
     recognition = Recognition(answers, figures, None, 1, 50.0, tuning, matches)
     opened = Descriptors({}, {}, [{"model": {"backbone": "r18_in", "pooling": {"kind": "gem", "p": 3}, "scales": [1]}}])
     results = results_of(
-        truth, recognition, opened, synthetic=False, search_device="cpu", method=Method(), check=None,
+        truth, recognition, opened, options={}, synthetic=False, search_device="cpu", method=Method(), check=None,
         skipped_images=[], notes=[], seconds=1.0,
     )  # fmt: skip
     page = open_page(browser, write_report(tmp_path, results, truth, recognition, quiet=True))
