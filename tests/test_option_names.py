@@ -105,10 +105,10 @@ def full_disk(monkeypatch):
 
 
 def all_zero(monkeypatch):
-    def zeros(module, batch, i):
+    def zeros(module, batch):
         return torch.zeros(len(batch.images), module.embedder.dim)
 
-    monkeypatch.setattr(DescriptorModule, "predict_step", zeros)
+    monkeypatch.setattr(DescriptorModule, "describe", zeros)
 
 
 def unwritable_views(monkeypatch):
