@@ -122,7 +122,7 @@ def test_metilr_command(workplace, line, monkeypatch, capsys, server):
     main(arguments)
     answered = arguments[0] in ("identify", "serve", "verify")
     printed = capsys.readouterr().out
-    assert ("metilr evaluate --ckpt" in printed) == (arguments[0] == "train")  # no evaluate.py lies there
+    assert ("metilr evaluate --ckpt" in printed) == (arguments[0] in ("train", "pack"))  # where no evaluate.py lies
     assert printed and (answered or set(Path.cwd().rglob("*")) - before)
 
 
@@ -153,6 +153,7 @@ def test_every_option_that_readme_and_docs_name_exists(capsys):
     for command in commands:
         with pytest.raises(SystemExit):
             command()
+    main(["--help"])
     known = set(re.findall(r"--[\w.]+", capsys.readouterr().out))
     text = "\n".join([README, *(file.read_text() for file in DOCS)])
     named = set(re.findall(r"(?<![\w-])--[a-z_][\w.-]*\w", text))
