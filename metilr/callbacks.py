@@ -1,5 +1,6 @@
 """Lightning callbacks of the extraction: rows to the store, progress to the terminal."""
 
+import contextlib
 import signal
 from collections import deque
 from concurrent.futures import Future
@@ -98,10 +99,11 @@ class DescriptorWriter(BasePredictionWriter):
 
     def _write_all_but(self, n: int) -> None:
         while len(self.unwritten) > n:
-            batch, future = self.unwritten.popleft()
-            with self.data.times.measured("network"):
+            batch, future = self.unwritten[0]
+            with self.data.times.measured("collect"):
                 descriptors = future.result()
             self._write(batch, descriptors)
+            self.unwritten.popleft()
 
     def _write(self, batch: ImageBatch, descriptors: Tensor) -> None:
         assert self.writer is not None
@@ -115,12 +117,16 @@ class DescriptorWriter(BasePredictionWriter):
         self._write_all_but(0)
         self._close()
         if self.data.times.is_on and trainer.is_global_zero:
-            self.data.times.print(Console(highlight=False), self.data.num_workers, trainer.world_size)
+            self.data.times.print(Console(highlight=False), self.data.num_workers, trainer.world_size, self.n_streams)
         trainer.strategy.barrier()  # the first process goes on alone: by then the rows of all are there
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Close the store: what is written is kept."""
+        """Write what is described already, and close the store."""
+        with contextlib.suppress(UserError):  # of a bad image: the exception that is on its way was first
+            for batch, future in self.unwritten:
+                if future.done() and not future.cancelled() and future.exception() is None:
+                    self._write(batch, future.result())
         self._close()
 
     def _close(self) -> None:

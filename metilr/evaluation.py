@@ -162,7 +162,8 @@ def evaluate(
         engine: What computes the backbone: torch; compile, PyTorch compiled (for GPUs and long runs; it takes a minute
             first); openvino, for convolutional networks on CPUs, several times as fast (pip install openvino).
             On CPUs PyTorch computes what has a side below 128 px.
-        batch_size: Most images in a batch, fewer of images beyond 500 x 500 px; images in a batch have one shape.
+        batch_size: Most images in a batch, fewer of images beyond 500 x 500 px; images in a batch have one shape. With
+            --engine openvino it is 1.
         num_workers: Image decoding processes beside each process; without it as many as cores are free, at most 8.
         search_device: Where the exact search runs; without it on all GPUs if FAISS sees some and the
             accelerator is not cpu, else on the CPU.

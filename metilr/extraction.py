@@ -44,7 +44,6 @@ Precision = Literal["32", "bf16-mixed", "16-mixed"]
 STORES = Path("runs/descriptors")
 RECIPE = 1  # raise it when the code between image and descriptor changes what a row is
 MANY_IMAGES = 1000  # from here on a hint at a faster way is worth a line
-FASTER_ON_CPU = "(on a CPU, --engine openvino describes convolutional networks some times as fast)"
 MAX_STREAMS = 4  # of OpenVINO; each holds activations
 PLAN_TIMEOUT = timedelta(hours=6)  # the others wait while the first process reads the headers of all images
 
@@ -100,7 +99,10 @@ class DescriptorModule(pl.LightningModule):
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | Future[Tensor]:
         """Describe a batch, or begin to where several are described side by side; see ``describe``."""
         if self.streams is not None:
-            return self.streams.submit(self.describe, batch)
+            return self.streams.submit(self._describe_timed, batch)
+        return self._describe_timed(batch)
+
+    def _describe_timed(self, batch: ImageBatch) -> Tensor:
         with self.times.measured("network"):
             return self.describe(batch)
 
@@ -171,7 +173,8 @@ class ExtractionOptions:
         """Batches that each process describes side by side."""
         if self.engine != "openvino":
             return 1
-        return max(1, min(MAX_STREAMS, torch.get_num_threads() // self.n_processes))
+        n_threads = max(1, torch.get_num_threads() // self.n_processes)
+        return max(n for n in range(1, MAX_STREAMS + 1) if n_threads % n == 0)  # else threads would be left over
 
     def __post_init__(self) -> None:
         """Refuse before any work what is out of range or what Lightning would replace by something else."""

@@ -112,7 +112,7 @@ def index(
         devices: Number of processes, one GPU each.
         precision: Arithmetic of the backbone, see metilr evaluate --help.
         engine: What computes the backbone, see metilr evaluate --help.
-        batch_size: Most images in a batch.
+        batch_size: Most images in a batch; with --engine openvino it is 1.
         num_workers: Image decoding processes beside each process.
 
     Returns:

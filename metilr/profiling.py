@@ -1,6 +1,7 @@
 """Where the time of an extraction goes."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+_ADDING = threading.Lock()  # not in StageTimes, which spawned processes are handed
 STAGES = ("decode", "wait", "transfer", "network", "write")
 _WHAT = {
     "decode": "files to pixels, in parallel in the decoding processes",
@@ -25,12 +27,13 @@ class StageTimes:
 
     Attributes:
         is_on: Whether to measure: on a GPU, that stops it from running ahead.
-        seconds: By stage.
+        seconds: By stage; ``collect`` is the time that the process waits for batches described side by side, whose
+            ``network`` is the sum over all of them.
         n_images: That were described.
     """
 
     is_on: bool = False
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*STAGES, "collect"), 0.0))
     n_images: int = 0
     started: float = 0.0
 
@@ -43,7 +46,8 @@ class StageTimes:
             return
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        self.seconds[stage] += time.perf_counter() - start
+        with _ADDING:
+            self.seconds[stage] += time.perf_counter() - start
 
     def count(self, n_images: int, decode_seconds: float) -> None:
         """Add images that were described, and how long their decoding took elsewhere."""
@@ -54,15 +58,18 @@ class StageTimes:
         """Begin with the first batch's decoding."""
         self.started = time.perf_counter()
 
-    def print(self, console: Console, n_workers: int, n_processes: int) -> None:
+    def print(self, console: Console, n_workers: int, n_processes: int, n_streams: int = 1) -> None:
         """Print a table; what no stage accounts for is waiting."""
         of_process = f", the first of {n_processes} processes" if n_processes > 1 else ""
         total = time.perf_counter() - self.started
-        self.seconds["wait"] = total - sum(self.seconds[stage] for stage in ("transfer", "network", "write"))
+        computing = "network" if n_streams == 1 else "collect"
+        self.seconds["wait"] = total - sum(self.seconds[stage] for stage in ("transfer", computing, "write"))
         table = Table(title=f"{self.n_images:,} images in {total:.1f} s{of_process}", title_justify="left", box=None)
         for name in ("stage", "seconds", "ms an image", ""):
             table.add_column(name, justify="left" if name in ("stage", "") else "right")
-        for stage, seconds in self.seconds.items():
+        for stage in STAGES:
+            seconds = self.seconds[stage]
             what = _WHAT[stage] + (f" ({n_workers})" if stage == "decode" else "")
+            what += f", of {n_streams} batches side by side" if stage == "network" and n_streams > 1 else ""
             table.add_row(stage, f"{seconds:.1f}", f"{1000 * seconds / max(1, self.n_images):.1f}", what)
         console.print(table)
