@@ -141,12 +141,7 @@ def parse_options(
         option, _, file = arg.partition("=")
         if option == "--config" and (file or i + 1 < len(args)):
             check_config(parser, file or args[i + 1])
-    options = parser.parse_args(args).as_dict()
-    options.pop("config", None)
-    for name, kind in typing.get_type_hints(function).items():
-        if name in options and options[name] is None and type(None) not in typing.get_args(kind):
-            raise UserError(f"--{name} null: expected {_readable_type(str(kind))}; leave it out for the default")
-    return options
+    return _without_nulls(function, parser.parse_args(args).as_dict())
 
 
 def options_of(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,9 +150,16 @@ def options_of(function: Callable[..., Any], options: Mapping[str, Any]) -> dict
     Raises:
         UserError: If the command has no such option, or not with such a value.
     """
-    read: dict[str, Any] = _parser(function).parse_object(dict(options)).as_dict()
-    read.pop("config", None)
-    return read
+    return _without_nulls(function, _parser(function).parse_object(dict(options)).as_dict())
+
+
+def _without_nulls(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Refuse null, which jsonargparse takes for any kind, where the function does not take it."""
+    options.pop("config", None)
+    for name, kind in typing.get_type_hints(function).items():
+        if name in options and options[name] is None and type(None) not in typing.get_args(kind):
+            raise UserError(f"--{name} null: expected {_readable_type(str(kind))}; leave it out for the default")
+    return options
 
 
 def check_config(parser: ArgumentParser, file: str) -> None:

@@ -66,6 +66,7 @@ def collection_of_index(path: Path, ckpt: Path | None = None, accelerator: Accel
         UserError: If it is no index, or something is missing or changed of the model, the store or the whitening.
     """
     index = Index.load(path)
+    limit_images(MAX_MEGAPIXELS)
     embedder, _ = build_model(index.model if ckpt is None else {**index.model, "ckpt": ckpt})
     approximate = path / APPROXIMATE
     return open_collection(
@@ -154,7 +155,10 @@ def embedder_of_run(run: Run, ckpt: Path | None) -> Embedder:
     options = {name: config[name] for name in _OF_THE_MODEL}
     if options["weights"] not in (None, RANDOM):
         options["weights"] = str(_found(run, "--weights", Path(options["weights"])))
-    return build_embedder(**options, scales=scales)
+    try:
+        return build_embedder(**options, scales=scales)
+    except UserError as error:
+        raise UserError(f"{run.path}: was described with {error}") from None
 
 
 def _method(run: Run) -> tuple[Method, float]:
@@ -183,11 +187,13 @@ def whitening_of_run(run: Run) -> PCAWhitening | None:
     Raises:
         UserError: If the file is another one.
     """
+    if "whitening" not in run.results:
+        raise UserError(f"{run.path / 'results.json'}: does not say how it whitened; evaluate again")
     recorded = run.results["whitening"]
     if recorded is None:
         return None
     whitening = PCAWhitening.load(run.path / "whitening.npz")
-    if whitening.sha256() != recorded["sha256"]:
+    if whitening.sha256() != recorded.get("sha256"):
         raise UserError(f"{run.path / 'whitening.npz'}: is not the whitening of this evaluation; evaluate again")
     return whitening
 

@@ -1,8 +1,9 @@
 """A finished evaluation, read back from its folder."""
 
+import contextlib
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from metilr.data.ground_truth import QUERY_FILES
 from metilr.errors import UserError, one_line
 from metilr.metrics import DISTRACTOR
 from metilr.results import PREDICTION_COLUMNS, READABLE_SCHEMAS
+from metilr.run_schema import check_config, check_results
 from metilr.yaml_files import read_yaml
 
 
@@ -65,6 +67,8 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{file}: cannot be read ({one_line(error)}); run the evaluation again") from None
     if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
         raise UserError(f"{file}: holds no options; run the evaluation again")
+    with _refused(file):
+        check_config(config)
     answers = {split: _read_answers(path / "predictions" / f"{split}.csv") for split in QUERY_FILES}
     return Run(path, results, config, answers)
 
@@ -87,20 +91,19 @@ def read_results(path: Path) -> Mapping[str, Any]:
         raise UserError(f"{file}: cannot be read ({type(error).__name__}); run the evaluation again") from None
     if not isinstance(results, dict) or results.get("schema_version") not in READABLE_SCHEMAS:
         raise UserError(f"{file}: not of schema {' or '.join(map(str, READABLE_SCHEMAS))}; run the evaluation again")
-    missing = {"data", "model", "knn", *QUERY_FILES} - results.keys()
-    figures = {"gap", "gap_minus", "acc", "n_queries", "n_met"}
-    parts = {name: part if isinstance(part, dict) else {} for name, part in results.items()}
-    missing |= {f"{split}.{name}" for split in QUERY_FILES for name in figures if not _is_number(parts, split, name)}
-    missing |= {f"knn.{name}" for name in ("k", "tau") if not _is_number(parts, "knn", name)}
-    missing |= {name for name in ("data", "model") if not parts.get(name)}
-    if missing:
-        raise UserError(f"{file}: lacks {', '.join(sorted(missing)[:4])}; run the evaluation again")
+    with _refused(file):
+        check_results(results)
     return results
 
 
-def _is_number(parts: Mapping[str, Any], part: str, name: str) -> bool:
-    value = parts.get(part, {}).get(name)
-    return type(value) in (int, float) and -1e300 < value < 1e300  # JSON's NaN is none
+@contextlib.contextmanager
+def _refused(file: Path) -> Iterator[None]:
+    """Say in one line what a file lacks or holds that no evaluation writes."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
+        raise UserError(f"{file}: cannot be read ({reason}); run the evaluation again") from None
 
 
 def _read_answers(file: Path) -> Answers:
