@@ -4,13 +4,14 @@ import copy
 import queue
 import warnings
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import openvino
 import torch
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-from timm.layers import Conv2dSame  # type: ignore[attr-defined]
+from timm.layers import padding
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -85,34 +86,22 @@ class _MapOf(nn.Module):
         return features
 
 
-class _SamePadding(nn.Module):
-    """timm's Conv2dSame with padding from whole numbers.
+def _same_padding(side: int | Tensor, kernel_size: int, stride: int, dilation: int) -> Tensor:
+    """What timm's layers add to a side, as its ``get_same_padding``, from whole numbers.
 
     timm divides sides as floating-point numbers, which OpenVINO rounds to bfloat16 with all others: a side of 393 px
     would be padded as 392.
     """
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.conv = conv
-
-    def forward(self, x: Tensor) -> Tensor:
-        conv, padding = self.conv, []
-        for axis in (-1, -2):
-            stride, kernel = conv.stride[axis], (conv.kernel_size[axis] - 1) * conv.dilation[axis] + 1
-            side = torch.as_tensor(x.shape[axis])
-            outputs = (side + stride - 1) // stride
-            total = ((outputs - 1) * stride + kernel - side).clamp(min=0)
-            padding += [total // 2, total - total // 2]
-        padded = F.pad(x, padding)  # type: ignore[arg-type]  # tensors while it is traced
-        return F.conv2d(padded, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
+    whole = torch.as_tensor(side)
+    outputs = (whole + stride - 1) // stride
+    return ((outputs - 1) * stride + (kernel_size - 1) * dilation + 1 - whole).clamp(min=0)
 
 
 def _converted(module: nn.Module, example: Tensor, name: str) -> Any:
     """Turn a module into an OpenVINO model that takes images of any shape."""
-    module = _with_whole_numbers(copy.deepcopy(module)).eval()
+    module = copy.deepcopy(module)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), mock.patch.object(padding, "get_same_padding", _same_padding):
             warnings.simplefilter("ignore")  # tracing is deprecated in PyTorch, and tells of each constant
             decoder = TorchScriptPythonDecoder(module, example_input=example)
             # Not openvino.convert_model, which reports each use to OpenVINO's makers.
@@ -123,13 +112,6 @@ def _converted(module: nn.Module, example: Tensor, name: str) -> Any:
         raise UserError(f"--engine openvino: cannot convert {name} ({reason}); take --engine torch") from error
     model.reshape({model.inputs[0]: openvino.PartialShape([-1, example.shape[1], -1, -1])})
     return model
-
-
-def _with_whole_numbers(module: nn.Module) -> nn.Module:
-    for name, child in module.named_children():
-        replaced = _SamePadding(child) if isinstance(child, Conv2dSame) else _with_whole_numbers(child)
-        setattr(module, name, replaced)
-    return module
 
 
 def _options(precision: str, n_streams: int) -> dict[str, Any]:
