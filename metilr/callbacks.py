@@ -196,7 +196,10 @@ class ImageProgress(Callback):
 
 
 class ExactFloat32(Callback):
-    """Keep float32 float32 on GPUs, whose convolutions would otherwise round to TF32."""
+    """Keep float32 float32 on GPUs, whose convolutions would otherwise round to TF32.
+
+    In mixed precision too, for what runs in float32 there: rows must not depend on what this process has run before.
+    """
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -85,8 +85,7 @@ class Describer:
         engine = "torch" if options.engine == "compile" else options.engine
         self.module = DescriptorModule(embedder, engine, options.precision).to(self.device).eval()
         self.module.on_predict_start()
-        if self.precision == "32":
-            keep_float32_exact()
+        keep_float32_exact()
 
     def describe(self, image: Tensor) -> np.ndarray:
         """Describe an image, uint8 ``(3, H, W)``: float32 ``(1, D)`` of unit length.

@@ -41,7 +41,7 @@ from metilr.models.pooling import PoolingName
 from metilr.recognition import Recognition, check_search, recognise
 from metilr.report.dashboard import log_evaluation
 from metilr.report.page import PICTURES_PER_OUTCOME, write_report
-from metilr.results import RUNS, output_folder, plain_options, print_table, results_of, write_results
+from metilr.results import RUNS, output_folder, plain_options, print_table, results_of, write_answers, write_results
 from metilr.search import SearchDevice
 from metilr.sources import Descriptors, open_descriptors
 from metilr.wandb_run import PROJECT, WandbMode, check_key, open_wandb, staged_in, unharmed, where_logged
@@ -271,17 +271,18 @@ def evaluate(
             seconds=time.perf_counter() - started,
         )
         assert folder is not None
-        written = write_results(folder, results, ground_truth, recognition)
-    print_table(console, results)  # before the page, so that nothing that happens there hides it
-    page = None
-    if report:
-        page = write_report(folder, results, ground_truth, recognition, report_pictures, check, quiet)
-        written.insert(0, page)
-    run = open_wandb(wandb, wandb_project, folder, plain_options(arguments))
-    if run is not None:
-        with staged_in(folder), unharmed(run):
-            progress.print(escape(where_logged(run, folder)), soft_wrap=True)
-            log_evaluation(run, results, ground_truth, recognition, None if page is None else page.parent)
+        written = write_answers(folder, ground_truth, recognition)
+        print_table(console, results)  # before the page, so that nothing that happens there hides it
+        page = None
+        if report:
+            page = write_report(folder, results, ground_truth, recognition, report_pictures, check, quiet)
+            written.insert(0, page)
+        run = open_wandb(wandb, wandb_project, folder, plain_options(arguments))
+        if run is not None:
+            with staged_in(folder), unharmed(run):
+                progress.print(escape(where_logged(run, folder)), soft_wrap=True)
+                log_evaluation(run, results, ground_truth, recognition, None if page is None else page.parent)
+        written.insert(0 if page is None else 1, write_results(folder, results))  # the last of all: now it is finished
     console.print("wrote " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)
     return results
 

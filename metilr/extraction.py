@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import signal
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,13 +30,13 @@ from metilr.data.workers import default_workers
 from metilr.descriptors import DescriptorStore, settings_fingerprint
 from metilr.engines import Engine, check_engine, start_engine
 from metilr.errors import UserError
-from metilr.launch import has_launcher, launched_as_first
+from metilr.launch import has_launcher, launched_as_first, process_as_before
 from metilr.models.embedder import Embedder
 from metilr.models.features import FLOAT32_STAGES
 from metilr.process_faults import faults_in_one_line
 from metilr.profiling import StageTimes
 from metilr.sources import views_store
-from metilr.versions import library_versions
+from metilr.versions import library_versions, processor
 
 Accelerator = Literal["auto", "cpu", "gpu", "mps"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
@@ -303,7 +302,8 @@ def _fill(
             console.print("             (on a CPU --engine openvino is faster, with the same rows up to rounding)")
         if launched_as_first() and n_pending:
             weights_from = embedder.describe_settings()["provenance"]
-            store.begin({"weights_from": weights_from, "device": device, "versions": library_versions()})
+            made_with = {"weights_from": weights_from, "device": device, "processor": processor()}
+            store.begin({**made_with, "versions": library_versions()})
         extract_descriptors(embedder, data, options)
         if not launched_as_first():
             return
@@ -348,11 +348,9 @@ def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: Extr
         KeyboardInterrupt: If interrupted; finished rows are kept.
     """
     data.times.is_on = options.profile
-    callbacks: list[pl.Callback] = [DescriptorWriter(data, options.n_streams)]
+    callbacks: list[pl.Callback] = [DescriptorWriter(data, options.n_streams), ExactFloat32()]
     if not options.quiet:
         callbacks.append(ImageProgress())
-    if options.precision == "32":
-        callbacks.append(ExactFloat32())
     trainer = pl.Trainer(
         accelerator=options.device,
         devices=options.n_processes,
@@ -366,15 +364,13 @@ def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: Extr
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    interrupt_handler = signal.getsignal(signal.SIGINT)
     module = DescriptorModule(embedder, options.engine, options.precision, data.times, options.n_streams)
     try:
-        with faults_in_one_line():
+        with process_as_before(), faults_in_one_line():
             trainer.predict(module, datamodule=data, return_predictions=False)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         for process in getattr(trainer.strategy.launcher, "procs", None) or []:
             process.kill()
-        signal.signal(signal.SIGINT, interrupt_handler)  # which Lightning has switched off
         raise KeyboardInterrupt from None
     finally:
         module.teardown("predict")

@@ -1,7 +1,6 @@
 """``metilr rerun results.json``: an evaluation once more, and whether its figures come out again."""
 
 import json
-import math
 import shutil
 import sys
 import typing
@@ -22,16 +21,15 @@ from metilr.evaluation import evaluate
 from metilr.extraction import Accelerator
 from metilr.files import write_atomically
 from metilr.results import SCHEMA_VERSION, make_output
+from metilr.run_schema import COUNTS, FIGURES
 from metilr.runs import read_results
 
 Verdict = Literal["exactly", "within the tolerance", "not"]
 # Of a figure in [0, 1]: 0.1 points, the last digit that is published. Other hardware or versions round descriptors
 # differently by about 1e-6, which can exchange two answers whose confidences are next to equal.
 TOLERANCE = 1e-3
-FIGURES = ("gap", "gap_minus", "acc")
-COUNTS = ("n_queries", "n_met")
 # What may explain a difference; where the descriptors lie is none.
-MADE_BY = ("data", "model", "whitening", "elements", "geometric_check", "search", "versions")
+MADE_BY = ("data", "model", "whitening", "elements", "geometric_check", "search", "versions", "machine")
 PLACES = ("store", "made_with", "pickle", "views", "concatenated")
 
 
@@ -66,7 +64,6 @@ def rerun(
         UserError: If the file does not say how to repeat the run, or the run cannot be repeated here.
     """
     recorded = read_results(results)
-    recorded_figures(recorded)  # refused now and not after hours
     options = _options(Path(results), recorded)
     folder = make_output(output, "rerun")
     given = {"root": root, "accelerator": accelerator, "devices": devices}
@@ -96,13 +93,10 @@ def compare_results(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict
     Returns:
         ``agree`` (``"exactly"``, ``"within the tolerance"`` or ``"not"``), ``tolerance``, ``figures`` (by split and
         name the recorded one and the new one), and ``differences``: what differs of what made them, in words.
-
-    Raises:
-        UserError: If a recorded figure is no number.
     """
     figures = {
         split: {name: [value, now[split][name]] for name, value in of_split.items()}
-        for split, of_split in recorded_figures(recorded).items()
+        for split, of_split in _figures_of(recorded).items()
     }
     pairs = [(name, *pair) for of_split in figures.values() for name, pair in of_split.items()]
     agree: Verdict = "not"
@@ -111,7 +105,7 @@ def compare_results(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict
     elif all(abs(a - b) <= (TOLERANCE if name in FIGURES else 0) for name, a, b in pairs):
         agree = "within the tolerance"
     differences = [
-        f"{part}: {line}" if part == "versions" else line
+        f"{part}: {line}" if part in ("versions", "machine") else line
         for part in MADE_BY
         for line in differing_settings(_of(recorded, part), _of(now, part))
     ]
@@ -121,18 +115,9 @@ def compare_results(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict
     return {"agree": agree, "tolerance": TOLERANCE, "figures": figures, "differences": differences}
 
 
-def recorded_figures(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The figures to come out again, by split and name.
-
-    Raises:
-        UserError: If one is no number.
-    """
-    figures = {split: {name: results[split][name] for name in (*FIGURES, *COUNTS)} for split in QUERY_FILES}
-    for split, of_split in figures.items():
-        for name, value in of_split.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-                raise UserError(f"results.json: {split}.{name} is no number but {value!r}; evaluate again")
-    return figures
+def _figures_of(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The figures to come out again, by split and name."""
+    return {split: {name: results[split][name] for name in (*FIGURES, *COUNTS)} for split in QUERY_FILES}
 
 
 def _options(path: Path, recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,8 +136,8 @@ def _of(results: Mapping[str, Any], part: str) -> dict[str, Any]:
     """A part of the results without what says only where things lie, with the device of the last session."""
     content = dict(results.get(part) or {})
     made_with = typing.cast(list[dict[str, Any]], content.get("made_with") or [])
-    devices = {"device": sorted({str(session.get("device")) for session in made_with})} if made_with else {}
-    return {**{key: value for key, value in content.items() if key not in PLACES}, **devices}
+    made_on = {name: sorted({str(session.get(name)) for session in made_with}) for name in ("device", "processor")}
+    return {**{key: value for key, value in content.items() if key not in PLACES}, **(made_on if made_with else {})}
 
 
 def _print(console: Console, comparison: Mapping[str, Any], file: Path) -> None:

@@ -30,12 +30,13 @@ from metilr.metrics import DISTRACTOR
 from metilr.recognition import Recognition
 from metilr.scoring import further_figures, headline_unit
 from metilr.sources import Descriptors
-from metilr.versions import library_versions
+from metilr.versions import commit, library_versions, machine
 from metilr.whitening import LearnedWhitening
 
 SCHEMA_VERSION = 2
 READABLE_SCHEMAS = (1, 2)  # 1 does not hold the options: it can be compared, but not repeated
 RUNS = Path("runs")
+LEFT_BEHIND = ("predictions/val.csv", "predictions/test.csv", "whitening.npz", "report/index.html")
 FILES_OR_WORDS = ("weights", "whitening")  # options that are a file's path, or a word such as "random" or "pca"
 CHECK_COLUMNS = ("inliers", "inlier_lead")  # after the others, where geometry was checked
 _WHITENING_SOURCES = {"pca": "learned on the database", "learned": "learned from pairs"}
@@ -70,7 +71,7 @@ def _unwritable(output: Path | None, error: OSError) -> UserError:
 def output_folder(output: Path | None, name: str, options: Mapping[str, Any]) -> Iterator[Path]:
     """Open the output folder of a run, held against others, and write the resolved configuration before any work.
 
-    A dated folder goes again if the run fails.
+    A dated folder goes again if the run fails. What a run left that did not get to its ``results.json`` goes first.
 
     Args:
         output: The folder; None: a dated one under ``runs/``.
@@ -88,6 +89,9 @@ def output_folder(output: Path | None, name: str, options: Mapping[str, Any]) ->
                 held.enter_context(alone_in(folder, "another run", "name another --output"))
                 _refuse_results(output)
                 remove_leftovers(folder)
+                if (folder / "config.yaml").exists():  # of a run that was killed: its options may have been others
+                    for name in LEFT_BEHIND:
+                        (folder / name).unlink(missing_ok=True)
                 write_atomically(folder / "config.yaml", yaml.safe_dump(plain_options(options), sort_keys=False))
             except OSError as error:
                 raise _unwritable(output, error) from None
@@ -183,17 +187,16 @@ def results_of(
         **{name: further[name] for name in ("bootstrap", "threshold")},
         **{split: {**recognition.figures[split], **further[split]} for split in QUERY_FILES},
         "skipped_images": skipped_images,
-        "versions": library_versions(),
+        "versions": {**library_versions(), "commit": commit()},
+        "machine": machine(),
     }
 
 
-def write_results(
-    output: Path, results: Mapping[str, Any], ground_truth: GroundTruth, recognition: Recognition
-) -> list[Path]:
-    """Write predictions, the whitening and, last, ``results.json``.
+def write_answers(output: Path, ground_truth: GroundTruth, recognition: Recognition) -> list[Path]:
+    """Write the predictions and the whitening.
 
     Returns:
-        The files written.
+        The files of the run so far.
 
     Raises:
         UserError: If the whitening cannot be written.
@@ -207,8 +210,13 @@ def write_results(
     if recognition.whitening is not None:
         recognition.whitening.save(output / "whitening.npz")
         written.append(output / "whitening.npz")
+    return [*written, output / "config.yaml"]
+
+
+def write_results(output: Path, results: Mapping[str, Any]) -> Path:
+    """Write ``results.json``, the last file of a run: it says that all others are there."""
     write_atomically(output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-    return [output / "results.json", *written, output / "config.yaml"]
+    return output / "results.json"
 
 
 def print_table(console: Console, results: Mapping[str, Any]) -> None:

@@ -38,7 +38,7 @@ from metilr.data.pair_datamodule import PairDataModule
 from metilr.errors import UserError
 from metilr.extraction import PLAN_TIMEOUT
 from metilr.files import remove_leftovers, write_atomically
-from metilr.launch import has_launcher, is_first_process
+from metilr.launch import has_launcher, is_first_process, process_as_before
 from metilr.locks import LOCK, alone_in
 from metilr.process_faults import end_with_parent, faults_in_one_line
 from metilr.results import RUNS, make_new_folder
@@ -221,7 +221,7 @@ def train(args: Sequence[str] | None = None, prog: str = "metilr train") -> None
     _quieten()
     if not is_first_process() and not has_launcher():
         end_with_parent()
-    with contextlib.ExitStack() as held:
+    with process_as_before(), contextlib.ExitStack() as held:
         _train(sys.argv[1:] if args is None else args, prog, held)
 
 

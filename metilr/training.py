@@ -26,6 +26,7 @@ from metilr.models.embedder import SCALES, Embedder, Projector
 from metilr.models.pooling import GeM, PoolingName, build_pooling
 from metilr.processes import agree, gather_rows
 from metilr.searchable import exhibit_differences, visit_differences
+from metilr.versions import commit, library_versions, machine
 from metilr.whitening import fit_learned_whitening, fit_pca_whitening
 
 # The options of whitening that errors name, as those of the projector that starts as one.
@@ -332,6 +333,8 @@ class FineTuning(pl.LightningModule):
                 "fingerprint": truth.fingerprint(),
             },
             "config": self.run_config,
+            "versions": {**library_versions(), "commit": commit()},
+            "machine": machine(),
         }
 
     @override

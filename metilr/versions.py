@@ -1,7 +1,14 @@
-"""Which versions of the libraries made a result."""
+"""What made a result besides options and data: code, libraries, and the machine."""
 
+import contextlib
+import functools
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from metilr import __version__
 
@@ -20,3 +27,41 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:  # faiss comes as one of two packages
             continue
     return found
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit that metilr runs from, ``-dirty`` if files were changed since; None if it is no git checkout."""
+    folder = Path(__file__).parents[1]
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    if not (folder / ".git").exists():
+        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return None
+
+
+def machine() -> dict[str, Any]:
+    """What computes here: figures differ in the last digits from one kind of processor to another."""
+    gpu = None
+    if torch.cuda.is_available():
+        cudnn = torch.backends.cudnn.version()
+        gpu = {"name": torch.cuda.get_device_name(0), "cuda": torch.version.cuda, "cudnn": cudnn}
+    return {
+        "system": platform.platform(),
+        "processor": processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # that PyTorch uses, such as AVX512
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+
+
+@functools.cache
+def processor() -> str:
+    """The processor's model, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()

@@ -25,6 +25,7 @@ from metilr.models.backbones import build_backbone
 from metilr.models.embedder import Embedder
 from metilr.models.pooling import build_pooling
 from metilr.sources import open_descriptors
+from tests.test_launch import state_of_process
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SIZE = MuseumSize(exhibits=10, mini_exhibits=8, val=(4, 3, 2), test=(4, 3, 2), longest_side=72)
@@ -80,10 +81,29 @@ def test_rows_are_those_of_batch_size_1_in_ground_truth_order(embedder, museum, 
         np.testing.assert_allclose(store.rows(split), one_by_one(embedder, museum, split), atol=1e-5)
 
 
-def test_two_processes_give_the_rows_of_one(embedder, museum, tmp_path):
+def test_decoding_processes_change_no_byte_and_threads_no_more_than_rounding(embedder, museum, tmp_path):
+    plain = describe(embedder, museum, tmp_path / "plain")
+    workers = describe(
+        embedder, museum, tmp_path / "workers", ExtractionOptions(accelerator="cpu", num_workers=2, batch_size=4)
+    )
+    n_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2 if n_threads == 1 else 1)
+        threads = describe(embedder, museum, tmp_path / "threads")
+    finally:
+        torch.set_num_threads(n_threads)
+    for split in SPLITS:
+        np.testing.assert_array_equal(workers.rows(split), plain.rows(split))
+        np.testing.assert_allclose(threads.rows(split), plain.rows(split), atol=1e-5)
+
+
+def test_two_processes_give_the_rows_of_one(embedder, museum, tmp_path, monkeypatch):
     one = describe(embedder, museum, tmp_path / "one")
     options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # then Lightning sets it, and the number of threads
+    before = state_of_process()
     two = describe(embedder, museum, tmp_path / "two", options)
+    assert state_of_process() == before
     for split in SPLITS:
         np.testing.assert_allclose(two.rows(split), one.rows(split), atol=1e-5)
         assert two.made(split).all()

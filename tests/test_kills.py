@@ -49,6 +49,43 @@ def test_a_killed_training_is_continued_to_the_same_weights_and_losses(place, i)
     shutil.rmtree(place.folder / name)
 
 
+WRITTEN = ("val.csv", "whitening.npz", "gallery.js", "index.html", "results.json")
+
+
+@pytest.fixture(scope="module")
+def reporting(place):
+    """An evaluation with a report page, from the rows of the clean run; what it does undisturbed."""
+    store = place.folder / "clean_evaluate/store"
+    command = [*place.commands["evaluate"], "--report", "true", "--report_pictures", 1, "--store", store]
+    clean = place.forks.run(place.folder / "clean_report", command, fault="kill", at=None)
+    assert clean.status == 0, clean.printed
+    return command, clean.operations
+
+
+@pytest.mark.parametrize("file", WRITTEN)
+@pytest.mark.parametrize("later", [0, 1], ids=["before", "after"])
+def test_an_evaluation_killed_while_it_writes_its_results(place, reporting, file, later):
+    """With results.json all is there; without it the same command makes all of it."""
+    command, operations = reporting
+    at = max(i for i, line in enumerate(operations) if file in line) + later
+    clean, folder = place.folder / "clean_report/out", place.folder / f"report_{file}_{later}"
+    if at < len(operations):
+        killed = place.forks.run(folder, command, fault="kill", at=at)
+        assert killed.status == -signal.SIGKILL, killed.printed
+    if not (folder / "out/results.json").exists():
+        again = place.forks.run(folder, command)
+        assert again.status == 0, again.printed
+    files = [
+        sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() and path.name != ".lock")
+        for out in (folder / "out", clean)
+    ]
+    assert files[0] == files[1] and "report/index.html" in files[0]
+    for name in ("predictions/val.csv", "predictions/test.csv", "report/gallery.js"):
+        assert (folder / "out" / name).read_bytes() == (clean / name).read_bytes()
+    assert "</html>" in (folder / "out/report/index.html").read_text()
+    shutil.rmtree(folder)
+
+
 @pytest.mark.parametrize("name", POINTS)
 def test_a_run_killed_before_its_first_file_has_a_name(place, name):
     """A folder with nothing but a temporary file is no folder of somebody else's."""

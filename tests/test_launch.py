@@ -1,8 +1,19 @@
-"""Who speaks for all: by torchrun's and SLURM's own variables, and nobody else's."""
+"""Who speaks for all, by torchrun's and SLURM's own variables; and what a command leaves in its process."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
 
-from metilr.launch import has_launcher, launched_as_first
+from metilr import train_command  # noqa: F401  (libraries set variables when they are imported)
+from metilr.cli import run_main
+from metilr.launch import has_launcher, launched_as_first, process_as_before
+from metilr.training import FineTuning
+from tests.small_runs import TRAIN
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}
 SRUN = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "evaluate"}
@@ -26,3 +37,49 @@ def test_first_process(monkeypatch, variables, has, first):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert (has_launcher(), launched_as_first()) == (has, first)
+
+
+def state_of_process() -> dict[str, Any]:
+    """What one command could leave to the next."""
+    return {
+        "variables": dict(os.environ),
+        "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
+        "rank": getattr(rank_zero_only, "rank", None),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "benchmark": torch.backends.cudnn.benchmark,
+        "dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+    }
+
+
+def test_a_process_is_as_before(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "7")
+    before = state_of_process()
+    with pytest.raises(KeyboardInterrupt), process_as_before():
+        os.environ |= {"MASTER_PORT": "1", "LOCAL_RANK": "1"}
+        rank_zero_only.rank = 1
+        torch.backends.cudnn.benchmark = not before["benchmark"]
+        torch.use_deterministic_algorithms(True)
+        torch.set_num_threads(before["threads"] + 1)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+    assert state_of_process() == before
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_training_leaves_nothing_to_the_next_command(tiny_museum, tmp_path, monkeypatch, interrupted):
+    def interrupt(module):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    if interrupted:
+        monkeypatch.setattr(FineTuning, "on_train_epoch_start", interrupt)
+    options = ["--data.root", tiny_museum, "--trainer.max_epochs", 1, "--trainer.deterministic", "true"]
+    before = state_of_process()
+    try:
+        run_main("metilr.train_command:train", [str(part) for part in [*TRAIN[1:], *options]], "train.py")
+    except SystemExit as stop:
+        assert interrupted and stop.code == 2
+    assert Path("out/finished").exists() is not interrupted
+    assert state_of_process() == before

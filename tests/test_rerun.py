@@ -133,8 +133,10 @@ def test_data_that_has_moved_or_is_missing(recorded, capsys, tiny_museum):
         ("options", None, "does not say how to repeat the run"),
         ("options.k", "many", "its options are not this version's: --k"),
         ("options", {"colour": "red"}, "its options are not this version's: unknown option --colour"),
-        ("val.gap", "high", "lacks val.gap"),
-        ("test.acc", math.nan, "lacks test.acc"),
+        ("val.gap", "high", "val.gap is 'high'"),
+        ("test.acc", math.nan, "recorded.json: cannot be read"),
+        ("elements", {}, "it lacks 'visits'"),
+        ("options.seed", None, "its options are not this version's: --seed null"),
     ],
 )
 def test_a_file_that_cannot_be_repeated(recorded, capsys, where, value, message):

@@ -17,7 +17,7 @@ from metilr.knn import Predictions, Tuning
 from metilr.matches import Matches
 from metilr.method import Method
 from metilr.recognition import Recognition
-from metilr.results import output_folder, print_table, results_of, write_results
+from metilr.results import output_folder, print_table, results_of, write_answers, write_results
 from metilr.sources import Descriptors
 from metilr.whitening import fit_pca_whitening
 
@@ -116,7 +116,7 @@ def test_output_refusals(tmp_path):
 
 def test_predictions(tmp_path):
     recognition = a_recognition()
-    written = write_results(tmp_path, results(recognition), TRUTH, recognition)
+    written = write_answers(tmp_path, TRUTH, recognition)
     assert all(file.is_file() for file in written if file.name != "config.yaml")
     with (tmp_path / "predictions" / "val.csv").open(encoding="utf-8", newline="") as stream:
         assert list(csv.reader(stream)) == [
@@ -137,7 +137,7 @@ def test_predictions(tmp_path):
 
 def test_results_json_is_strict_and_has_what_callers_rely_on(tmp_path):
     recognition = a_recognition()
-    write_results(tmp_path, results(recognition, notes=["a note"]), TRUTH, recognition)
+    write_results(tmp_path, results(recognition, notes=["a note"]))
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -167,20 +167,19 @@ def test_what_was_not_done_is_null(tmp_path):
     said = results(recognition, origins=[{"pickle": "a.pkl"}, {"pickle": "b.pkl"}])
     assert said["whitening"] is None and said["knn"]["tuned_on"] is None and said["knn"]["grid"] is None
     assert said["model"] == {"concatenated": [{"pickle": "a.pkl"}, {"pickle": "b.pkl"}]}
-    written = write_results(tmp_path, said, TRUTH, recognition)
+    written = write_answers(tmp_path, TRUTH, recognition)
     assert not (tmp_path / "whitening.npz").exists() and tmp_path / "whitening.npz" not in written
 
 
-def test_results_come_last_so_that_an_interrupted_run_has_none(tmp_path, monkeypatch):
-    recognition = a_recognition()
-
-    def refuse(path):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(type(recognition.whitening), "save", lambda self, path: refuse(path))
-    with pytest.raises(KeyboardInterrupt):
-        write_results(tmp_path, results(recognition), TRUTH, recognition)
-    assert not (tmp_path / "results.json").exists()
+def test_what_a_killed_run_left_does_not_pass_for_this_one_s(tmp_path):
+    left = ("predictions/val.csv", "whitening.npz", "report/index.html")
+    for name in (*left, "report/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("of before")
+    open_output(tmp_path, "name", {})
+    assert all((tmp_path / name).exists() for name in left)  # no run has been there: they are somebody's own
+    open_output(tmp_path, "name", {})
+    assert not any((tmp_path / name).exists() for name in left) and (tmp_path / "report/notes.txt").exists()
 
 
 def table_of(said):
