@@ -17,12 +17,12 @@ from typing_extensions import override
 
 from metilr.errors import UserError, one_line, shown
 from metilr.files import file_sha256, replaced_file
-from metilr.models.backbones import build_backbone
+from metilr.models.backbones import backbone_shapes, build_backbone
 from metilr.models.embedder import SCALES, Embedder, Projector
 from metilr.models.features import Backbone, Provenance
 from metilr.models.pooling import build_pooling
 from metilr.models.specs import IMAGENET_MEAN, IMAGENET_STD
-from metilr.models.weights import StateDict, load_strictly, tensors_sha256
+from metilr.models.weights import StateDict, load_strictly, refuse_unfit, tensors_sha256
 from metilr.reference_checkpoint import architecture_of, split_reference
 from metilr.zip_files import refuse_compressed
 
@@ -121,6 +121,9 @@ def load_embedder(path: Path, scales: Sequence[float] | None = None) -> tuple[Em
         raise UserError(f"--ckpt {path}: its 'state_dict' holds more than named tensors; take another one")
     if entry is not None and (not isinstance(entry, Mapping) or entry.get("format") != FORMAT):
         raise UserError(f"--ckpt {path}: not of the form {FORMAT}; it was written by another version of metilr")
+    claimed = sum(value.numel() * value.element_size() for value in state_dict.values())
+    if claimed > 2 * path.stat().st_size:  # weights that layers share are in the file once
+        raise UserError(f"--ckpt {path}: its tensors claim more numbers than the file has; take another one")
     try:
         if entry is None:
             return _reference_embedder(path, state_dict, scales), None
@@ -138,12 +141,20 @@ def _own_embedder(
     model = entry["model"]
     weights = {key.removeprefix(EMBEDDER): value for key, value in state_dict.items() if key.startswith(EMBEDDER)}
     _check_entry(model, weights)
+    source = f"--ckpt {path} for {model['backbone']}"
+    # The file may name a network of any size: compared before there is memory for it.
+    shapes = {f"backbone.model.{name}": shape for name, shape in backbone_shapes(model["backbone"]).items()}
+    refuse_unfit(shapes, {name: value for name, value in weights.items() if name.startswith("backbone.")}, (), source)
     backbone = build_backbone(model["backbone"], "random", model["stage"], model["patch_rounding"])
     # p as a parameter or as a buffer has the same key; only its shape matters here.
     pooling = build_pooling(model["pooling"], backbone.width, model["p"] if model["pooling"] == "gem" else 3.0)
-    projector = None if model["projector_dim"] is None else Projector(backbone.width, model["projector_dim"])
+    projector = None
+    if model["projector_dim"] is not None:
+        if weights["projector.linear.weight"].shape != (model["projector_dim"], backbone.width):
+            raise ValueError(f"the projector takes {shown(tuple(weights['projector.linear.weight'].shape))}")
+        projector = Projector(backbone.width, model["projector_dim"])
     embedder = Embedder(backbone, pooling, projector, model["scales"] if scales is None else scales)
-    load_strictly(embedder, weights, (), f"--ckpt {path} for {model['backbone']}")
+    load_strictly(embedder, weights, (), source)
     backbone.provenance = _provenance(path, backbone, entry["provenance"]["licence"])
     # Not every published network of a name has the same normalisation: the checkpoint's counts.
     backbone.mean, backbone.std = tuple(model["mean"]), tuple(model["std"])
@@ -188,8 +199,10 @@ def _reference_embedder(path: Path, state_dict: Mapping[str, Any], scales: Seque
         raise UserError(
             f"--ckpt {path}: neither metilr's nor the reference code's: its weights are of no ResNet that is known here"
         )
+    source = f"--ckpt {path} for {architecture}"
+    refuse_unfit(backbone_shapes(f"timm/{architecture}"), weights, ("fc.",), source)
     backbone = build_backbone(f"timm/{architecture}", "random")
-    load_strictly(backbone.model, weights, ("fc.",), f"--ckpt {path} for {architecture}")
+    load_strictly(backbone.model, weights, ("fc.",), source)
     backbone.mean, backbone.std = IMAGENET_MEAN, IMAGENET_STD
     backbone.provenance = _provenance(path, backbone, None)
     projector = None

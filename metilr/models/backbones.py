@@ -2,10 +2,12 @@
 
 import contextlib
 import difflib
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import timm
 import timm.models
@@ -60,6 +62,26 @@ def build_backbone(
     raise UserError(_unknown_name(name))
 
 
+def backbone_shapes(name: str) -> dict[str, torch.Size]:
+    """Names and shapes of a backbone's weights, without memory for them.
+
+    Raises:
+        UserError: If the name is unknown.
+    """
+    on_cpu = functools.partial(
+        torch.linspace, device="cpu"
+    )  # older timm asks for its values, of the layers' drop rates
+    with torch.device("meta"), mock.patch.object(torch, "linspace", on_cpu):
+        if name in BACKBONES:
+            model = timm.create_model(BACKBONES[name].architecture, pretrained=False, num_classes=0)
+        elif name.startswith(TIMM):
+            _timm_config(name)
+            model = _without_classifier(_create_timm(name, pretrained=False), name)
+        else:
+            raise UserError(_unknown_name(name))
+    return {key: value.shape for key, value in model.state_dict().items()}
+
+
 def _unknown_name(name: str) -> str:
     near = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.5)
     if timm.is_model(name):
@@ -104,7 +126,7 @@ def _build_timm(
         with _seeded(seed):
             model = _create_timm(name, pretrained=False)
     classifier = _classifier(model)
-    model.reset_classifier(0)
+    model = _without_classifier(model, name)
     if weights is None:
         source = f"hf-hub:{config['hf_hub_id']}" if config.get("hf_hub_id") else config["url"]
         digest = verify_hub_file(config["hf_hub_id"], config.get("hf_hub_filename")) if "hf_hub_id" in config else None
@@ -166,6 +188,13 @@ def _create_timm(name: str, pretrained: bool) -> Any:
             if option not in str(error):
                 raise
     return timm.create_model(model_name, pretrained=pretrained)
+
+
+def _without_classifier(model: Any, name: str) -> Any:
+    if not hasattr(model, "reset_classifier"):
+        raise UserError(f"--backbone {name}: is no image classifier; choose a convolutional network or a plain ViT")
+    model.reset_classifier(0)
+    return model
 
 
 def _timm_keys(model: Any, state_dict: StateDict, classifier: tuple[str, ...]) -> StateDict:

@@ -236,23 +236,27 @@ def load_strictly(model: nn.Module, state_dict: StateDict, ignored: Iterable[str
         UserError: If a key is missing or unexpected, or a shape differs; the message names the first few.
     """
     wanted = model.state_dict()
-    given = {key: value for key, value in state_dict.items() if not key.startswith(tuple(ignored))}
-    for key in wanted:
-        if key.endswith(COUNTER):
-            given.setdefault(key, wanted[key])
+    refuse_unfit({key: value.shape for key, value in wanted.items()}, state_dict, ignored, source)
+    given = {**{key: value for key, value in wanted.items() if key.endswith(COUNTER)}, **state_dict}
+    model.load_state_dict({key: given[key] for key in wanted})
+
+
+def refuse_unfit(wanted: Mapping[str, torch.Size], state_dict: StateDict, ignored: Iterable[str], source: str) -> None:
+    """Compare weights with the names and shapes that a model has; raises as ``load_strictly``, and loads nothing."""
+    given = {key: value.shape for key, value in state_dict.items() if not key.startswith(tuple(ignored))}
+    given = {**{key: shape for key, shape in wanted.items() if key.endswith(COUNTER)}, **given}
     problems = {
         "missing": sorted(wanted.keys() - given.keys()),
         "unexpected": sorted(given.keys() - wanted.keys()),
         "of another shape": [
-            f"{key} {tuple(given[key].shape)} for {tuple(wanted[key].shape)}"
+            f"{key} {tuple(given[key])} for {tuple(wanted[key])}"
             for key in wanted.keys() & given.keys()
-            if given[key].shape != wanted[key].shape
+            if given[key] != wanted[key]
         ],
     }
     if any(problems.values()):
         listed = "; ".join(f"{kind}: {_first_few(keys)}" for kind, keys in problems.items() if keys)
         raise UserError(f"{source}: the weights do not fit ({listed}); check --backbone and --weights")
-    model.load_state_dict(given)
 
 
 def _first_few(keys: list[str], shown: int = 3) -> str:

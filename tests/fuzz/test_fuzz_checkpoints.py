@@ -11,6 +11,7 @@ import timm
 import torch
 
 from metilr.checkpoints import FORMAT, load_embedder, model_entry, read_checkpoint
+from metilr.models.backbones import backbone_shapes
 from metilr.models.embedder import Embedder, build_embedder
 from metilr.models.weights import read_state_dict
 from metilr.whitening import PCAWhitening
@@ -138,6 +139,57 @@ def test_changed_tensors_of_checkpoints(tmp_path):
         torch.save({**whole, "state_dict": state}, file)
         with refusal(file):
             load_embedder(file)[0](torch.zeros(1, 3, 32, 32))
+
+
+HUGE = "timm/vit_gigantic_patch14_clip_224"  # 7 GB, where a case has 1
+
+
+def test_a_network_that_is_named_takes_no_memory_before_its_weights_are_compared(tmp_path):
+    file, whole = tmp_path / "a.ckpt", tiny_checkpoint()
+    whole["metilr"]["model"]["backbone"] = HUGE
+    torch.save(whole, file)
+    with refusal(file) as said:
+        load_embedder(file)
+    assert f"{file} for {HUGE}: the weights do not fit (missing: backbone.model.blocks.0" in said[0]
+
+
+def test_weights_that_are_one_number_many_times(tmp_path):
+    """All names and shapes are right, and the file is small."""
+    file, whole = tmp_path / "a.ckpt", tiny_checkpoint()
+    whole["metilr"]["model"]["backbone"] = HUGE
+    claims = {f"embedder.backbone.model.{name}": shape for name, shape in backbone_shapes(HUGE).items()}
+    whole["state_dict"] = {name: torch.zeros(()).expand(shape) for name, shape in claims.items()}
+    torch.save(whole, file)
+    with refusal(file) as said:
+        load_embedder(file)
+    assert "its tensors claim more numbers than the file has" in said[0]
+
+
+@pytest.mark.parametrize("shape", [(2**20, 1), (1, 2**20)])
+def test_a_projector_of_another_width(tmp_path, shape):
+    """As a layer of the network's width it would take 2 GB."""
+    file, whole = tmp_path / "a.ckpt", tiny_checkpoint()
+    whole["metilr"]["model"]["projector_dim"] = shape[0]
+    whole["state_dict"]["embedder.projector.linear.weight"] = torch.zeros(shape)
+    whole["state_dict"]["embedder.projector.linear.bias"] = torch.zeros(shape[0])
+    torch.save(whole, file)
+    with refusal(file) as said:
+        load_embedder(file)
+    assert "makes no model (ValueError: the projector takes" in said[0]
+
+
+def test_reference_weights_that_name_a_large_network(tmp_path):
+    """The largest of those known, 776 MB, is not built either."""
+    file = tmp_path / "a.ckpt"
+    depths = enumerate((3, 4, 23, 3), start=1)
+    blocks = {f"layer{i}.{block}.conv1.weight": torch.zeros(1) for i, depth in depths for block in range(depth)}
+    state = {**blocks, "layer1.0.conv3.weight": torch.zeros(1), "layer1.0.conv2.weight": torch.zeros(512, 16, 3, 3)}
+    torch.save({"state_dict": state}, file)
+    built = []
+    with pytest.MonkeyPatch.context() as patch, refusal(file) as said:
+        patch.setattr("metilr.checkpoints.build_backbone", lambda *_: built.append(True))
+        load_embedder(file)
+    assert "for resnext101_32x16d: the weights do not fit" in said[0] and not built
 
 
 def test_changed_reference_checkpoints(tmp_path):

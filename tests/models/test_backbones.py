@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 from metilr.errors import UserError
-from metilr.models.backbones import BACKBONES, build_backbone
+from metilr.models.backbones import BACKBONES, backbone_shapes, build_backbone
 from metilr.models.weights import StateDict
 from tests.server import Server
 
@@ -259,6 +259,20 @@ def test_random_weights_are_seeded_and_leave_the_callers_generator_alone() -> No
     assert (first.source, first.seed, first.file_sha256, first.licence) == ("random", 1, None, None)
     assert build_backbone("r18_in", weights="random", seed=1).provenance == first
     assert build_backbone("r18_in", weights="random", seed=2).provenance.weights_sha256 != first.weights_sha256
+
+
+@pytest.mark.parametrize(
+    "name", ["r18_in", "lite0_in", "timm/test_vit", "timm/test_convnext", "timm/test_efficientnet", "timm/test_nfnet"]
+)
+def test_shapes_are_those_of_the_built_backbone(name: str) -> None:
+    built = build_backbone(name, "random").model.state_dict()
+    assert backbone_shapes(name) == {key: value.shape for key, value in built.items()}
+
+
+@pytest.mark.parametrize("name", ["r19", "timm/resnet19"])
+def test_shapes_of_an_unknown_network(name: str) -> None:
+    with pytest.raises(UserError, match=f"--backbone {name}"):
+        backbone_shapes(name)
 
 
 def test_backbones_start_in_eval_mode_without_classifier() -> None:
