@@ -101,6 +101,16 @@ def remove_leftovers(folder: Path) -> None:
             file.unlink(missing_ok=True)
 
 
+def flush(folder: Path) -> None:
+    """Have all files below a folder on disk, with their names: a machine that goes down after that keeps them."""
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            _push_names(path)
+        else:
+            with path.open("rb") as stream, named(path):
+                os.fsync(stream.fileno())
+
+
 def map_array(file: Path, remedy: str | Callable[[Exception], str]) -> np.memmap:
     """Map a .npy file, read-only; its header may claim what it likes.
 

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.errors import UserError
-from metilr.files import named, remove_leftovers, write_atomically
+from metilr.files import flush, named, remove_leftovers, write_atomically
 from metilr.geometric_check import GeometricCheck
 from metilr.geometric_evidence import Checked, inlier_lead, inliers_of_answers
 from metilr.knn import NO_LABEL, NO_ROW, Predictions
@@ -214,7 +214,10 @@ def write_answers(output: Path, ground_truth: GroundTruth, recognition: Recognit
 
 
 def write_results(output: Path, results: Mapping[str, Any]) -> Path:
-    """Write ``results.json``, the last file of a run: it says that all others are there."""
+    """Write ``results.json``, the last file of a run: it says that all others are there, and on disk."""
+    for name in ("predictions", "report"):
+        if (output / name).exists():
+            flush(output / name)
     write_atomically(output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     return output / "results.json"
 

@@ -86,6 +86,13 @@ def test_an_evaluation_killed_while_it_writes_its_results(place, reporting, file
     shutil.rmtree(folder)
 
 
+def test_what_results_stand_for_is_on_disk_before_them(reporting):
+    _, operations = reporting
+    last = next(i for i, line in enumerate(operations) if line.startswith("rename .results.json."))
+    for file in ("val.csv", "test.csv", "gallery.js", "index.html"):
+        assert f"fsync {file}" in operations[:last], file
+
+
 @pytest.mark.parametrize("name", POINTS)
 def test_a_run_killed_before_its_first_file_has_a_name(place, name):
     """A folder with nothing but a temporary file is no folder of somebody else's."""

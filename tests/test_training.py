@@ -194,11 +194,12 @@ def test_four_pairs_are_overfitted(loss, museum):
     assert column("out", "train/positive_similarity")[-1] > column("out", "train/negative_similarity")[-1] + 0.5
 
 
-def test_the_same_command_gives_the_same_weights():
-    for name in ("a", "b"):
-        run("--output", name, "--data.pairing", "syn+neg")
-    a, b = (checkpoint(f"{name}/last.ckpt")["state_dict"] for name in "ab")
-    assert all(torch.equal(a[name], b[name]) for name in a)
+def test_the_same_command_gives_the_same_weights_with_any_number_of_decoding_processes():
+    for name, workers in (("a", 0), ("b", 0), ("c", 2)):
+        run("--output", name, "--data.pairing", "syn+neg", "--data.num_workers", workers)
+    a, b, c = (checkpoint(f"{name}/last.ckpt")["state_dict"] for name in "abc")
+    for name in a:
+        assert torch.equal(a[name], b[name]) and torch.equal(a[name], c[name]), name
 
 
 def test_two_processes_give_the_losses_and_weights_of_one():
