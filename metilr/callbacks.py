@@ -21,6 +21,7 @@ from metilr.data.transforms import BadImageError
 from metilr.descriptors import UNIT_TOLERANCE, RowWriter
 from metilr.errors import UserError
 from metilr.launch import has_launcher
+from metilr.overlap import HostCopy
 from metilr.process_faults import end_with_parent
 from metilr.progress import progress_bar
 
@@ -56,7 +57,7 @@ class DescriptorWriter(BasePredictionWriter):
 
     Args:
         data: Knows the store, the rows and what to do with a bad image.
-        n_streams: Batches that are described side by side; beyond 1, predictions are futures of descriptors.
+        n_streams: Batches that are described at a time; predictions may be futures of descriptors.
     """
 
     def __init__(self, data: ImageDataModule, n_streams: int = 1) -> None:
@@ -64,7 +65,7 @@ class DescriptorWriter(BasePredictionWriter):
         self.data = data
         self.n_streams = n_streams
         self.writer: RowWriter | None = None
-        self.unwritten: deque[tuple[ImageBatch, Future[Tensor]]] = deque()
+        self.unwritten: deque[tuple[ImageBatch, Future[Tensor] | HostCopy]] = deque()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -84,7 +85,7 @@ class DescriptorWriter(BasePredictionWriter):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        prediction: Tensor | Future[Tensor],
+        prediction: Tensor | Future[Tensor] | HostCopy,
         batch_indices: Any,  # Lightning's count of arrivals; the batch carries the rows
         batch: ImageBatch,
         batch_idx: int,
@@ -123,9 +124,9 @@ class DescriptorWriter(BasePredictionWriter):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write what is described already, and close the store."""
-        with contextlib.suppress(UserError):  # of a bad image: the exception that is on its way was first
-            for batch, future in self.unwritten:
-                if future.done() and not future.cancelled() and future.exception() is None:
+        for batch, future in self.unwritten:
+            with contextlib.suppress(Exception):  # the exception that is on its way was first
+                if future.done():
                     self._write(batch, future.result())
         self._close()
 

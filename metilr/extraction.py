@@ -33,6 +33,7 @@ from metilr.errors import UserError
 from metilr.launch import has_launcher, launched_as_first, process_as_before
 from metilr.models.embedder import Embedder
 from metilr.models.features import FLOAT32_STAGES
+from metilr.overlap import HostCopy
 from metilr.process_faults import faults_in_one_line
 from metilr.profiling import StageTimes
 from metilr.sources import views_store
@@ -95,11 +96,12 @@ class DescriptorModule(pl.LightningModule):
         self.times.start()
 
     @override
-    def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | Future[Tensor]:
-        """Describe a batch, or begin to where several are described side by side; see ``describe``."""
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | Future[Tensor] | HostCopy:
+        """Describe a batch (see ``describe``), or begin to: side by side with others, or on a GPU."""
         if self.streams is not None:
             return self.streams.submit(self._describe_timed, batch)
-        return self._describe_timed(batch)
+        descriptors = self._describe_timed(batch)
+        return HostCopy(descriptors) if descriptors.is_cuda else descriptors
 
     def _describe_timed(self, batch: ImageBatch) -> Tensor:
         with self.times.measured("network"):

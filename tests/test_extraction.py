@@ -24,6 +24,7 @@ from metilr.extraction import ExtractionOptions, describe_images, describe_views
 from metilr.models.backbones import build_backbone
 from metilr.models.embedder import Embedder
 from metilr.models.pooling import build_pooling
+from metilr.overlap import HostCopy, SideStream
 from metilr.sources import open_descriptors
 from tests.test_launch import state_of_process
 
@@ -397,9 +398,42 @@ def test_small_images_are_spared_the_unreliable_bfloat16_of_the_cpu(embedder, mu
         np.testing.assert_array_equal(rounded.rows(split), exact.rows(split))
 
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_gpu_gives_the_rows_of_the_cpu(embedder, museum, tmp_path):
+@GPU
+@pytest.mark.parametrize("engine", ["torch", "compile"])
+def test_the_gpu_gives_the_rows_of_the_cpu(engine, embedder, museum, tmp_path):
     cpu = describe(embedder, museum, tmp_path / "cpu")
-    gpu = describe(embedder, museum, tmp_path / "gpu", ExtractionOptions(accelerator="gpu", devices=1))
-    np.testing.assert_allclose(gpu.rows("database"), cpu.rows("database"), atol=1e-5)
+    options = ExtractionOptions(accelerator="gpu", devices=1, engine=engine, batch_size=2)  # many batches in flight
+    gpu = describe(embedder, museum, tmp_path / "gpu", options)
+    for split in SPLITS:
+        np.testing.assert_allclose(gpu.rows(split), cpu.rows(split), atol=1e-5)
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_half_precision_on_a_gpu_is_close_to_float32(precision, embedder, museum, tmp_path):
+    cpu = describe(embedder, museum, tmp_path / "cpu")
+    gpu = describe(embedder, museum, tmp_path / "gpu", ExtractionOptions(accelerator="gpu", precision=precision))
+    for split in SPLITS:
+        assert (cpu.rows(split) * gpu.rows(split)).sum(axis=1).min() > 0.99
+
+
+@pytest.mark.gpu
+@GPU
+def test_what_is_on_its_way_arrives_whole():
+    device, rng = torch.device("cuda", 0), torch.Generator().manual_seed(0)
+    images = [torch.randint(256, (8, 3, 500, 500), dtype=torch.uint8, generator=rng).pin_memory() for _ in range(20)]
+    side, work = SideStream(device), torch.randn(4096, 4096, device=device)
+    arrived = []
+    for batch in images:
+        on_gpu = side.copy(batch)
+        for _ in range(20):  # so that each copy is begun while the batch before is computed
+            work = (work @ work).clamp(-1, 1)
+        arrived.append(HostCopy(on_gpu.double().sum(dim=(1, 2, 3))))
+        del on_gpu
+    for batch, sums in zip(images, arrived, strict=True):
+        assert torch.equal(sums.result(), batch.double().sum(dim=(1, 2, 3))) and sums.done()
