@@ -89,6 +89,19 @@ def test_known_queries_give_the_evaluation_s_answers(run, split):
     np.testing.assert_allclose([a.log_confidence for a in answers], expected.log_confidence, rtol=1e-4, atol=1e-4)
 
 
+def test_answers_are_the_evaluation_s_by_openvino(museum, tmp_path):
+    options = {
+        "engine": "openvino",
+        "image_size": 160,
+    }  # larger images than the museum's: small ones are left to PyTorch
+    evaluate(museum, store=tmp_path / "store", output=tmp_path / "run", **UNTRAINED, **options)
+    collection, _ = open_with_threshold(tmp_path / "run", None, accelerator="cpu")
+    assert collection.module.embedder.engine is not None
+    answers, expected = answers_of(tmp_path / "run", "test")
+    assert [answer.exhibit for answer in answers] == [str(id_) for id_ in expected.predicted_ids]
+    np.testing.assert_allclose([a.log_confidence for a in answers], expected.log_confidence, rtol=1e-3, atol=1e-3)
+
+
 def test_answers_are_the_evaluation_s_with_all_elements(museum, run, tmp_path):
     elements = {
         "whitening": "learned", "visits": 2, "database_views": "rows", "query_crops": [0.8, 0.5], "dba": 1,

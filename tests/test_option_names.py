@@ -31,6 +31,7 @@ OF_OTHERS = {
     ("checkpoints", "--ckpt"),  # of evaluate.py; training takes the word out
     ("train_command", "--ckpt"), ("train_command", "--whitening"),  # in the command that evaluates
     ("whitening", "--whitening_shrinkage"), ("whitening", "--pair_shrinkage"),  # training leaves the defaults
+    *(("versions", option) for option in ("--always", "--dirty", "--abbrev", "--exclude")),  # of git
 }  # fmt: skip
 
 

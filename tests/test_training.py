@@ -187,7 +187,8 @@ def test_four_pairs_are_overfitted(loss, museum):
         {"path": "test_met/val0.jpg", "MET_id": 9}], None)  # fmt: skip
     run(
         "--output", "out", "--data.pairing", "syn+neg", "--data.n_views", "1", "--model.lr", "1e-3",
-        "--model.warmup_steps", "0", "--model.schedule", "constant", "--trainer.max_epochs", "25", *loss,
+        "--model.warmup_steps", "0", "--model.schedule", "constant", "--trainer.max_epochs", "25",
+        "--model.backbone", "timm/test_resnet", *loss,
     )  # fmt: skip
     losses = column("out", "train/loss")
     assert losses[-1] < 0.1 * losses[0]
