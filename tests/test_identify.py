@@ -96,7 +96,7 @@ def test_answers_are_the_evaluation_s_by_openvino(museum, tmp_path):
     }  # larger images than the museum's: small ones are left to PyTorch
     evaluate(museum, store=tmp_path / "store", output=tmp_path / "run", **UNTRAINED, **options)
     collection, _ = open_with_threshold(tmp_path / "run", None, accelerator="cpu")
-    assert collection.module.embedder.engine is not None
+    assert collection.describer.module.embedder.engine is not None
     answers, expected = answers_of(tmp_path / "run", "test")
     assert [answer.exhibit for answer in answers] == [str(id_) for id_ in expected.predicted_ids]
     np.testing.assert_allclose([a.log_confidence for a in answers], expected.log_confidence, rtol=1e-3, atol=1e-3)
