@@ -66,7 +66,9 @@ def plain_nearest(store: Path) -> dict[str, np.ndarray]:
     mean, projection = plain_whitening(database, DIM)
 
     def whitened(rows: np.ndarray) -> np.ndarray:
-        projected = (rows.astype(np.float64) - mean) @ projection
+        centred = rows.astype(np.float64)
+        centred -= mean
+        projected = centred @ projection
         return (projected / np.linalg.norm(projected, axis=1, keepdims=True)).astype(np.float32)
 
     index = faiss.IndexFlatIP(DIM)
