@@ -93,10 +93,12 @@ def _answers(
 ) -> Iterator[Identified]:
     for named in map(Path, photos):
         try:
-            files = find_images(named) if named.is_dir() else [named]
+            files, left_aside = find_images(named) if named.is_dir() else ([named], "")
         except UserError as error:
             yield Identified(str(named), error=str(error).removeprefix(f"{named}: "))
             continue
+        if left_aside:
+            yield Identified(str(named), error=f"left aside: {left_aside}; convert them to JPEG, or name the folders")
         for file in files:
             try:
                 photo = load_photo(file, collection.image_size, collection.largest_side, max_pixels)

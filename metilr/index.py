@@ -27,6 +27,7 @@ from metilr.extraction import (
 )
 from metilr.files import write_atomically
 from metilr.index_schema import check_index
+from metilr.kinds import is_text
 from metilr.knn import USUAL_TAU
 from metilr.launch import launched_as_first
 from metilr.method import CropSimilarity, DatabaseViews, Method, method_of
@@ -135,9 +136,14 @@ def index(
         f"[bold]data[/]         {escape(str(catalogue.folder))}: {n_images:,} images of {n_exhibits:,} exhibits",
         soft_wrap=True,
     )
+    if catalogue.left_aside:
+        console.print(f"[bold yellow]note:[/] left aside: {catalogue.left_aside}", soft_wrap=True)
     model = {name: arguments[name] for name in OF_THE_MODEL}
     model["ckpt"] = None if ckpt is None else str(Path(ckpt).absolute())  # the index is used from other folders
     model["weights"] = weights if weights in (None, RANDOM) else str(Path(weights).absolute())
+    for name in ("ckpt", "weights"):
+        if model[name] is not None and not is_text(model[name]):
+            raise UserError(f"--{name} {model[name]}: its name is not UTF-8, which an index cannot hold; rename it")
     model["precision"], model["engine"] = str(precision), engine  # 32 is a number in YAML
     embedder, trained_size = build_model(model)
     if image_size is None:

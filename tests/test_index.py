@@ -75,14 +75,18 @@ def test_an_image_of_the_folder_is_identified_as_itself(folder, tmp_path, option
 
 def test_from_the_command_line_to_an_answer(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (folder / NAME / "phone.heic").touch()
     main(["index", "museum", "out", *AS_OPTIONS])
     printed = " ".join(capsys.readouterr().out.split())
+    assert "note: left aside: 1 .heic" in printed
     assert "8 images of 6 exhibits" in printed and "RANDOM WEIGHTS" in printed
     assert "whitened to 7 dimensions instead of 512" in printed and "metilr identify PHOTO --store out" in printed
     main(["identify", str(folder / NAME), "--store", "out", "--json", "--accelerator", "cpu"])
     document = json.loads(capsys.readouterr().out)
-    assert [photo["exhibit"] for photo in document["photos"]] == [NAME, NAME]
-    assert {photo["decision"] for photo in document["photos"]} == {"undecided"}
+    aside, *answered = document["photos"]
+    assert aside["photo"] == str(folder / NAME) and aside["error"].startswith("left aside: 1 .heic; convert")
+    assert [photo["exhibit"] for photo in answered] == [NAME, NAME]
+    assert {photo["decision"] for photo in answered} == {"undecided"}
     assert document["threshold"]["log_confidence"] is None and "--threshold" in document["threshold"]["origin"]
 
 

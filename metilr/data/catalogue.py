@@ -5,12 +5,14 @@ import json
 from csv import DictReader, Error
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
 from metilr.data.ground_truth import GroundTruth
 from metilr.data.image_files import find_images
 from metilr.errors import UserError, one_line, shown
+from metilr.kinds import is_text
 
 CSV_COLUMNS = ("path", "exhibit")
 
@@ -23,11 +25,13 @@ class Catalogue:
         folder: Holds the images.
         paths: Of the images, relative to ``folder``.
         exhibits: What each image shows, by name.
+        left_aside: See ``FoundImages``.
     """
 
     folder: Path
     paths: tuple[str, ...]
     exhibits: tuple[str, ...]
+    left_aside: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -49,9 +53,9 @@ class Catalogue:
         )
 
 
-def is_place_below(path: object) -> bool:
+def is_place_below(path: Any) -> bool:
     """Whether a path, relative to a folder, names a file that can lie below it."""
-    if type(path) is not str or "\0" in path or any("\ud800" <= letter <= "\udfff" for letter in path):
+    if not is_text(path):
         return False
     parts = PurePosixPath(path)
     return bool(parts.name) and not parts.is_absolute() and ".." not in parts.parts
@@ -68,9 +72,12 @@ def read_catalogue(folder: Path, csv: Path | None = None) -> Catalogue:
         csv: Names them instead: columns ``path`` (relative to the folder) and ``exhibit``; others are passed over.
 
     Raises:
-        UserError: If there are no images, fewer than 2 exhibits, two that have one name, or the CSV file is malformed.
+        UserError: If there are no images, fewer than 2 exhibits, two that have one name, a name that is not UTF-8, a
+            sub-folder that cannot be listed, or the CSV file is malformed.
     """
     folder = Path(folder).absolute()
+    if not is_text(str(folder)):
+        raise UserError(f"{folder}: its name is not UTF-8, which an index cannot hold; rename it")
     catalogue = _from_folder(folder) if csv is None else _from_csv(folder, Path(csv))
     if len(catalogue.names) < 2:
         name = " ".join(catalogue.names[0].split())[:60]
@@ -80,10 +87,11 @@ def read_catalogue(folder: Path, csv: Path | None = None) -> Catalogue:
 
 
 def _from_folder(folder: Path) -> Catalogue:
-    found = [path.relative_to(folder) for path in find_images(folder)]
-    found = [path for path in found if not any(part.startswith(".") for part in path.parts)]
-    if not found:
-        raise UserError(f"{folder}: no images inside but hidden ones; name another folder")
+    images = find_images(folder)
+    found = [path.relative_to(folder) for path in images.files]
+    for path in found:
+        if not is_place_below(path.as_posix()):
+            raise UserError(f"{folder / path}: its name is not UTF-8, which an index cannot hold; rename it")
     exhibits = [path.parts[0] if len(path.parts) > 1 else path.stem for path in found]
     taken = {path.parts[0]: path for path in found if len(path.parts) > 1}
     for path in found:
@@ -92,7 +100,7 @@ def _from_folder(folder: Path) -> Catalogue:
                 f"{folder}: {taken[path.stem]} and {path} both make an exhibit {path.stem}; put {path} into a "
                 "sub-folder, or name exhibits with --csv"
             )
-    return Catalogue(folder, tuple(path.as_posix() for path in found), tuple(exhibits))
+    return Catalogue(folder, tuple(path.as_posix() for path in found), tuple(exhibits), images.left_aside)
 
 
 def _from_csv(folder: Path, csv: Path) -> Catalogue:
@@ -118,6 +126,8 @@ def _from_csv(folder: Path, csv: Path) -> Catalogue:
             raise UserError(f"--csv {csv}: line {line}: path {shown(path)} must name a file below {folder}")
         if not exhibit:
             raise UserError(f"--csv {csv}: line {line}: names no exhibit")
+        if not is_text(exhibit):
+            raise UserError(f"--csv {csv}: line {line}: exhibit {shown(exhibit)} cannot be a name")
         if seen.setdefault(parts, line) != line:
             raise UserError(
                 f"--csv {csv}: line {line}: {shown(path)} is listed already in line {seen[parts]}; remove one"

@@ -47,7 +47,7 @@ def write_contact_sheet(
         raise UserError(f"{output}: a contact sheet is a PNG or JPEG file; end its name with .png or .jpg")
     refuse_bad_seed(seed)
 
-    paths = find_images(folder)
+    paths, left_aside = find_images(folder)
     chosen = [paths[row * len(paths) // images] for row in range(images)] if len(paths) > images else paths
     rows = []
     for path in chosen:
@@ -62,7 +62,7 @@ def write_contact_sheet(
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write {output} ({reason}); choose another --output") from error
-    print(f"wrote {output}")
+    print(f"wrote {output}" + (f"; left aside: {left_aside}" if left_aside else ""))
     return output
 
 

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -59,6 +63,7 @@ def test_another_list_has_another_digest(folder):
         ("path,exhibit\n", "lists no images"),
         ("path,exhibit\nbust/a.JPG\n", "line 2: names no exhibit"),
         ("path,exhibit\nbust/a.JPG,  \n", "line 2: names no exhibit"),
+        ("path,exhibit\nbust/a.JPG,a\0b\nc.jpg,d\n", "line 2: exhibit 'a\\x00b' cannot be a name"),
         ("path,exhibit\n../x.jpg,a\n", "line 2: path '../x.jpg' must name a file below"),
         ("path,exhibit\n/etc/x.jpg,a\n", "must name a file below"),
         ("path,exhibit\n,a\n", "must name a file below"),
@@ -84,7 +89,8 @@ def test_a_csv_in_another_encoding_is_refused(folder):
     ("names", "message"),
     [
         ([], "no images inside"),
-        ([".hidden/a.jpg"], "no images inside but hidden ones"),
+        ([".hidden/a.jpg"], "no images inside; name a folder with .* do not begin with a dot"),
+        (["a/1.heic", "b/2.HEIC"], r"no images inside \(but 2 \.heic\)"),
         (["a/1.jpg", "a/2.jpg"], "has one exhibit, a; .* give each exhibit a sub-folder"),
         (["a.jpg", "a.png", "b.jpg"], r"a\.jpg and a\.png both make an exhibit a"),
         (["a/1.jpg", "a.jpg"], r"a/1\.jpg and a\.jpg both make an exhibit a"),
@@ -102,3 +108,63 @@ def test_a_missing_folder_is_named(tmp_path):
     for csv in (None, tmp_path / "list.csv"):
         with pytest.raises(UserError, match="nowhere: no such folder"):
             read_catalogue(tmp_path / "nowhere", csv)
+
+
+def make_files(*files: Path) -> None:
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe.jpg", b"C\xff/1.jpg"])
+def test_a_name_that_an_index_cannot_hold_is_refused_before_anything_is_described(tmp_path, name):
+    make_files(tmp_path / "A/1.jpg", tmp_path / "B/1.jpg", tmp_path / os.fsdecode(name))
+    with pytest.raises(UserError, match=r"its name is not UTF-8.*rename it"):
+        read_catalogue(tmp_path)
+
+
+@pytest.mark.parametrize("with_csv", [True, False])
+def test_a_folder_whose_name_an_index_cannot_hold(tmp_path, with_csv):
+    folder = tmp_path / os.fsdecode(b"C\xff")
+    make_files(folder / "1.jpg", folder / "2.jpg")
+    csv = write_csv(folder, "path,exhibit\n1.jpg,a\n2.jpg,b\n") if with_csv else None
+    with pytest.raises(UserError, match="its name is not UTF-8"):
+        read_catalogue(folder, csv)
+
+
+def test_a_gif_is_an_image_and_what_is_not_read_is_counted(folder):
+    names = ("a.GIF", "b.heic", "c.HEIC", "d.avif", ".e.heic", "f.txt")
+    make_files(*(folder / "ring" / name for name in names))
+    (folder / "linked").symlink_to(folder / "vase")
+    (folder / "lost.jpg").symlink_to(folder / "nowhere")  # its fault shows where it is read
+    catalogue = read_catalogue(folder)
+    assert {"ring/a.GIF", "lost.jpg"} < set(catalogue.paths)
+    assert catalogue.left_aside == "1 .avif, 2 .heic, 1 links to folders"
+
+
+LISTED_BY_NOBODY = """
+import os, sys
+from pathlib import Path
+from metilr.data.catalogue import read_catalogue
+from metilr.errors import UserError
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    print(read_catalogue(Path(sys.argv[1])).paths)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_sub_folder_that_cannot_be_listed_stops():
+    """As somebody who is not root, whom nothing stops, and who may not look into pytest's own folders."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        make_files(folder / "a/1.jpg", folder / "b/1.jpg", folder / "b/deep/2.jpg")
+        (folder / "b/deep").chmod(0)
+        command = [sys.executable, "-c", LISTED_BY_NOBODY, name]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        printed = subprocess.run(command, capture_output=True, text=True, env=environment).stdout
+        (folder / "b/deep").chmod(0o755)
+    assert printed == f"{name}/b/deep: cannot be listed (Permission denied); make it readable, or move it elsewhere\n"
