@@ -1,6 +1,7 @@
 """A bar plot of runs: GAP, GAP⁻ and ACC on val and on test, published figures as marks on their own split's bars."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from metilr.data.ground_truth import QUERY_FILES
+from metilr.files import write_picture
 from metilr.published import Published
 from metilr.report.plots import COLOURS, plain
 from metilr.scoring import LEVEL, headline_unit
@@ -49,7 +51,7 @@ def plot_comparison(
     figure.legend(handles=_legend(groups, published), loc="outside upper center", ncols=5, frameon=False, fontsize=9)
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
         for file in files:
-            figure.savefig(file)
+            write_picture(file, partial(figure.savefig, format=file.suffix[1:]))
 
 
 def _draw_bars(

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from metilr.data.contact_sheet import arrange
 from metilr.data.ground_truth import MET, NOT_NAMED, DatabaseName, GroundTruth, load_ground_truth
 from metilr.data.transforms import BadImageError, load_image
 from metilr.errors import UserError
-from metilr.files import write_atomically
+from metilr.files import write_atomically, write_picture
 from metilr.metrics import DISTRACTOR
 from metilr.results import make_output
 
@@ -60,7 +61,8 @@ def describe(
     rows, left_out = _sample_rows(ground_truth, images)
     if rows:
         written.append(folder / "samples.jpg")
-        arrange(list(rows.values()), list(rows)).save(written[-1], quality=90)
+        sheet = arrange(list(rows.values()), list(rows))
+        write_picture(written[-1], partial(sheet.save, format="JPEG", quality=90))
     else:
         console.print(f"no sheet of samples: none of the images lie in {escape(str(ground_truth.image('')))}")
     for reason in left_out:
@@ -172,7 +174,7 @@ def _plot_class_sizes(sizes: np.ndarray, file: Path) -> None:
     axes.set(xlabel="images of an exhibit", ylabel="exhibits (log scale)")
     share = 100 * (sizes == 1).mean()
     axes.set_title(f"{len(sizes):,} exhibits, {share:.1f}% with one image", loc="left", fontsize=11)
-    figure.savefig(file)
+    write_picture(file, partial(figure.savefig, format="png"))
 
 
 def _size_edges(largest: int) -> np.ndarray:

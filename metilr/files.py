@@ -6,6 +6,7 @@ Temporary names are random: two containers on two machines often have the same p
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import re
 import uuid
@@ -55,8 +56,28 @@ def replaced_file(file: Path) -> Iterator[IO[bytes]]:
             os.fsync(stream.fileno())
         temporary.replace(file)
         _push_names(file.parent)
+    except OSError as error:
+        if error.filename == str(temporary):  # a name that the user has never seen
+            error.filename, error.filename2 = str(file), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_picture(file: Path, save: Callable[[IO[bytes]], object]) -> None:
+    """Write a picture whole or not at all.
+
+    Args:
+        file: Where to.
+        save: Writes the picture to a stream. Not to the file: encoders overlook that a full disk took a part only.
+
+    Raises:
+        OSError: If it cannot be written; names it.
+    """
+    content = io.BytesIO()
+    save(content)
+    with replaced_file(file) as stream:
+        stream.write(content.getbuffer())
 
 
 @contextlib.contextmanager

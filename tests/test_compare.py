@@ -18,6 +18,7 @@ from metilr.intervals import paired_intervals
 from metilr.metrics import acc, gap, gap_minus
 from metilr.results import PREDICTION_COLUMNS
 from metilr.runs import read_run
+from tests.full_disk import files_of_at_most
 from tests.museum import write_ground_truth
 from tests.test_published import results_of
 
@@ -153,6 +154,14 @@ def test_every_format_gives_the_runs_figures(museum, capsys):
         assert picture.width > 1000
     drawing = Path("out/comparison.svg").read_text()
     assert "first" in drawing and "GAP" in drawing and "published" not in drawing
+
+
+def test_a_full_disk_leaves_no_half_of_a_plot(museum, capsys):
+    for seed, name in enumerate(("first", "second")):
+        write_run(Path(name), museum, seed)
+    with files_of_at_most(16_000):
+        assert "out/comparison.png: File too large" in error_of(capsys, "first", "second", "--output", "out")
+    assert not list(Path("out").glob("*.png"))
 
 
 def test_differences_are_second_minus_first_on_the_same_queries(museum):

@@ -38,6 +38,12 @@ def test_write_atomically_keeps_the_old_content_when_it_fails(tmp_path, monkeypa
     assert file.read_text() == "old" and names(tmp_path) == ["a.json"]
 
 
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        write_atomically(tmp_path / "nowhere" / "a", "text")
+    assert caught.value.filename == str(tmp_path / "nowhere" / "a")
+
+
 def test_two_machines_with_one_process_number_do_not_share_a_temporary_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: 1)
     file = tmp_path / "a"

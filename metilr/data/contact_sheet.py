@@ -1,6 +1,7 @@
 """A contact sheet: images of a folder, each beside a few simulated visits to it."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from metilr.data.image_files import find_images
 from metilr.data.transforms import BadImageError, load_image, resized_shape
 from metilr.data.visits import PRESETS, derive_seed, refuse_bad_seed, simulate_visit
 from metilr.errors import UserError
+from metilr.files import write_picture
 
 _LONGEST_SIDE = 500  # the Met's own images are as large; a sheet shows no more
 
@@ -58,7 +60,8 @@ def write_contact_sheet(
     sheet = arrange(rows)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(output)
+        kind = "PNG" if output.suffix.lower() == ".png" else "JPEG"
+        write_picture(output, partial(sheet.save, format=kind))
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write {output} ({reason}); choose another --output") from error

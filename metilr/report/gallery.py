@@ -11,6 +11,7 @@ import numpy as np
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.data.transforms import BadImageError
+from metilr.files import named
 from metilr.geometric_check import GeometricCheck, draw_matching
 from metilr.knn import NO_LABEL, NO_ROW
 from metilr.matches import N_MATCHES
@@ -175,13 +176,18 @@ def _write_pictures(folder: Path, wanted: Mapping[str, Path], quiet: bool) -> It
             picture = jpeg_thumbnail(file)
         except BadImageError:
             return None
-        (folder / f"{name}.jpg").write_bytes(picture)
+        _write_picture(folder / f"{name}.jpg", picture)
         return name
 
     with ThreadPoolExecutor(THREADS) as pool:
         done = pool.map(write, wanted.items())
         names = [*tracked(done, "pictures of the report", len(wanted), "pictures", quiet)]
     return [name for name in names if name is not None]
+
+
+def _write_picture(file: Path, picture: bytes) -> None:
+    with named(file):
+        file.write_bytes(picture)
 
 
 def _write_matching(
@@ -203,7 +209,7 @@ def _write_matching(
     for name, query, image in tracked(pairs, "matching regions", len(pairs), "pictures", quiet):
         picture = draw_matching(check, ground_truth.image(query), ground_truth.image(image))
         if picture is not None:
-            (folder / f"{name}.jpg").write_bytes(picture)
+            _write_picture(folder / f"{name}.jpg", picture)
             written.append(name)
     return written
 

@@ -7,6 +7,7 @@ from PIL import Image
 from metilr.cli import main
 from metilr.data.contact_sheet import write_contact_sheet
 from metilr.errors import UserError
+from tests.full_disk import files_of_at_most
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -45,6 +46,14 @@ def test_command_says_what_it_wrote(tmp_path, capsys):
     write_images(tmp_path / "in", 1)
     main(["visits", str(tmp_path / "in"), str(tmp_path / "sheet.png"), "--visits", "1"])
     assert capsys.readouterr().out == f"wrote {tmp_path / 'sheet.png'}\n"
+
+
+@pytest.mark.parametrize("name", ["sheet.jpg", "sheet.png"])
+def test_a_full_disk_leaves_no_half_of_a_sheet(tmp_path, name):
+    write_images(tmp_path / "in", 2)
+    with files_of_at_most(4096), pytest.raises(UserError, match=rf"{name} \(File too large\); choose another"):
+        write_contact_sheet(tmp_path / "in", tmp_path / "out" / name)
+    assert [*(tmp_path / "out").iterdir()] == []
 
 
 def test_contact_sheet_mistakes_are_one_line_that_names_the_cause(tmp_path):

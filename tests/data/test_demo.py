@@ -10,6 +10,7 @@ from PIL import Image
 from metilr.cli import main
 from metilr.data.demo import MuseumSize, exhibits, make_demo, museum, plan
 from metilr.errors import UserError
+from tests.full_disk import files_of_at_most
 
 TINY = MuseumSize(exhibits=14, mini_exhibits=9, val=(3, 2, 2), test=(5, 2, 3), longest_side=48)
 
@@ -228,6 +229,16 @@ def test_seed_out_of_range_is_refused(tmp_path, seed):
     with pytest.raises(UserError, match=f"--seed {seed}"):
         make_demo(tmp_path / "museum", **small(seed))
     assert not (tmp_path / "museum").exists()
+
+
+def test_a_full_disk_leaves_no_demo_with_halves_of_images(tmp_path):
+    larger = {**small(0), "size": MuseumSize(3, 2, (1, 0, 0), (1, 0, 1), 160)}  # of more bytes than the annotations
+    with (
+        files_of_at_most(4096),
+        pytest.raises(UserError, match=r"museum: .* \(File too large\); choose another folder"),
+    ):
+        make_demo(tmp_path / "museum", **larger)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_unwritable_place_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -81,7 +82,7 @@ def make_demo(root: Path, seed: int = 0, size: MuseumSize | None = None, progres
             _put_in_place(partial_folder, root, marker)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{root}: the demo cannot be written ({reason}); choose another --root") from error
+        raise UserError(f"{root}: the demo cannot be written ({reason}); choose another folder") from error
     return root
 
 
@@ -93,7 +94,9 @@ def _write_museum(folder: Path, marker: Row, plan: Plan, progress: bool) -> None
         (folder / "images" / kind).mkdir(parents=True, exist_ok=True)
 
     def draw(path: str) -> None:
-        plan.drawings[path]().save(folder / "images" / path, quality=90)
+        content = io.BytesIO()  # see write_picture; the whole museum gets its name at once
+        plan.drawings[path]().save(content, "JPEG", quality=90)
+        (folder / "images" / path).write_bytes(content.getbuffer())
 
     # Pillow, NumPy and torch let go of the interpreter while they work, so threads share two cores well enough
     # and need no start-up time and no picklable drawings.
@@ -133,11 +136,11 @@ def _refuse_foreign(root: Path) -> None:
     if not os.path.lexists(root):
         return
     if not root.is_dir():
-        raise UserError(f"{root}: not a folder; choose another --root for the demo")
+        raise UserError(f"{root}: not a folder; choose another for the demo")
     entries = {entry.name for entry in root.iterdir()}
     foreign = sorted(entries - _CONTENTS if _read_marker(root) else entries)
     if foreign:
-        raise UserError(f"{root}: holds {foreign[0]!r}, which is not the demo's; move it or choose another --root")
+        raise UserError(f"{root}: holds {foreign[0]!r}, which is not the demo's; move it, or choose another folder")
 
 
 @contextlib.contextmanager
