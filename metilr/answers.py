@@ -54,11 +54,6 @@ def detail(decision: Decision, answer: Answer) -> str:
     return f"nearest: exhibit {answer.exhibit}, {confidence}" if decision == "not in the collection" else confidence
 
 
-def shown(text: str) -> str:
-    """Text from a stranger without what steers a terminal or is no text."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
-
-
 def answer_document(collection: Collection, answer: Answer, decision: Decision) -> dict[str, Any]:
     """An answer as JSON types."""
     return {

@@ -8,11 +8,12 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from metilr.answers import Identified, shown
+from metilr.answers import Identified
 from metilr.collection import Collection
 from metilr.data.transforms import BadImageError
 from metilr.errors import UserError
 from metilr.files import write_atomically
+from metilr.terminal import printable
 from metilr.threshold import Threshold
 from metilr.thumbnails import jpeg_thumbnail
 
@@ -30,7 +31,7 @@ def write_page(file: Path, collection: Collection, threshold: Threshold, photos:
         UserError: If the file cannot be written.
     """
     templates = jinja2.Environment(loader=jinja2.PackageLoader("metilr.serve"), autoescape=True)
-    templates.filters |= {"shown": shown, "data_uri": data_uri}
+    templates.filters |= {"shown": printable, "data_uri": data_uri}
     page = templates.get_template("answers.html").render(
         collection=collection,
         threshold=threshold,

@@ -20,6 +20,7 @@ from metilr.files import write_atomically
 from metilr.published import Published, published
 from metilr.results import make_output
 from metilr.runs import Run, read_run
+from metilr.terminal import printable
 
 OF_RUNS = ("data", "notes", "elements", "geometric_check", "seconds", "peak_memory_gb")
 CSV_COLUMNS = ("run", "kind", "split", "gap", "gap_minus", "acc", "k", "tau", "database", "fingerprint", "source")
@@ -59,7 +60,7 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
         console.print()
         console.print(table.rich())
         for note in table.notes:
-            console.print(f"[bold yellow]note:[/] {escape(note)}", soft_wrap=True)
+            console.print(f"[bold yellow]note:[/] {escape(printable(note))}", soft_wrap=True)
 
     comparison = _as_json(read, known, differences)
     texts = {

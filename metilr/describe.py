@@ -15,11 +15,13 @@ from torch import Tensor
 
 from metilr.data.contact_sheet import arrange
 from metilr.data.ground_truth import MET, NOT_NAMED, DatabaseName, GroundTruth, load_ground_truth
+from metilr.data.image_files import file_size
 from metilr.data.transforms import BadImageError, load_image
 from metilr.errors import UserError
 from metilr.files import write_atomically, write_picture
 from metilr.metrics import DISTRACTOR
 from metilr.results import make_output
+from metilr.terminal import printable
 
 CLASS_SIZES = {"1": (1, 1), "2-3": (2, 3), "4-10": (4, 10), "11+": (11, None)}  # images of an exhibit, both ends in
 MAX_LINEAR_SIZE = 40  # images of an exhibit up to which each size gets a bar of its own
@@ -66,7 +68,7 @@ def describe(
     else:
         console.print(f"no sheet of samples: none of the images lie in {escape(str(ground_truth.image('')))}")
     for reason in left_out:
-        console.print(f"[bold yellow]note:[/] left out of the sheet: {escape(reason)}", soft_wrap=True)
+        console.print(f"[bold yellow]note:[/] left out of the sheet: {escape(printable(reason))}", soft_wrap=True)
     console.print("wrote " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)
     return counts
 
@@ -122,7 +124,7 @@ def _print_splits(console: Console, counts: dict[str, Any]) -> None:
     database, parts = counts["database"], splits.values()
     table.add_row("images", f"{database['images']:,}", *(f"{part['queries']:,}" for part in parts))
     for kind in dict.fromkeys(kind for part in parts for kind in part["kinds"]):
-        table.add_row(f"  {escape(kind)}", "", *(f"{part['kinds'].get(kind, 0):,}" for part in parts))
+        table.add_row(f"  {escape(printable(kind))}", "", *(f"{part['kinds'].get(kind, 0):,}" for part in parts))
     table.add_row("exhibits", f"{database['exhibits']:,}", *(f"{part['exhibits']:,}" for part in parts))
     table.add_row("photographers of met", "", *(_or_not_named(part["photographers"]) for part in parts))
     console.print(table)
@@ -222,7 +224,7 @@ def _met_pairs(ground_truth: GroundTruth) -> list[tuple[Path, ...]]:
 
 def _take(candidates: Sequence[tuple[Path, ...]], n: int, left_out: list[str]) -> Iterator[list[Tensor]]:
     """Read ``n`` of those whose files are all there, spread evenly; say of undecodable ones why they are left out."""
-    there = [files for files in candidates if all(file.is_file() for file in files)]
+    there = [files for files in candidates if all(file_size(file) is not None for file in files)]
     chosen = [there[i * len(there) // n] for i in range(n)] if len(there) > n else there
     for files in chosen:
         try:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metilr.callbacks import keep_float32_exact
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
+from metilr.data.image_files import NO_FILE
 from metilr.data.transforms import BadImageError, load_image
 from metilr.data.workers import default_workers
 from metilr.feature_cache import FeatureCache
@@ -183,7 +184,11 @@ def local_features(
     """Return an image file's features, from the cache if they are there; None if it cannot be decoded."""
     try:
         return cache.features(image, lambda: extractor.extract(load_image(image, image_size)))
-    except (BadImageError, FileNotFoundError):
+    except BadImageError:
+        return None
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
         return None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from metilr.answers import Identified, answer_document, collection_document, shown
+from metilr.answers import Identified, answer_document, collection_document
 from metilr.answers_page import write_page
 from metilr.collection import Collection
 from metilr.collections_on_disk import open_with_threshold
@@ -19,6 +19,7 @@ from metilr.extraction import Accelerator
 from metilr.matches import N_MATCHES
 from metilr.photos import MAX_PHOTO_MEGAPIXELS, BadPhotoError, TooManyPixelsError, load_photo
 from metilr.scoring import MIN_PRECISION
+from metilr.terminal import printable
 from metilr.threshold import Threshold
 from metilr.thumbnails import jpeg_of
 
@@ -80,7 +81,7 @@ def identify(
         write_page(Path(page), collection, chosen, answered)
         console.print(f"wrote {escape(str(page))}", soft_wrap=True)
     if all(photo.answer is None for photo in answered):
-        raise UserError(f"no photo could be read; the first, {shown(answered[0].name)}: {answered[0].error}")
+        raise UserError(f"no photo could be read; the first, {printable(answered[0].name)}: {answered[0].error}")
 
 
 def _answers(
@@ -116,23 +117,23 @@ def _head(collection: Collection, threshold: Threshold) -> str:
     how = "" if collection.search is None else f"[bold]search[/]       {collection.search}\n"
     value = "none" if threshold.log_confidence is None else threshold.needed
     return (
-        f"[bold]collection[/]   {escape(collection.name)}: {len(collection.images):,} images of "
+        f"[bold]collection[/]   {escape(printable(collection.name))}: {len(collection.images):,} images of "
         f"{len(collection.exhibits):,} exhibits, k = {collection.k}, τ = {collection.tau:g}\n"
         f"{how}"
-        f"[bold]threshold[/]    {value}: {escape(threshold.origin)}"
+        f"[bold]threshold[/]    {value}: {escape(printable(threshold.origin))}"
     )
 
 
 def _lines(photo: Identified, collection: Collection) -> str:
-    name, answer = escape(shown(photo.name)), photo.answer
+    name, answer = escape(printable(photo.name)), photo.answer
     if answer is None:
-        return f"\n[bold]{name}[/]  [red]{escape(shown(photo.headline))}[/]"
+        return f"\n[bold]{name}[/]  [red]{escape(printable(photo.headline))}[/]"
     colour = {"exhibit": "green", "not in the collection": "yellow", "undecided": "yellow"}[
         photo.decision or "undecided"
     ]
     lines = [
-        f"\n[bold]{name}[/]  [{colour}]{escape(shown(photo.headline))}[/]  "
-        f"{escape(shown(photo.detail))} (log {answer.log_confidence:.4g})"
+        f"\n[bold]{name}[/]  [{colour}]{escape(printable(photo.headline))}[/]  "
+        f"{escape(printable(photo.detail))} (log {answer.log_confidence:.4g})"
     ]
     if photo.reduced:
         lines.append(
@@ -140,7 +141,7 @@ def _lines(photo: Identified, collection: Collection) -> str:
         )
     width = max(len(match.exhibit) for match in answer.matches)
     for place, match in enumerate(answer.matches, start=1):
-        exhibit, path = shown(match.exhibit), shown(collection.path(match.row))
+        exhibit, path = printable(match.exhibit), printable(collection.path(match.row))
         inliers = "" if match.inliers is None else f"  inliers {match.inliers:4}"
         similarity = f"similarity {match.similarity:6.3f}{inliers}"
         lines.append(f"  {place}  {similarity}  exhibit {escape(exhibit):<{width}}  {escape(path)}")

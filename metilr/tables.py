@@ -8,6 +8,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from metilr.terminal import printable
+
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -40,15 +42,22 @@ class TextTable:
     def rich(self) -> Table:
         """For the terminal; notes are left to the caller."""
         table = Table(
-            title=escape(self.title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+            title=escape(printable(self.title)),
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            padding=(0, 1, 0, 0),
         )
         for i, (span, name) in enumerate(zip(self._spans_by_column(), self.header, strict=True)):
+            span, name = printable(span), printable(name)
             head = f"{span}\n{name}" if any(text for text, _ in self.spans) else name
             table.add_column(
                 escape(head), justify="left" if i < self.n_left else "right", no_wrap=i > 0, overflow="fold"
             )
         for number, row in enumerate(self.rows):
-            table.add_row(*map(escape, row), style="dim italic" if number in self.quiet else None)
+            table.add_row(
+                *(escape(printable(cell)) for cell in row), style="dim italic" if number in self.quiet else None
+            )
         return table
 
     def markdown(self) -> str:

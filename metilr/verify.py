@@ -14,9 +14,11 @@ from rich.table import Table
 
 from metilr.data.ground_truth import DATABASE_FILES, QUERY_FILES, DatabaseName, load_ground_truth
 from metilr.data.image_faults import EMPTY, MISSING, find_faults
+from metilr.data.image_files import file_size
 from metilr.data.image_limits import MAX_MEGAPIXELS, limit_images
 from metilr.errors import UserError
 from metilr.files import write_atomically
+from metilr.terminal import printable
 
 PartName = Literal["full", "mini", "val", "test"]
 PARTS: tuple[PartName, ...] = ("full", "mini", "val", "test")  # of a data root: both databases and both query splits
@@ -74,9 +76,9 @@ def verify(
     if list is not None and not Path(list).parent.is_dir():
         raise UserError(f"--list {list}: there is no folder {Path(list).parent}; make it, or name another file")
     found = check(Path(root), parts, decode, num_workers, quiet)
+    print_verification(console, found, list)
     if list is not None:
         write_faults(found, Path(list))
-    print_verification(console, found, list)
     if found.faults:
         sys.exit(1)
 
@@ -97,7 +99,9 @@ def check(
         raise UserError(f"--num_workers {num_workers}: choose 0 or more")
     named = read_paths(root, parts)
     there = {part: paths for part, paths in named.items() if parts or _is_meant(root, part, named)}
-    if not parts and not any((root / "images" / path).exists() for paths in there.values() for path in paths):
+    if not parts and not any(
+        file_size(root / "images" / path) is not None for paths in there.values() for path in paths
+    ):
         raise UserError(f"{root / 'images'}: none of the images that {root / 'ground_truth'} names is there; put them")
     unique = [*dict.fromkeys(path for paths in there.values() for path in paths)]  # mini's are among full's
     reasons = find_faults([root / "images" / path for path in unique], decode, num_workers, quiet)
@@ -135,17 +139,24 @@ def _is_meant(root: Path, part: PartName, named: dict[PartName, tuple[str, ...]]
         return True
     mini = frozenset(named.get("mini", ()) if part == "full" else ())
     own = [path for path in named[part] if path not in mini] or named[part]
-    return any((root / "images" / path).exists() for path in own)
+    return any(file_size(root / "images" / path) is not None for path in own)
 
 
 def write_faults(found: Verification, file: Path) -> None:
-    """Write everything that is wrong as CSV."""
+    """Write everything that is wrong as CSV.
+
+    Raises:
+        UserError: If that cannot be written.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("part", "path", "reason"))
     for part in found.paths:
         writer.writerows((part, path, reason) for path, reason in found.faults_of(part).items())
-    write_atomically(file, text.getvalue())
+    try:
+        write_atomically(file, text.getvalue())
+    except OSError as error:
+        raise UserError(f"--list {file}: cannot be written ({error.strerror}); name another file") from error
 
 
 def print_verification(console: Console, found: Verification, list_file: Path | None = None) -> None:
@@ -163,7 +174,7 @@ def print_verification(console: Console, found: Verification, list_file: Path | 
     for part in found.left_out:
         console.print(f"{part}: not verified, {FILES[part]} is there and none of its own images")
     for path, reason in [*found.faults.items()][:SHOWN]:
-        console.print(f"  {escape(path)}: {escape(reason)}", soft_wrap=True)
+        console.print(f"  {escape(printable(path))}: {escape(printable(reason))}", soft_wrap=True)
     n = len(found.faults)
     if n > SHOWN:
         rest = "--list FILE writes all" if list_file is None else f"all are in {escape(str(list_file))}"

@@ -42,3 +42,15 @@ def write_ground_truth(root: Path, database: object, val: object, test: object, 
         if content is not None:
             (folder / f"{name}.json").write_text(json.dumps(content))
     return root
+
+
+def make_unreachable(root: Path) -> list[str]:
+    """Give two queries of test names under which a system has no file: a link to itself, and one of 300 bytes."""
+    loop, long = "test_met/test1.jpg", f"test_other/{'x' * 300}.jpg"
+    (root / "images" / loop).unlink()
+    (root / "images" / loop).symlink_to("test1.jpg")
+    file = root / "ground_truth" / "testset.json"
+    entries = json.loads(file.read_text())
+    entries[-1]["path"] = long
+    file.write_text(json.dumps(entries))
+    return [loop, long]

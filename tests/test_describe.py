@@ -13,7 +13,7 @@ from metilr.cli import main
 from metilr.data.ground_truth import load_ground_truth
 from metilr.describe import _size_edges, count
 from tests.full_disk import files_of_at_most
-from tests.museum import write_ground_truth
+from tests.museum import make_unreachable, write_ground_truth
 
 
 def describe(*arguments: object) -> dict:
@@ -123,6 +123,7 @@ def test_a_sheet_has_as_many_columns_as_asked_for_and_bad_images_are_left_out_by
     monkeypatch.chdir(tmp_path)
     (tiny_museum / "images/test_other/val0.jpg").write_bytes(b"no image")
     (tiny_museum / "images/test_met/val0.jpg").unlink()
+    make_unreachable(tiny_museum)
     describe(tiny_museum, "--images", 3)
     with Image.open("out/samples.jpg") as sheet:
         assert sheet.size == (6 + 3 * 206, 6 + 3 * 230)

@@ -22,7 +22,7 @@ from metilr.geometric_evidence import Gate
 from metilr.models.specs import BACKBONES
 from metilr.whitening import fit_pca_whitening
 from tests.conftest import SHARED
-from tests.museum import MET_IDS, write_ground_truth
+from tests.museum import MET_IDS, make_unreachable, write_ground_truth
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 UNTRAINED = ["--backbone", "r18_in", "--weights", "random", "--accelerator", "cpu", "--num_workers", "0"]
@@ -122,6 +122,17 @@ def test_a_skipped_query_counts_as_wrong_and_is_listed(museum, capsys):
     assert results["test"]["n_skipped"] == 1 and results["test"]["n_met"] == 4
     answer = read_predictions("out/predictions/test.csv")[1]
     assert (answer["predicted_id"], answer["correct"], answer["log_confidence"]) == ("", "0", "-inf")
+
+
+def test_names_under_which_no_file_can_be_had_are_missing_images(museum, capsys):
+    unreachable = make_unreachable(museum)
+    with pytest.raises(SystemExit):
+        run("--root", museum, *UNTRAINED, "--output", "out")
+    error = capsys.readouterr().err
+    assert "2 image files are missing or empty (test 2)" in error and "--bad_images skip" in error
+    run("--root", museum, *UNTRAINED, "--bad_images", "skip", "--output", "out", "--geometric_check", 4)
+    skipped = read_json(Path("out/results.json"))["skipped_images"]
+    assert [image["path"] for image in skipped] == unreachable
 
 
 def test_descriptors_alone_give_the_same_figures_without_images(museum, capsys):

@@ -10,7 +10,7 @@ from metilr.data.image_faults import find_fault, find_faults
 from metilr.errors import UserError
 from metilr.verify import check
 from tests.hostile import write_hostile_files
-from tests.museum import DATABASE_IDS, MINI, write_ground_truth
+from tests.museum import DATABASE_IDS, MINI, make_unreachable, write_ground_truth
 
 FULL = [f"MET/{id_}/{i}.jpg" for i, id_ in enumerate(DATABASE_IDS)]
 VAL = [f"test_met/val{i}.jpg" for i in range(4)] + [f"test_other/val{i}.jpg" for i in range(3)]
@@ -74,6 +74,29 @@ def test_everything_that_is_wrong_is_found_and_listed(tiny_museum, tmp_path, cap
         *(("val", path) for path in VAL[1:3]),
     }
     assert all(wrong[entry["path"]] in entry["reason"] for entry in rows)
+
+
+@pytest.mark.parametrize("decode", ["false", "true"])
+def test_names_under_which_no_file_can_be_had_are_listed(tiny_museum, capsys, decode):
+    unreachable = make_unreachable(tiny_museum)
+    status, printed = verify(capsys, tiny_museum, "--decode", decode, "--num_workers", 0)
+    assert status == 1 and row(printed, "test") == [7, 5, 2, 0, 0]
+    assert all(f"  {path}: missing" in printed for path in unreachable)
+
+
+def test_a_path_does_not_steer_the_terminal(tiny_museum, capsys):
+    file = tiny_museum / "ground_truth" / "testset.json"
+    file.write_text(file.read_text().replace("test_met/test1.jpg", r"test_met/\u001b[31m.jpg"))
+    status, printed = verify(capsys, tiny_museum)
+    assert status == 1 and "\x1b" not in printed and "test_met/\N{REPLACEMENT CHARACTER}[31m.jpg: missing" in printed
+
+
+def test_a_list_that_cannot_be_written_is_named_as_it_was_given_and_the_rest_is_said(tiny_museum, tmp_path, capsys):
+    damage(tiny_museum)
+    (tmp_path / "list.csv").mkdir()
+    status, printed = verify(capsys, tiny_museum, "--list", tmp_path / "list.csv")
+    assert status == 2 and "4 images are wrong" in printed
+    assert f"--list {tmp_path / 'list.csv'}: cannot be written (Is a directory); name another file" in printed
 
 
 def test_headers_alone_do_not_show_what_is_cut_off(tiny_museum, capsys):

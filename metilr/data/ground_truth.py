@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from metilr.data.image_files import file_size
 from metilr.errors import UserError, one_line, shown
 from metilr.metrics import DISTRACTOR
 
@@ -143,7 +144,7 @@ def load_ground_truth(
 def image_sizes(ground_truth: GroundTruth, splits: Iterable[str] | None = None) -> dict[str, np.ndarray]:
     """Size in bytes of every image file, int64 ``(n,)`` by split (None: all); 0 for a missing (or empty) file."""
     return {
-        split: np.fromiter((_file_size(ground_truth.image(path)) for path in paths), np.int64, len(paths))
+        split: np.fromiter((file_size(ground_truth.image(path)) or 0 for path in paths), np.int64, len(paths))
         for split, paths in ground_truth.paths.items()
         if splits is None or split in splits
     }
@@ -274,10 +275,3 @@ def _photographers(entries: list[dict[str, Any]]) -> np.ndarray:
     names = [entry.get("photographer") for entry in entries]
     number_of = {name: i for i, name in enumerate(sorted({name for name in names if isinstance(name, str) and name}))}
     return np.array([number_of.get(name, NOT_NAMED) if isinstance(name, str) else NOT_NAMED for name in names])
-
-
-def _file_size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset
 
+from metilr.data.image_files import file_size
 from metilr.data.image_limits import max_pixels
 from metilr.data.transforms import BadImageError, image_shape, load_image
 from metilr.data.workers import default_workers, leave_signals_to_the_parent
@@ -28,12 +29,11 @@ def find_fault(file: Path, decode: bool = False, limit: int | None = None) -> st
     Raises:
         OSError: If the disk, not the file, is at fault.
     """
+    size = file_size(file)
+    if not size:
+        return MISSING if size is None else EMPTY
     try:
-        if file.stat().st_size == 0:
-            return EMPTY
         (load_image if decode else image_shape)(file, limit=limit)
-    except (FileNotFoundError, NotADirectoryError):
-        return MISSING
     except BadImageError as error:
         return error.reason
     return None

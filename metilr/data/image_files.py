@@ -1,5 +1,6 @@
 """The image files of a folder."""
 
+import errno
 import os
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,23 @@ OTHER_SUFFIXES = frozenset({
     ".orf", ".pgm", ".ppm", ".psd", ".raf", ".raw", ".rw2", ".svg", ".tga",
 })  # fmt: skip
 """Of images that are not read."""
+
+NO_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+"""What a system says of a name under which no file can be had: of the image, not of the disk."""
+
+
+def file_size(path: Path) -> int | None:
+    """Bytes of a file; None if none can be had under that name.
+
+    Raises:
+        OSError: If the disk, not the name, is at fault.
+    """
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        if error.errno in NO_FILE:
+            return None
+        raise
 
 
 class FoundImages(NamedTuple):

@@ -1,6 +1,7 @@
 """From an image file to a uint8 RGB tensor, the same whatever the file's mode, orientation or depth."""
 
 import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from metilr.data.image_files import NO_FILE
 from metilr.data.image_limits import TooManyPixels, max_pixels, open_image
 from metilr.errors import UserError
 from metilr.files import named
@@ -142,8 +144,8 @@ def why_undecodable(error: Exception) -> str:
         OSError: If the disk, not the file, is at fault.
     """
     _refuse_failing_machine(error)
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
+    if isinstance(error, OSError) and error.errno in NO_FILE:
+        return "no such file" if isinstance(error, FileNotFoundError) else os.strerror(error.errno)
     if isinstance(error, OSError) and "cannot identify" in str(error):
         return "not an image"
     return " ".join(str(error).split()) or type(error).__name__

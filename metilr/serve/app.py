@@ -13,6 +13,7 @@ from metilr.errors import UserError
 from metilr.extraction import Accelerator
 from metilr.photos import MAX_PHOTO_MEGAPIXELS
 from metilr.scoring import MIN_PRECISION
+from metilr.terminal import printable
 
 MAX_MEGABYTES = 20  # phones' photos have 2 to 12
 _LIBRARIES = ("fastapi", "uvicorn", "python_multipart")
@@ -73,7 +74,7 @@ def serve(
         console = Console(highlight=False)
         address = f"[{host}]" if ":" in host else host
         console.print(
-            f"[bold]serving[/]      {escape(collection.name)} at "
+            f"[bold]serving[/]      {escape(printable(collection.name))} at "
             f"http://{escape(address)}:{listener.getsockname()[1]}/ (Ctrl-C ends it)",
             soft_wrap=True,
         )

@@ -14,11 +14,12 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from metilr.answers import answer_document, collection_document, detail, headline, shown
+from metilr.answers import answer_document, collection_document, detail, headline
 from metilr.answers_page import data_uri
 from metilr.collection import Collection
 from metilr.data.transforms import BadImageError
 from metilr.photos import BadPhotoError, TooManyPixelsError, load_photo
+from metilr.terminal import printable
 from metilr.threshold import Threshold
 from metilr.thumbnails import jpeg_thumbnail
 
@@ -71,8 +72,8 @@ def build_app(
         for match, listed in zip(answer.matches, document["matches"], strict=True):
             listed["picture"] = f"/images/{match.row}" if collection.image(match.row).is_file() else None
         return {
-            "headline": shown(headline(decision, answer)),
-            "detail": shown(detail(decision, answer)),
+            "headline": printable(headline(decision, answer)),
+            "detail": printable(detail(decision, answer)),
             **document,
             "reduced": loaded.reduced,
             "regions": None if answer.regions is None else data_uri(answer.regions),
