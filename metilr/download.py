@@ -55,8 +55,11 @@ def download(
     console = Console(highlight=False)
     root = Path(root)
     folder = root / "archives"
-    folder.mkdir(parents=True, exist_ok=True)
-    (root / "images").mkdir(exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (root / "images").mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--root {root}: cannot be written ({error.strerror}); name another folder") from error
     with alone_in(folder, "another download", "stop it"):
         records = DownloadRecords(folder / "downloads.json")
         pending = [each for each in ARCHIVES[chosen] if not is_unpacked(records.get(each.name), each)]
@@ -98,9 +101,10 @@ def _checked_address(mirror: str) -> str:
     try:
         parts = urllib.parse.urlsplit(mirror)
         well_formed = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number
+        (parts.hostname or "").encode("idna")  # as it is done to find the host
+    except ValueError:  # a port that is no number, a name that none can have
         well_formed = False
-    if not well_formed or any(letter.isspace() for letter in mirror):
+    if not well_formed or not mirror.isascii() or not mirror.isprintable() or " " in mirror:
         raise UserError(f"--mirror {mirror}: must be an address such as http://host/folder/")
     return mirror if mirror.endswith("/") else mirror + "/"
 

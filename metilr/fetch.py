@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import IO
 
 from metilr.errors import UserError
-from metilr.files import write_atomically
-from metilr.transfer import FetchError, content_length, copy_body, open_url, receive
+from metilr.files import rename_on_disk, write_atomically
+from metilr.transfer import MOST, FetchError, TooMuch, content_length, copy_body, open_url, receive
 
-TRIES = 6  # attempts in a row that bring nothing new; with the waits between them half a minute
+TRIES = 6  # attempts in a row that bring nothing new; the waits between them add up to a minute
 LONGEST_WAIT = 60  # seconds, also where the server asks for more
 OVERLAP = 1 << 16  # bytes that are asked for again when a download continues, to see that the file is the same
 RANGE_REFUSED = 416
@@ -47,7 +47,7 @@ class Remote:
         """The header that makes a server send the rest of this version alone."""
         strong = self.etag if self.etag and not self.etag.startswith("W/") else None
         validator = strong or self.modified
-        return {"If-Range": validator} if validator else {}
+        return {"If-Range": validator} if validator and validator.isascii() and validator.isprintable() else {}
 
 
 def fetch(
@@ -55,8 +55,10 @@ def fetch(
     path: Path,
     remedy: str,
     expected_size: int | None = None,
+    most: int = MOST,
     report: Report = lambda done, total: None,
     sleep: Callable[[float], object] = time.sleep,
+    tell: Callable[[str], object] = lambda why: None,
 ) -> None:
     """Download to a file that appears whole or not at all; what an earlier call left is continued.
 
@@ -70,29 +72,33 @@ def fetch(
         path: Where it goes; its folder exists.
         remedy: What a message tells the user to do if the download fails.
         expected_size: The file's published size in bytes; another announced size is refused at once.
+        most: Bytes that a file of unknown size can have; more are refused, announced or not.
         report: Called with the bytes that are there and those that there will be.
         sleep: Waits before another attempt; what it returns is ignored.
+        tell: Called before, with the reason and how long it will be.
 
     Raises:
         UserError: If the server refuses, or if several attempts in a row bring nothing new.
         OSError: If the file cannot be written; it names the file.
     """
     part = _part(path)
-    most, fruitless = _size(part) if _read_record(part, url) else 0, 0
+    longest, fruitless = _size(part) if _read_record(part, url) else 0, 0
     while True:
         try:
-            _attempt(url, part, expected_size, report)
+            _attempt(url, part, expected_size, most, report)
             break
         except FetchError as error:
             size = _size(part)
             # A server that cuts each answer at the same place brings bytes every time, and nothing new.
-            most, fruitless = (size, 0) if size > most else (most, fruitless + 1)
+            longest, fruitless = (size, 0) if size > longest else (longest, fruitless + 1)
             if not error.passing:
                 raise UserError(f"{url}: {error}; {remedy}") from error
             if fruitless >= TRIES:
                 raise UserError(f"{url}: {error}, {TRIES} times in a row; what is there is kept: {remedy}") from error
-            sleep(min(LONGEST_WAIT, 2**fruitless if error.wait is None else error.wait))
-    part.replace(path)
+            seconds = min(LONGEST_WAIT, 2**fruitless if error.wait is None else error.wait)
+            tell(f"{error}; next attempt in {seconds:g} s")
+            sleep(seconds)
+    rename_on_disk(part, path)
     _record(part).unlink(missing_ok=True)
 
 
@@ -101,7 +107,7 @@ def downloaded_part(path: Path) -> int:
     return _size(_part(path))
 
 
-def _attempt(url: str, part: Path, expected_size: int | None, report: Report) -> None:
+def _attempt(url: str, part: Path, expected_size: int | None, most: int, report: Report) -> None:
     before = _read_record(part, url)
     have = _size(part) if before else 0
     headers = {}
@@ -119,6 +125,10 @@ def _attempt(url: str, part: Path, expected_size: int | None, report: Report) ->
         remote = _remote(url, response)
         if expected_size is not None and remote.size not in (None, expected_size):
             raise FetchError(f"announces {remote.size:,} bytes, the published file has {expected_size:,}", False)
+        if remote.size is not None and remote.size > most:
+            raise FetchError(f"announces {remote.size:,} bytes, more than the {most:,} that it can have", False)
+        total = expected_size if remote.size is None else remote.size
+        limit = most if total is None else total
         if continues and (before is None or _first_byte(response) != start or remote.differs(before)):
             raise _changed(part)
         if not continues:
@@ -129,12 +139,16 @@ def _attempt(url: str, part: Path, expected_size: int | None, report: Report) ->
             with part.open("r+b" if continues else "wb") as file:
                 if continues and not _overlaps(response, file, start, have):
                     raise _changed(part)
-                size = have + copy_body(response, file, lambda n: report(have + n, remote.size))
+                size = have + copy_body(response, file, limit - have, lambda n: report(have + n, total))
+        except TooMuch as error:
+            _changed(part)
+            part.unlink()
+            raise TooMuch(f"sends more than {limit:,} bytes, which is all that it can have", False) from error
         except OSError as error:
             error.filename = str(part)  # a failing write does not tell
             raise
-    if remote.size is not None and size != remote.size:
-        raise FetchError(f"the connection broke off at {size:,} of {remote.size:,} bytes")
+    if total is not None and size != total:
+        raise FetchError(f"the connection broke off at {size:,} of {total:,} bytes")
 
 
 def _changed(part: Path) -> FetchError:
@@ -158,13 +172,13 @@ def _overlaps(response: http.client.HTTPResponse, file: IO[bytes], start: int, h
 def _remote(url: str, response: http.client.HTTPResponse) -> Remote:
     size = content_length(response)
     if response.status == http.client.PARTIAL_CONTENT:
-        total = re.search(r"/(\d+)$", response.headers.get("Content-Range", ""))
+        total = re.search(r"/([0-9]{1,18})$", response.headers.get("Content-Range", ""))
         size = int(total[1]) if total else None
     return Remote(url, size, response.headers.get("ETag"), response.headers.get("Last-Modified"))
 
 
 def _first_byte(response: http.client.HTTPResponse) -> int | None:
-    found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    found = re.match(r"bytes ([0-9]{1,18})-", response.headers.get("Content-Range", ""))
     return int(found[1]) if found else None
 
 
@@ -180,7 +194,8 @@ def _read_record(part: Path, url: str) -> Remote | None:
     """What the server said about a part; None if that is not known, or was said by another server."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         remote = Remote(**json.loads(_record(part).read_text(encoding="utf-8")))
-        return remote if remote.url == url else None
+        texts = all(value is None or type(value) is str for value in (remote.etag, remote.modified))
+        return remote if remote.url == url and texts else None
     return None
 
 

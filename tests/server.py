@@ -24,9 +24,12 @@ class Fault:
     lie: int = 0  # added to the announced length
     shift: int = 0  # bytes before those that were asked for
     hang: threading.Event | None = None  # waited for after the cut
+    raw: bytes | None = None  # sent in place of all that is said above
+    endless: bytes = b""  # sent after it, again and again
 
 
 FINE = Fault()
+PLAIN = b"HTTP/1.0 200 OK\r\n\r\n"  # an answer that tells no length
 
 
 class Server:
@@ -59,6 +62,12 @@ class Server:
 
             def answer(self, fault: Fault, with_body: bool) -> None:
                 content = outer.files.get(self.path.removeprefix("/"))
+                if fault.raw is not None:
+                    self.wfile.write(fault.raw)
+                    while fault.endless:
+                        self.wfile.write(fault.endless)
+                    self.close_connection = True
+                    return
                 if fault.status or content is None:
                     self.send_response(fault.status or 404)
                     for name, value in fault.headers.items():

@@ -176,6 +176,11 @@ def test_other_counts_than_the_published_are_noted(mirror, monkeypatch):
         (["--mirror", "http://"], "must be an address"),
         (["--mirror", "http://host:port/"], "must be an address"),
         (["--mirror", "http://host/a b/"], "must be an address"),
+        (["--mirror", "http://ex..ample/"], "must be an address"),
+        (["--mirror", f"http://{'x' * 70}.org/"], "must be an address"),
+        (["--mirror", "http://h\xf6st/"], "must be an address"),
+        (["--mirror", "http://host/\udcff/"], "must be an address"),
+        (["--mirror", "http://host/\x01/"], "must be an address"),
         (["--small"], "unknown option --small"),
     ],
 )
@@ -187,7 +192,8 @@ def test_mistakes_are_named(mirror, options, said):
 def test_a_folder_that_cannot_be_made_is_named(mirror, tmp_path):
     (tmp_path / "file").write_text("")
     status, printed = mirror.download(root=tmp_path / "file" / "met")
-    assert status == 2 and f"{tmp_path / 'file' / 'met'}" in printed and "Not a directory" in printed
+    said = f"--root {tmp_path / 'file' / 'met'}: cannot be written (Not a directory); name another folder"
+    assert status == 2 and said in printed
 
 
 def test_two_downloads_into_one_folder(mirror):
@@ -214,8 +220,8 @@ def test_what_is_needed(server, tmp_path):
     need = find_need(all_four, tmp_path, tmp_path, server.url)
     assert need == Need(71_300, 1300 + 140_000, ("c",), ("d",))
     assert need.described() == (
-        "71.3 kB of archives, c estimated, d of unknown size and not counted; about 141.3 kB of files "
-        "(estimated from the archives)"
+        "71.3 kB of archives, c estimated, d of unknown size and not counted (at most 10.0 GB each); about 141.3 kB of "
+        "files (estimated from the archives)"
     )
     (tmp_path / "a").write_bytes(bytes(1000))
     (tmp_path / "b.part").write_bytes(bytes(100))

@@ -1,5 +1,7 @@
 import json
+import os
 import random
+import re
 import threading
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from metilr.errors import UserError
 from metilr.fetch import LONGEST_WAIT, OVERLAP, TRIES, fetch
 from metilr.transfer import CHUNK
 from tests.full_disk import files_of_at_most
-from tests.server import Fault, Server
+from tests.server import PLAIN, Fault, Server
 
 NAME = "images.tar.gz"
 CONTENT = random.Random(0).randbytes(300_000)
@@ -197,6 +199,110 @@ def test_a_redirection_away_from_http(client):
     assert len(client.server.requests) == 1
 
 
+def test_a_body_without_a_length(client):
+    client.server.always = Fault(raw=PLAIN + CONTENT)
+    assert client() == CONTENT
+    assert client(expected_size=len(CONTENT)) == CONTENT
+    client.path.unlink()
+    said = client.refused(expected_size=len(CONTENT) + 1)
+    assert f"broke off at {len(CONTENT):,} of {len(CONTENT) + 1:,} bytes" in said
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n"
+ENDLESS = b"a" * (1 << 16)
+
+
+@pytest.mark.parametrize(
+    ("raw", "endless"),
+    [
+        (PLAIN, ENDLESS),
+        (CHUNKED + b"\r\n", b"10000\r\n" + ENDLESS + b"\r\n"),
+        (CHUNKED + b"Content-Length: 300000\r\n\r\n", b"10000\r\n" + ENDLESS + b"\r\n"),
+    ],
+    ids=["plain", "chunked", "chunked with a length"],
+)
+@pytest.mark.parametrize("limit", [{"expected_size": len(CONTENT)}, {"most": len(CONTENT)}], ids=["published", "most"])
+def test_a_body_that_never_ends_is_left(client, raw, endless, limit):
+    client.server.always = Fault(raw=raw, endless=endless)
+    written: list[int] = []
+    said = client.refused(report=lambda done, total: written.append(done), **limit)
+    assert f"sends more than {len(CONTENT):,} bytes" in said and max(written) <= len(CONTENT)
+    assert [*client.path.parent.iterdir()] == []  # nothing of it is of use
+
+
+def test_a_length_beyond_belief_is_refused_at_once(client):
+    assert "announces 300,000 bytes, more than the 299,999" in client.refused(most=len(CONTENT) - 1)
+
+
+def answer(*headers: str, status: str = "200 OK") -> bytes:
+    return "\r\n".join([f"HTTP/1.1 {status}", *headers, "", ""]).encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (answer(f"Content-Length: {'9' * 5000}"), r"announces a length that is none \(9{20}\)"),
+        (answer(f"Content-Length: {'9' * 400}"), "announces a length that is none"),
+        (answer("Content-Length: -5"), r"announces a length that is none \(-5\)"),
+        (answer("Content-Length: \xb2"), "announces a length that is none"),
+        (answer("Location: http://[::1", status="302 Found"), "cannot be asked"),
+        (answer(f"Location: http://{'x' * 70}/", status="302 Found"), "cannot be asked"),
+        (answer("Location: http://h\xf6st/", status="302 Found"), "cannot be asked|no connection"),
+        (answer("Location: http://host:port/", status="302 Found"), "cannot be asked"),
+        (answer("Location: /", status="302 \x1b[31mFound"), "the server answers 302 .*\N{REPLACEMENT CHARACTER}"),
+        (answer(status="404 " + "x" * 5000), r"the server answers 404 x{100,200};"),
+        (answer("Transfer-Encoding: chunked") + b"zz\r\n", "the connection broke off"),
+        (answer("Transfer-Encoding: chunked") + b"-5\r\nabcdefgh", "the connection broke off"),
+        (answer(*[f"A{i}: b" for i in range(200)]), "no connection"),
+        (b"\0" * 70_000, "no connection"),
+        (answer(f"Retry-After: {'9' * 5000}", status="503 Busy"), "the server answers 503 Busy"),
+    ],
+)  # fmt: skip
+def test_malformed_answers_end_in_one_line(client, raw, said):
+    client.server.always = Fault(raw=raw)
+    line = client.refused()
+    assert re.search(said, line) and line.isprintable() and len(line) < 400
+    assert max(client.waits, default=0) <= LONGEST_WAIT
+
+
+@pytest.mark.parametrize("told", [f"bytes {'9' * 5000}-1/2", f"bytes 0-1/{'9' * 5000}", "bytes \xb2-1/2", "b", ""])
+def test_a_malformed_range_begins_anew(client, told):
+    client.server.faults = [Fault(cut=CUT), Fault(raw=answer(f"Content-Range: {told}", status="206 Partial") + b"x")]
+    assert client() == CONTENT
+    assert ranges(client.server) == [None, f"bytes={CUT - OVERLAP}-", None]
+
+
+@pytest.mark.parametrize("etag", ['"\xfc"', '"a\tb"'])
+def test_a_name_of_a_version_that_cannot_be_sent_back_is_no_condition(client, etag):
+    client.server.validators = ()
+    client.server.faults = [Fault(cut=CUT, headers={"ETag": etag})]
+    assert client() == CONTENT
+    assert client.server.requests[1][2]["If-Range"] is None
+
+
+def test_it_is_said_why_and_how_long_it_waits(client):
+    said: list[str] = []
+    client.server.faults = [Fault(status=500), Fault(status=503, headers={"Retry-After": "7"})]
+    client(tell=said.append)
+    assert said == [
+        "the server answers 500 Internal Server Error; next attempt in 2 s",
+        "the server answers 503 Service Unavailable; next attempt in 7 s",
+    ]
+
+
+def test_a_file_is_on_disk_before_it_gets_its_name(client, monkeypatch):
+    flushed: list[tuple[str, bool]] = []
+    fsync = os.fsync
+
+    def spy(descriptor: int) -> None:
+        flushed.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, client.path.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    client()
+    assert (f"{NAME}.part", False) in flushed and flushed[-1] == ("archives", True)
+
+
 @pytest.mark.parametrize("validators", [("ETag", "Last-Modified"), ("ETag",), ("Last-Modified",), ()])
 @pytest.mark.parametrize("conditions", [True, False])
 @pytest.mark.parametrize("new", [OTHER, OTHER + OTHER, OTHER[:50_000], OTHER[: CUT - OVERLAP], OTHER[:10_000], b""])
@@ -236,12 +342,13 @@ def test_a_change_during_the_retries_of_one_call(client):
 
 
 @pytest.mark.parametrize(
-    "record", ["", "[]", "{}", '{"url": 1}', "\0", '{"url": "http://elsewhere/x", "size": 300000}']
+    "record",
+    ["", "[]", "{}", '{"url": 1}', '{"url": "URL", "etag": 1}', "\0", '{"url": "http://elsewhere/x", "size": 300000}'],
 )
 def test_a_part_of_unknown_origin_is_not_used(client, record):
     client.break_off()
     client.path.with_name(NAME + ".part").write_bytes(OTHER[:CUT])
-    client.path.with_name(NAME + ".part.json").write_text(record)
+    client.path.with_name(NAME + ".part.json").write_text(record.replace("URL", client.server.url + NAME))
     assert client() == CONTENT
     assert ranges(client.server) == [None, None]
 

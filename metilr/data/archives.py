@@ -7,6 +7,8 @@ are recorded at the first download, and a later difference is refused.
 from dataclasses import dataclass
 from typing import Literal
 
+from metilr.transfer import MOST
+
 OFFICIAL = "http://ptak.felk.cvut.cz/met/dataset/"
 
 DataSet = Literal["queries", "mini", "full"]
@@ -38,6 +40,11 @@ class Archive:
     sha256: str | None = None
     about: int | None = None
     growth: float = 1.0
+
+    @property
+    def most(self) -> int:
+        """Bytes that it can have: its own, twice the rough number, or ``MOST`` of a file of which nothing is known."""
+        return self.size or 2 * (self.about or 0) or MOST
 
 
 _QUERIES = (

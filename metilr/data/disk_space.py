@@ -9,7 +9,9 @@ from pathlib import Path
 from metilr.data.archives import Archive
 from metilr.errors import UserError
 from metilr.fetch import downloaded_part
-from metilr.transfer import FetchError, remote_size
+from metilr.transfer import MOST, FetchError, remote_size
+
+RESERVE = 1_000_000_000  # bytes that a download of unknown size leaves free
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,11 @@ class Need:
     def described(self) -> str:
         """One line that says what is known and what is estimated."""
         notes = [f"{', '.join(self.estimated)} estimated"] if self.estimated else []
-        notes += [f"{', '.join(self.unknown)} of unknown size and not counted"] if self.unknown else []
+        notes += (
+            [f"{', '.join(self.unknown)} of unknown size and not counted (at most {shown_bytes(MOST)} each)"]
+            if self.unknown
+            else []
+        )
         files = f"about {shown_bytes(self.files)} of files (estimated from the archives)"
         return f"{shown_bytes(self.archives)} of archives{''.join(f', {note}' for note in notes)}; {files}"
 
@@ -56,7 +62,7 @@ def find_need(archives: Sequence[Archive], root: Path, folder: Path, base: str) 
             try:
                 size = remote_size(base + archive.name)
             except FetchError as error:  # the download will say so, if it persists
-                answers = error.status is not None
+                answers = error.status is not None or not error.passing
         if size is None:
             (unknown if archive.about is None else estimated).append(archive.name)
             size = archive.about or 0
@@ -87,6 +93,20 @@ def require_space(need: Need, archives: Path, files: Path) -> None:
                 f"{folder}: {shown_bytes(free)} free, {shown_bytes(needed)} needed ({need.described()}); free some, "
                 "or name another place with --root"
             )
+
+
+def require_reserve(folder: Path, name: str) -> None:
+    """Refuse to go on with a download whose size nobody tells, so that nobody could ask whether there is room for it.
+
+    Raises:
+        UserError: If the disk is nearly full.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < RESERVE:
+        raise UserError(
+            f"{folder}: {shown_bytes(free)} free, and the server does not tell the size of {name}; free at least "
+            f"{shown_bytes(RESERVE)}, or name another place with --root"
+        )
 
 
 def shown_bytes(n: int) -> str:

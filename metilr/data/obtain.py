@@ -10,14 +10,16 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from metilr.data.archives import Archive
+from metilr.data.disk_space import require_reserve
 from metilr.data.download_records import ALL, DownloadRecord, DownloadRecords
 from metilr.data.unpack import DamagedArchive, HostileArchive, unpack
 from metilr.errors import UserError
-from metilr.fetch import fetch
-from metilr.files import file_sha256
+from metilr.fetch import downloaded_part, fetch
+from metilr.files import file_sha256, flush_all
 
 STATE_EVERY = 5  # seconds between records of how far unpacking is
 FAREWELL = 3  # seconds that threads have to end after Ctrl-C; one that waits for the network is left behind
+GZIP = b"\x1f\x8b"  # how all such files begin
 REMEDY = "run the same command again, or name a copy with --mirror URL"
 
 Show = Callable[[str, int, int | None], None]  # what is being done, bytes done, bytes in all
@@ -145,15 +147,15 @@ def obtain(archive: Archive, work: Workplace) -> None:
     path, show = work.file(archive), work.bar(archive)
     try:
         fetched = not path.is_file()
+        if not fetched and archive.sha256 is None and not _begins_as_gzip(path):
+            path.unlink()
+            work.progress.console.print(f"{archive.name}: is no .tar.gz, thrown away and downloaded", soft_wrap=True)
+            fetched = True
         if fetched:
-            fetch(
-                work.base + archive.name,
-                path,
-                REMEDY,
-                archive.size,
-                lambda done, total: show("downloading", done, total),
-                work.wait,
-            )
+            _fetch(archive, work, show)
+        if archive.sha256 is None and not _begins_as_gzip(path):
+            path.unlink()
+            raise UserError(f"{work.base}{archive.name}: sends what is no .tar.gz; {REMEDY}")
         _check_digest(archive, work, show, fetched)
         _unpack(archive, work, show)
     except OSError as error:
@@ -162,6 +164,26 @@ def obtain(archive: Archive, work: Workplace) -> None:
         raise UserError(
             f"{error.filename or path}: {error.strerror}; mend that and run the same command: what is there is kept"
         ) from error
+
+
+def _fetch(archive: Archive, work: Workplace, show: Show) -> None:
+    path = work.file(archive)
+
+    def report(done: int, total: int | None) -> None:
+        if total is None:
+            require_reserve(path.parent, archive.name)
+        show("downloading", done, total)
+
+    def tell(why: str) -> None:
+        show(f"{escape(why)}:", downloaded_part(path), None)
+
+    fetch(work.base + archive.name, path, REMEDY, archive.size, archive.most, report, work.wait, tell)
+
+
+def _begins_as_gzip(path: Path) -> bool:
+    """Whether a file can be an archive at all: networks that want a log-in first send a page in its place."""
+    with path.open("rb") as file:
+        return file.read(len(GZIP)) == GZIP
 
 
 def _check_digest(archive: Archive, work: Workplace, show: Show, fetched: bool) -> None:
@@ -192,13 +214,17 @@ def _unpack(archive: Archive, work: Workplace, show: Show) -> None:
     assert record is not None  # _check_digest made it
     size, dealt, recorded_at = record.bytes, record.unpacked, time.monotonic()
 
+    def keep(members: int) -> None:
+        flush_all()  # a record that is on disk before its files would have them passed over after a power cut
+        work.records.set_unpacked(archive.name, members)
+
     def report(members: int, read: int) -> None:
         nonlocal dealt, recorded_at
         dealt = max(dealt, members)
         show("unpacking", read, size)
         if time.monotonic() > recorded_at + STATE_EVERY:
             recorded_at = time.monotonic()
-            work.records.set_unpacked(archive.name, dealt)
+            keep(dealt)
 
     try:
         unpacked = unpack(path, folder, archive.depth, archive.suffix, record.unpacked, report)
@@ -206,9 +232,9 @@ def _unpack(archive: Archive, work: Workplace, show: Show) -> None:
         work.records.forget(archive.name)  # or its digest would keep a better one out
         raise
     except (Stopped, OSError):
-        work.records.set_unpacked(archive.name, dealt)
+        keep(dealt)
         raise
-    work.records.set_unpacked(archive.name, ALL)
+    keep(ALL)
     rest = f", {unpacked.left_out:,} other files left out" if unpacked.left_out else ""
     work.progress.console.print(
         f"{archive.name}: {unpacked.files:,} files in {escape(str(folder))}{rest}", soft_wrap=True

@@ -16,9 +16,9 @@ from rich.console import Console
 from torch import nn
 
 from metilr.errors import UserError
-from metilr.files import file_sha256
+from metilr.files import file_sha256, rename_on_disk
 from metilr.progress import byte_progress
-from metilr.transfer import FetchError, content_length, copy_body, open_url
+from metilr.transfer import MOST, FetchError, content_length, copy_body, open_url
 from metilr.zip_files import refuse_compressed
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which timm looks for them
@@ -103,7 +103,7 @@ def _download(url: str, path: Path, sha256: str | None) -> None:
             raise UserError(
                 f"{url}: the download's sha256 starts with {digest[:8]}, not {sha256[:8]}; run again, or {elsewhere}"
             )
-        partial.replace(path)
+        rename_on_disk(partial, path)
     except (OSError, FetchError) as error:
         raise UserError(f"{url}: cannot be downloaded to {path.parent} ({error}); {elsewhere}") from error
     finally:
@@ -116,7 +116,8 @@ def _copy_from_network(url: str, target: Path) -> tuple[int, int | None]:
     with open_url(url) as response, target.open("wb") as file, byte_progress(console=Console(stderr=True)) as progress:
         announced = content_length(response)
         bar = progress.add_task(url.rpartition("/")[2], total=announced)
-        size = copy_body(response, file, lambda n: progress.update(bar, completed=n))
+        most = MOST if announced is None else announced
+        size = copy_body(response, file, most, lambda n: progress.update(bar, completed=n))
     return size, announced
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,14 +16,14 @@ from pathlib import Path
 import pytest
 from rich.progress import Progress
 
-from metilr.data import download_records
+from metilr.data import disk_space, download_records
 from metilr.data import obtain as module
 from metilr.data.archives import Archive
 from metilr.data.download_records import ALL, DownloadRecords
 from metilr.data.obtain import Stopped, Workplace, is_unpacked, obtain, obtain_all
 from metilr.errors import UserError
 from tests.full_disk import files_of_at_most
-from tests.server import Fault, Server
+from tests.server import PLAIN, Fault, Server
 from tests.tarballs import IMAGES, header, tarball, tree
 
 CONTENT = tarball(*((f"MET/{path}", content) for path, content in IMAGES.items()))
@@ -135,6 +136,52 @@ def test_a_damaged_archive_is_replaced_once_it_is_deleted(work, server):
     assert work.images == IMAGES
 
 
+def test_a_page_in_place_of_an_archive_is_not_kept(work, server):
+    """As networks send it that want a log-in first; nobody has to delete anything afterwards."""
+    server.files["MET.tar.gz"] = b"<html>Welcome to our hotel"
+    assert refused(work).startswith(f"{server.url}MET.tar.gz: sends what is no .tar.gz; run the same command again")
+    assert not work.archive.exists() and not work.records.file.exists()
+    work.archive.write_bytes(b"<html>Welcome to our hotel")  # of an earlier version
+    assert "sends what is no .tar.gz" in refused(work.again()) and len(server.gets()) == 2
+    server.files["MET.tar.gz"] = CONTENT
+    work.archive.write_bytes(b"")
+    later = work.again()
+    with later.progress.console.capture() as said:
+        obtain(ARCHIVE, later)
+    assert "MET.tar.gz: is no .tar.gz, thrown away and downloaded" in said.get()
+    assert work.images == IMAGES
+
+
+def test_a_record_says_what_is_on_disk(work, monkeypatch):
+    """After a power cut the files of a later record would be passed over as unpacked."""
+    events: list[str] = []
+    monkeypatch.setattr(module, "STATE_EVERY", -1)
+    monkeypatch.setattr(os, "sync", lambda: events.append("flush"))
+    put = DownloadRecords.set_unpacked
+    monkeypatch.setattr(DownloadRecords, "set_unpacked", lambda *args: (events.append(str(args[2])), put(*args)))
+    obtain(ARCHIVE, work)
+    assert events[1::2] == [*map(str, range(len(IMAGES))), "-1"] and set(events[::2]) == {"flush"}
+
+
+def test_a_download_says_why_it_waits(work, server, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(work.progress, "reset", lambda task, **changes: said.append(changes["description"]))
+    server.faults = [Fault(status=503)]
+    obtain(ARCHIVE, work)
+    assert said[0] == "the server answers 503 Service Unavailable; next attempt in 2 s: MET.tar.gz"
+    assert said[1] == "downloading MET.tar.gz"
+
+
+def test_a_download_of_unknown_size_leaves_room_on_the_disk(work, server, monkeypatch):
+    server.always = Fault(raw=PLAIN + CONTENT)
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**10, 0, 10**8))
+    said = refused(work)
+    assert said.startswith(f"{work.archive.parent}: 100.0 MB free, and the server does not tell the size of MET.tar.gz")
+    monkeypatch.undo()
+    obtain(ARCHIVE, work)
+    assert work.images == IMAGES
+
+
 def test_a_hostile_archive_is_not_recorded(work, server):
     server.files["MET.tar.gz"] = tarball(header("MET/1", b"2", link="/"), ("MET/1/1.jpg", b"x"))
     assert "member 'MET/1' is a link to '/'" in refused(work)
@@ -212,7 +259,7 @@ def test_different_failures_are_all_told(work, server):
     del server.files["MET.tar.gz"]
     with pytest.raises(UserError, match="404 Not Found") as caught:
         obtain_all([QUERIES, ARCHIVE], work)
-    assert f"{work.file(QUERIES)}: is damaged" in str(caught.value) and "; and " in str(caught.value)
+    assert "test_met.tar.gz: sends what is no .tar.gz" in str(caught.value) and "; and " in str(caught.value)
 
 
 def test_a_server_that_fails_for_good(work, server):

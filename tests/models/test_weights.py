@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from metilr.errors import UserError
+from metilr.models import weights
 from metilr.models.weights import (
     PackagedFile,
     fetch_official_file,
@@ -20,6 +21,8 @@ from metilr.models.weights import (
     tensors_sha256,
     verify_hub_file,
 )
+from tests.server import PLAIN, Fault
+from tests.server import Server as Network
 
 
 class Server:
@@ -95,6 +98,16 @@ def test_a_truncated_download_is_refused(server: Server, tmp_path: Path, digest_
     server.content = server.content[:100]
     with pytest.raises(UserError, match=r"net\.pth\.tar: .*--weights FILE"):
         fetch_official_file(server.url, digest)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_download_that_never_ends_is_left(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "MOST", 10**6)
+    network = Network()
+    network.always = Fault(raw=PLAIN, endless=bytes(1 << 16))
+    with pytest.raises(UserError, match=r"sends more bytes than the file can have.*--weights FILE"):
+        fetch_official_file(f"{network.url}net.pth", None)
+    network.stop()
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
