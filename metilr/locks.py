@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import platform
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -32,7 +33,7 @@ def alone_in(folder: Path, holder: str, remedy: str) -> Iterator[None]:
         remedy: What to do about it, besides waiting.
 
     Raises:
-        UserError: If another process holds it, which the message names.
+        UserError: If another process holds it, which the message names, or something else has the name of its file.
         OSError: If the lock's file cannot be made.
     """
     try:
@@ -40,7 +41,7 @@ def alone_in(folder: Path, holder: str, remedy: str) -> Iterator[None]:
     except ImportError:
         yield
         return
-    with (folder / LOCK).open("ab+", buffering=0) as file:
+    with _own_file(folder / LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -56,6 +57,22 @@ def alone_in(folder: Path, holder: str, remedy: str) -> Iterator[None]:
             yield
         finally:
             _held.discard(file)
+
+
+def _own_file(place: Path) -> IO[bytes]:
+    """Open the lock's file, which is emptied and written: never another file under its name."""
+    try:
+        descriptor = os.open(place, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if place.is_symlink():
+            raise UserError(f"{place}: is a link, which no command of metilr's makes; delete it") from None
+        raise error
+    file = os.fdopen(descriptor, "ab+", buffering=0)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        file.close()
+        raise UserError(f"{place}: is another file under the name of a lock; delete it")
+    return file
 
 
 def _named(file: IO[bytes]) -> str:

@@ -91,6 +91,22 @@ def test_a_disk_without_locks_is_worked_on_without(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "hard link", "pipe"])
+def test_no_other_file_under_the_lock_s_name_is_written(tmp_path, kind):
+    """A folder of somebody else's may hold one."""
+    folder, file = tmp_path / "store", tmp_path / "precious"
+    folder.mkdir()
+    if kind == "pipe":
+        os.mkfifo(folder / LOCK)
+    else:
+        if kind != "link to nothing":
+            file.write_text("precious")
+        (os.link if kind == "hard link" else os.symlink)(file, folder / LOCK)
+    with pytest.raises(UserError, match=r"store/\.lock: is .*; delete it"), lock(folder):
+        pass
+    assert file.read_text() == "precious" if file.exists() else kind in ("link to nothing", "pipe")
+
+
 WAITS = """
 import time
 from pathlib import Path
