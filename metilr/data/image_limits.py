@@ -1,6 +1,7 @@
 """What an image file may be before it is decoded: of a usual kind, of a believable size, with few scans."""
 
 import contextlib
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -59,6 +60,8 @@ def open_image(file: Path | IO[bytes], max_pixels: int) -> Iterator[Image.Image]
         Exception: Of many types, if it is no image of a usual kind, or a progressive JPEG of too many scans.
     """
     with contextlib.ExitStack() as stack:
+        if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):
+            raise ValueError("not a regular file")  # a pipe would be waited for
         stream = stack.enter_context(file.open("rb")) if isinstance(file, Path) else file
         with _opened(_Bounded(stream), max_pixels) as image:
             yield image

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import pytest
 from PIL import EpsImagePlugin, Image
@@ -13,6 +14,7 @@ from metilr.data.images import Images
 from metilr.data.transforms import BadImageError, image_shape, load_image
 from metilr.errors import UserError
 from metilr.evaluation import evaluate
+from metilr.photos import BadPhotoError, load_photo
 from tests.hostile import write_hostile_files
 
 
@@ -83,6 +85,14 @@ def test_a_progressive_jpeg_of_thousands_of_scans_is_refused(tmp_path):
         load_image(tmp_path / "many.jpg")
     (tmp_path / "few.jpg").write_bytes(content)
     assert load_image(tmp_path / "few.jpg").shape == (3, 64, 64)
+
+
+def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(BadImageError, match=r"a\.jpg: cannot be decoded \(not a regular file\)"):
+        load_image(tmp_path / "a.jpg")
+    with pytest.raises(BadPhotoError, match="not a regular file"):
+        load_photo(tmp_path / "a.jpg")
 
 
 def test_an_evaluation_stops_at_a_bomb_or_skips_it(tiny_museum, tmp_path, monkeypatch, capsys):

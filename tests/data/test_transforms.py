@@ -168,7 +168,7 @@ def test_what_is_no_image(tmp_path):
     assert "not an image" in bad(tmp_path / "text.jpg")
     assert "no such file" in bad(tmp_path / "none.jpg")
     (tmp_path / "folder.jpg").mkdir()
-    assert "directory" in bad(tmp_path / "folder.jpg")
+    assert "not a regular file" in bad(tmp_path / "folder.jpg")
 
 
 def test_float_pixels_have_no_range(tmp_path):
