@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from metilr.errors import UserError, one_line, shown
 from metilr.files import file_sha256, replaced_file
+from metilr.kinds import is_positive, require
 from metilr.models.backbones import backbone_shapes, build_backbone
 from metilr.models.embedder import SCALES, Embedder, Projector
 from metilr.models.features import Backbone, Provenance
@@ -155,14 +156,22 @@ def _own_embedder(
         projector = Projector(backbone.width, model["projector_dim"])
     embedder = Embedder(backbone, pooling, projector, model["scales"] if scales is None else scales)
     load_strictly(embedder, weights, (), source)
-    backbone.provenance = _provenance(path, backbone, entry["provenance"]["licence"])
+    licence = entry["provenance"]["licence"]
+    require(licence is None or isinstance(licence, str), "licence", licence)
+    backbone.provenance = _provenance(path, backbone, licence)
     # Not every published network of a name has the same normalisation: the checkpoint's counts.
     backbone.mean, backbone.std = tuple(model["mean"]), tuple(model["std"])
     return embedder.eval(), model["image_size"]
 
 
 def _check_entry(model: Mapping[str, Any], weights: StateDict) -> None:
-    """Refuse what would be noticed late, or take memory first."""
+    """Refuse what would be noticed late, or take memory first: parts that share their parts are gigabytes in words."""
+    for name in ("backbone", "patch_rounding", "pooling"):
+        require(isinstance(model[name], str), name, model[name])
+    for name, may_be in (("stage", (int, type(None))), ("p", (int, float, type(None)))):
+        require(isinstance(model[name], may_be), name, model[name])
+    require(isinstance(model["scales"], (list, tuple)), "scales", model["scales"])
+    require(all(map(is_positive, model["scales"])), "scales", model["scales"])
     size, dim = model["image_size"], model["projector_dim"]
     if size is not None and (type(size) is not int or not 1 <= size < 2**31):
         raise ValueError(f"image_size {shown(size)}")

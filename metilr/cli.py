@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser
 
 from metilr import __version__
 from metilr.errors import UserError
-from metilr.yaml_files import read_yaml
+from metilr.yaml_files import parser_mode, read_yaml
 
 EXIT_USER_ERROR = 2
 WITHOUT_VALUE = ("-h", "--help", "--print_config")
@@ -118,7 +118,8 @@ class _Parser(OneLineErrors, ArgumentParser):
 
 
 def _parser(function: Callable[..., Any], prog: str | None = None) -> _Parser:
-    parser = _Parser(prog=prog, description=(function.__doc__ or "").split("\n\n")[0], default_env=False)
+    description = (function.__doc__ or "").split("\n\n")[0]
+    parser = _Parser(prog=prog, description=description, default_env=False, parser_mode=parser_mode())
     parser.allow_abbrev = False  # a config or a script with half a name would break with the next option
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; later ones win.")
     parser.add_function_arguments(function, as_positional=True)
@@ -176,6 +177,8 @@ def check_config(parser: ArgumentParser, file: str) -> None:
         parser.error(f"--config {file}: not valid YAML ({error})")
     if not isinstance(content, dict):
         parser.error(f"--config {file}: must hold options, one a line, each as NAME: VALUE")
+    if "config" in content:
+        parser.error(f"--config {file}: config: is no option of a file; name the other file in a second --config")
 
 
 def _join_lists(parser: _Parser, args: list[str]) -> list[str]:

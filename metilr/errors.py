@@ -1,5 +1,8 @@
 """The one exception that stands for a user's mistake, and how its message quotes what a file says."""
 
+import reprlib
+from typing import Any
+
 
 class UserError(ValueError):
     """A mistake the user can mend: bad file, option or data.
@@ -16,6 +19,19 @@ def one_line(error: Exception) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as Python writes it, in short."""
-    text = repr(value)
+    """A value as Python writes it, in short, without writing all of it first."""
+    text = _SHORT.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+class _Short(reprlib.Repr):
+    """Parts that share their parts would be gigabytes, written out."""
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        """Write what is of no kind that the parent shortens."""
+        return f"a {type(x).__name__}" if isinstance(x, (dict, list, tuple, set, frozenset)) else repr(x)
+
+
+_SHORT = _Short()
+_SHORT.maxlevel = 4
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200

@@ -8,6 +8,7 @@ import torch
 
 from metilr.checkpoints import read_checkpoint
 from metilr.errors import UserError, one_line
+from metilr.kinds import require
 from metilr.whitening import PCAWhitening, whitening_from_parts
 
 CHECKPOINT = ".ckpt"
@@ -28,7 +29,9 @@ def load_whitening(path: str | Path) -> PCAWhitening:
         raise UserError(f"--whitening {path}: this checkpoint holds no whitening; metilr pack writes one that does")
     try:
         parts = {name: _array(part) for name, part in entry.items() if isinstance(part, torch.Tensor)}
-        return whitening_from_parts(str(entry.get("kind")), parts)
+        kind = entry.get("kind")
+        require(isinstance(kind, str), "kind", kind)
+        return whitening_from_parts(kind, parts)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"--whitening {path}: its whitening cannot be read ({one_line(error)}); pack it anew"

@@ -20,6 +20,9 @@ PROPERTIES = settings(
 DEEP: Any = 1
 for _ in range(50):
     DEEP = [DEEP]
+SHARED: Any = "x"  # nine of the next in each, down to one: written out, 9 to the power of 30
+for _ in range(30):
+    SHARED = [SHARED] * 9
 HOSTILE_VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 2**31, 2**63, -(2**63) - 1, 10**400, 0.5, 1e308, float("nan"), float("inf"),
     "", "x", "1", "../../x", "/etc/passwd", "a\0b", "\ud800", "x" * 3000, "NaN", [], {}, [[]], [1, "a"], {"a": 1}, DEEP,

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import zipfile
+from collections import OrderedDict
 
 import pytest
 import safetensors.torch
@@ -17,7 +18,7 @@ from metilr.models.weights import read_state_dict
 from metilr.whitening import PCAWhitening
 from metilr.whitening_files import load_whitening
 from tests.fuzz.guard import refusal
-from tests.fuzz.mutations import cases, mutated, mutated_value
+from tests.fuzz.mutations import SHARED, cases, each_replaced, mutated, mutated_value
 
 STATE = {"module.a.weight": torch.arange(6.0).reshape(2, 3), "module.b": torch.tensor([1], dtype=torch.int64)}
 TOKENS = (
@@ -126,6 +127,19 @@ def test_changed_entries_of_checkpoints(tmp_path):
             assert (embedder.std > 0).all()
         n_read += not said
     assert n_read > 5
+
+
+def test_entries_whose_parts_share_their_parts(tmp_path):
+    """A file keeps them short; in a message or a comparison they would be gigabytes."""
+    file, whole = tmp_path / "a.ckpt", tiny_checkpoint()
+    for changed in each_replaced(whole["metilr"], (SHARED, OrderedDict(a=SHARED), (SHARED, 1))):
+        torch.save({**whole, "metilr": changed}, file)
+        with refusal(file):
+            load_embedder(file)
+        torch.save({"state_dict": {}, "metilr": {"whitening": {"kind": changed}}}, file)
+        with refusal(file) as said:
+            load_whitening(file)
+        assert said
 
 
 def test_changed_tensors_of_checkpoints(tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from metilr.metrics import DISTRACTOR
 from metilr.results import PREDICTION_COLUMNS
 from metilr.runs import read_results, read_run
+from metilr.yaml_files import read_yaml
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import PROPERTIES, cases, each_replaced, mutated, mutated_value
 
@@ -129,11 +131,28 @@ def test_changed_configurations(tmp_path):
         read(tmp_path)
 
 
-def test_aliases_of_aliases_take_no_memory(tmp_path):
+ALIASES = {
+    "of lists": [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 60)],
+    "of objects": [f"a{i}: &a{i} {{{', '.join(f'{k}: *a{i - 1}' for k in 'bcdefghij')}}}" for i in range(1, 60)],
+    "just enough": [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)],
+    "of itself": ["a1: &a1 [*a1]"],
+    "of a long text": [f"a1: &a1 {'x' * 10_000}", f"a2: [{', '.join(['*a1'] * 10_000)}]"],
+    "merged": [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}], k{i}: 1}}" for i in range(1, 60)],
+}
+
+
+@pytest.mark.parametrize("kind", [*ALIASES])
+def test_aliases_of_aliases_take_no_memory(tmp_path, kind):
     make(tmp_path)
-    lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 60))]
-    (tmp_path / "config.yaml").write_text("\n".join(lines))
-    read(tmp_path)
+    first = "{x: 1}" if kind == "merged" else "[x, x]"
+    (tmp_path / "config.yaml").write_text("\n".join([f"a0: &a0 {first}", *ALIASES[kind]]))
+    assert "its aliases stand for too much" in read(tmp_path)[0]
+
+
+def test_aliases_that_save_some_words_are_read(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: &a {x: [1, 2], y: '*'}\nb: [*a, *a]\nc: {<<: *a, x: 3}")
+    value = {"x": [1, 2], "y": "*"}
+    assert read_yaml(tmp_path / "config.yaml") == {"a": value, "b": [value, value], "c": {**value, "x": 3}}
 
 
 def test_changed_predictions(tmp_path):
