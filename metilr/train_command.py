@@ -33,6 +33,7 @@ from typing_extensions import override
 
 from metilr.callbacks import ExactFloat32
 from metilr.checkpoints import AtomicCheckpointIO, MovableModelCheckpoint, read_checkpoint
+from metilr.class_paths import ClassRefused, only_trusted_classes, refusal_of, refuse_class
 from metilr.cli import OneLineErrors, check_config
 from metilr.data.pair_datamodule import PairDataModule
 from metilr.errors import UserError
@@ -45,7 +46,7 @@ from metilr.results import RUNS, make_new_folder
 from metilr.training import FineTuning
 from metilr.training_callbacks import Announcement, EpochLines, KNNValidation, PairPictures, TrainingProgress
 from metilr.wandb_run import PROJECT, WandbMode, open_wandb, staged_in, unharmed, where_logged
-from metilr.yaml_files import read_yaml
+from metilr.yaml_files import parser_mode, read_yaml
 
 OUTPUT_VARIABLE = "METILR_TRAINING_OUTPUT"  # tells the processes that Lightning starts which folder the first chose
 BEST, LAST = "best", "last"
@@ -63,6 +64,7 @@ class TrainingParser(OneLineErrors, LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        refuse_class(message)
         parameter = re.search(r"NestedArg\(key='([\w.]+)'|^Option '(\w+)' is not accepted", message)
         no_class = re.search(r"Problem with given class_path '([\w.]+)'", message)
         if parameter:  # of a class such as a loss
@@ -86,6 +88,7 @@ class TrainingCLI(LightningCLI):
             seed_everything_default=0,
             parser_kwargs={
                 "prog": prog,
+                "parser_mode": parser_mode(),
                 "description": (FineTuning.__doc__ or "").splitlines()[0] + " Without options: on the demo museum.",
             },
             parser_class=TrainingParser,
@@ -128,7 +131,10 @@ class TrainingCLI(LightningCLI):
             option, _, file = arg.partition("=")
             if option in ("--config", "-c") and (file or i + 1 < len(args)):
                 check_config(parser, file or args[i + 1])
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except ClassRefused as error:
+            raise refusal_of(error, args) from None
         seed = self.config.seed_everything
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
             parser.error(f"--seed_everything {seed}: give a number from 0 to 2**32 - 1")
@@ -228,7 +234,8 @@ def train(args: Sequence[str] | None = None, prog: str = "metilr train") -> None
 def _train(args: Sequence[str], prog: str, held: contextlib.ExitStack) -> None:
     console = Console(highlight=False, quiet=not is_first_process())
     try:
-        cli = TrainingCLI(args, prog, held)
+        with only_trusted_classes(args):
+            cli = TrainingCLI(args, prog, held)
     except UserError as error:
         raise UserError(_as_typed(str(error))) from None
     except (MisconfigurationException, ValueError) as error:  # Lightning's words for options that cannot work

@@ -56,7 +56,8 @@ class FineTuning(pl.LightningModule):
         scales: Written to the checkpoint, for evaluation; training and its validation use the image's own size.
         freeze_backbone: Train the projector alone.
         loss: metilr.losses.ContrastiveLoss, or any loss of pytorch_metric_learning.losses by class_path: that gets
-            the embeddings of all images of a batch with their exhibits. Without it NTXentLoss, temperature 0.05.
+            the embeddings of all images of a batch with their exhibits. Without it NTXentLoss, temperature 0.05. A
+            class of your own is named on the command line, which an options file may not do.
         optimizer: adam or adamw.
         lr: Learning rate of the backbone.
         lr_projector: Of the projector and of a loss's own weights; without it the backbone's.
