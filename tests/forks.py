@@ -19,11 +19,16 @@ HANGS = 300  # seconds after which a run counts as hanging; it says where
 
 
 class Outcome(NamedTuple):
-    """How a run ended: exit status (negative: the signal), what it printed, what it did to files."""
+    """How a run ended: exit status (negative: the signal), what it printed, what it did to files, how long it took.
+
+    Attributes:
+        seconds: Since there was the file that ``wait`` was given; while the forking process was running itself.
+    """
 
     status: int
     printed: str
     operations: list[str]
+    seconds: float
 
     @property
     def error(self) -> str:
@@ -65,14 +70,14 @@ class Forks:
                "fault": fault, "env": env or {}}  # fmt: skip
         return self._ask(job), log
 
-    def wait(self, started: tuple[int, Path]) -> Outcome:
-        """Wait for a run that was started."""
+    def wait(self, started: tuple[int, Path], since: Path | None = None) -> Outcome:
+        """Wait for a run that was started; with ``since``, a file that it makes, it is told how long after that."""
         pid, log = started
-        status = self._ask({"wait": pid})
+        status, seconds = self._ask({"wait": pid, "since": str(since) if since else None})
         assert status is not None, f"hangs: {Path(f'{log}.out').read_text()}"
         counted = Path(f"{log}.operations")
         operations = counted.read_text().splitlines() if counted.exists() else []
-        return Outcome(status, Path(f"{log}.out").read_text(), operations)
+        return Outcome(status, Path(f"{log}.out").read_text(), operations, seconds)
 
     def stop(self) -> None:
         assert self.process.stdin is not None
@@ -97,7 +102,7 @@ def _serve() -> None:
     gc.freeze()  # or each fork's collector would copy all of it
     for line in sys.stdin:
         job = json.loads(line)
-        answer = _wait(job["wait"]) if "wait" in job else _fork(job)
+        answer = _wait(job["wait"], job["since"]) if "wait" in job else _fork(job)
         groups |= set() if "wait" in job else {answer}
         print(json.dumps(answer), flush=True)
     for group in groups:  # whatever a failed test has left at work
@@ -119,16 +124,21 @@ def _fork(job: dict[str, Any]) -> int:
     return pid
 
 
-def _wait(pid: int) -> int | None:
-    end = time.monotonic() + HANGS
-    while time.monotonic() < end:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
+def _wait(pid: int, since: str | None) -> tuple[int | None, float]:
+    """Exit status, None if it hangs, and the seconds that this process has counted since there was a file."""
+    now, seconds = time.monotonic(), 0.0
+    end = now + HANGS
+    while now < end:
         time.sleep(0.005)
+        before, now = now, time.monotonic()
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if since is not None and Path(since).exists():
+            seconds += min(now - before, 1.0)  # else the whole machine was stopped
+        if found:
+            return os.waitstatus_to_exitcode(status), seconds
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    return None
+    return None, seconds
 
 
 def _run(job: dict[str, Any]) -> int:

@@ -15,6 +15,7 @@ import pytest
 from tests.small_runs import assert_same_evaluation, assert_same_store, assert_same_training
 
 ERRORS = ("EIO", "ENOSPC", "ESTALE")
+MINUTE = 60  # seconds after which at the latest a run says that one of its processes has died
 KINDS = {"evaluate": ("row", "fsync", "allocate", "rename", "open"), "train": ("row", "fsync", "save", "rmdir", "open")}
 
 
@@ -130,6 +131,7 @@ load = images.load_image
 
 def die(path, *arguments, **options):
     if get_worker_info() is not None and {where}:
+        open("died", "w").close()
         {how}
     return load(path, *arguments, **options)
 
@@ -149,7 +151,9 @@ KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 )
 def test_a_decoding_process_that_fails(place, name, where, option, how):
     command = [*place.commands[name], option, 1]
-    failed = place.forks.run(place.folder / "failed", command, setup=WORKER_DIES.format(where=where, how=how))
+    started = place.forks.start(place.folder / "failed", command, setup=WORKER_DIES.format(where=where, how=how))
+    failed = place.forks.wait(started, since=place.folder / "failed/died")
+    assert 0 < failed.seconds < MINUTE
     if how == KILLED:
         assert "a decoding process" in failed.error and option in failed.error
     else:
@@ -168,6 +172,7 @@ write = DescriptorWriter.write_on_batch_end
 
 def die(self, trainer, *arguments):
     if trainer.global_rank == {rank}:
+        open("died", "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
     write(self, trainer, *arguments)
 
@@ -178,7 +183,9 @@ DescriptorWriter.write_on_batch_end = die
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_of_two_describing_processes_is_killed(place, rank):
     command = [*place.commands["evaluate"], "--devices", 2]
-    failed = place.forks.run(place.folder / "failed", command, setup=RANK_DIES.format(rank=rank))
+    started = place.forks.start(place.folder / "failed", command, setup=RANK_DIES.format(rank=rank))
+    failed = place.forks.wait(started, since=place.folder / "failed/died")
+    assert 0 < failed.seconds < MINUTE
     assert "a process of this run was ended from outside" in failed.error
     again = place.run("evaluate", "failed")
     assert again.status == 0, again.printed
@@ -220,6 +227,7 @@ steps = []
 def die(*_):
     steps.append(1)
     if len(steps) == 2:
+        open("died", "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
 
 register_optimizer_step_pre_hook(die)
@@ -241,7 +249,8 @@ def test_one_of_two_training_processes_is_killed(place):
         setup = DIES_IN_ITS_SECOND_STEP if rank else ""
         env = {key: str(value) for key, value in launched.items()}
         started.append(place.forks.start(folder, command, setup, env=env))
-    first, second = (place.forks.wait(one) for one in started)
+    first, second = (place.forks.wait(one, since=folder / "died") for one in started)
+    assert 0 < first.seconds < MINUTE
     assert second.status == -signal.SIGKILL, second.printed
     assert "a process of this run was ended from outside" in first.error
     shutil.rmtree(folder)
