@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,18 @@ def test_every_format_gives_the_runs_figures(museum, capsys):
         assert picture.width > 1000
     drawing = Path("out/comparison.svg").read_text()
     assert "first" in drawing and "GAP" in drawing and "published" not in drawing
+
+
+def test_what_runs_say_does_not_steer_the_terminal(museum, capsys):
+    for seed, name in enumerate(("first", "second")):
+        of_run = results(str(write_run(Path(name), museum, seed)))
+        of_run["data"]["root"] = "a\x1b[31m"
+        Path(name, "results.json").write_text(json.dumps(of_run))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's of a missing glyph would hold it
+        compare("first", "second")
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "a\N{REPLACEMENT CHARACTER}[31m" in printed
 
 
 def test_a_full_disk_leaves_no_half_of_a_plot(museum, capsys):

@@ -131,6 +131,15 @@ def test_a_sheet_has_as_many_columns_as_asked_for_and_bad_images_are_left_out_by
     assert "left out of the sheet" in printed and "val0.jpg" in printed.replace(" ", "")
 
 
+def test_names_of_folders_do_not_steer_the_terminal(tiny_museum, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = tiny_museum / "ground_truth" / "testset.json"
+    file.write_text(file.read_text().replace("test_other/", r"a\u001b[31m/"))
+    describe(tiny_museum)
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "a\N{REPLACEMENT CHARACTER}[31m" in printed
+
+
 def test_bars_never_get_narrower_and_hold_every_size():
     for largest in (1, 2, 10, 40, 41, 900):
         edges = _size_edges(largest)

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from metilr.data.ground_truth import MET
+from metilr.terminal import printable
 
 TEXT = "#010203"  # stands for the page's text colour
 COLOURS = ("#2f7fc1", "#e07b28", "#7d8794", "#3a9a6d", "#b45bb0")  # told apart with any colour vision
@@ -137,7 +138,7 @@ def gap_steps(precision: np.ndarray, recall: np.ndarray) -> tuple[np.ndarray, np
 
 def plain(text: str) -> str:
     """A text from a file name, without what matplotlib would read as a formula or as no label."""
-    text = text.replace("$", r"\$")
+    text = "\n".join(map(printable, text.split("\n"))).replace("$", r"\$")  # or a warning passes it to the terminal
     return f"\N{ZERO WIDTH SPACE}{text}" if text.startswith("_") else text
 
 

@@ -46,6 +46,9 @@ def test_command_says_what_it_wrote(tmp_path, capsys):
     write_images(tmp_path / "in", 1)
     main(["visits", str(tmp_path / "in"), str(tmp_path / "sheet.png"), "--visits", "1"])
     assert capsys.readouterr().out == f"wrote {tmp_path / 'sheet.png'}\n"
+    (tmp_path / "in" / "phone.heic").touch()
+    main(["visits", str(tmp_path / "in"), str(tmp_path / "sheet.png"), "--visits", "1"])
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'sheet.png'}; left aside: 1 .heic\n"
 
 
 @pytest.mark.parametrize("name", ["sheet.jpg", "sheet.png"])
