@@ -18,4 +18,6 @@ def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
         window = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield window
+        for context in window.contexts:  # with the report's page open, the window took half a minute to close
+            context.close()
         window.close()
