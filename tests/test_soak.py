@@ -1,0 +1,121 @@
+"""The soak's own judgement, and a small one from end to end."""
+
+import csv
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metilr.data.ground_truth import load_ground_truth
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+MB, N = 1_000_000, 10_000
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def attempt(values, done=None, status=0):
+    """An attempt whose samples are evenly spread over N images."""
+    import soaking
+
+    done = np.linspace(0, N, len(values)).round().astype(int) if done is None else done
+    at = zip(np.asarray(done).tolist(), np.asarray(values).astype(int).tolist(), strict=True)
+    samples = [soaking.Sample(float(i), n, value, value, 7, 3, 3) for i, (n, value) in enumerate(at)]
+    return soaking.Attempt(samples, status)
+
+
+def judged(attempts, capsys):
+    """Exit status and record of a report."""
+    import soaking
+
+    status = soaking.report("title", N, attempts, [], None)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    return status, json.loads(line)
+
+
+def noise(n=400):
+    return 700 * MB + np.random.default_rng(0).normal(0, 20 * MB, n)
+
+
+def warming(n=400):
+    """Grows in the first sixth, and no more."""
+    return 400 * MB * np.minimum(1, np.arange(n) / (n / 6))
+
+
+def test_a_steady_run_is_flat(capsys):
+    status, record = judged([attempt(noise() + warming())], capsys)
+    assert status == 0
+    assert record["command_bytes"]["flat"] and abs(record["command_bytes"]["fitted"]) < 20
+
+
+@pytest.mark.parametrize("bytes_an_image", [10_000, 40_000])
+def test_a_leak_is_found(capsys, bytes_an_image):
+    leak = bytes_an_image * np.linspace(0, N, 400)
+    status, record = judged([attempt(noise() + warming() + leak)], capsys)
+    assert status == 1
+    assert record["command_bytes"]["fitted"] == pytest.approx(bytes_an_image * N / MB, abs=20)
+    assert record["faults"][0].startswith("anonymous memory of the command")
+
+
+def test_growth_at_the_end_alone_is_found(capsys):
+    late = np.where(np.arange(400) > 370, 90 * MB, 0)
+    assert judged([attempt(noise() + late)], capsys)[0] == 1
+
+
+def test_the_longest_attempt_is_judged(capsys):
+    leak = attempt(40_000 * np.linspace(0, N / 3, 200), np.linspace(0, N / 3, 200).astype(int), -9)
+    steady = attempt(noise(), np.linspace(N / 3, N, 400).astype(int))
+    status, record = judged([leak, steady], capsys)
+    assert status == 0 and record["killed_at"] == [N // 3]
+
+
+def test_a_run_of_few_samples_is_not_judged(capsys):
+    status, record = judged([attempt(noise(20))], capsys)
+    assert status == 0 and record["command_bytes"] is None
+
+
+def test_a_command_is_watched_with_its_children_and_killed(tmp_path):
+    import soaking
+
+    child = "import time; x = bytes([1]) * 50_000_000; time.sleep(8)"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(8)"
+    start = time.perf_counter()
+    lived = soaking.attempt(
+        [sys.executable, "-c", code], tmp_path / "log", lambda: int(time.perf_counter() - start > 3), 1
+    )
+    last = lived.samples[-1]
+    assert lived.status == -9 and last.done == 1
+    assert last.processes == 2 and last.all_bytes > 50 * MB > last.command_bytes > 0
+
+
+def test_an_evaluation_from_end_to_end(tmp_path, capsys):
+    import soak
+    from large_museum import make_large_museum
+
+    root = make_large_museum(tmp_path / "museum", 0.001)
+    truth = load_ground_truth(root, "mini")
+    attempts = soak.run_to_the_end(root, tmp_path, truth, 0, ["--weights", "random", "--report", "false"])
+    n_images = sum(map(len, truth.paths.values()))
+    assert attempts[0].status == -9 and attempts[0].samples[-1].done == n_images == 60
+    store, output = tmp_path / "store", tmp_path / "out"
+    assert soak.faults(attempts, truth, store, output) == []
+
+    rows = np.load(store / "database.npy", mmap_mode="r+")
+    rows[3] = 0
+    rows.flush()
+    file = output / "predictions/val.csv"
+    lines = list(csv.reader(file.open()))
+    with file.open("w") as stream:
+        csv.writer(stream).writerows(lines[:-1])
+    attempts[0].samples[-1], attempts[0].samples[0] = attempts[0].samples[0], attempts[0].samples[-1]
+    assert [each.split(":")[0] for each in soak.faults(attempts, truth, store, output)] == [
+        "described rows were lost", "the store holds 59 of 60 rows", "val",
+    ]  # fmt: skip
+    (output / "results.json").unlink()
+    assert soak.faults(attempts, truth, store, output)[-1] == "no results: the last run ended with status 0"
