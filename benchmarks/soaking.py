@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from measuring import show
 
 SECONDS_BETWEEN = 1.0
-WARM_UP = 0.2  # share of all images after an attempt's first; the heap settles after some 400 batches
+WARM_UP = 0.2  # share of all images after an attempt's first
 LEAST_SAMPLES = 30  # below that a slope is noise
 # By attribute of Sample: what it is in which unit, the limit of its growth over a whole run, and the unit's size.
 LIMITS = {
