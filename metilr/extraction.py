@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,6 +47,11 @@ RECIPE = 1  # raise it when the code between image and descriptor changes what a
 MANY_IMAGES = 1000  # from here on a hint at a faster way is worth a line
 MAX_STREAMS = 4  # of OpenVINO; each holds activations
 PLAN_TIMEOUT = timedelta(hours=6)  # the others wait while the first process reads the headers of all images
+
+# PyTorch's convolutions on CPUs keep what they compiled for an image shape, by default of the last 1,024: gigabytes where
+# shapes change all the time. Batches of one shape follow each other, and at three scales EfficientNet-Lite0 has 127
+# different ones, ResNet-50 94. Read at the first convolution of a process.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
 class DescriptorModule(pl.LightningModule):
