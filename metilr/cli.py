@@ -22,6 +22,7 @@ from metilr.errors import UserError
 from metilr.yaml_files import parser_mode, read_yaml
 
 EXIT_USER_ERROR = 2
+KINDS = r"(?:Expected (?:an? )?|Not of type )(.*?)(?:\. Got value.*|: expected .*)?$"  # in jsonargparse's errors
 WITHOUT_VALUE = ("-h", "--help", "--print_config")
 
 SUBCOMMANDS = {
@@ -160,7 +161,22 @@ def _without_nulls(function: Callable[..., Any], options: dict[str, Any]) -> dic
     for name, kind in typing.get_type_hints(function).items():
         if name in options and options[name] is None and type(None) not in typing.get_args(kind):
             raise UserError(f"--{name} null: expected {_readable_type(str(kind))}; leave it out for the default")
+    refuse_null_characters(options)
     return options
+
+
+def refuse_null_characters(options: Mapping[str, Any], before: str = "--") -> None:
+    """Refuse what no file's name can hold, which a YAML file can say; names the option.
+
+    Raises:
+        UserError: If there is such a character in a value.
+    """
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            refuse_null_characters(value, f"{before}{name}.")
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(part, (str, Path)) and "\0" in str(part):
+                raise UserError(f"{before}{name}: holds a null character, which no file's name can")
 
 
 def check_config(parser: ArgumentParser, file: str) -> None:
@@ -194,6 +210,8 @@ def _join_lists(parser: _Parser, args: list[str]) -> list[str]:
         if not option.startswith("-"):
             bare.append(option)
             continue
+        if not option.startswith("--") and option[:2] not in parser._option_string_actions:
+            raise UserError(f"{option}: no such option; a file of that name is given as ./{option}")
         joined.append(option)
         if option in lists:
             values = []
@@ -221,6 +239,9 @@ def _join_bare(parser: _Parser, bare: list[str]) -> list[str]:
 def _joined(action: argparse.Action, values: list[str]) -> str:
     if len(values) == 1 and (re.fullmatch(r"\[.*\]", values[0]) or values[0] == "null"):
         return values[0]
+    for value in values:
+        if any("\ud800" <= letter <= "\udfff" for letter in value):  # how Python holds bytes that are no letters
+            raise UserError(f"{value}: its name is not in UTF-8; rename it")
     holds_text = re.search(r"\b(Path|str)\b", str(getattr(action, "_typehint", "")))  # a folder may be called 2024
     text = json.dumps(values if holds_text else [_number_or_text(value) for value in values], ensure_ascii=False)
     return re.sub(r"[^ -~]", lambda letter: f"\\U{ord(letter[0]):08x}", text)  # YAML's: any letter of a file name
@@ -292,7 +313,7 @@ def _one_line(message: str, options: list[str]) -> str:
         return f"unknown option {name}{did_you_mean(name, options)}; --help lists them"
     bad_value = re.search(r"Parser key [\"']([\w.-]+)[\"']:", message)
     if bad_value:
-        expected = dict.fromkeys(re.findall(r"Expected (?:an? )?(.*?)(?:\. Got value.*)?$", message, re.MULTILINE))
+        expected = dict.fromkeys(re.findall(KINDS, message, re.MULTILINE))
         kinds = " or ".join(_readable_type(kind) for kind in expected)
         value = re.search(r"(?:Given value|Got value): (.*)$", message, re.MULTILINE)
         if kinds and value:

@@ -195,6 +195,8 @@ def test_half_an_option_name_is_unknown(failure):
         (["--p", "three"], "--p three: expected float"),
         (["--scales", "1", "a"], "--scales"),
         (["--k"], "--k"),
+        (["-dash.jpg"], "-dash.jpg: no such option; a file of that name is given as ./-dash.jpg"),
+        (["--folders", "a\udcff.jpg"], "a\\udcff.jpg: its name is not in UTF-8; rename it"),
     ],
 )
 def test_wrong_values_name_the_option_the_value_and_what_is_expected(failure, args, said):
@@ -206,6 +208,7 @@ def test_wrong_values_name_the_option_the_value_and_what_is_expected(failure, ar
     [
         ("k: many\n", "--k many: expected int"),
         ("kind: huge\n", "--kind huge: expected one of full, mini"),
+        ("output: [1]\n", "--output [1]: expected Path or null"),
         ("scales: 0.5\n", "--scales 0.5: expected a list like [A, B]"),
         ("k: [1\nx: {", "options.yaml: not valid YAML"),
         ("- 1\n- 2\n", "options.yaml: must hold options"),
@@ -344,3 +347,10 @@ def test_null_in_a_configuration_is_no_value_of_an_option_that_needs_one(tmp_pat
         parse_options(evaluate, ["--config", str(tmp_path / "c.yaml")])
     (tmp_path / "c.yaml").write_text("k: null")
     assert parse_options(evaluate, ["--config", str(tmp_path / "c.yaml")])["k"] is None
+
+
+@pytest.mark.parametrize("line", ['output: "a\\0b"', 'store: "a\\0b"', 'descriptors: [a, "b\\0"]'])
+def test_a_null_character_is_in_no_file_s_name(tmp_path, line):
+    (tmp_path / "c.yaml").write_text(line)
+    with pytest.raises(UserError, match=f"--{line.partition(':')[0]}: holds a null character"):
+        parse_options(evaluate, ["--config", str(tmp_path / "c.yaml")])
