@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
+from metilr.data.image_limits import MAX_IMAGE_SIZE
 from metilr.errors import UserError, one_line, shown
 from metilr.files import file_sha256, replaced_file
 from metilr.kinds import is_positive, require
@@ -173,7 +174,7 @@ def _check_entry(model: Mapping[str, Any], weights: StateDict) -> None:
     require(isinstance(model["scales"], (list, tuple)), "scales", model["scales"])
     require(all(map(is_positive, model["scales"])), "scales", model["scales"])
     size, dim = model["image_size"], model["projector_dim"]
-    if size is not None and (type(size) is not int or not 1 <= size < 2**31):
+    if size is not None and (type(size) is not int or not 1 <= size <= MAX_IMAGE_SIZE):
         raise ValueError(f"image_size {shown(size)}")
     if dim is not None and (type(dim) is not int or dim != len(weights["projector.linear.weight"])):
         raise ValueError(f"projector_dim {shown(dim)}")

@@ -25,6 +25,7 @@ from metilr.callbacks import DescriptorWriter, ExactFloat32, ImageProgress
 from metilr.data.datamodule import BadImages, ImageDataModule
 from metilr.data.dataset import ImageBatch
 from metilr.data.ground_truth import GroundTruth, image_sizes, require_images, require_some_images
+from metilr.data.image_limits import MAX_IMAGE_SIZE
 from metilr.data.images import Images, images_of
 from metilr.data.views import View
 from metilr.data.workers import default_workers
@@ -45,6 +46,8 @@ Precision = Literal["32", "bf16-mixed", "16-mixed"]
 STORES = Path("runs/descriptors")
 RECIPE = 1  # raise it when the code between image and descriptor changes what a row is
 MANY_IMAGES = 1000  # from here on a hint at a faster way is worth a line
+MAX_BATCH = 4096  # images; beyond some tens nothing gets faster
+WORKERS_A_CORE = 8  # at most: more decode no faster, and each takes memory
 MAX_STREAMS = 4  # of OpenVINO; each holds activations
 PLAN_TIMEOUT = timedelta(hours=6)  # the others wait while the first process reads the headers of all images
 
@@ -185,16 +188,18 @@ class ExtractionOptions:
 
     def __post_init__(self) -> None:
         """Refuse before any work what is out of range or what Lightning would replace by something else."""
-        for name, least in (
-            ("image_size", 1),
-            ("devices", 1),
-            ("num_nodes", 1),
-            ("batch_size", 1),
-            ("num_workers", 0),
+        for name, least, most in (
+            ("image_size", 1, MAX_IMAGE_SIZE),
+            ("devices", 1, None),
+            ("num_nodes", 1, None),
+            ("batch_size", 1, MAX_BATCH),
+            ("num_workers", 0, None),
         ):
             value = getattr(self, name)
             if isinstance(value, int) and value < least:
                 raise UserError(f"--{name} {value}: must be at least {least}")
+            if isinstance(value, int) and most is not None and value > most:
+                raise UserError(f"--{name} {value}: must be at most {most:,}")
         if self.accelerator == "gpu" and self.device != "cuda":
             raise UserError("--accelerator gpu: PyTorch sees no GPU here; use cpu, or check nvidia-smi and the driver")
         if self.accelerator == "mps" and self.device != "mps":
@@ -202,9 +207,14 @@ class ExtractionOptions:
         check_engine(self.engine, self.device)
         if self.precision == "16-mixed" and self.device != "cuda":
             raise UserError("--precision 16-mixed: needs an NVIDIA GPU; elsewhere use 32 or bf16-mixed")
-        there = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": self.n_processes}[self.device]
+        cores = os.cpu_count() or 1
+        there = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": cores}[self.device]
         if self.n_processes > there:
-            raise UserError(f"--devices {self.devices}: this machine has {there} GPUs; choose {there} or fewer")
+            kind = "cores" if self.device == "cpu" else "GPUs"
+            raise UserError(f"--devices {self.devices}: this machine has {there} {kind}; choose {there} or fewer")
+        most = WORKERS_A_CORE * cores // self.n_processes
+        if (self.num_workers or 0) > most:
+            raise UserError(f"--num_workers {self.num_workers}: choose {most} or fewer on this machine's {cores} cores")
         if self.num_nodes > 1 and not has_launcher():
             raise UserError(
                 f"--num_nodes {self.num_nodes}: start this command on each machine with torchrun or in a SLURM job"
@@ -374,7 +384,7 @@ def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: Extr
     )
     module = DescriptorModule(embedder, options.engine, options.precision, data.times, options.n_streams)
     try:
-        with process_as_before(), faults_in_one_line():
+        with process_as_before(), faults_in_one_line("a smaller --batch_size or --image_size, or fewer --scales"):
             trainer.predict(module, datamodule=data, return_predictions=False)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         for process in getattr(trainer.strategy.launcher, "procs", None) or []:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from metilr.data.catalogue import is_place_below
+from metilr.data.image_limits import MAX_IMAGE_SIZE
 from metilr.kinds import is_list, is_positive, is_text, is_whole, require
 from metilr.method import CropSimilarity, DatabaseViews
 from metilr.models.pooling import PoolingName
@@ -22,7 +23,8 @@ def check_index(content: Mapping[str, Any]) -> None:
         require(is_text(image["exhibit"]) and image["exhibit"], "exhibit of an image", image["exhibit"])
     require(bool(content["images"]), "images", content["images"])
     require(is_text(content["folder"]), "folder", content["folder"])
-    require(content["image_size"] is None or is_whole(content["image_size"], 1), "image_size", content["image_size"])
+    size = content["image_size"]
+    require(size is None or (is_whole(size, 1) and size <= MAX_IMAGE_SIZE), "image_size", size)
     require(type(content["whitening"]) is bool, "whitening", content["whitening"])
 
     model = content["model"]

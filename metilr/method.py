@@ -13,6 +13,7 @@ from metilr.whitening_files import load_whitening
 
 DatabaseViews = Literal["none", "rows", "mean"]
 CropSimilarity = Literal["best", "mean"]
+MAX_VISITS = 1000
 VISITS = 6  # of each database image, where a learned whitening needs some and nothing is said: two scenes
 
 
@@ -85,6 +86,8 @@ class Method:
         for name in ("visits", "dba", "hubness"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} {getattr(self, name)}: choose 0 (off) or more")
+        if self.visits > MAX_VISITS:
+            raise UserError(f"--visits {self.visits}: choose {MAX_VISITS:,} or fewer")
         if self.visits and not self.is_learned and self.database_views == "none":
             raise UserError(
                 "--visits: has no effect without --whitening learned or --database_views rows or mean; leave it out"

@@ -9,24 +9,32 @@ from collections.abc import Iterator
 
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from metilr.errors import UserError
+from metilr.errors import UserError, one_line
 
 CONTINUE = "finished work is kept, run the same command to continue"
 _GONE = r"Connection closed by peer|Connection reset by peer|Broken pipe|Connection refused|remote process exit"
+# PyTorch's words on GPUs and CPUs, oneDNN's, NumPy's and Python's.
+_NO_MEMORY = r"OutOfMemory|out of memory|llocate memory|not enough memory|Unable to allocate|MemoryError"
 PARENT_WATCHED_EVERY = 2.0  # seconds
 
 
 @contextlib.contextmanager
-def faults_in_one_line() -> Iterator[None]:
+def faults_in_one_line(less_memory: str | None = None) -> Iterator[None]:
     """Turn an error of another process of this run, which arrives as a traceback in a text, into a user's.
 
+    Args:
+        less_memory: What to take where memory does not suffice, here or there; None leaves that error as it is.
+
     Raises:
-        UserError: If a process was killed, or met a bad image, a failing disk or another user's error.
+        UserError: If a process was killed, or met a bad image, a failing disk, too little memory or another user's
+            error.
     """
     try:
         yield
     except Exception as error:
         reason = _reason_in(error)
+        if reason is None and less_memory and (isinstance(error, MemoryError) or re.search(_NO_MEMORY, str(error))):
+            reason = f"memory does not suffice ({one_line(error)}): take {less_memory}; {CONTINUE}"
         if reason is None or (isinstance(error, UserError) and reason == str(error)):
             raise
         raise UserError(reason) from None

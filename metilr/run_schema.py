@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from metilr.data.ground_truth import QUERY_FILES, DatabaseName
+from metilr.data.image_limits import MAX_IMAGE_SIZE
 from metilr.index_schema import check_elements
 from metilr.kinds import is_list, is_number, is_positive, is_share, is_text, is_whole, is_writable, require
 from metilr.models.features import PatchRounding
@@ -82,7 +83,7 @@ def _check_model(model: Mapping[str, Any]) -> None:
     for name in {"backbone", "store", "precision", "engine"} & model.keys():
         require(is_text(model[name]), f"model.{name}", model[name])
     size = model.get("image_size")
-    require(size is None or is_whole(size, 1), "model.image_size", size)
+    require(size is None or (is_whole(size, 1) and size <= MAX_IMAGE_SIZE), "model.image_size", size)
     if "pooling" in model:
         require(model["pooling"]["kind"] in get_args(PoolingName), "model.pooling.kind", model["pooling"]["kind"])
     require(is_list(model.get("scales", [])), "model.scales", model.get("scales"))

@@ -34,7 +34,7 @@ from typing_extensions import override
 from metilr.callbacks import ExactFloat32
 from metilr.checkpoints import AtomicCheckpointIO, MovableModelCheckpoint, read_checkpoint
 from metilr.class_paths import ClassRefused, only_trusted_classes, refusal_of, refuse_class
-from metilr.cli import OneLineErrors, check_config
+from metilr.cli import OneLineErrors, check_config, refuse_null_characters
 from metilr.data.pair_datamodule import PairDataModule
 from metilr.errors import UserError
 from metilr.extraction import PLAN_TIMEOUT
@@ -135,6 +135,7 @@ class TrainingCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ClassRefused as error:
             raise refusal_of(error, args) from None
+        refuse_null_characters(self.config.as_dict())
         seed = self.config.seed_everything
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
             parser.error(f"--seed_everything {seed}: give a number from 0 to 2**32 - 1")
@@ -255,7 +256,8 @@ def _train(args: Sequence[str], prog: str, held: contextlib.ExitStack) -> None:
         if isinstance(logger, WandbLogger) and is_first_process():
             console.print(escape(where_logged(logger.experiment, cli.output)), soft_wrap=True)
     try:
-        with cli.kept_if_of_use(), staged_in(cli.output), faults_in_one_line():
+        less_memory = "fewer --data.batch_pairs, smaller views, or --model.gradient_checkpointing true"
+        with cli.kept_if_of_use(), staged_in(cli.output), faults_in_one_line(less_memory):
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from)
     except SystemExit:  # what Lightning turns Ctrl-C into
         raise UserError(f"interrupted; {_what_is_kept(cli)}") from None

@@ -242,6 +242,8 @@ def test_a_geometric_check_gates_confidence_and_leaves_labels(museum, monkeypatc
         (["--geometric_check", -1], "--geometric_check -1: choose 0"),
         (["--geometric_reorder"], "--geometric_reorder: has no effect without --geometric_check"),
         (["--visits", 3], "--visits: has no effect without"),
+        (["--whitening", "learned", "--visits", 10**24], f"--visits {10**24}: choose 1,000 or fewer"),
+        (["--scales", 1e9], "--scales [1000000000.0]: give 1 to 32 numbers above 0, none above 8"),
         (["--database_views", "rows", "--visits", 0], "--database_views rows: needs --visits, such as 6"),
         (["--query_crops", 1.5], "--query_crops [1.5]: choose shares between 0 and 1"),
         (["--query_crops", 0.5, 0.5], "--query_crops [0.5, 0.5]: names a share twice"),

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metilr.errors import UserError
+from metilr.errors import UserError, shown
 from metilr.models.backbones import build_backbone
 from metilr.models.features import Backbone, Features, PatchRounding
 from metilr.models.pooling import CLS, Pooling, PoolingName, build_pooling
 from metilr.models.weights import tensors_sha256
 
 SCALES = (1.0, 2**-0.5, 0.5)  # the Met paper's
+MAX_SCALES, MAX_SCALE = 32, 8  # of an image: more is a mistake, and takes gigabytes
 # oneDNN's bfloat16 convolutions with stride 2 give random values on AMX where a map is 1 or 2 px wide (seen with
 # PyTorch 2.7 and 2.15). No common backbone makes so narrow a map of an image with sides of 128 px or more.
 BFLOAT16_LEAST_SIDE = 128
@@ -95,8 +96,10 @@ class Embedder(nn.Module):
         super().__init__()
         if isinstance(pooling, CLS) and not backbone.has_cls:
             raise UserError(f"--pooling cls: {backbone.name} gives no class token here; use --pooling gem")
-        if not scales or not all(math.isfinite(scale) and scale > 0 for scale in scales):
-            raise UserError(f"--scales {list(scales)}: give one or more finite numbers above 0")
+        if not 0 < len(scales) <= MAX_SCALES or not all(0 < scale <= MAX_SCALE for scale in scales):
+            raise UserError(
+                f"--scales {shown(list(scales))}: give 1 to {MAX_SCALES} numbers above 0, none above {MAX_SCALE}"
+            )
         assert projector is None or projector.linear.in_features == backbone.width
         self.backbone = backbone
         self.pooling = pooling

@@ -212,7 +212,7 @@ def test_small_images_keep_float32_under_the_autocast_of_the_cpu(resnet: Embedde
 
 
 def test_wrong_scales_and_a_missing_class_token_are_refused(resnet: Embedder) -> None:
-    for scales in ([], [1, 0], [-1], [math.nan], [math.inf]):
+    for scales in ([], [1, 0], [-1], [math.nan], [math.inf], [9], [1] * 33):
         with pytest.raises(UserError, match="--scales"):
             Embedder(resnet.backbone, resnet.pooling, scales=scales)
     with pytest.raises(UserError, match="--pooling cls: r18_in gives no class token"):
