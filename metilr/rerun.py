@@ -1,28 +1,33 @@
 """``metilr rerun results.json``: an evaluation once more, and whether its figures come out again."""
 
+import contextlib
 import json
 import shutil
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from metilr.cli import options_of
-from metilr.data.ground_truth import QUERY_FILES
-from metilr.descriptors import differing_settings
+from metilr.data.ground_truth import QUERY_FILES, image_sizes, load_ground_truth
+from metilr.descriptors import DescriptorStore, differing_settings
 from metilr.errors import UserError
 from metilr.evaluation import evaluate
 from metilr.extraction import Accelerator
 from metilr.files import write_atomically
-from metilr.results import SCHEMA_VERSION, make_output
+from metilr.method import method_of
+from metilr.models.backbones import RANDOM
+from metilr.results import RUNS, SCHEMA_VERSION, make_output
 from metilr.run_schema import COUNTS, FIGURES
 from metilr.runs import read_results
+from metilr.sources import views_store
 
 Verdict = Literal["exactly", "within the tolerance", "not"]
 # Of a figure in [0, 1]: 0.1 points, the last digit that is published. Other hardware or versions round descriptors
@@ -30,6 +35,9 @@ Verdict = Literal["exactly", "within the tolerance", "not"]
 TOLERANCE = 1e-3
 # What may explain a difference; where the descriptors lie is none.
 MADE_BY = ("data", "model", "whitening", "elements", "geometric_check", "search", "versions", "machine")
+DEMO = RUNS / "demo"
+WORDS = (RANDOM, "pca", "learned", "none")  # in place of a file
+NOTHING = "nothing else that is recorded differs; of the images' contents only the files' sizes are recorded"
 PLACES = ("store", "made_with", "pickle", "views", "concatenated")
 
 
@@ -37,6 +45,9 @@ def rerun(
     results: Path,
     output: Path | None = None,
     root: Path | None = None,
+    ckpt: Path | None = None,
+    weights: Path | None = None,
+    whitening: Path | None = None,
     accelerator: Accelerator | None = None,
     devices: int | Literal["auto"] | None = None,
     describe_again: bool = False,
@@ -52,9 +63,13 @@ def rerun(
         results: The results.json, or the folder with it.
         output: Folder for the new results, and for rerun.json with the comparison; without it a dated one under runs/.
         root: Where the data lies now; without it where it was.
+        ckpt: Where the checkpoint lies now, if it was moved.
+        weights: Where the file with weights lies now, if it was moved.
+        whitening: Where the saved whitening lies now, if it was moved.
         accelerator: As in metilr evaluate, in place of the recorded one.
         devices: As in metilr evaluate, in place of the recorded number.
-        describe_again: Describe the images again, into OUTPUT/store; without it a finished store is used as it is.
+        describe_again: Describe the images again, into OUTPUT/store; without it a finished store is used as it is, if
+            it is of the images as they are.
         quiet: Print tables and paths alone.
 
     Returns:
@@ -65,18 +80,26 @@ def rerun(
     """
     recorded = read_results(results)
     options = _options(Path(results), recorded)
-    folder = make_output(output, "rerun")
+    moved = {"ckpt": ckpt, "weights": weights, "whitening": whitening}
+    for name, file in moved.items():
+        if file is None:
+            continue
+        if options[name] in (None, *WORDS):
+            raise UserError(f"--{name} {file}: the recorded run read no such file ({options[name]}); leave it out")
+        if not Path(file).is_file():
+            raise UserError(f"--{name} {file}: no such file; name the one that the run read, where it lies now")
+        options[name] = file if name == "ckpt" else str(file)
     given = {"root": root, "accelerator": accelerator, "devices": devices}
     options |= {name: value for name, value in given.items() if value is not None}
+    folder = make_output(output, "rerun")
     options |= {"output": folder, "quiet": quiet, "wandb": "off"}
-    if describe_again and not options["descriptors"]:
-        options["store"] = folder / "store"
-    try:
+    if not options["descriptors"]:  # else there is nothing to describe
+        # A file that may be somebody else's says where the rows were: there they are read, and nothing is written.
+        named = options["store"] or recorded["model"].get("store")
+        places = [] if describe_again or not named else [Path(recorded.get("directory", ".")) / named, Path(named)]
+        options["store"] = next((place for place in places if _is_current(place, options)), folder / "store")
+    with _kept_if_of_use(folder, output):
         now = evaluate(**options)
-    except BaseException:
-        if output is None:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
     if now is None:
         return None
     comparison = compare_results(recorded, now)
@@ -85,6 +108,51 @@ def rerun(
     if comparison["agree"] == "not":
         sys.exit(1)
     return comparison
+
+
+def _is_current(path: Path, options: Mapping[str, Any]) -> bool:
+    """Whether a store, with the views that the run needs, is finished and of the image files as they are."""
+    store = DescriptorStore(path)
+    try:
+        ground_truth = load_ground_truth(options["root"] or DEMO, options["database"])
+        sizes = image_sizes(ground_truth)
+        parts = [(store, sizes)]
+        for view in method_of(options).views(options["seed"]):
+            of_view = {split: np.repeat(sizes[source], view.n) for split, source in view.of.items()}
+            parts.append((views_store(store, view)[0], of_view))
+        return all(_is_made(part, of_part, options["bad_images"] == "stop") for part, of_part in parts)
+    except UserError:  # what is wrong with the data evaluate says
+        return False
+
+
+def _is_made(store: DescriptorStore, sizes: Mapping[str, np.ndarray], retry_bad: bool) -> bool:
+    manifest = store.manifest()
+    return (
+        manifest["complete"]
+        and manifest["counts"] == {split: len(of_split) for split, of_split in sizes.items()}
+        and not any(store.pending(split, of_split, retry_bad).any() for split, of_split in sizes.items())
+    )
+
+
+@contextlib.contextmanager
+def _kept_if_of_use(folder: Path, output: Path | None) -> Iterator[None]:
+    """Remove a dated folder again if the block fails, unless there are descriptors in it: then say how to go on."""
+    try:
+        yield
+    except BaseException as error:
+        if output is not None:
+            raise
+        if not (folder / "store").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        how = f"to continue, add --output {folder}"
+        if isinstance(error, KeyboardInterrupt):
+            raise UserError(f"interrupted; descriptors are kept, {how}") from None
+        if isinstance(error, UserError):
+            raise UserError(f"{error} ({how})") from None
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"{error.filename or folder}: {error.strerror}; descriptors are kept, {how}") from None
+        raise
 
 
 def compare_results(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,6 +226,6 @@ def _print(console: Console, comparison: Mapping[str, Any], file: Path) -> None:
     console.print(f"[bold]the figures agree {agree}[/]{limit}" if agree != "not" else
                   f"[bold red]the figures do not agree[/] within {100 * comparison['tolerance']:g} points")  # fmt: skip
     if agree != "exactly":
-        for difference in comparison["differences"] or ["nothing else that is recorded differs"]:
+        for difference in comparison["differences"] or [NOTHING]:
             console.print(f"  {escape(difference)}", soft_wrap=True)
     console.print(f"wrote {escape(str(file))}", soft_wrap=True)

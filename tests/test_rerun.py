@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from metilr.cli import main
+from metilr.errors import UserError
 from metilr.evaluation import evaluate
 from metilr.rerun import TOLERANCE
 
@@ -65,6 +66,18 @@ def test_descriptors_are_made_anew_if_asked_for(recorded, capsys):
     status, printed = rerun(capsys, recorded, "--describe_again", "--output", "again")
     assert status == 0 and "the figures agree exactly" in printed
     assert Path("again/store/database.npy").read_bytes() == (recorded.parent / "store/database.npy").read_bytes()
+
+
+def test_images_exchanged_for_others_of_the_same_size_show_in_figures_made_anew_alone(recorded, capsys, tiny_museum):
+    """Contents are not recorded: the message says so."""
+    for file in (tiny_museum / "images/test_met").glob("test*"):
+        size = file.stat().st_size
+        Image.new("RGB", (8, 8)).save(file, quality=1)
+        file.write_bytes(file.read_bytes().ljust(size, b"\0"))
+        assert file.stat().st_size == size
+    assert "the figures agree exactly" in rerun(capsys, recorded)[1]
+    status, printed = rerun(capsys, recorded, "--describe_again")
+    assert status == 1 and "of the images' contents only the files' sizes are recorded" in printed
 
 
 def test_a_folder_of_a_run_and_a_dated_output(recorded, capsys):
@@ -143,6 +156,91 @@ def test_a_file_that_cannot_be_repeated(recorded, capsys, where, value, message)
     change(recorded, where, value)
     status, printed = rerun(capsys, recorded)
     assert status == 2 and message in printed and "Traceback" not in printed
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty", "another file", "unfinished", "images exchanged", "views missing"])
+def test_nothing_is_written_where_the_file_says_the_rows_were(recorded, capsys, tiny_museum, kind):
+    """The file may be somebody else's."""
+    store = recorded.parent / "store"
+    if kind in ("absent", "empty", "another file"):
+        store = recorded.parent / "named"
+        change(recorded, "options.store", str(store))
+        change(recorded, "model.store", str(store))
+    if kind in ("empty", "another file"):
+        store.mkdir()
+    if kind == "another file":
+        (store / "precious").write_text("precious")
+    if kind == "unfinished":
+        change(store / "manifest.json", "complete", False)
+    if kind == "images exchanged":
+        for file in (tiny_museum / "images/test_met").glob("test*"):
+            Image.effect_noise((30, 30), 90).convert("RGB").save(file)
+    if kind == "views missing":
+        change(recorded, "options.query_crops", [0.7])
+    before = files_of(recorded.parent)
+    assert rerun(capsys, recorded, "--output", "again")[0] in (0, 1)
+    now = {name: content for name, content in files_of(recorded.parent).items() if "/elsewhere/again/" not in name}
+    assert now == before and Path("again/store/database.npy").exists()
+    assert store.exists() == (kind != "absent")
+
+
+def test_a_default_store_is_found_again_from_another_folder(recorded, capsys):
+    change(recorded, "options.store", None)
+    change(recorded, "model.store", "store")
+    assert rerun(capsys, recorded, "--output", "again")[0] == 0 and not Path("again/store").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(28, "No space left on device", "x.npy"), UserError("x")]
+)
+def test_descriptors_of_a_dated_folder_are_kept_and_it_is_said_how_to_go_on(recorded, capsys, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("metilr.evaluation.recognise", lambda *_, **__: fail())
+        status, printed = rerun(capsys, recorded, "--describe_again")
+    [folder] = Path("runs").glob("*_rerun")
+    assert status == 2 and f"to continue, add --output {folder}" in printed and "the same command" not in printed
+    made = (folder / "store/database.npy").stat().st_mtime_ns
+    status, printed = rerun(capsys, recorded, "--describe_again", "--output", folder)
+    assert status == 0 and "the figures agree exactly" in printed
+    assert (folder / "store/database.npy").stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("devices", 10**6), ("num_workers", 10**6), ("batch_size", 10**9), ("num_workers", 10**30)]
+)
+def test_numbers_that_no_machine_has_are_refused(recorded, capsys, option, value):
+    change(recorded, f"options.{option}", value)
+    status, printed = rerun(capsys, recorded, "--describe_again")
+    assert status == 2 and f"error: --{option} {value}: " in printed
+
+
+def test_files_that_were_moved(recorded, capsys, tiny_museum):
+    evaluate(
+        root=tiny_museum, backbone="timm/test_resnet", weights="random", scales=[1, 0.5], accelerator="cpu", seed=5,
+        num_workers=0, report=False, store=recorded.parent / "store", output=Path("first"), whitening_dim=3, quiet=True,
+    )  # fmt: skip
+    Path("first/whitening.npz").rename("then.npz")
+    evaluate(
+        root=tiny_museum, backbone="timm/test_resnet", weights="random", scales=[1, 0.5], accelerator="cpu", seed=5,
+        num_workers=0, report=False, store=recorded.parent / "store", output=Path("second"), whitening="then.npz",
+        quiet=True,
+    )  # fmt: skip
+    Path("then.npz").rename("now.npz")
+    status, printed = rerun(capsys, "second")
+    assert status == 2 and "no such file" in printed
+    status, printed = rerun(capsys, "second", "--whitening", "now.npz")
+    assert status == 0 and "the figures agree exactly" in printed
+    for option in ("ckpt", "weights"):
+        status, printed = rerun(capsys, "second", f"--{option}", "now.npz")
+        assert status == 2 and f"--{option} now.npz: the recorded run read no such file (" in printed
+    assert "--whitening pca: no such file" in rerun(capsys, "second", "--whitening", "pca")[1]
 
 
 def test_no_results_and_an_output_that_holds_some(recorded, capsys):
