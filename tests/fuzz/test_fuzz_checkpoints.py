@@ -10,6 +10,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from metilr.checkpoints import FORMAT, load_embedder, model_entry, read_checkpoint
 from metilr.models.backbones import backbone_shapes
@@ -18,7 +20,7 @@ from metilr.models.weights import read_state_dict
 from metilr.whitening import PCAWhitening
 from metilr.whitening_files import load_whitening
 from tests.fuzz.guard import refusal
-from tests.fuzz.mutations import SHARED, cases, each_replaced, mutated, mutated_value
+from tests.fuzz.mutations import PROPERTIES, SHARED, cases, each_replaced, mutated, mutated_value
 
 STATE = {"module.a.weight": torch.arange(6.0).reshape(2, 3), "module.b": torch.tensor([1], dtype=torch.int64)}
 TOKENS = (
@@ -127,6 +129,31 @@ def test_changed_entries_of_checkpoints(tmp_path):
             assert (embedder.std > 0).all()
         n_read += not said
     assert n_read > 5
+
+
+@settings(PROPERTIES, max_examples=8)  # a network is built for each
+@given(
+    scales=st.lists(st.floats(1e-3, 8), min_size=1, max_size=4),
+    p=st.floats(0.1, 10),
+    image_size=st.none() | st.integers(1, 16_384),
+    mean=st.tuples(*[st.floats(-9, 9)] * 3),
+    std=st.tuples(*[st.floats(1e-3, 9)] * 3),
+    licence=st.none() | st.text(max_size=9),
+)
+def test_whatever_is_written_is_read_again(tmp_path, scales, p, image_size, mean, std, licence):
+    file, whole = tmp_path / "a.ckpt", tiny_checkpoint()
+    whole["metilr"]["model"] |= {"scales": scales, "p": p, "image_size": image_size, "mean": mean, "std": std}
+    whole["metilr"]["provenance"]["licence"] = licence
+    torch.save(whole, file)
+    with refusal(file) as said:
+        embedder, size = load_embedder(file)
+        assert size == image_size and list(embedder.scales) == scales
+        assert (embedder.backbone.mean, embedder.backbone.std) == (mean, std)
+        assert embedder.backbone.provenance.licence == licence
+        state = embedder.state_dict()
+        for name, value in whole["state_dict"].items():
+            assert torch.equal(state[name.removeprefix("embedder.")], value)
+    assert not said
 
 
 def test_entries_whose_parts_share_their_parts(tmp_path):

@@ -1,47 +1,105 @@
-"""YAML files with options, as --config takes them."""
+"""YAML files with options, as --config takes them: of both commands."""
 
+import contextlib
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, get_args
 
+import pytest
 import yaml
 
+from metilr.class_paths import only_trusted_classes
 from metilr.cli import parse_options
+from metilr.data.datamodule import BadImages
+from metilr.data.ground_truth import DatabaseName
+from metilr.evaluation import evaluate
+from metilr.extraction import Accelerator
+from metilr.train_command import TrainingCLI
 from tests.fuzz.guard import refusal
-from tests.fuzz.mutations import cases, mutated
+from tests.fuzz.mutations import HOSTILE_VALUES, SHARED, cases, mutated, mutated_value
 from tests.fuzz.test_fuzz_runs import YAML_TOKENS
 
-CONFIG = {"root": "/x", "database": "mini", "scales": [1.0, 0.5], "k": 3, "quiet": True}
+CONFIGS = Path(__file__).parents[2] / "configs"
+YAML_VALUES = tuple(value for value in HOSTILE_VALUES if value != "\ud800")  # which PyYAML does not write
+NOT_TRUSTED = "this"  # of Python's library, and imported by nothing
+CLASSES = (f"{NOT_TRUSTED}.X", {"class_path": f"{NOT_TRUSTED}.X"}, [f"{NOT_TRUSTED}.X"])
 
 
-def command(
-    root: Path | None = None,
-    database: Literal["full", "mini"] = "full",
-    scales: tuple[float, ...] = (),
-    k: int | None = None,
-    quiet: bool = False,
-) -> None:
-    """Do something.
-
-    Args:
-        root: A folder.
-        database: Which.
-        scales: Sizes.
-        k: Number.
-        quiet: Whether.
-    """
+class Parsed(Exception):
+    """Holds the options; nothing is built."""
 
 
-def test_changed_configurations_are_read_by_type_or_refused(tmp_path):
-    file, whole, n_read = tmp_path / "c.yaml", yaml.safe_dump(CONFIG).encode(), 0
-    contents = [b"k: " + token for token in YAML_TOKENS] + [token + b": 1" for token in YAML_TOKENS]
-    contents += [mutated(whole, rng, YAML_TOKENS) for rng in cases(100)]
-    for content in contents:
-        file.write_bytes(content)
-        with refusal("") as said:  # a wrong value is named by its option
-            options = parse_options(command, ["--config", str(file)], "x")
-            assert options["root"] is None or isinstance(options["root"], Path)
-            assert options["database"] in ("full", "mini") and isinstance(options["quiet"], bool)
-            assert options["k"] is None or isinstance(options["k"], int)
-            assert all(isinstance(scale, float) for scale in options["scales"])
-        n_read += not said
-    assert n_read > 5
+class OnlyParses(TrainingCLI):
+    def parse_arguments(self, parser, args):
+        super().parse_arguments(parser, args)
+        raise Parsed(self.config.as_dict())
+
+
+def read_evaluation(file: Path) -> bool:
+    with refusal("") as said:  # a wrong value is named by its option
+        options = parse_options(evaluate, ["--config", str(file)], "x")
+        assert options["root"] is None or isinstance(options["root"], Path)
+        assert options["database"] in get_args(DatabaseName) and options["bad_images"] in get_args(BadImages)
+        assert options["accelerator"] in get_args(Accelerator) and type(options["quiet"]) is bool
+        assert options["k"] is None or type(options["k"]) is int
+        assert options["tau"] is None or type(options["tau"]) is float
+        assert options["scales"] is None or all(type(scale) is float for scale in options["scales"])
+        assert "\0" not in f"{options['store']}{options['output']}{options['wandb_project']}"
+    return not said
+
+
+def read_training(file: Path) -> bool:
+    with refusal("") as said:
+        parse_training("--config", str(file))
+    return not said
+
+
+def parse_training(*args: str) -> None:
+    with contextlib.suppress(Parsed), contextlib.ExitStack() as held, only_trusted_classes(args):
+        OnlyParses(args, "x", held)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def types_are_known():
+    """Jsonargparse's search for the types of libraries starts a process, once."""
+    parse_training("--model.loss", "pytorch_metric_learning.losses.NTXentLoss")
+
+
+def write(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def test_changed_options_of_evaluations(tmp_path):
+    file, n_read = tmp_path / "c.yaml", 0
+    whole = yaml.safe_load((CONFIGS / "eval/best_small_museum.yaml").read_text()) | {
+        "root": "/x", "scales": [1.0, 0.5], "k": 3, "tau": 50.0, "quiet": True, "store": "s", "descriptors": [],
+    }  # fmt: skip
+    for rng in cases(50):
+        write(file, mutated_value(whole, rng, YAML_VALUES))
+        n_read += read_evaluation(file)
+    for rng in cases(50):
+        file.write_bytes(mutated(yaml.safe_dump(whole).encode(), rng, YAML_TOKENS))
+        n_read += read_evaluation(file)
+    assert n_read > 10
+
+
+def test_changed_options_of_trainings(tmp_path):
+    file, n_read = tmp_path / "c.yaml", 0
+    whole = yaml.safe_load((CONFIGS / "train/small_museum.yaml").read_text())
+    for rng in cases(20):
+        write(file, mutated_value(whole, rng, (*YAML_VALUES, *CLASSES)))
+        n_read += read_training(file)
+    for rng in cases(10):
+        file.write_bytes(mutated(yaml.safe_dump(whole).encode(), rng, YAML_TOKENS))
+        n_read += read_training(file)
+    assert n_read > 3 and NOT_TRUSTED not in sys.modules
+
+
+@pytest.mark.parametrize("read", [read_evaluation, read_training])
+@pytest.mark.parametrize("options", [{"root": SHARED}, {"scales": [SHARED]}, {"model": {"loss": SHARED}}])
+def test_options_whose_parts_share_their_parts(tmp_path, read, options):
+    write(tmp_path / "c.yaml", options)
+    assert not read(tmp_path / "c.yaml")
+    write(tmp_path / "outer.yaml", {"model": str(tmp_path / "c.yaml")})  # which only trainings have
+    assert not read(tmp_path / "outer.yaml")

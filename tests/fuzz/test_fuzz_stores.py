@@ -1,14 +1,17 @@
 """Descriptor stores: the manifest, and .npy files whose headers claim what they like."""
 
+import itertools
 import json
 import struct
 
 import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from metilr.descriptors import SPLITS, DescriptorStore
+from metilr.descriptors import SCHEMA, SPLITS, DescriptorStore
 from metilr.random_rows import RandomRows
 from tests.fuzz.guard import refusal
-from tests.fuzz.mutations import cases, each_replaced, mutated, mutated_value
+from tests.fuzz.mutations import PROPERTIES, cases, each_replaced, mutated, mutated_value
 
 TYPES = ("'<f4'", "'>f4'", "'<i8'", "'<f8'", "'<f2'", "'|O'", "'<U3'", "'|V4'", "[('a', '<f4')]", "'<M8[s]'", "3", "''")
 ORDERS = ("False", "False", "False", "True", "1", "None")
@@ -25,6 +28,7 @@ SHAPES = (
     "(10**12, 3)",
     "(99999999999, 3)",
 )
+NUMBERS = itertools.count()  # of folders
 COUNTS = {"database": 4, "val": 2, "test": 3}
 TOKENS = (b"[" * 3000, b"{", b"1e9", b'"', b"\xff")
 HEADER_TOKENS = (
@@ -98,3 +102,42 @@ def test_changed_arrays(tmp_path):
             assert rows.array.nbytes <= len(content)
         (store.path / name).write_bytes(files[name])
     assert n_read > 30 and not use(store)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text("abé ", max_size=3), part, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@settings(PROPERTIES, max_examples=40)  # each is flushed to the disk
+@given(
+    made_with=st.dictionaries(st.text("ab", min_size=1, max_size=3), JSON, max_size=3),
+    counts=st.fixed_dictionaries({split: st.integers(1, 5) for split in SPLITS}),
+    width=st.integers(1, 6),
+    sizes=st.lists(st.integers(-(2**40), 2**40), min_size=15, max_size=15),
+)
+def test_whatever_is_written_is_read_again(tmp_path, made_with, counts, width, sizes):
+    folder = tmp_path / str(next(NUMBERS))
+    store = DescriptorStore(folder)
+    store.prepare(made_with, counts, width)
+    rows = np.random.default_rng(0).normal(size=(15, width)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    writer = store.writer()
+    for split, n in counts.items():
+        for row in range(n):
+            writer.write(split, row, rows[row], sizes[row])
+    writer.close()
+    assert not use(store)
+    again = DescriptorStore(folder)
+    assert again.manifest() == {
+        "schema": SCHEMA, "settings": made_with, "counts": counts, "width": width, "complete": False
+    }  # fmt: skip
+    for split, n in counts.items():
+        assert np.array_equal(again.rows(split), rows[:n]) and again.files(split).tolist() == sizes[:n]
+        assert again.made(split).tolist() == [size > 0 for size in sizes[:n]]
+        pending = again.pending(split, np.array(sizes[:n]), retry_bad=True)
+        assert pending.tolist() == [size <= 0 for size in sizes[:n]]
+    again.prepare(made_with, counts, width)
