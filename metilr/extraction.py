@@ -51,9 +51,9 @@ WORKERS_A_CORE = 8  # at most: more decode no faster, and each takes memory
 MAX_STREAMS = 4  # of OpenVINO; each holds activations
 PLAN_TIMEOUT = timedelta(hours=6)  # the others wait while the first process reads the headers of all images
 
-# PyTorch's convolutions on CPUs keep what they compiled for an image shape, by default of the last 1,024: gigabytes where
-# shapes change all the time. Batches of one shape follow each other, and at three scales EfficientNet-Lite0 has 127
-# different ones, ResNet-50 94. Read at the first convolution of a process.
+# PyTorch's convolutions on CPUs keep what they compiled for an image shape, by default of the last 1,024: gigabytes
+# where shapes change all the time. Batches of one shape follow each other, and at three scales EfficientNet-Lite0 has
+# 127 different ones, ResNet-50 94. Read at the first convolution of a process.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
