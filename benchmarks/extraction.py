@@ -29,7 +29,9 @@ from torchvision.transforms.functional import to_tensor
 from metilr.data.demo import make_demo
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.data.transforms import image_shape
-from metilr.extraction import ExtractionOptions, describe_images, quieten_lightning
+from metilr.extraction import describe_images
+from metilr.extraction_options import ExtractionOptions
+from metilr.lightning_hints import quieten_lightning
 from metilr.method import Method
 from metilr.models.embedder import SCALES, Embedder, build_embedder
 from metilr.recognition import recognise

@@ -16,9 +16,11 @@ from metilr.data.dataset import ImageBatch
 from metilr.data.ground_truth import GroundTruth
 from metilr.data.image_limits import max_pixels, open_image
 from metilr.data.views import CentreCrops
+from metilr.descriptor_module import DescriptorModule
 from metilr.descriptors import UNIT_TOLERANCE, DescriptorStore, differing_settings
 from metilr.errors import UserError
-from metilr.extraction import DescriptorModule, ExtractionOptions, store_settings
+from metilr.extraction import store_settings
+from metilr.extraction_options import ExtractionOptions
 from metilr.geometric_check import GeometricCheck, check_photo
 from metilr.geometric_evidence import Checked, apply_evidence
 from metilr.knn import Predictions, classify

@@ -11,7 +11,8 @@ from metilr.data.ground_truth import load_ground_truth
 from metilr.data.image_limits import MAX_MEGAPIXELS, limit_images
 from metilr.descriptors import DescriptorStore
 from metilr.errors import UserError
-from metilr.extraction import Accelerator, ExtractionOptions, store_settings
+from metilr.extraction import store_settings
+from metilr.extraction_options import Accelerator, ExtractionOptions
 from metilr.geometric_check import GeometricCheck, geometric_check_of
 from metilr.geometric_evidence import Gate
 from metilr.index import Index, build_model

@@ -17,9 +17,10 @@ from metilr.callbacks import write_rows
 from metilr.data.datamodule import BadImages, ImageDataModule
 from metilr.data.ground_truth import GroundTruth
 from metilr.data.images import images_of
+from metilr.descriptor_module import DescriptorModule
 from metilr.descriptors import CHUNK_ROWS, DescriptorStore
 from metilr.errors import UserError
-from metilr.extraction import DescriptorModule, store_settings
+from metilr.extraction import store_settings
 from metilr.models.embedder import Embedder
 from metilr.processes import agree, hidden
 

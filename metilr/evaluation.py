@@ -22,17 +22,12 @@ from metilr.data.transforms import BadImageError, load_image
 from metilr.descriptors import SPLITS
 from metilr.engines import Engine
 from metilr.errors import UserError
-from metilr.extraction import (
-    Accelerator,
-    ExtractionOptions,
-    Precision,
-    describe_images,
-    describe_views,
-    quieten_lightning,
-)
+from metilr.extraction import describe_images, describe_views
+from metilr.extraction_options import Accelerator, ExtractionOptions, Precision
 from metilr.geometric_check import check_recognition, geometric_check_of
 from metilr.knn import K_GRID
 from metilr.launch import launched_as_first
+from metilr.lightning_hints import quieten_lightning
 from metilr.matches import N_MATCHES
 from metilr.method import CropSimilarity, DatabaseViews, method_of
 from metilr.models.backbones import PatchRounding

@@ -1,16 +1,11 @@
 """From images to descriptors on disk: a Lightning prediction loop over batches of one shape."""
 
 import dataclasses
-import logging
-import os
-import warnings
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -18,207 +13,29 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from rich.console import Console
 from rich.markup import escape
-from torch import Tensor
-from typing_extensions import override
 
 from metilr.callbacks import DescriptorWriter, ExactFloat32, ImageProgress
-from metilr.data.datamodule import BadImages, ImageDataModule
-from metilr.data.dataset import ImageBatch
+from metilr.data.datamodule import ImageDataModule
 from metilr.data.ground_truth import GroundTruth, image_sizes, require_images, require_some_images
-from metilr.data.image_limits import MAX_IMAGE_SIZE
 from metilr.data.images import Images, images_of
 from metilr.data.views import View
 from metilr.data.workers import default_workers
+from metilr.descriptor_module import DescriptorModule
 from metilr.descriptors import DescriptorStore, settings_fingerprint
-from metilr.engines import Engine, check_engine, start_engine
+from metilr.engines import Engine, start_engine
 from metilr.errors import UserError
+from metilr.extraction_options import ExtractionOptions, Precision
 from metilr.launch import has_launcher, launched_as_first, process_as_before
 from metilr.models.embedder import Embedder
 from metilr.models.features import FLOAT32_STAGES
-from metilr.overlap import HostCopy
 from metilr.process_faults import faults_in_one_line
-from metilr.profiling import StageTimes
 from metilr.sources import views_store
 from metilr.versions import library_versions, processor
 
-Accelerator = Literal["auto", "cpu", "gpu", "mps"]
-Precision = Literal["32", "bf16-mixed", "16-mixed"]
 STORES = Path("runs/descriptors")
 RECIPE = 1  # raise it when the code between image and descriptor changes what a row is
 MANY_IMAGES = 1000  # from here on a hint at a faster way is worth a line
-MAX_BATCH = 4096  # images; beyond some tens nothing gets faster
-WORKERS_A_CORE = 8  # at most: more decode no faster, and each takes memory
-MAX_STREAMS = 4  # of OpenVINO; each holds activations
 PLAN_TIMEOUT = timedelta(hours=6)  # the others wait while the first process reads the headers of all images
-
-# PyTorch's convolutions on CPUs keep what they compiled for an image shape, by default of the last 1,024: gigabytes
-# where shapes change all the time. Batches of one shape follow each other, and at three scales EfficientNet-Lite0 has
-# 127 different ones, ResNet-50 94. Read at the first convolution of a process.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-
-
-class DescriptorModule(pl.LightningModule):
-    """Multi-scale descriptors of a batch of images.
-
-    Args:
-        embedder: The model.
-        engine: What computes the features.
-        precision: Of the backbone, for the engine; autocast is the caller's.
-        times: Told how long transfer and network took.
-        n_streams: Batches that are described side by side, by OpenVINO: what one core alone can do for a new image
-            shape then leaves the others at work. Beyond 1, a step returns the descriptors' future.
-    """
-
-    def __init__(
-        self,
-        embedder: Embedder,
-        engine: Engine = "torch",
-        precision: str = "32",
-        times: StageTimes | None = None,
-        n_streams: int = 1,
-    ) -> None:
-        super().__init__()
-        self.times = StageTimes() if times is None else times
-        self.embedder = embedder
-        self.engine: Engine = engine
-        self.precision = precision
-        self.n_streams = n_streams
-        self.streams: ThreadPoolExecutor | None = None
-        self.memory_format = torch.contiguous_format
-
-    @override
-    def setup(self, stage: str) -> None:
-        quieten_lightning()  # in spawned processes too
-
-    @override
-    def on_predict_start(self) -> None:
-        """Start the engine here: a spawned process cannot be handed one."""
-        # PyTorch's convolutions run faster with channels last on CPUs, and on GPUs with tensor cores.
-        if self.engine != "openvino" and (self.device.type == "cpu" or self.precision != "32"):
-            self.memory_format = torch.channels_last
-            self.embedder.to(memory_format=torch.channels_last)
-        self.embedder.engine = start_engine(self.engine, self.embedder.backbone, self.precision, self.n_streams)
-        if self.n_streams > 1:
-            self.n_threads = torch.get_num_threads()
-            torch.set_num_threads(max(1, self.n_threads // self.n_streams))
-            self.streams = ThreadPoolExecutor(self.n_streams)
-        self.times.start()
-
-    @override
-    def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | Future[Tensor] | HostCopy:
-        """Describe a batch (see ``describe``), or begin to: side by side with others, or on a GPU."""
-        if self.streams is not None:
-            return self.streams.submit(self._describe_timed, batch)
-        descriptors = self._describe_timed(batch)
-        return HostCopy(descriptors) if descriptors.is_cuda else descriptors
-
-    def _describe_timed(self, batch: ImageBatch) -> Tensor:
-        with self.times.measured("network"):
-            return self.describe(batch)
-
-    @torch.inference_mode()
-    def describe(self, batch: ImageBatch) -> Tensor:
-        """Describe the images of a batch that could be decoded: float32 ``(B, D)``, unit length."""
-        if not len(batch.images):  # none of the batch could be decoded
-            return torch.empty(0, self.embedder.dim)
-        images = self.embedder.normalise(batch.images)
-        return self.embedder.describe(images.contiguous(memory_format=self.memory_format))
-
-    @override
-    def teardown(self, stage: str) -> None:
-        if self.streams is not None:
-            self.streams.shutdown(cancel_futures=True)
-            self.streams = None
-            torch.set_num_threads(self.n_threads)
-
-
-@dataclass(frozen=True)
-class ExtractionOptions:
-    """How images are read and where the backbone runs.
-
-    Attributes:
-        image_size: Length in px that the longest side is resized to; ``None`` keeps the size.
-        bad_images: ``"stop"`` at a file that cannot be decoded, or ``"skip"`` it.
-        accelerator: As in Lightning.
-        devices: Processes on this machine, one GPU each.
-        num_nodes: Machines, each started with the same command by torchrun or SLURM; they share the store.
-        precision: Of the backbone; pooling and normalisation are float32 in any case.
-        engine: What computes the backbone.
-        batch_size: Most images in a batch; with the engine ``openvino`` it is 1.
-        num_workers: Decoding processes beside each process; ``None``: the cores, at most 8.
-        quiet: Show no progress.
-        profile: Print where the time went.
-    """
-
-    image_size: int | None = None
-    bad_images: BadImages = "stop"
-    accelerator: Accelerator = "auto"
-    devices: int | Literal["auto"] = "auto"
-    num_nodes: int = 1
-    precision: Precision = "32"
-    engine: Engine = "torch"
-    batch_size: int = 32
-    num_workers: int | None = None
-    quiet: bool = False
-    profile: bool = False
-
-    @property
-    def device(self) -> Literal["cuda", "mps", "cpu"]:
-        """What ``accelerator`` comes to on this machine."""
-        if self.accelerator in ("auto", "gpu") and torch.cuda.is_available():
-            return "cuda"
-        if self.accelerator in ("auto", "mps") and torch.backends.mps.is_available():
-            return "mps"
-        return "cpu"
-
-    @property
-    def n_processes(self) -> int:
-        """Processes on this machine."""
-        if self.devices == "auto":
-            return torch.cuda.device_count() if self.device == "cuda" else 1
-        return self.devices
-
-    @property
-    def n_streams(self) -> int:
-        """Batches that each process describes side by side."""
-        if self.engine != "openvino":
-            return 1
-        n_threads = max(1, torch.get_num_threads() // self.n_processes)
-        return max(n for n in range(1, MAX_STREAMS + 1) if n_threads % n == 0)  # else threads would be left over
-
-    def __post_init__(self) -> None:
-        """Refuse before any work what is out of range or what Lightning would replace by something else."""
-        for name, least, most in (
-            ("image_size", 1, MAX_IMAGE_SIZE),
-            ("devices", 1, None),
-            ("num_nodes", 1, None),
-            ("batch_size", 1, MAX_BATCH),
-            ("num_workers", 0, None),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < least:
-                raise UserError(f"--{name} {value}: must be at least {least}")
-            if isinstance(value, int) and most is not None and value > most:
-                raise UserError(f"--{name} {value}: must be at most {most:,}")
-        if self.accelerator == "gpu" and self.device != "cuda":
-            raise UserError("--accelerator gpu: PyTorch sees no GPU here; use cpu, or check nvidia-smi and the driver")
-        if self.accelerator == "mps" and self.device != "mps":
-            raise UserError("--accelerator mps: PyTorch sees no Apple GPU here; use cpu")
-        check_engine(self.engine, self.device)
-        if self.precision == "16-mixed" and self.device != "cuda":
-            raise UserError("--precision 16-mixed: needs an NVIDIA GPU; elsewhere use 32 or bf16-mixed")
-        cores = os.cpu_count() or 1
-        there = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": cores}[self.device]
-        if self.n_processes > there:
-            kind = "cores" if self.device == "cpu" else "GPUs"
-            raise UserError(f"--devices {self.devices}: this machine has {there} {kind}; choose {there} or fewer")
-        most = WORKERS_A_CORE * cores // self.n_processes
-        if (self.num_workers or 0) > most:
-            raise UserError(f"--num_workers {self.num_workers}: choose {most} or fewer on this machine's {cores} cores")
-        if self.num_nodes > 1 and not has_launcher():
-            raise UserError(
-                f"--num_nodes {self.num_nodes}: start this command on each machine with torchrun or in a SLURM job"
-            )
 
 
 def describe_images(
@@ -393,20 +210,6 @@ def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: Extr
     finally:
         module.teardown("predict")
         embedder.engine = None
-
-
-def quieten_lightning() -> None:
-    """Keep hints meant for training out of the terminal; errors still come through."""
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("pytorch_lightning.trainer.connectors.signal_connector").setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*persistent_workers=True.*",  # there is one pass
-        ".*infer the batch indices.*",  # batches carry their rows themselves
-        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning's own call
-    ):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def _progress_so_far(n_all: int, n_pending: int) -> str:

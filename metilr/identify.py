@@ -15,7 +15,7 @@ from metilr.collections_on_disk import open_with_threshold
 from metilr.data.image_files import find_images
 from metilr.data.image_limits import pixels_of
 from metilr.errors import UserError
-from metilr.extraction import Accelerator
+from metilr.extraction_options import Accelerator
 from metilr.matches import N_MATCHES
 from metilr.photos import MAX_PHOTO_MEGAPIXELS, BadPhotoError, TooManyPixelsError, load_photo
 from metilr.scoring import MIN_PRECISION

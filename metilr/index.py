@@ -17,19 +17,14 @@ from metilr.data.datamodule import BadImages
 from metilr.data.image_limits import MAX_MEGAPIXELS, limit_images
 from metilr.engines import Engine
 from metilr.errors import UserError, one_line, shown
-from metilr.extraction import (
-    Accelerator,
-    ExtractionOptions,
-    Precision,
-    describe_images,
-    describe_views,
-    quieten_lightning,
-)
+from metilr.extraction import describe_images, describe_views
+from metilr.extraction_options import Accelerator, ExtractionOptions, Precision
 from metilr.files import write_atomically
 from metilr.index_schema import check_index
 from metilr.kinds import is_text
 from metilr.knn import USUAL_TAU
 from metilr.launch import launched_as_first
+from metilr.lightning_hints import quieten_lightning
 from metilr.method import CropSimilarity, DatabaseViews, Method, method_of
 from metilr.models.backbones import RANDOM
 from metilr.models.embedder import Embedder, build_embedder

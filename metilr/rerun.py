@@ -20,7 +20,7 @@ from metilr.data.ground_truth import QUERY_FILES, image_sizes, load_ground_truth
 from metilr.descriptors import DescriptorStore, differing_settings
 from metilr.errors import UserError
 from metilr.evaluation import evaluate
-from metilr.extraction import Accelerator
+from metilr.extraction_options import Accelerator
 from metilr.files import write_atomically
 from metilr.method import method_of
 from metilr.models.backbones import RANDOM

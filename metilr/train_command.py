@@ -5,13 +5,11 @@ In the repository it is ``python train.py`` too.
 
 import contextlib
 import inspect
-import logging
 import os
 import re
 import shlex
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -40,6 +38,7 @@ from metilr.errors import UserError
 from metilr.extraction import PLAN_TIMEOUT
 from metilr.files import remove_leftovers, write_atomically
 from metilr.launch import has_launcher, is_first_process, process_as_before
+from metilr.lightning_hints import quieten_lightning
 from metilr.locks import LOCK, alone_in
 from metilr.process_faults import end_with_parent, faults_in_one_line
 from metilr.results import RUNS, make_new_folder
@@ -225,7 +224,7 @@ def train(args: Sequence[str] | None = None, prog: str = "metilr train") -> None
         UserError: If an option, a file or the data is not usable.
         KeyboardInterrupt: If interrupted; finished epochs are kept.
     """
-    _quieten()
+    quieten_lightning()
     if not is_first_process() and not has_launcher():
         end_with_parent()
     with process_as_before(), contextlib.ExitStack() as held:
@@ -438,23 +437,3 @@ def _print_outcome(cli: TrainingCLI, console: Console) -> None:
     evaluate = ("python", "evaluate.py") if cli.prog == "train.py" else ("metilr", "evaluate")
     command = shlex.join([*evaluate, "--ckpt", best or str(cli.output / f"{LAST}.ckpt"), *options])
     console.print(f"evaluate it with\n  {escape(command)}", soft_wrap=True)
-
-
-def _quieten() -> None:
-    """Keep Lightning's hints out of the terminal where this command has decided already."""
-    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero",
-                 "pytorch_lightning.trainer.connectors.signal_connector"):  # fmt: skip
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*module\\(s\\) in eval mode at the start of training.*",  # as it should be
-        ".*instantiate_classes.*deprecated.*",  # Lightning's own call
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*lr_scheduler.step.*",
-        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
-        ".*does not have a `val_dataloader`.*|.*You defined a `validation_step`.*",
-        ".*TensorFloat32.*",
-        ".*all_gather is deprecated.*",  # Lightning's own call
-        ".*sync_dist=True.*",  # the logged values are the same in all processes
-    ):
-        warnings.filterwarnings("ignore", message=message)

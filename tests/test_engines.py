@@ -18,9 +18,11 @@ from torch.nn import functional as F
 
 from metilr import openvino_engine
 from metilr.data.ground_truth import load_ground_truth
+from metilr.descriptor_module import DescriptorModule
 from metilr.engines import check_engine, start_engine
 from metilr.errors import UserError
-from metilr.extraction import DescriptorModule, ExtractionOptions, describe_images, store_settings
+from metilr.extraction import describe_images, store_settings
+from metilr.extraction_options import ExtractionOptions
 from metilr.models.backbones import build_backbone
 from metilr.models.embedder import build_embedder
 from metilr.models.features import Features

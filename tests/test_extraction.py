@@ -20,7 +20,8 @@ from metilr.data.transforms import load_image
 from metilr.data.views import CentreCrops, SimulatedVisits
 from metilr.descriptors import SPLITS, DescriptorStore
 from metilr.errors import UserError
-from metilr.extraction import ExtractionOptions, describe_images, describe_views
+from metilr.extraction import describe_images, describe_views
+from metilr.extraction_options import ExtractionOptions
 from metilr.models.backbones import build_backbone
 from metilr.models.embedder import Embedder
 from metilr.models.pooling import build_pooling

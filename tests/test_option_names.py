@@ -13,7 +13,7 @@ import torch
 
 from metilr import train_command
 from metilr.cli import run_main
-from metilr.extraction import DescriptorModule
+from metilr.descriptor_module import DescriptorModule
 from metilr.train_command import TrainingCLI, _as_typed
 from metilr.training import WHITENING_HERE
 from tests.small_runs import TRAIN

@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from metilr.data.ground_truth import load_ground_truth
-from metilr.extraction import ExtractionOptions, describe_images
+from metilr.extraction import describe_images
+from metilr.extraction_options import ExtractionOptions
 from metilr.models.embedder import build_embedder
 from metilr.profiling import StageTimes
 

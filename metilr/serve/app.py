@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from metilr.data.image_limits import pixels_of
 from metilr.errors import UserError
-from metilr.extraction import Accelerator
+from metilr.extraction_options import Accelerator
 from metilr.photos import MAX_PHOTO_MEGAPIXELS
 from metilr.scoring import MIN_PRECISION
 from metilr.terminal import printable

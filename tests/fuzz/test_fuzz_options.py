@@ -14,7 +14,7 @@ from metilr.cli import parse_options
 from metilr.data.datamodule import BadImages
 from metilr.data.ground_truth import DatabaseName
 from metilr.evaluation import evaluate
-from metilr.extraction import Accelerator
+from metilr.extraction_options import Accelerator
 from metilr.train_command import TrainingCLI
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import HOSTILE_VALUES, SHARED, cases, mutated, mutated_value
