@@ -14,8 +14,9 @@ import torch
 from metilr import train_command
 from metilr.cli import run_main
 from metilr.descriptor_module import DescriptorModule
-from metilr.train_command import TrainingCLI, _as_typed
+from metilr.train_command import _as_typed
 from metilr.training import WHITENING_HERE
+from metilr.training_cli import TrainingCLI
 from tests.small_runs import TRAIN
 
 REPOSITORY = Path(train_command.__file__).parents[1]

@@ -15,7 +15,7 @@ from metilr.data.datamodule import BadImages
 from metilr.data.ground_truth import DatabaseName
 from metilr.evaluation import evaluate
 from metilr.extraction_options import Accelerator
-from metilr.train_command import TrainingCLI
+from metilr.training_cli import TrainingCLI
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import HOSTILE_VALUES, SHARED, cases, mutated, mutated_value
 from tests.fuzz.test_fuzz_runs import YAML_TOKENS
