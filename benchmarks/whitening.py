@@ -14,7 +14,7 @@ import numpy as np
 from measuring import Clock, PeakMemory, show
 
 from metilr.descriptors import row_chunks
-from metilr.whitening import fit_pca_whitening
+from metilr.fit_whitening import fit_pca_whitening
 
 DIM = 512
 

@@ -1,15 +1,13 @@
 """``metilr evaluate``, in the repository ``python evaluate.py`` too: from photographs to GAP, top to bottom."""
 
-import inspect
 import time
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import faiss
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
@@ -18,14 +16,13 @@ from metilr.data.datamodule import BadImages
 from metilr.data.demo import make_demo
 from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_truth
 from metilr.data.image_limits import MAX_MEGAPIXELS, limit_images
-from metilr.data.transforms import BadImageError, load_image
-from metilr.descriptors import SPLITS
 from metilr.engines import Engine
-from metilr.errors import UserError
+from metilr.evaluation_arguments import check_arguments
+from metilr.evaluation_notes import notes_of, skipped_images_of
 from metilr.extraction import describe_images, describe_views
 from metilr.extraction_options import Accelerator, ExtractionOptions, Precision
+from metilr.fit_whitening import PAIR_SHRINKAGE
 from metilr.geometric_check import check_recognition, geometric_check_of
-from metilr.knn import K_GRID
 from metilr.launch import launched_as_first
 from metilr.lightning_hints import quieten_lightning
 from metilr.matches import N_MATCHES
@@ -33,18 +30,13 @@ from metilr.method import CropSimilarity, DatabaseViews, method_of
 from metilr.models.backbones import PatchRounding
 from metilr.models.embedder import build_embedder
 from metilr.models.pooling import PoolingName
-from metilr.recognition import Recognition, check_search, recognise
+from metilr.recognition import check_search, recognise
 from metilr.report.dashboard import log_evaluation
 from metilr.report.page import PICTURES_PER_OUTCOME, write_report
 from metilr.results import RUNS, output_folder, plain_options, print_table, results_of, write_answers, write_results
 from metilr.search import SearchDevice
-from metilr.sources import Descriptors, open_descriptors
+from metilr.sources import open_descriptors
 from metilr.wandb_run import PROJECT, WandbMode, check_key, open_wandb, staged_in, unharmed, where_logged
-from metilr.whitening import DEFAULT_DIM, PAIR_SHRINKAGE, LearnedWhitening
-
-# Options that make descriptors from images.
-OF_THE_MODEL = ("backbone", "weights", "pooling", "p", "stage", "patch_rounding")
-OF_THE_IMAGES = ("ckpt", *OF_THE_MODEL, "scales", "image_size", "bad_images", "store", "engine", "profile")
 
 
 def evaluate(
@@ -180,7 +172,7 @@ def evaluate(
     precision = typing.cast(Precision, str(precision))  # 32 is a number in Python and YAML, and means the same
     arguments = dict(locals())
     started = time.perf_counter()
-    _check_arguments(arguments)
+    check_arguments(arguments, evaluate)
     limit_images(max_megapixels)
     scales = [scales] if isinstance(scales, (int, float)) else scales
     output = None if output is None else Path(output)
@@ -251,7 +243,7 @@ def evaluate(
             n_candidates = min(geometric_check, ground_truth.n_classes)
             progress.print(f"[bold]geometry[/]     {n_candidates} candidates a query, in float32")
             recognition, check = check_recognition(recognition, ground_truth, check, quiet)
-        skipped_images = _skipped_images(opened, ground_truth)
+        skipped_images = skipped_images_of(opened, ground_truth)
         results = results_of(
             ground_truth,
             recognition,
@@ -262,7 +254,7 @@ def evaluate(
             method=method,
             check=check,
             skipped_images=skipped_images,
-            notes=_notes(opened, recognition, synthetic, whitening_dim, skipped_images),
+            notes=notes_of(opened, recognition, synthetic, whitening_dim, skipped_images),
             seconds=time.perf_counter() - started,
         )
         assert folder is not None
@@ -293,97 +285,5 @@ def _data_line(ground_truth: GroundTruth, synthetic: bool) -> str:
     )
 
 
-def _notes(
-    opened: Descriptors,
-    recognition: Recognition,
-    synthetic: bool,
-    whitening_dim: int | None,
-    skipped_images: list[dict[str, str]],
-) -> list[str]:
-    """What a reader must know so as not to misread the figures."""
-    notes = []
-    if synthetic:
-        notes.append("the demo museum is synthetic: its figures say nothing about real exhibits")
-    sessions = [session for origin in opened.origins for session in origin.get("made_with", [])]
-    if any(session.get("weights_from", {}).get("source") == "random" for session in sessions):
-        notes.append("RANDOM WEIGHTS: the backbone was not trained, its figures mean nothing")
-    made = [part for origin in opened.origins for part in (origin, *origin.get("views", []))]
-    if any(len(part.get("made_with", [])) > 1 for part in made):
-        notes.append("the descriptors were made in several goes with different devices or library versions")
-    whitening = recognition.whitening
-    if (
-        whitening_dim is None
-        and whitening is not None
-        and not isinstance(whitening, LearnedWhitening)
-        and whitening.dim == whitening.supported_dim < min(DEFAULT_DIM, opened.width)
-    ):
-        notes.append(
-            f"whitened to {whitening.dim} dimensions instead of {DEFAULT_DIM}: "
-            f"{whitening.n:,} database images support no more"
-        )
-    if (
-        recognition.tuning is not None
-        and recognition.tuning.k_grid[-1] < K_GRID[-1]
-        and len(recognition.tuning.k_grid) > 1
-    ):
-        notes.append(f"the grid of k ends at {recognition.tuning.k_grid[-1]}: a larger k passes the database's rows")
-    if skipped_images:
-        counts = {split: int((~opened.made[split]).sum()) for split in SPLITS}
-        parts = ", ".join(f"{n:,} of {len(opened.made[split]):,} in {split}" for split, n in counts.items() if n)
-        notes.append(f"images that are missing or cannot be decoded were left out: {parts} (see skipped_images)")
-    return notes
-
-
-def _skipped_images(opened: Descriptors, ground_truth: GroundTruth) -> list[dict[str, str]]:
-    skipped = []
-    for split, paths in ground_truth.paths.items():
-        for i in np.flatnonzero(~opened.made[split]):
-            path = paths[i]
-            skipped.append({"split": split, "path": path, "reason": _why_bad(ground_truth.image(path))})
-    return skipped
-
-
-def _why_bad(file: Path) -> str:
-    try:
-        load_image(file)
-    except BadImageError as error:
-        return str(error).rpartition("; ")[0]  # without the advice to skip it
-    return "could not be decoded when its descriptor was made"
-
-
 def _default_search_device(device: str) -> SearchDevice:
     return "gpu" if device == "cuda" and faiss.get_num_gpus() else "cpu"
-
-
-def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse values out of range, and options that would be ignored: recorded all the same, they would lie."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(evaluate).parameters.items()}
-    for name, kind in typing.get_type_hints(evaluate).items():
-        literals = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is Literal]
-        choices = [choice for literal in literals for choice in typing.get_args(literal)]
-        value = arguments.get(name)
-        may_be_number = int in typing.get_args(kind) and isinstance(value, int)
-        if choices and value not in (*choices, defaults.get(name)) and not may_be_number:
-            raise UserError(f"--{name} {value}: choose one of {', '.join(dict.fromkeys(map(str, choices)))}")
-    changed = [name for name, value in arguments.items() if value != defaults[name]]
-    idle = [name for name in changed if name in OF_THE_IMAGES] if arguments["descriptors"] else []
-    if idle:
-        raise UserError(f"--{idle[0]}: has no effect with --descriptors, which were made before; leave it out")
-    idle = [name for name in changed if name in OF_THE_MODEL] if arguments["ckpt"] is not None else []
-    if idle:
-        raise UserError(f"--{idle[0]}: has no effect with --ckpt, which carries its model; leave it out")
-    if "p" in changed and arguments["pooling"] != "gem":
-        raise UserError(f"--p: has no effect with --pooling {arguments['pooling']}; leave it out")
-    if arguments["geometric_check"] < 0:
-        raise UserError(f"--geometric_check {arguments['geometric_check']}: choose 0 (off) or more")
-    if arguments["geometric_check"] and arguments["descriptors"]:
-        raise UserError(
-            "--geometric_check: needs the model and the images; give --root with the model's options (and --store) "
-            "instead of --descriptors"
-        )
-    if arguments["geometric_reorder"] and not arguments["geometric_check"]:
-        raise UserError("--geometric_reorder: has no effect without --geometric_check, such as 20; leave it out")
-    if arguments["report_pictures"] < 0:
-        raise UserError(f"--report_pictures {arguments['report_pictures']}: choose 0 or more")
-    if not 0 <= arguments["seed"] < 2**63:
-        raise UserError(f"--seed {arguments['seed']}: choose a number from 0 to 2**63 - 1")

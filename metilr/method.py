@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from metilr.data.views import CentreCrops, SimulatedVisits, View
 from metilr.errors import UserError
-from metilr.whitening import PAIR_SHRINKAGE
+from metilr.fit_whitening import PAIR_SHRINKAGE
 from metilr.whitening_files import load_whitening
 
 DatabaseViews = Literal["none", "rows", "mean"]

@@ -16,10 +16,11 @@ from metilr.method import Method
 from metilr.metrics.functional import acc, gap, gap_bounds, gap_minus
 from metilr.progress import counted
 from metilr.search import Neighbours, SearchDevice, check_device
-from metilr.searchable import Searchable, build_searchable, learn_whitening, query_views
+from metilr.searchable import Searchable, build_searchable, query_views
 from metilr.sources import Descriptors
 from metilr.whitening import PCAWhitening
 from metilr.whitening_files import load_whitening
+from metilr.whitening_pairs import learn_whitening
 
 BETA_GRID = (0.0, 0.25, 0.5, 0.75, 1.0)  # from no normalisation to a full one
 

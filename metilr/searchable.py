@@ -1,13 +1,14 @@
 """The database as it is searched: unit rows, what each shows, and the search with all that the method asks for."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from metilr.approximate_search import ApproximateIndex
 from metilr.data.ground_truth import GroundTruth
+from metilr.database_neighbours import augmented, mean_background
 from metilr.descriptors import CHUNK_ROWS, row_chunks
 from metilr.knn import NO_ROW
 from metilr.matches import Matches, top_matches
@@ -15,9 +16,7 @@ from metilr.method import Method
 from metilr.progress import counted
 from metilr.search import Neighbours, SearchDevice, device_for, search
 from metilr.sources import Descriptors
-from metilr.whitening import PCAWhitening, fit_learned_whitening, fit_pca_whitening
-
-DBA_POWER = 3  # of the similarity that weighs a neighbour, as in Radenović et al., TPAMI 2019, section 4.3
+from metilr.whitening import PCAWhitening
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,158 +160,6 @@ def joined_views(whole: np.ndarray, crops: np.ndarray, method: Method) -> np.nda
     return mean[:, None]
 
 
-def learn_whitening(descriptors: Descriptors, ground_truth: GroundTruth, method: Method, quiet: bool) -> PCAWhitening:
-    """Learn the whitening that the method asks for, in one pass over the database and one over the visits.
-
-    Raises:
-        UserError: As ``metilr.whitening.fit_pca_whitening`` or ``metilr.whitening.fit_learned_whitening``.
-    """
-    made = descriptors.made["database"]
-    with counted("learning whitening", int(made.sum()), "rows", quiet) as done:
-
-        def database() -> Iterator[np.ndarray]:
-            for chunk in row_chunks(descriptors.parts["database"], made):
-                yield chunk
-                done(len(chunk))
-
-        if not method.is_learned:
-            return fit_pca_whitening(database(), method.whitening_dim, method.whitening_shrinkage)
-        return fit_learned_whitening(
-            database(), pair_differences(descriptors, ground_truth), method.whitening_dim, method.pair_shrinkage
-        )
-
-
-def pair_differences(descriptors: Descriptors, ground_truth: GroundTruth) -> Iterator[np.ndarray]:
-    """Differences of descriptors that show the same exhibit: of images and their visits, and of its images.
-
-    Yields:
-        float32 ``(m, D)``, a row a pair.
-    """
-    database, made = descriptors.parts["database"], descriptors.made["database"]
-    if "visits" in descriptors.parts:
-        yield from visit_differences(database, descriptors.parts["visits"], made)
-    yield from exhibit_differences(database, np.where(made, ground_truth.labels["database"], -1))
-
-
-def visit_differences(
-    images: Sequence[np.ndarray], visits: Sequence[np.ndarray], made: np.ndarray
-) -> Iterator[np.ndarray]:
-    """Differences of each image and each of its visits, float32 ``(m, D)``, some at a time.
-
-    Args:
-        images: Side by side, each ``(n, D_i)``.
-        visits: Of n visits an image, row ``i * n_visits + v``, each ``(n * n_visits, D_i)``.
-        made: Which images count, ``(n,)``.
-    """
-    n_visits = len(visits[0]) // len(made)
-    size = CHUNK_ROWS // n_visits + 1
-    for start in range(0, len(made), size):
-        kept = made[start : start + size]
-        of_images = _side_by_side([part[start : start + size] for part in images])
-        of_visits = _side_by_side([part[start * n_visits : (start + size) * n_visits] for part in visits])
-        differences = of_images[:, None] - of_visits.reshape(len(of_images), n_visits, -1)
-        yield differences[kept].reshape(-1, of_images.shape[1])
-
-
-def exhibit_differences(images: Sequence[np.ndarray], labels: np.ndarray) -> Iterator[np.ndarray]:
-    """Differences of each image and the next one of its exhibit, in a ring, float32 ``(m, D)``, some at a time.
-
-    Args:
-        images: Side by side, each ``(n, D_i)``.
-        labels: What each shows, ``(n,)``; those below 0 are left out.
-    """
-    first, second = ring_pairs(labels)
-    for start in range(0, len(first), CHUNK_ROWS):
-        pairs = slice(start, start + CHUNK_ROWS)
-        yield _side_by_side([part[first[pairs]] - part[second[pairs]] for part in images])
-
-
-def ring_pairs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pair each row with the next one of its label, and the last with the first; labels < 0 are left out.
-
-    Returns:
-        First and second row of each pair, int64 ``(P,)``: none for a label with one row, one for two, else as many as
-        it has rows.
-    """
-    order = np.argsort(labels, kind="stable")
-    order = order[labels[order] >= 0]
-    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
-    following = np.arange(1, len(order) + 1)
-    following[starts + counts - 1] = starts
-    place_in_label = np.arange(len(order)) - np.repeat(starts, counts)
-    n_pairs = np.where(counts > 2, counts, counts - 1)
-    is_pair = place_in_label < np.repeat(n_pairs, counts)
-    return order[is_pair], order[following[is_pair]]
-
-
-def augmented(
-    rows: np.ndarray, n: int, device: SearchDevice = "cpu", done: Callable[[int], None] = lambda n: None
-) -> np.ndarray:
-    """Database-side augmentation: each row becomes the sum of itself and its n nearest rows, of unit length.
-
-    A neighbour counts by its similarity (0 if negative) to the power of ``DBA_POWER``; the row itself counts 1.
-
-    Args:
-        rows: Float32 ``(M, D)``, unit length.
-        n: Neighbours, below M.
-        device: See ``search``.
-        done: See ``search``.
-
-    Returns:
-        Float32 ``(M, D)``.
-
-    Source: Turcot and Lowe, Better matching with fewer features, ICCV workshops 2009; the weights of Radenović et al.,
-    TPAMI 2019, section 4.3.
-    """
-    found = search(rows, rows, n + 1, device_for(device, n + 1), done)
-    result = np.empty_like(rows)
-    for start in range(0, len(rows), chunk := max(1, CHUNK_ROWS // (n + 1))):
-        part = slice(start, start + chunk)
-        own = np.arange(start, start + len(rows[part]))[:, None]
-        is_own = found.rows[part] == own
-        is_own[~is_own.any(axis=1), -1] = True  # n + 1 or more copies of the row: it is as good as any of them
-        weights = np.where(is_own, 1.0, np.maximum(found.similarities[part], 0) ** DBA_POWER)
-        result[part] = np.einsum("mn,mnd->md", weights.astype(np.float32), rows[found.rows[part]])
-    _to_unit_length(result)
-    return result
-
-
-def mean_background(
-    rows: np.ndarray,
-    labels: np.ndarray,
-    n: int,
-    device: SearchDevice = "cpu",
-    done: Callable[[int], None] = lambda n: None,
-) -> np.ndarray:
-    """Mean similarity of each row to its n nearest rows of other exhibits: high for hubs, which resemble everything.
-
-    Args:
-        rows: Float32 ``(M, D)``, unit length.
-        labels: What each row shows, ``(M,)``.
-        n: Rows that count; fewer where the other exhibits have fewer.
-        device: See ``search``.
-        done: See ``search``.
-
-    Returns:
-        ``(M,)`` float64; 0 where there is no other exhibit.
-
-    Source: the query-independent half of cross-domain similarity local scaling, Conneau et al., Word Translation
-    Without Parallel Data, ICLR 2018, section 2.3.
-    """
-    mean = np.zeros(len(rows))
-    pending, width = np.arange(len(rows)), min(len(rows), n + 16)
-    while len(pending):
-        found = search(rows, rows[pending], width, device_for(device, width))
-        is_other = labels[found.rows] != labels[pending, None]
-        counts = is_other & (np.cumsum(is_other, axis=1) <= n)
-        n_found = counts.sum(axis=1)
-        mean[pending] = np.where(counts, found.similarities, 0).sum(axis=1) / np.maximum(n_found, 1)
-        settled = (n_found == n) | (width == len(rows))
-        done(int(settled.sum()))
-        pending, width = pending[~settled], min(len(rows), 4 * width)  # rows of exhibits with many images
-    return mean
-
-
 def _unit_rows(
     descriptors: Descriptors, splits: Sequence[str], transform: PCAWhitening | None, quiet: bool
 ) -> np.ndarray:
@@ -369,7 +216,3 @@ def _best_of_views(found: Neighbours, n_views: int, k: int) -> Neighbours:
 
 def _to_unit_length(rows: np.ndarray) -> None:
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
-
-def _side_by_side(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.asarray(part, dtype=np.float32) for part in parts], axis=1)

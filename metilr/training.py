@@ -19,15 +19,15 @@ from metilr.current import single_scale
 from metilr.data.pair_dataset import PairBatch
 from metilr.descriptors import row_chunks
 from metilr.errors import UserError
+from metilr.fit_whitening import fit_learned_whitening, fit_pca_whitening
 from metilr.losses import ContrastiveLoss
 from metilr.method import VISITS
 from metilr.models.backbones import PatchRounding, build_backbone
 from metilr.models.embedder import SCALES, Embedder, Projector
 from metilr.models.pooling import GeM, PoolingName, build_pooling
 from metilr.processes import agree, gather_rows
-from metilr.searchable import exhibit_differences, visit_differences
 from metilr.versions import commit, library_versions, machine
-from metilr.whitening import fit_learned_whitening, fit_pca_whitening
+from metilr.whitening_pairs import exhibit_differences, visit_differences
 
 # The options of whitening that errors name, as those of the projector that starts as one.
 WHITENING_HERE = {

@@ -18,9 +18,9 @@ from metilr.cli import run_command
 from metilr.data.ground_truth import load_ground_truth
 from metilr.errors import UserError
 from metilr.evaluation import evaluate
+from metilr.fit_whitening import fit_pca_whitening
 from metilr.geometric_evidence import Gate
 from metilr.models.specs import BACKBONES
-from metilr.whitening import fit_pca_whitening
 from tests.conftest import SHARED
 from tests.museum import MET_IDS, make_unreachable, write_ground_truth
 

@@ -13,13 +13,13 @@ from rich.console import Console
 from metilr import results as results_module
 from metilr.data.ground_truth import GroundTruth
 from metilr.errors import UserError
+from metilr.fit_whitening import fit_pca_whitening
 from metilr.knn import Predictions, Tuning
 from metilr.matches import Matches
 from metilr.method import Method
 from metilr.recognition import Recognition
 from metilr.results import output_folder, print_table, results_of, write_answers, write_results
 from metilr.sources import Descriptors
-from metilr.whitening import fit_pca_whitening
 
 TRUTH = GroundTruth(
     root=Path("a museum [/]"),  # brackets mean something to rich

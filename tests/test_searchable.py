@@ -7,19 +7,11 @@ import numpy as np
 import pytest
 
 from metilr.data.ground_truth import GroundTruth
+from metilr.database_neighbours import augmented, mean_background
 from metilr.method import Method
-from metilr.searchable import (
-    Searchable,
-    augmented,
-    build_searchable,
-    joined_views,
-    learn_whitening,
-    mean_background,
-    pair_differences,
-    query_views,
-    ring_pairs,
-)
+from metilr.searchable import Searchable, build_searchable, joined_views, query_views
 from metilr.sources import Descriptors
+from metilr.whitening_pairs import learn_whitening, pair_differences, ring_pairs
 
 
 def unit(x):
@@ -181,7 +173,7 @@ def test_differences_of_pairs(monkeypatch, parts):
         pairs = set() if len(members) < 2 else {tuple(sorted(p)) for p in itertools.pairwise([*members, members[0]])}
         expected += [rows["database"][a] - rows["database"][b] for a, b in pairs]
     for chunk_rows in (1, 5, 8192):
-        monkeypatch.setattr("metilr.searchable.CHUNK_ROWS", chunk_rows)
+        monkeypatch.setattr("metilr.whitening_pairs.CHUNK_ROWS", chunk_rows)
         found = np.concatenate(list(pair_differences(descriptors, truth)))
         assert found.shape == (len(expected), 6)
         scatter = found.T.astype(float) @ found  # neither order nor sign of a difference matters

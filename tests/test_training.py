@@ -21,10 +21,10 @@ from metilr.data.ground_truth import load_ground_truth
 from metilr.data.transforms import load_image
 from metilr.data.visits import derive_seed
 from metilr.evaluation import evaluate
+from metilr.fit_whitening import fit_learned_whitening
 from metilr.method import VISITS
 from metilr.models.embedder import build_embedder
 from metilr.training import P_BOUNDS, FineTuning
-from metilr.whitening import fit_learned_whitening
 from tests.museum import write_ground_truth
 
 REPOSITORY = Path(__file__).resolve().parents[1]

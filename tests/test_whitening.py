@@ -7,13 +7,8 @@ from sklearn.decomposition import PCA
 
 from metilr import whitening as whitening_module
 from metilr.errors import UserError
-from metilr.whitening import (
-    DEFAULT_DIM,
-    LearnedWhitening,
-    PCAWhitening,
-    fit_learned_whitening,
-    fit_pca_whitening,
-)
+from metilr.fit_whitening import fit_learned_whitening, fit_pca_whitening
+from metilr.whitening import DEFAULT_DIM, LearnedWhitening, PCAWhitening
 
 
 def descriptors(n=400, width=24, seed=0):
