@@ -7,9 +7,9 @@ The README tells how to use the commands. The modules, along the way of the data
 - **From images to descriptors on disk**: `metilr.data.ground_truth`, `metilr.data.transforms`, `metilr.data.batching`,
   `metilr.models.backbones`, `metilr.models.pooling`, `metilr.models.embedder`, `metilr.extraction`,
   `metilr.descriptors`, `metilr.reference_format`.
-- **From descriptors to figures**, on NumPy arrays that need not come from images: `metilr.whitening`, `metilr.search`,
-  `metilr.approximate_search`, `metilr.sharded_search`, `metilr.knn`, `metilr.metrics`, `metilr.metrics.open_set`,
-  `metilr.intervals`; the whole of it: `metilr.recognition`.
+- **From descriptors to figures**, on NumPy arrays that need not come from images: `metilr.whitening`,
+  `metilr.fit_whitening`, `metilr.search`, `metilr.approximate_search`, `metilr.sharded_search`, `metilr.knn`,
+  `metilr.metrics`, `metilr.metrics.open_set`, `metilr.intervals`; the whole of it: `metilr.recognition`.
 - **Beyond the published recipe**: `metilr.method`, `metilr.searchable`, `metilr.geometric_check`, `metilr.geometry`.
 - **Training**: `metilr.data.pairs`, `metilr.data.augmentations`, `metilr.data.visits`, `metilr.losses`,
   `metilr.training`.

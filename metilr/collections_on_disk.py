@@ -7,6 +7,7 @@ from typing import Any
 from metilr.approximate_collection import APPROXIMATE
 from metilr.checkpoints import load_embedder
 from metilr.collection import Collection, open_collection, refuse_another_model
+from metilr.data.demo import DEMO
 from metilr.data.ground_truth import load_ground_truth
 from metilr.data.image_limits import MAX_MEGAPIXELS, limit_images
 from metilr.descriptors import DescriptorStore
@@ -19,7 +20,6 @@ from metilr.index import Index, build_model
 from metilr.method import Method
 from metilr.models.backbones import RANDOM
 from metilr.models.embedder import Embedder, build_embedder
-from metilr.results import RUNS
 from metilr.runs import Run, read_run
 from metilr.scoring import MIN_PRECISION
 from metilr.threshold import Threshold, choose_threshold
@@ -104,7 +104,7 @@ def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerat
     if config.get("descriptors") or "store" not in model:
         raise UserError(f"{run.path}: was made from --descriptors, so it has no model for photos; evaluate with --root")
     limit_images(config.get("max_megapixels", MAX_MEGAPIXELS))
-    root = RUNS / "demo" if config.get("root") is None else Path(config["root"])
+    root = DEMO if config.get("root") is None else Path(config["root"])
     ground_truth = load_ground_truth(_found(run, "--root", root), results["data"]["database"])
     if ground_truth.fingerprint() != results["data"]["fingerprint"]:
         raise UserError(f"{ground_truth.root}/ground_truth: changed since the evaluation {run.path}; evaluate again")

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from metilr.data.demo import DEMO
 from metilr.data.ground_truth import NOT_NAMED, QUERY_FILES, GroundTruth, load_ground_truth
 from metilr.errors import UserError
 from metilr.intervals import Difference, paired_intervals, resampling_units
-from metilr.results import RUNS
 from metilr.runs import Run
 from metilr.scoring import LEVEL, UNITS
 
@@ -62,7 +62,7 @@ def paired_differences(
 def photographers_of(run: Run) -> Mapping[str, np.ndarray] | None:
     """Who took the queries, from the ground truth where the run found it; None if that is gone or has changed."""
     root = run.config.get("root")
-    folder = Path(run.results.get("directory", ".")) / RUNS / "demo" if root is None else Path(root)
+    folder = Path(run.results.get("directory", ".")) / DEMO if root is None else Path(root)
     ground_truth = _ground_truth(folder, run.results["data"])
     return None if ground_truth is None else ground_truth.photographers
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from metilr.checkpoints import load_embedder
 from metilr.data.datamodule import BadImages
-from metilr.data.demo import make_demo
+from metilr.data.demo import DEMO, make_demo
 from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_truth
 from metilr.data.image_limits import MAX_MEGAPIXELS, limit_images
 from metilr.engines import Engine
@@ -33,7 +33,7 @@ from metilr.models.pooling import PoolingName
 from metilr.recognition import check_search, recognise
 from metilr.report.dashboard import log_evaluation
 from metilr.report.page import PICTURES_PER_OUTCOME, write_report
-from metilr.results import RUNS, output_folder, plain_options, print_table, results_of, write_answers, write_results
+from metilr.results import output_folder, plain_options, print_table, results_of, write_answers, write_results
 from metilr.search import SearchDevice
 from metilr.sources import open_descriptors
 from metilr.wandb_run import PROJECT, WandbMode, check_key, open_wandb, staged_in, unharmed, where_logged
@@ -200,7 +200,7 @@ def evaluate(
     progress = Console(highlight=False, quiet=quiet or console.quiet)
     check_key(wandb)
 
-    root = make_demo(RUNS / "demo", progress=not quiet) if root is None else Path(root)
+    root = make_demo(DEMO, progress=not quiet) if root is None else Path(root)
     synthetic = (root / "demo.json").exists()
     ground_truth = load_ground_truth(root, database)
     progress.print(_data_line(ground_truth, synthetic), soft_wrap=True)

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from metilr.cli import options_of
+from metilr.data.demo import DEMO
 from metilr.data.ground_truth import QUERY_FILES, image_sizes, load_ground_truth
 from metilr.descriptors import DescriptorStore, differing_settings
 from metilr.errors import UserError
@@ -24,7 +25,7 @@ from metilr.extraction_options import Accelerator
 from metilr.files import write_atomically
 from metilr.method import method_of
 from metilr.models.backbones import RANDOM
-from metilr.results import RUNS, SCHEMA_VERSION, make_output
+from metilr.results import SCHEMA_VERSION, make_output
 from metilr.run_schema import COUNTS, FIGURES
 from metilr.runs import read_results
 from metilr.sources import views_store
@@ -35,7 +36,6 @@ Verdict = Literal["exactly", "within the tolerance", "not"]
 TOLERANCE = 1e-3
 # What may explain a difference; where the descriptors lie is none.
 MADE_BY = ("data", "model", "whitening", "elements", "geometric_check", "search", "versions", "machine")
-DEMO = RUNS / "demo"
 WORDS = (RANDOM, "pca", "learned", "none")  # in place of a file
 NOTHING = "nothing else that is recorded differs; of the images' contents only the files' sizes are recorded"
 PLACES = ("store", "made_with", "pickle", "views", "concatenated")

@@ -15,7 +15,7 @@ from typing_extensions import override
 from metilr.current import CurrentDescriptors
 from metilr.data.augmentations import Augmentation, RandomCrop, SimulatedVisit
 from metilr.data.datamodule import BadImages
-from metilr.data.demo import make_demo
+from metilr.data.demo import DEMO, make_demo
 from metilr.data.ground_truth import (
     DatabaseName,
     GroundTruth,
@@ -116,7 +116,7 @@ class PairDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Draw the demo museum where no data root is given."""
         if self.root is None:
-            make_demo(RUNS / "demo")
+            make_demo(DEMO)
 
     @override
     def setup(self, stage: str) -> None:
@@ -129,7 +129,7 @@ class PairDataModule(LightningDataModule):
         if self.ground_truth is not None:
             return
         limit_images(self.max_megapixels)
-        root = RUNS / "demo" if self.root is None else self.root
+        root = DEMO if self.root is None else self.root
         truth = load_ground_truth(root, self.database, queries=("val",))
         sizes = image_sizes(truth)
         (require_images if self.bad_images == "stop" else require_some_images)(truth, sizes)

@@ -68,9 +68,8 @@ def backbone_shapes(name: str) -> dict[str, torch.Size]:
     Raises:
         UserError: If the name is unknown.
     """
-    on_cpu = functools.partial(
-        torch.linspace, device="cpu"
-    )  # older timm asks for its values, of the layers' drop rates
+    # Older timm asks for this function's values, of the layers' drop rates.
+    on_cpu = functools.partial(torch.linspace, device="cpu")
     with torch.device("meta"), mock.patch.object(torch, "linspace", on_cpu):
         if name in BACKBONES:
             model = timm.create_model(BACKBONES[name].architecture, pretrained=False, num_classes=0)

@@ -16,7 +16,7 @@ What makes it hard on purpose: one exhibit in seven is a near-twin of another, o
 same hands as the exhibits, and some visitors take bad photographs.
 """
 
-from metilr.data.demo.museum import draw_demo, make_demo
+from metilr.data.demo.museum import DEMO, draw_demo, make_demo
 from metilr.data.demo.plan import MuseumSize
 
-__all__ = ["MuseumSize", "draw_demo", "make_demo"]
+__all__ = ["DEMO", "MuseumSize", "draw_demo", "make_demo"]

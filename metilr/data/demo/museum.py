@@ -18,6 +18,8 @@ from metilr.data.demo.plan import MuseumSize, Plan, Row, plan_museum
 from metilr.data.visits import refuse_bad_seed
 from metilr.errors import UserError
 
+DEMO = Path("runs/demo")
+"""Where commands without a data root draw it."""
 # Raise it with every change that changes a pixel or an annotation.
 VERSION = 1
 _MARKER = "demo.json"
