@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_tensor
 
-from metilr.data.demo import make_demo
+from metilr.data.demo import DEMO, make_demo
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.data.transforms import image_shape
 from metilr.extraction import describe_images
@@ -35,7 +35,7 @@ from metilr.lightning_hints import quieten_lightning
 from metilr.method import Method
 from metilr.models.embedder import SCALES, Embedder, build_embedder
 from metilr.recognition import recognise
-from metilr.results import RUNS
+from metilr.run_folder import RUNS
 from metilr.sources import Descriptors, open_descriptors
 
 SPLITS = ("database", "val", "test")
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--growth", action="store_true", help="also a quarter and half of them, for metilr")
     arguments = parser.parse_args()
     quieten_lightning()
-    root = arguments.root or make_demo(RUNS / "demo")
+    root = arguments.root or make_demo(DEMO)
     ground_truth = part_of(load_ground_truth(root), arguments.share)
     names = [(split, i) for split in SPLITS for i in range(len(ground_truth.paths[split]))]
     files = [ground_truth.image(ground_truth.paths[split][i]) for split, i in names]

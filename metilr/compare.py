@@ -18,7 +18,7 @@ from metilr.differences import PairedDifferences, paired_differences, photograph
 from metilr.errors import UserError
 from metilr.files import write_atomically
 from metilr.published import Published, published
-from metilr.results import make_output
+from metilr.run_folder import make_output
 from metilr.runs import Run, read_run
 from metilr.terminal import printable
 

@@ -7,7 +7,7 @@ from metilr.comparison_plot import METRICS
 from metilr.data.ground_truth import QUERY_FILES
 from metilr.differences import PairedDifferences
 from metilr.published import Published
-from metilr.results import chosen
+from metilr.results_table import chosen
 from metilr.runs import Run
 from metilr.scoring import LEVEL, headline_unit
 from metilr.tables import TextTable

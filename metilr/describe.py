@@ -20,7 +20,7 @@ from metilr.data.transforms import BadImageError, load_image
 from metilr.errors import UserError
 from metilr.files import write_atomically, write_picture
 from metilr.metrics import DISTRACTOR
-from metilr.results import make_output
+from metilr.run_folder import make_output
 from metilr.terminal import printable
 
 CLASS_SIZES = {"1": (1, 1), "2-3": (2, 3), "4-10": (4, 10), "11+": (11, None)}  # images of an exhibit, both ends in

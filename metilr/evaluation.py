@@ -33,7 +33,9 @@ from metilr.models.pooling import PoolingName
 from metilr.recognition import check_search, recognise
 from metilr.report.dashboard import log_evaluation
 from metilr.report.page import PICTURES_PER_OUTCOME, write_report
-from metilr.results import output_folder, plain_options, print_table, results_of, write_answers, write_results
+from metilr.results import results_of, write_answers, write_results
+from metilr.results_table import print_table
+from metilr.run_folder import output_folder, plain_options
 from metilr.search import SearchDevice
 from metilr.sources import open_descriptors
 from metilr.wandb_run import PROJECT, WandbMode, check_key, open_wandb, staged_in, unharmed, where_logged

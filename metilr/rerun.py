@@ -25,7 +25,8 @@ from metilr.extraction_options import Accelerator
 from metilr.files import write_atomically
 from metilr.method import method_of
 from metilr.models.backbones import RANDOM
-from metilr.results import SCHEMA_VERSION, make_output
+from metilr.results import SCHEMA_VERSION
+from metilr.run_folder import make_output
 from metilr.run_schema import COUNTS, FIGURES
 from metilr.runs import read_results
 from metilr.sources import views_store

@@ -26,7 +26,7 @@ from metilr.data.ground_truth import DatabaseName
 from metilr.errors import UserError
 from metilr.evaluation import evaluate
 from metilr.files import write_atomically
-from metilr.results import RUNS, make_output, plain_options
+from metilr.run_folder import RUNS, make_output, plain_options
 from metilr.runs import read_run
 
 # Options of metilr evaluate that say how and where, but change no figure beyond rounding: another run of the sweep may

@@ -14,7 +14,7 @@ from metilr.errors import UserError
 from metilr.files import remove_leftovers, write_atomically
 from metilr.launch import has_launcher, is_first_process
 from metilr.locks import LOCK, alone_in
-from metilr.results import RUNS, make_new_folder
+from metilr.run_folder import RUNS, make_new_folder
 from metilr.yaml_files import read_yaml
 
 OUTPUT_VARIABLE = "METILR_TRAINING_OUTPUT"  # tells the processes that Lightning starts which folder the first chose

@@ -15,7 +15,7 @@ from metilr.data.workers import leave_signals_to_the_parent
 from metilr.descriptors import DescriptorStore, settings_fingerprint
 from metilr.models.embedder import Embedder
 from metilr.processes import agree
-from metilr.results import RUNS
+from metilr.run_folder import RUNS
 
 VIEWS = RUNS / "views"
 SPLIT = "views"  # the store's only one: view v of row r at r * n_views + v

@@ -18,7 +18,9 @@ from metilr.knn import Predictions, Tuning
 from metilr.matches import Matches
 from metilr.method import Method
 from metilr.recognition import Recognition
-from metilr.results import output_folder, print_table, results_of, write_answers, write_results
+from metilr.results import results_of, write_answers, write_results
+from metilr.results_table import print_table
+from metilr.run_folder import output_folder
 from metilr.sources import Descriptors
 
 TRUTH = GroundTruth(

@@ -31,7 +31,7 @@ from metilr.data.workers import default_workers, leave_signals_to_the_parent
 from metilr.errors import UserError
 from metilr.models.embedder import Embedder
 from metilr.processes import agree
-from metilr.results import RUNS
+from metilr.run_folder import RUNS
 from metilr.view_cache import ViewCache
 
 

@@ -15,7 +15,7 @@ from metilr.metrics.open_set import precision_recall, risk_coverage
 from metilr.recognition import Recognition
 from metilr.report.gallery import arrange, write_gallery
 from metilr.report.plots import as_svg, confidence_plot, precision_recall_plot, risk_coverage_plot, tuning_plot
-from metilr.results import chosen
+from metilr.results_table import chosen
 from metilr.scoring import FEW_ACCEPTED, headline_unit
 
 PICTURES_PER_OUTCOME = 100
