@@ -29,9 +29,9 @@ NOT_REACHED = {
 }  # fmt: skip
 OF_OTHERS = {
     ("weights", "--force-reinstall"),  # of pip
-    ("checkpoints", "--ckpt"),  # of evaluate.py; training takes the word out
+    ("checkpoints", "--ckpt"), ("training_run", "--ckpt"),  # of evaluate.py; training takes the word out
     ("train_command", "--ckpt"), ("train_command", "--whitening"),  # in the command that evaluates
-    ("whitening", "--whitening_shrinkage"), ("whitening", "--pair_shrinkage"),  # training leaves the defaults
+    ("fit_whitening", "--whitening_shrinkage"), ("fit_whitening", "--pair_shrinkage"),  # training leaves the defaults
     *(("versions", option) for option in ("--always", "--dirty", "--abbrev", "--exclude")),  # of git
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ import yaml
 from rich.console import Console
 
 from metilr import results as results_module
+from metilr import run_folder
 from metilr.data.ground_truth import GroundTruth
 from metilr.errors import UserError
 from metilr.fit_whitening import fit_pca_whitening
@@ -92,7 +93,7 @@ def test_output_folder_holds_the_options_before_any_work(tmp_path):
 
 
 def test_default_outputs_are_dated_and_never_shared(tmp_path, monkeypatch):
-    monkeypatch.setattr(results_module, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(run_folder, "RUNS", tmp_path / "runs")
     outputs = [open_output(None, "r18_in", {}) for _ in range(4)]
     assert len(set(outputs)) == 4 and all("_r18_in" in output.name for output in outputs)
     assert all(output.parent == tmp_path / "runs" and (output / "config.yaml").is_file() for output in outputs)
