@@ -3,6 +3,8 @@
 On CPUs with bfloat16 arithmetic such products take a half to a fifth of the time of float32 ones.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +13,21 @@ from torch.nn import functional as F
 _ROWS = 8192  # of the database at a time: 64 MiB of products with 4,096 queries
 _GROUP = 64  # products whose maximum alone is looked at first
 _PENDING = 2**22  # entries of a merge at a time: some 50 MiB
+_TINY = float(np.finfo(np.float32).tiny)  # below it processors may take a number for 0, and bfloat16 products do
+
+
+def least_length(width: int) -> float:
+    """Length that a vector may have although all squares of its entries count as 0."""
+    return math.sqrt(width * _TINY)
+
+
+def underflow(width: int, query_norms: np.ndarray, largest_norm: float) -> np.ndarray:
+    """How much of an inner product can be lost with all that is too small for float32, ``(Q,)``.
+
+    Entries of either vector, products and sums: each of them may be up to ``_TINY`` and count as 0.
+    """
+    lost: np.ndarray = 2 * width * _TINY * (1 + query_norms) * (1 + largest_norm)
+    return lost
 
 
 def has_bfloat16() -> bool:
@@ -23,7 +40,7 @@ class Bfloat16Candidates:
 
     Rounding moves an inner product by at most |q - q'| |x| + |q'| |x - x'| (Cauchy and Schwarz; q' and x' are the
     rounded vectors, whose errors are measured, not estimated), the sum in float32 by at most D u |q'| |x'|, u = 2**-24
-    for each of product and sum, and the rounding of the result by 2**-8 of it.
+    for each of product and sum, the rounding of the result by 2**-8 of it, and ``underflow`` is lost.
 
     Args:
         database: Float32 ``(N, D)``, finite; read in blocks, never copied whole.
@@ -64,7 +81,7 @@ class Bfloat16Candidates:
         summed = (query_norms + rounding) * largest * 2 * (width + 2) * 2.0**-24
         rounded = rounding * self.largest_norm + (query_norms + rounding) * self.largest_error
         # The 1% covers the rounding of the norms themselves.
-        errors: np.ndarray = 1.01 * (rounded + summed) + width * np.finfo(np.float32).tiny
+        errors: np.ndarray = 1.01 * (rounded + summed) + underflow(width, query_norms, self.largest_norm)
         return errors
 
 
@@ -136,7 +153,7 @@ def _rounding_error(vectors: np.ndarray) -> np.ndarray:
     for start in range(0, len(vectors), _ROWS):
         exact = _tensor(vectors[start : start + _ROWS])
         moved[start : start + _ROWS] = (exact - exact.bfloat16().float()).norm(dim=1)
-    return moved
+    return moved + least_length(vectors.shape[1])
 
 
 def _tensor(vectors: np.ndarray) -> Tensor:

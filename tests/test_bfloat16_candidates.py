@@ -67,8 +67,34 @@ def test_what_bfloat16_leaves_open_is_searched_in_float32(monkeypatch, asked):
 
     monkeypatch.setattr(faiss, "knn", noted)
     found = search(database, queries, 3)
-    assert asked == [67] and in_float32_asked[0] == 19 and max(in_float32_asked) < 400
+    assert asked == [67, 67] and in_float32_asked[0] == 19 and max(in_float32_asked) < 400
     np.testing.assert_array_equal(found.rows, in_float32(monkeypatch, database, queries, 3).rows)
+
+
+def test_bfloat16_is_given_up_where_it_settles_little(monkeypatch, asked):
+    rng = np.random.default_rng(0)
+    base = clustered(rng, 5, 32, 1.0)[:1]
+    alike = base + np.float32(0.01) * clustered(rng, 3000, 32, 1.0)
+    for database, n_asked in ((alike, 1), (clustered(rng, 3000, 32, 0.5), 4)):  # 64 queries, then the others
+        monkeypatch.setattr(search_module, "_QUERIES", 100)
+        asked.clear()
+        queries, answered = database[:300] + np.float32(1e-3), []
+        found = search(database, queries, 3, done=answered.append)
+        assert len(asked) == n_asked and sum(answered) == 300
+        np.testing.assert_array_equal(found.rows, in_float32(monkeypatch, database, queries, 3).rows)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 3e-39, 1e-30, 1e-22])
+@pytest.mark.parametrize("of_queries", [1.0, 50.0, 1e10])
+def test_numbers_too_small_for_float32_hide_nothing(asked, scale, of_queries):
+    rng = np.random.default_rng(0)
+    database = (scale * rng.standard_normal((700, 40))).astype(np.float32)
+    database[:200] /= 30  # subnormal at 1e-38: bfloat16 products take them for 0
+    queries = (of_queries * clustered(rng, 70, 40, 0.5)).astype(np.float32)
+    exact = queries.astype(np.float64) @ database.astype(np.float64).T
+    found = search(database, queries, 10)
+    assert asked
+    np.testing.assert_allclose(found.similarities, -np.sort(-exact, axis=1)[:, :10], rtol=1e-12)
 
 
 def test_large_and_small_norms(monkeypatch, asked):
