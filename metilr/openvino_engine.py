@@ -8,10 +8,12 @@ from unittest import mock
 
 import numpy as np
 import openvino
+import openvino.opset13 as opset
 import torch
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from timm.layers import padding
+from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -110,8 +112,36 @@ def _converted(module: nn.Module, example: Tensor, name: str) -> Any:
     except Exception as error:  # whatever the converter meets in an unknown network
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--engine openvino: cannot convert {name} ({reason}); take --engine torch") from error
+    _let_convolutions_pad(model, {path for path, part in module.named_modules() if isinstance(part, Conv2dSame)})
     model.reshape({model.inputs[0]: openvino.PartialShape([-1, example.shape[1], -1, -1])})
     return model
+
+
+def _let_convolutions_pad(model: Any, padded: set[str]) -> None:
+    """Join the "same" padding of some modules to their convolutions.
+
+    OpenVINO's own padding layer runs on one core alone, and takes longer than all else to get ready for a new shape.
+    """
+    for node in model.get_ordered_ops():
+        make = {"Convolution": opset.convolution, "GroupConvolution": opset.group_convolution}.get(node.get_type_name())
+        if make is None or _module_of(node) not in padded:
+            continue
+        pad = node.input_value(0).get_node()
+        if pad.get_type_name() != "Pad" or _module_of(pad) != _module_of(node):
+            continue
+        given = node.get_attributes()
+        joined = make(
+            pad.input_value(0), node.input_value(1), given["strides"], [0, 0], [0, 0], given["dilations"],
+            auto_pad="same_upper",
+        )  # fmt: skip
+        joined.set_friendly_name(node.get_friendly_name())
+        node.output(0).replace(joined.output(0))
+
+
+def _module_of(node: Any) -> str:
+    """Path of the PyTorch module that a node was made from."""
+    path: str = node.get_friendly_name().removeprefix("__module.").partition("/")[0]
+    return path
 
 
 def _options(precision: str, n_streams: int) -> dict[str, Any]:

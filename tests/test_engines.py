@@ -133,6 +133,31 @@ def test_layers_that_pad_by_the_image_s_side_in_bfloat16(layer):
         assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.999
 
 
+def layer_kinds(module, example):
+    return [node.get_type_name() for node in openvino_engine._converted(module, example, "network").get_ops()]
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 2, 1), (5, 2, 1), (3, 1, 2), (5, 3, 1), (1, 2, 1)])
+@torch.inference_mode()
+def test_convolutions_pad_as_timm_s_do(kernel, stride, dilation, groups):
+    padded = Padded(Conv2dSame(8, 8, kernel, stride, dilation=dilation, groups=groups, bias=True)).eval()
+    with torch.inference_mode(False), torch.no_grad():
+        assert "Pad" not in layer_kinds(openvino_engine._MapOf(padded), images(60, 80, 1))
+    engine = openvino_engine.OpenVINOEngine(padded, "32")
+    for height in range(33, 46):
+        shape = height, 50 - height // 3
+        found, expected = engine(images(*shape)).map, padded(images(*shape)).map
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_layer_of_the_network_pads():
+    backbone = build_backbone("lite0_in", "random")
+    with torch.no_grad():
+        kinds = layer_kinds(openvino_engine._MapOf(backbone), images(100, 90, 1))
+    assert "GroupConvolution" in kinds and "Pad" not in kinds
+
+
 @torch.inference_mode()
 def test_a_result_is_not_overwritten_by_the_next(backbone):
     engine = start_engine("openvino", backbone, "32")
