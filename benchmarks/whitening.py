@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from measuring import Clock, PeakMemory, show
+from met_sizes import ROWS
 
 from metilr.descriptors import row_chunks
 from metilr.fit_whitening import fit_pca_whitening
@@ -42,7 +43,7 @@ def plain_whitening(rows: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=397_121)
+    parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where the file is made and removed")
     arguments = parser.parse_args()
