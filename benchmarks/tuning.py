@@ -5,11 +5,12 @@ queries, a tenth of which are noisy copies of a row (real descriptors cluster ot
 that the answers are equal). Two claims:
 
 1. One search and a vectorised grid against an index, a search and a Python loop for each of the 108 grid points. Those
-   take equally long for one k, so --points of them, spread over the grid, are run and counted for all.
+   take equally long for one k, and longer the larger it is: so whole --rounds over the 9 k, each with another tau, are
+   run and counted for all.
 2. `recognise`: unit rows, search, tuning, both splits' answers, figures and matches, against nothing but FAISS's exact
    search of both splits with as many neighbours.
 
-    python benchmarks/tuning.py [--points 9] [--rows 397121] [--growth]
+    python benchmarks/tuning.py [--rounds 1] [--rows 397121] [--growth]
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any, cast
 import faiss
 import numpy as np
 from measuring import Clock, PeakMemory, show
+from met_sizes import CLASSES_PER_ROW, QUERIES, ROWS
 
 from metilr.bfloat16_candidates import has_bfloat16
 from metilr.data.ground_truth import GroundTruth
@@ -29,8 +31,6 @@ from metilr.recognition import recognise
 from metilr.search import search
 from metilr.sources import Descriptors
 
-CLASSES_PER_ROW = 224_408 / 397_121
-QUERIES = {"val": 2_165, "test": 19_319}
 WIDTH = 512
 
 
@@ -67,9 +67,9 @@ def plain_grid_point(
             label = int(labels["database"][row])
             best[label] = max(similarity, best.get(label, -math.inf))
         label, similarity = max(best.items(), key=lambda item: (item[1], -item[0]))
-        odds = sum(math.exp(tau * (s - similarity)) for s in best.values())
-        odds += (n_classes - len(best)) * math.exp(-tau * similarity)
-        answers.append((-math.log(odds), label == labels["val"][query]))
+        others = sum(math.exp(tau * (s - similarity)) for other, s in best.items() if other != label)
+        others += (n_classes - len(best)) * math.exp(-tau * similarity)
+        answers.append((-math.log1p(others), label == labels["val"][query]))  # a plain logarithm ties at large tau
     answers.sort(key=lambda answer: -answer[0])
     right, total = 0, 0.0
     for rank, (_, is_right) in enumerate(answers, start=1):
@@ -78,22 +78,29 @@ def plain_grid_point(
     return total / int((labels["val"] >= 0).sum())
 
 
+def spread_points(rounds: int) -> list[tuple[int, float]]:
+    """Grid points spread over the grid, with each k equally often."""
+    grid = [(k, tau) for k in K_GRID for tau in TAU_GRID]
+    return [grid[round(i)] for i in np.linspace(0, len(grid) - 1, rounds * len(K_GRID))]
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=397_121)
-    parser.add_argument("--points", type=int, default=9, help="grid points of the plain way, at most 108")
+    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument(
+        "--rounds", type=int, default=1, choices=range(1, len(TAU_GRID) + 1), help="over all k, of the plain way"
+    )
     parser.add_argument("--growth", action="store_true", help="also a quarter and half of the rows")
     arguments = parser.parse_args()
     rows, labels, n_classes = synthetic(arguments.rows)
     ways = {"bfloat16": has_bfloat16()}
 
-    grid = [(k, tau) for k in K_GRID for tau in TAU_GRID]
-    points = [grid[round(i)] for i in np.linspace(0, len(grid) - 1, arguments.points)]
+    points, n_grid = spread_points(arguments.rounds), len(K_GRID) * len(TAU_GRID)
     with PeakMemory() as plain_memory:
         clock = Clock()
         plain = {point: plain_grid_point(rows, labels, n_classes, *point) for point in points}
-        plain_seconds = clock() * len(grid) / len(points)
+        plain_seconds = clock() * n_grid / len(points)
     with PeakMemory() as memory:
         clock = Clock()
         found = search(rows["database"], rows["val"], K_GRID[-1])
@@ -105,7 +112,7 @@ def main() -> None:
         f"tuning on val, {arguments.rows:,} x {WIDTH}",
         ["way", "seconds for the grid", "added GB"],
         [
-            [f"{len(points)} of {len(grid)} points, counted for all", plain_seconds, plain_memory.added / 1e9],
+            [f"{len(points)} of {n_grid} points, counted for all", plain_seconds, plain_memory.added / 1e9],
             ["metilr", seconds, memory.added / 1e9],
         ],
         {**ways, "ratio": plain_seconds / seconds, "points": len(points), "largest_gap_difference": difference,
