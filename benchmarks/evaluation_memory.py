@@ -4,8 +4,9 @@
 
 Makes a data root and a finished store of the Met's counts (3.4 GB on disk, removed at the end) and runs
 `evaluate.py --descriptors STORE` on it: whitening, search, tuning, both splits, intervals, report. The plain way reads
-all rows into memory, whitens them in float64, searches once, and stops there. Prints the peak RssAnon of both (mapped
-files do not count), and of how many queries the nearest database image is the same.
+all rows into memory, whitens them in float64, searches once, and stops there; it gives back what it no longer needs.
+Prints the peak RssAnon of both (mapped files do not count), and of how many queries the nearest database image is the
+same.
 """
 
 import argparse
@@ -20,14 +21,13 @@ from pathlib import Path
 import faiss
 import numpy as np
 from measuring import Clock, PeakMemory, show
+from met_sizes import CLASSES_PER_ROW, MET, QUERIES, ROWS
 from whitening import DIM, plain_whitening, write_rows
 
 from metilr.data.ground_truth import load_ground_truth
 from metilr.descriptors import DescriptorStore
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-CLASSES_PER_ROW = 224_408 / 397_121
-QUERIES = {"val": (129, 2_165), "test": (1_003, 19_319)}  # met queries, all
 
 
 def make_root(root: Path, n_rows: int) -> None:
@@ -39,10 +39,10 @@ def make_root(root: Path, n_rows: int) -> None:
     (root / "images").mkdir()
     database = [{"id": int(exhibit), "path": f"MET/{exhibit}/{i}.jpg"} for i, exhibit in enumerate(ids.tolist())]
     (root / "ground_truth/MET_database.json").write_text(json.dumps(database))
-    for split, (n_met, n) in QUERIES.items():
-        shown = rng.integers(0, n_classes, n_met).tolist()
+    for split, n in QUERIES.items():
+        shown = rng.integers(0, n_classes, MET[split]).tolist()
         queries = [{"path": f"test_met/{split}{i}.jpg", "MET_id": exhibit} for i, exhibit in enumerate(shown)]
-        queries += [{"path": f"test_noart/{split}{i}.jpg"} for i in range(n - n_met)]
+        queries += [{"path": f"test_noart/{split}{i}.jpg"} for i in range(n - MET[split])]
         (root / f"ground_truth/{split}set.json").write_text(json.dumps(queries))
 
 
@@ -62,18 +62,19 @@ def make_store(path: Path, root: Path, width: int) -> None:
 
 def plain_nearest(store: Path) -> dict[str, np.ndarray]:
     """By split, the nearest database row of each query."""
-    database = np.load(store / "database.npy")
-    mean, projection = plain_whitening(database, DIM)
+    mean, projection = plain_whitening(np.load(store / "database.npy"), DIM)
 
-    def whitened(rows: np.ndarray) -> np.ndarray:
-        centred = rows.astype(np.float64)
+    def whitened(split: str) -> np.ndarray:
+        centred = np.load(store / f"{split}.npy").astype(np.float64)  # read again rather than held in float32 as well
         centred -= mean
         projected = centred @ projection
-        return (projected / np.linalg.norm(projected, axis=1, keepdims=True)).astype(np.float32)
+        del centred
+        projected /= np.linalg.norm(projected, axis=1, keepdims=True)
+        return projected.astype(np.float32)
 
     index = faiss.IndexFlatIP(DIM)
-    index.add(whitened(database))
-    return {split: index.search(whitened(np.load(store / f"{split}.npy")), 1)[1][:, 0] for split in QUERIES}
+    index.add(whitened("database"))
+    return {split: index.search(whitened(split), 1)[1][:, 0] for split in QUERIES}
 
 
 def nearest_paths(run: Path, split: str) -> list[str]:
@@ -85,7 +86,7 @@ def nearest_paths(run: Path, split: str) -> list[str]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=397_121)
+    parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where the files are made and removed")
     arguments = parser.parse_args()
