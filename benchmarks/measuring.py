@@ -1,6 +1,7 @@
 """What the benchmarks share: peak memory, and the table with its JSON line."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -16,11 +17,14 @@ class PeakMemory:
 
     Args:
         pid: Of the process; None: this one.
+        with_children: Add the processes that descend from it, and memory that they share; what several hold counts
+            once. Looking takes longer, and is done less often.
     """
 
-    def __init__(self, pid: int | None = None) -> None:
-        self.status = Path(f"/proc/{pid or 'self'}/status")
-        self.at_start = self.bytes = anonymous_bytes(self.status)
+    def __init__(self, pid: int | None = None, with_children: bool = False) -> None:
+        self.pid = pid or os.getpid()
+        self.with_children = with_children
+        self.at_start = self.bytes = self._now()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -38,17 +42,40 @@ class PeakMemory:
         return self.bytes - self.at_start
 
     def _watch(self) -> None:
-        while not self._done.wait(0.01):
-            self.bytes = max(self.bytes, anonymous_bytes(self.status))
+        while not self._done.wait(0.1 if self.with_children else 0.01):
+            self.bytes = max(self.bytes, self._now())
+
+    def _now(self) -> int:
+        if self.with_children:
+            return anonymous_and_shared([self.pid, *descendants(self.pid)])
+        return 1024 * numbers(Path(f"/proc/{self.pid}/status")).get("RssAnon", 0)
 
 
-def anonymous_bytes(status: Path = Path("/proc/self/status")) -> int:
-    """Anonymous memory of a process now; 0 when it is gone."""
+def anonymous_and_shared(pids: Sequence[int]) -> int:
+    """Bytes of anonymous and shared memory of processes now; what several of them share counts once (Pss)."""
+    each_process = [numbers(Path(f"/proc/{pid}/smaps_rollup")) for pid in pids]
+    return 1024 * sum(each.get("Pss_Anon", 0) + each.get("Pss_Shmem", 0) for each in each_process)
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process started, and those that these started."""
+    found: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = [int(child) for child in file.read_text().split()]
+        except OSError:
+            continue
+        found += [each for child in children for each in (child, *descendants(child))]
+    return found
+
+
+def numbers(file: Path) -> Mapping[str, int]:
+    """First numbers of the lines ``name: number ...``; none when the process is gone."""
     try:
-        line = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon"))
-    except (OSError, StopIteration):
-        return 0
-    return int(line.split()[1]) * 1024
+        lines = [line.split() for line in file.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
 
 
 class Clock:

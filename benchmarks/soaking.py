@@ -3,13 +3,13 @@
 import os
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from measuring import show
+from measuring import anonymous_and_shared, descendants, numbers, show
 
 SECONDS_BETWEEN = 1.0
 WARM_UP = 0.2  # share of all images after an attempt's first
@@ -105,29 +105,16 @@ def attempt(command: Sequence[str], log: Path, progress: Callable[[], int], kill
 def sample(pid: int, seconds: float, done: int) -> Sample:
     """Look at a process and all that descend from it."""
     pids = [pid, *descendants(pid)]
-    status = [_numbers(Path(f"/proc/{each}/status")) for each in pids]
-    shared = [_numbers(Path(f"/proc/{each}/smaps_rollup")) for each in pids]
+    status = [numbers(Path(f"/proc/{each}/status")) for each in pids]
     return Sample(
         seconds=seconds,
         done=done,
         command_bytes=1024 * status[0].get("RssAnon", 0),
-        all_bytes=1024 * sum(each.get("Pss_Anon", 0) + each.get("Pss_Shmem", 0) for each in shared),
+        all_bytes=anonymous_and_shared(pids),
         files=sum(_n_open(each) for each in pids),
         threads=sum(each.get("Threads", 0) for each in status),
         processes=len(pids),
     )
-
-
-def descendants(pid: int) -> list[int]:
-    """Processes that a process started, and those that these started."""
-    found: list[int] = []
-    for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(child) for child in file.read_text().split()]
-        except OSError:
-            continue
-        found += [each for child in children for each in (child, *descendants(child))]
-    return found
 
 
 def growth(samples: Sequence[Sample], values: Sequence[float], n_images: int) -> Growth | None:
@@ -203,15 +190,6 @@ def draw(attempts: Sequence[Attempt], title: str, file: Path) -> None:
     axes.set(xlabel="images described", ylabel="anonymous memory, MB", title=title, ylim=(0, None))
     axes.legend(loc="lower right", fontsize="small")
     figure.savefig(file)
-
-
-def _numbers(file: Path) -> Mapping[str, int]:
-    """First numbers of the lines ``name: number ...``; none when the process is gone."""
-    try:
-        lines = [line.split() for line in file.read_text().splitlines()]
-    except OSError:
-        return {}
-    return {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
 
 
 def _n_open(pid: int) -> int:
