@@ -20,13 +20,11 @@ import argparse
 import contextlib
 import json
 import shutil
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import faiss
 import numpy as np
+from measuring import Clock, PeakMemory, show
 
 from metilr.approximate_files import load_approximate, save_approximate
 from metilr.approximate_search import ApproximateIndex, build_codes
@@ -53,32 +51,31 @@ def main() -> None:
     rows_file = make_rows(options.folder, options.rows, options.seed)
     rows = open_rows(rows_file)
     queries, origins = make_queries(rows, options.queries, options.seed)
-    peaks: dict[str, float] = {}
-    with peak_memory(peaks, "build"):
+    with PeakMemory() as build_memory:
         build_seconds, was_reused = build(options.folder, rows_file, options.seed)
-    with peak_memory(peaks, "load_and_search"):
-        started = time.perf_counter()
+    with PeakMemory() as memory:
+        clock = Clock()
         index = load_approximate(options.folder / "index", rows_file)
-        load_seconds = time.perf_counter() - started
+        load_seconds = clock()
         seconds = []
         for _ in range(2):
-            started = time.perf_counter()
+            clock = Clock()
             found = index.search(queries, K)
-            seconds.append(time.perf_counter() - started)
-        started = time.perf_counter()
+            seconds.append(clock())
+        clock = Clock()
         for query in queries[:20]:
             index.search(query[None], K)
-        alone = (time.perf_counter() - started) / 20
-    started = time.perf_counter()
+        alone = clock() / 20
+    clock = Clock()
     similarities, exact = faiss.knn(queries, rows, K, metric=faiss.METRIC_INNER_PRODUCT)
-    exact_seconds = time.perf_counter() - started
+    exact_seconds = clock()
     index_bytes = (options.folder / "index" / "codes.faiss").stat().st_size
     per_query = 1000 / len(queries)
     was_found = (found.rows[:, :, None] == exact[:, None]).any(axis=1)
     figures = {
         "rows": len(rows),
         "queries": len(queries),
-        "lists": index.codes.nlist,
+        "search": str(index),
         "exact_ms": round(exact_seconds * per_query, 3),
         "approximate_ms": round(seconds[1] * per_query, 3),
         "approximate_first_ms": round(seconds[0] * per_query, 3),
@@ -95,16 +92,18 @@ def main() -> None:
         "build_seconds": round(build_seconds, 1),
         "build_was_reused": was_reused,
         "load_seconds": round(load_seconds, 1),
-        "peak_anonymous_gb": {name: round(value, 2) for name, value in peaks.items()},
+        "peak_bytes": {"build": build_memory.bytes, "load_and_search": memory.bytes},
         "threads": faiss.omp_get_max_threads(),
     }
-    print(f"{len(rows):,} rows of width {WIDTH}, {len(queries):,} queries, {figures['threads']} threads; {index}")
-    print(f"{'exact':<12} {figures['exact_ms']:10.2f} ms a query   {rows.nbytes / 1e9:8.2f} GB")
-    print(
-        f"{'approximate':<12} {figures['approximate_ms']:10.2f} ms a query   {index_bytes / 1e9:8.2f} GB   "
-        f"recall@1 {figures['recall_at_1']:.4f}   {figures['ratio']:.1f} times faster   built in {build_seconds:.0f} s"
+    show(
+        f"approximate search, {len(rows):,} x {WIDTH}, {len(queries):,} queries",
+        ["search", "ms a query", "GB", "recall@1", "built in s"],
+        [
+            ["exact", exact_seconds * per_query, rows.nbytes / 1e9, "", ""],
+            ["approximate", seconds[1] * per_query, index_bytes / 1e9, figures["recall_at_1"], build_seconds],
+        ],
+        figures,
     )
-    print(json.dumps(figures))
 
 
 def make_rows(folder: Path, n: int, seed: int) -> Path:
@@ -168,34 +167,12 @@ def build(folder: Path, rows_file: Path, seed: int) -> tuple[float, bool]:
         load_approximate(folder / "index", rows_file)
         return float(json.loads(timing.read_text())["seconds"]), True
     shutil.rmtree(folder / "index", ignore_errors=True)
-    started = time.perf_counter()
+    clock = Clock()
     rows = open_rows(rows_file)
     save_approximate(ApproximateIndex(build_codes(rows, seed, quiet=False), rows), folder / "index")
-    seconds = time.perf_counter() - started
+    seconds = clock()
     write_atomically(timing, json.dumps({"seconds": seconds}))
     return seconds, False
-
-
-@contextlib.contextmanager
-def peak_memory(peaks: dict[str, float], name: str) -> Iterator[None]:
-    """Note the most anonymous memory (pages of mapped files can be given back at any time), in GB, during the block."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        while True:
-            status = Path("/proc/self/status").read_text()
-            anonymous = next(line for line in status.splitlines() if line.startswith("RssAnon"))
-            peaks[name] = max(peaks.get(name, 0.0), int(anonymous.split()[1]) * 1024 / 1e9)
-            if ended.wait(0.05):
-                return
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join()
 
 
 if __name__ == "__main__":
