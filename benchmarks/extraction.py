@@ -2,8 +2,10 @@
 
 The plain path describes one image after another in float32, batch size 1: Pillow, to_tensor, the network, GeM, the
 sum over three scales. Both take all images of a data root; ``--plain_share`` measures the plain way on fewer, spread
-over all. Prints, for each backbone, the time of an image by both, the lowest cosine between their descriptors, GAP of
-both (with all images), and the multiply-adds a second against a large bfloat16 matrix product measured in between.
+over all. Prints, for each backbone, the time of an image by both, the peak memory of both with the decoding processes
+(the plain way comes first, and what it leaves behind counts as metilr's), the lowest cosine between their descriptors,
+GAP of both (with all images), and the multiply-adds a second beside those of large bfloat16 and float32 matrix products
+measured in between. Before that, how long Pillow and torchvision take to decode a sample of the JPEG files.
 
     python benchmarks/extraction.py --root DIR --backbones lite0_in r18_in r50_in
 """
@@ -14,6 +16,7 @@ import math
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +27,12 @@ from PIL import Image
 from rich.console import Console
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.io import ImageReadMode, read_image
 from torchvision.transforms.functional import to_tensor
 
 from metilr.data.demo import DEMO, make_demo
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
-from metilr.data.transforms import image_shape
+from metilr.data.transforms import image_shape, load_image
 from metilr.extraction import describe_images
 from metilr.extraction_options import ExtractionOptions
 from metilr.lightning_hints import quieten_lightning
@@ -39,6 +43,9 @@ from metilr.run_folder import RUNS
 from metilr.sources import Descriptors, open_descriptors
 
 SPLITS = ("database", "val", "test")
+DECODED = 200  # files that are decoded both ways, at most
+PRODUCTS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PRODUCT_SIDE = 4096
 
 
 def plain_descriptor(file: Path, embedder: Embedder) -> torch.Tensor:
@@ -53,15 +60,43 @@ def plain_descriptor(file: Path, embedder: Embedder) -> torch.Tensor:
     return F.normalize(total, dim=0)
 
 
-def matrix_peak(seconds: float = 1.0, side: int = 4096) -> float:
-    """Multiply-adds a second of a large bfloat16 matrix product, the best of several."""
-    a, b = torch.randn(2, side, side).bfloat16()
+def show_decoding(files: Sequence[Path]) -> None:
+    """Measure and print how long a core takes to decode an image as metilr does, with Pillow, and by torchvision."""
+    files = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg")]
+    files = files[:: math.ceil(len(files) / DECODED) or 1]
+    if not files:
+        return
+
+    def by_torchvision(file: Path) -> torch.Tensor:
+        return read_image(str(file), ImageReadMode.RGB, apply_exif_orientation=True)
+
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    identical = sum(torch.equal(load_image(file), by_torchvision(file)) for file in files) / len(files)
+    milliseconds = {}
+    for name, decode in (("Pillow", load_image), ("torchvision", by_torchvision)):
+        clock = Clock()
+        for file in files:
+            decode(file)
+        milliseconds[name] = 1000 * clock() / len(files)
+    torch.set_num_threads(n_threads)
+    show(
+        f"decoding of {len(files)} JPEG files",
+        ["decoder", "ms an image and core"],
+        list(milliseconds.items()),
+        {"ms": milliseconds, "identical": identical, "ratio": milliseconds["Pillow"] / milliseconds["torchvision"]},
+    )
+
+
+def matrix_rate(kind: str, seconds: float = 1.0) -> float:
+    """Multiply-adds a second of a large matrix product, the best of several."""
+    a, b = torch.randn(2, PRODUCT_SIDE, PRODUCT_SIDE).to(PRODUCTS[kind])
     best, total = math.inf, Clock()
     while total() < seconds or best == math.inf:
         clock = Clock()
         torch.mm(a, b)
         best = min(best, clock())
-    return side**3 / best
+    return PRODUCT_SIDE**3 / best
 
 
 def multiply_adds(embedder: Embedder, shapes: Counter[tuple[int, int]]) -> int:
@@ -109,6 +144,7 @@ def main() -> None:
     names = [(split, i) for split in SPLITS for i in range(len(ground_truth.paths[split]))]
     files = [ground_truth.image(ground_truth.paths[split][i]) for split, i in names]
     shapes = Counter(image_shape(file) for file in files)
+    show_decoding(files)
     RUNS.mkdir(exist_ok=True)
     folder, silent = Path(tempfile.mkdtemp(dir=RUNS)), Console(quiet=True)
     options = ExtractionOptions(
@@ -117,20 +153,20 @@ def main() -> None:
     try:
         for name in arguments.backbones:
             embedder = build_embedder(name, None if name == "lite0_in" else "random")
-            with torch.inference_mode():
+            with torch.inference_mode(), PeakMemory(with_children=True) as plain_memory:
                 plain_descriptor(files[0], embedder)
                 clock = Clock()
                 chosen = np.linspace(0, len(files) - 1, math.ceil(len(files) * arguments.plain_share)).astype(int)
                 plain = torch.stack([plain_descriptor(files[i], embedder) for i in chosen]).numpy()
                 plain_seconds = clock() / len(chosen)
-            peaks, growth = [matrix_peak()], {}
-            with PeakMemory() as memory:
-                for share in (0.25, 0.5, 1.0) if arguments.growth else (1.0,):
+            rates, growth = {kind: matrix_rate(kind) for kind in PRODUCTS}, {}
+            for share in (0.25, 0.5, 1.0) if arguments.growth else (1.0,):
+                part = part_of(ground_truth, share)
+                with PeakMemory(with_children=True) as memory:
                     clock = Clock()
-                    part = part_of(ground_truth, share)
                     store = describe_images(embedder, part, folder / f"{name}-{share}", options, silent)
                     growth[sum(map(len, part.paths.values()))] = clock()
-                    peaks.append(matrix_peak())
+                rates = {kind: max(rate, matrix_rate(kind)) for kind, rate in rates.items()}
             seconds = growth[len(files)] / len(files)
             fast = np.concatenate([store.rows(split) for split in SPLITS])
             cosines = (fast[chosen] * plain).sum(axis=1)
@@ -144,21 +180,23 @@ def main() -> None:
                     figures = recognise(descriptors, ground_truth, Method()).figures
                     gaps[way] = {split: 100 * figures[split]["gap"] for split in ("val", "test")}
             work = multiply_adds(embedder, shapes) / len(files)
-            share_of_peak = work / seconds / max(peaks)
             show(
                 f"extraction of {name}: {arguments.engine}, {arguments.precision}",
-                ["way", "ms an image", "val GAP", "test GAP", "TFLOP/s"],
+                ["way", "ms an image", "val GAP", "test GAP", "TFLOP/s", "peak GB"],
                 [
-                    [way, 1000 * s, *(gaps[way].values() if gaps else ("", "")), 2e-12 * work / s]
-                    for way, s in (("plain", plain_seconds), ("fast", seconds))
+                    [way, 1000 * s, *(gaps[way].values() if gaps else ("", "")), 2e-12 * work / s, peak.bytes / 1e9]
+                    for way, s, peak in (("plain", plain_seconds, plain_memory), ("fast", seconds, memory))
                 ]
-                + [["bfloat16 matrix product", "", "", "", 2e-12 * max(peaks)]],
+                + [[f"{kind} matrix product", "", "", "", 2e-12 * rate, ""] for kind, rate in rates.items()],
                 {
                     "backbone": name, "engine": arguments.engine, "precision": arguments.precision,
                     "images": len(files), "plain_images": len(chosen), "shapes": len(shapes),
                     "ratio": plain_seconds / seconds,
-                    "least_cosine": float(cosines.min()), "gap": gaps, "share_of_matrix_peak": share_of_peak,
-                    "seconds_by_images": growth, "peak_added_bytes": memory.added,
+                    "least_cosine": float(cosines.min()), "gap": gaps,
+                    "share_of_matrix_rate": work / seconds / rates["bfloat16"],
+                    "multiply_adds_a_second": rates, "bfloat16_over_float32": rates["bfloat16"] / rates["float32"],
+                    "seconds_by_images": growth,
+                    "peak_bytes": {"plain": plain_memory.bytes, "metilr": memory.bytes},
                 },
             )  # fmt: skip
     finally:
