@@ -9,14 +9,13 @@ largest difference of the projector's weights beside the largest move that train
 
 import argparse
 import csv
-import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from measuring import Clock, show
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -41,15 +40,13 @@ def main() -> None:
                 "--trainer.max_epochs", str(options.epochs), "--trainer.enable_progress_bar", "false",
                 *(["--model.lr", *rate] if rate else []),
             ]  # fmt: skip
-            started = time.perf_counter()
+            clock = Clock()
             subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
-            seconds[name] = time.perf_counter() - started
+            seconds[name] = clock()
             state = torch.load(Path(folder) / name / "last.ckpt", weights_only=True)["state_dict"]
             weights[name] = state["embedder.projector.linear.weight"]
             losses[name] = _column(Path(folder) / name, "train/loss")
             gaps[name] = _column(Path(folder) / name, "val/gap")[-1]
-    for name in ("plain", "fast"):
-        print(f"{name:<6} {seconds[name]:8.1f} s   last val GAP {100 * gaps[name]:.2f}")
     figures = {
         "plain_seconds": round(seconds["plain"], 1),
         "fast_seconds": round(seconds["fast"], 1),
@@ -59,7 +56,12 @@ def main() -> None:
         "weight_difference": (weights["plain"] - weights["fast"]).abs().max().item(),
         "weight_move": (weights["plain"] - weights["start"]).abs().max().item(),
     }
-    print(json.dumps(figures))
+    show(
+        "a projector behind a frozen backbone",
+        ["way", "seconds", "last val GAP"],
+        [[name, seconds[name], 100 * gaps[name]] for name in ("plain", "fast")],
+        figures,
+    )
 
 
 def _column(run: Path, name: str) -> list[float]:
