@@ -59,6 +59,13 @@ def test_balance(run, tiny_museum):
     assert record["ratio"]["2"] >= 1
 
 
+def test_balance_of_the_published_mini_ground_truth(run, met_root):
+    [record] = run("balance", "--root", met_root)
+    for processes in ("2", "8", "64"):
+        assert record["busiest_over_mean"]["metilr"][processes] < 1.001
+        assert record["ratio"][processes] >= 1
+
+
 def test_evaluation_memory(run, few_queries):
     [record] = run("evaluation_memory", "--rows", 700, "--width", 512)
     assert record["same_nearest"] == 1
