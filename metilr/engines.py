@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from metilr.errors import UserError
@@ -52,9 +51,9 @@ def start_engine(
     if engine == "torch":
         return None
     if engine == "compile":
-        # One graph for all image shapes: a compilation for each of hundreds would take longer than it saves.
-        compiled: Callable[[Tensor], Features] = torch.compile(backbone.forward, dynamic=True)
-        return compiled
+        from metilr.compiled_engine import CompiledEngine  # seconds to import
+
+        return CompiledEngine(backbone)
     from metilr.openvino_engine import OpenVINOEngine
 
     return OpenVINOEngine(backbone, precision, n_streams)

@@ -1,9 +1,13 @@
 import io
+import itertools
+import logging
 import re
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,12 +15,12 @@ import timm
 import torch
 from PIL import Image
 from rich.console import Console
-from timm.layers import Conv2dSame, ScaledStdConv2dSame, StdConv2dSame
+from timm.layers import Conv2dSame, ScaledStdConv2dSame, StdConv2dSame, padding
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 from torch.nn import functional as F
 
-from metilr import openvino_engine
+from metilr import compiled_engine, openvino_engine
 from metilr.data.ground_truth import load_ground_truth
 from metilr.data.transforms import load_image
 from metilr.descriptor_module import DescriptorModule
@@ -366,14 +370,68 @@ def test_small_images_are_left_to_pytorch():
     assert used == [130]
 
 
-def test_a_compiled_backbone_is_the_backbones_own_forward(monkeypatch):
-    asked = {}
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that ``--engine compile`` makes, run without generated code."""
+    made = []
 
-    def compiled(function, **options):
-        asked.update(options)
-        return function
+    def run_as_traced(graph, inputs):
+        made.append(graph)
+        return graph.forward
 
-    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)  # pytest would have it told, slowly
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=run_as_traced))
+    torch._dynamo.reset()
+    yield made
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("name", "batches", "most"),
+    [("timm/test_resnet", (2, 1, 16, 32), 4), ("timm/test_vit", (2, 1, 32), 2), ("lite0_in", (2, 1, 15), 2)],
+)
+@torch.inference_mode()
+def test_a_few_graphs_serve_all_shapes_and_batches(name, batches, most, graphs):
+    backbone = build_backbone(name, "random")
+    compiled = start_engine("compile", backbone, "32")
+    began = time.monotonic()
+    for n in batches:
+        compiled(images(128, 128, n))  # a square, which could be taken for a rule
+    assert time.monotonic() - began < 60  # of lite0_in 8 s, but minutes with timm's own padding
+    for n, (height, width) in itertools.product(batches, [(144, 176), (176, 144)]):
+        if backbone.patch == 1:
+            height, width = height + 1, width + 3
+        found, expected = compiled(images(height, width, n)), backbone(images(height, width, n))
+        torch.testing.assert_close(found.map, expected.map)
+        assert found.cls is expected.cls is None or torch.equal(found.cls, expected.cls)
+    assert len(graphs) <= most
+
+
+@torch.inference_mode()
+def test_a_compiled_backbone_never_goes_on_uncompiled(graphs, monkeypatch):
+    monkeypatch.setattr(compiled_engine, "MOST_GRAPHS", 1)
+    compiled = start_engine("compile", build_backbone("timm/test_resnet", "random"), "32")
+    compiled(images(64, 50, 2))
+    with pytest.raises(UserError, match="timm/test_resnet would be compiled anew for most image shapes"):
+        compiled(images(64, 50, 1))
+
+
+@torch.inference_mode()
+def test_what_cannot_be_compiled_whole_is_refused(graphs):
     backbone = build_backbone("timm/test_resnet", "random")
-    assert torch.equal(start_engine("compile", backbone, "32")(images(64, 50)).map, backbone(images(64, 50)).map)
-    assert asked == {"dynamic": True}  # not a compilation for each of hundreds of shapes
+    backbone.model.maxpool = Unknown()
+    with pytest.raises(UserError, match=r"cannot compile timm/test_resnet \(.+\); take --engine torch"):
+        start_engine("compile", backbone, "32")(images(64, 50))
+
+
+class Unknown(nn.Module):
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return x
+
+
+@pytest.mark.parametrize("kernel_size", range(1, 8))
+def test_the_padding_of_compiled_layers_is_timms(kernel_size):
+    for side, stride, dilation in itertools.product(range(1, 40), range(1, 5), range(1, 4)):
+        expected = padding.get_same_padding(side, kernel_size, stride, dilation)
+        assert compiled_engine._same_padding(side, kernel_size, stride, dilation) == expected
