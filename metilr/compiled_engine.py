@@ -21,8 +21,9 @@ class CompiledEngine:
 
     Heights and widths are unknowns of a graph; PyTorch makes another where a layer would be computed by other means:
     for a batch of 1 and for one of more, on CPUs also for one of 16 and more and for small maps in a batch of 1, and
-    for a ViT at its own image size. ``MOST_GRAPHS`` is above what these make together. A graph is compiled when it is
-    first needed.
+    for a ViT at its own image size. ``MOST_GRAPHS`` is above what these make together, except where average pooling
+    rounds up, as in timm's ``resnet50d``: generated code tells odd from even maps at each such layer. A graph is
+    compiled when it is first needed.
 
     What cannot be compiled whole, or needs more graphs, is refused: PyTorch's own answer is to go on uncompiled.
 

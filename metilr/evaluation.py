@@ -148,9 +148,10 @@ def evaluate(
         precision: Arithmetic of the backbone: 32 is exact float32 (no TF32). On the CPU, bf16-mixed runs what has a
             side below 128 px in float32, since bfloat16 convolutions are unreliable there. An EfficientNet's first
             four stages are float32 in any case: they suffer from rounding.
-        engine: What computes the backbone: torch; compile, PyTorch compiled (for GPUs and long runs; it takes a minute
-            first); openvino, for convolutional networks on CPUs, several times as fast (pip install openvino).
-            On CPUs PyTorch computes what has a side below 128 px.
+        engine: What computes the backbone: torch; compile, PyTorch compiled (for GPUs and long runs: it stops for up to
+            a minute at the first batch, at the first of a single image, and seldom later); openvino, for convolutional
+            networks on CPUs, several times as fast (pip install openvino). On CPUs PyTorch computes what has a side
+            below 128 px.
         batch_size: Most images in a batch, fewer of images beyond 500 x 500 px; images in a batch have one shape. With
             --engine openvino it is 1.
         num_workers: Image decoding processes beside each process; without it as many as cores are free, at most 8.
