@@ -4,7 +4,6 @@ import logging
 import re
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -394,10 +393,8 @@ def graphs(monkeypatch):
 def test_a_few_graphs_serve_all_shapes_and_batches(name, batches, most, graphs):
     backbone = build_backbone(name, "random")
     compiled = start_engine("compile", backbone, "32")
-    began = time.monotonic()
     for n in batches:
         compiled(images(128, 128, n))  # a square, which could be taken for a rule
-    assert time.monotonic() - began < 60  # of lite0_in 8 s, but minutes with timm's own padding
     for n, (height, width) in itertools.product(batches, [(144, 176), (176, 144)]):
         if backbone.patch == 1:
             height, width = height + 1, width + 3
@@ -405,6 +402,11 @@ def test_a_few_graphs_serve_all_shapes_and_batches(name, batches, most, graphs):
         torch.testing.assert_close(found.map, expected.map)
         assert found.cls is expected.cls is None or torch.equal(found.cls, expected.cls)
     assert len(graphs) <= most
+    values = [node.meta.get("example_value") for graph in graphs for node in graph.graph.nodes]
+    sides = [str(side) for value in values if isinstance(value, torch.Tensor) for side in value.shape]
+    assert (
+        len(sides) > 50 and max(map(len, sides)) < 100
+    )  # timm's own padding nests from layer to layer, which takes minutes to compile
 
 
 @torch.inference_mode()
