@@ -19,8 +19,7 @@ _MARGIN = 16  # candidates beyond k: enough that float32 rounding seldom leaves 
 _BFLOAT16_MARGIN = 64  # the same for bfloat16 and whitened descriptors; what it leaves open is searched in float32
 _BFLOAT16_QUERIES = 64  # for fewer queries, rounding the database takes longer than it saves
 _BFLOAT16_ROWS = 2**14  # the same for rows
-_TRIAL = 64  # queries that show whether bfloat16 leaves few enough open, which depends on the descriptors
-_WORTHWHILE = 0.5  # settled share from which bfloat16 saves time: it takes 0.2 to 0.5 of float32's
+_WORTHWHILE = 0.5  # share of a chunk settled from which bfloat16 saves time: it takes 0.2 to 0.5 of float32's
 _QUERIES = 4096  # queries a chunk: FAISS's own block; shorter chunks would read the database more often
 _CANDIDATES = 2**21  # candidates a chunk: 16 MiB per int64 or float64 array, however wide the search
 _PRODUCTS = 2**17  # products a block: 1 MiB, stays in cache
@@ -99,8 +98,7 @@ def search(
             proposer = dataclasses.replace(proposer, find=_on_cpu(database))
         unsettled = []
         chunk_size = max(1, min(_QUERIES, _CANDIDATES // n_candidates))
-        first_size = min(chunk_size, _TRIAL) if proposer.is_coarse else chunk_size
-        chunks = np.split(pending, np.arange(first_size, len(pending), chunk_size))
+        chunks = np.split(pending, np.arange(chunk_size, len(pending), chunk_size))
         for i, chunk in enumerate(chunks):
             similarities[chunk], rows[chunk], settled = _best(
                 proposer, database, queries[chunk], k, n_candidates, proposer.error[chunk]

@@ -67,7 +67,7 @@ def test_what_bfloat16_leaves_open_is_searched_in_float32(monkeypatch, asked):
 
     monkeypatch.setattr(faiss, "knn", noted)
     found = search(database, queries, 3)
-    assert asked == [67, 67] and in_float32_asked[0] == 19 and max(in_float32_asked) < 400
+    assert asked == [67] and in_float32_asked[0] == 19 and max(in_float32_asked) < 400
     np.testing.assert_array_equal(found.rows, in_float32(monkeypatch, database, queries, 3).rows)
 
 
@@ -75,7 +75,7 @@ def test_bfloat16_is_given_up_where_it_settles_little(monkeypatch, asked):
     rng = np.random.default_rng(0)
     base = clustered(rng, 5, 32, 1.0)[:1]
     alike = base + np.float32(0.01) * clustered(rng, 3000, 32, 1.0)
-    for database, n_asked in ((alike, 1), (clustered(rng, 3000, 32, 0.5), 4)):  # 64 queries, then the others
+    for database, n_asked in ((alike, 1), (clustered(rng, 3000, 32, 0.5), 3)):
         monkeypatch.setattr(search_module, "_QUERIES", 100)
         asked.clear()
         queries, answered = database[:300] + np.float32(1e-3), []
