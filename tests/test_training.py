@@ -218,24 +218,26 @@ def test_two_processes_give_the_losses_and_weights_of_one():
     assert apart.norm() < 0.1 * moved.norm()
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.7])
-def test_killed_and_resumed_is_as_never_killed(delay):
+def test_killed_and_resumed_is_as_never_killed():
     options = ["--data.pairing", "syn+neg", "--trainer.max_epochs", "4", "--model.projector_dim", "4"]
     subprocess.run(command("--output", "whole", *options), env=environment(), check=True, capture_output=True)
-    process = subprocess.Popen(command("--output", "killed", *options), env=environment(), stdout=subprocess.DEVNULL)
-    while not Path("killed/last.ckpt").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    again = subprocess.run(command("--output", "killed", *options), env=environment(), check=True, capture_output=True)
-    assert b"continuing after" in again.stdout
-    whole, killed = (checkpoint(f"{name}/last.ckpt") for name in ("whole", "killed"))
-    assert whole["epoch"] == killed["epoch"] == 3
-    for name, tensor in whole["state_dict"].items():
-        assert torch.equal(tensor, killed["state_dict"][name]), name
-    assert whole["callbacks"].keys() == killed["callbacks"].keys()
+    whole = checkpoint("whole/last.ckpt")
+    for name, delay in (("killed", 0.0), ("killed_later", 0.7)):
+        arguments = command("--output", name, *options)
+        process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL)
+        while not Path(f"{name}/last.ckpt").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        again = subprocess.run(arguments, env=environment(), check=True, capture_output=True)
+        assert b"continuing after" in again.stdout
+        killed = checkpoint(f"{name}/last.ckpt")
+        assert whole["epoch"] == killed["epoch"] == 3
+        for key, tensor in whole["state_dict"].items():
+            assert torch.equal(tensor, killed["state_dict"][key]), key
+        assert whole["callbacks"].keys() == killed["callbacks"].keys()
 
 
 def test_a_finished_run_and_one_of_other_options_are_not_continued(capsys):
