@@ -387,7 +387,7 @@ def graphs(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "batches", "most"),
-    [("timm/test_resnet", (2, 1, 16), 4), ("timm/test_vit", (2, 1), 2), ("lite0_in", (2, 1), 2)],
+    [("timm/test_resnet", (2, 1, 16), 6), ("timm/test_vit", (2, 1), 2), ("lite0_in", (2, 1), 2)],
 )
 @torch.inference_mode()
 def test_a_few_graphs_serve_all_shapes_and_batches(name, batches, most, graphs):
