@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from metilr.descriptors import CHUNK_ROWS
+from metilr.descriptors import CHUNK_ROWS, to_unit_length
 from metilr.search import SearchDevice, device_for, search
 
 DBA_POWER = 3  # of the similarity that weighs a neighbour, as in Radenović et al., TPAMI 2019, section 4.3
@@ -38,7 +38,7 @@ def augmented(
         is_own[~is_own.any(axis=1), -1] = True  # n + 1 or more copies of the row: it is as good as any of them
         weights = np.where(is_own, 1.0, np.maximum(found.similarities[part], 0) ** DBA_POWER)
         result[part] = np.einsum("mn,mnd->md", weights.astype(np.float32), rows[found.rows[part]])
-    result /= np.maximum(np.linalg.norm(result, axis=1, keepdims=True), 1e-12)
+    to_unit_length(result)
     return result
 
 

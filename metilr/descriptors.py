@@ -300,3 +300,8 @@ def _gigabytes(shape: tuple[int, ...], dtype: np.dtype) -> str:
 def _shown(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def to_unit_length(rows: np.ndarray) -> None:
+    """Give rows ``(n, D)`` unit length, in place; what is all zero stays so."""
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

@@ -148,7 +148,7 @@ def evaluate(
         precision: Arithmetic of the backbone: 32 is exact float32 (no TF32). On the CPU, bf16-mixed runs what has a
             side below 128 px in float32, since bfloat16 convolutions are unreliable there. An EfficientNet's first
             four stages are float32 in any case: they suffer from rounding.
-        engine: What computes the backbone: torch; compile, PyTorch compiled (for GPUs and long runs: it stops for up to
+        engine: What computes the backbone: torch; compile, PyTorch compiled (for GPUs and long runs: it stops for about
             a minute at the first batch, at the first of a single image, and seldom later); openvino, for convolutional
             networks on CPUs, several times as fast (pip install openvino). On CPUs PyTorch computes what has a side
             below 128 px.

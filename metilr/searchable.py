@@ -9,7 +9,7 @@ import numpy as np
 from metilr.approximate_search import ApproximateIndex
 from metilr.data.ground_truth import GroundTruth
 from metilr.database_neighbours import augmented, mean_background
-from metilr.descriptors import CHUNK_ROWS, row_chunks
+from metilr.descriptors import CHUNK_ROWS, row_chunks, to_unit_length
 from metilr.knn import NO_ROW
 from metilr.matches import Matches, top_matches
 from metilr.method import Method
@@ -156,7 +156,7 @@ def joined_views(whole: np.ndarray, crops: np.ndarray, method: Method) -> np.nda
     if method.crop_similarity == "best":
         return views
     mean = views.sum(axis=1)
-    _to_unit_length(mean)
+    to_unit_length(mean)
     return mean[:, None]
 
 
@@ -188,7 +188,7 @@ def _add_visits(
             rows[start : start + len(visits)] += visits.sum(axis=1)
             start += len(visits)
             done(len(visits))
-    _to_unit_length(rows)
+    to_unit_length(rows)
 
 
 def as_compared(rows: np.ndarray, transform: PCAWhitening | None) -> np.ndarray:
@@ -212,7 +212,3 @@ def _best_of_views(found: Neighbours, n_views: int, k: int) -> Neighbours:
     similarities = np.where(is_repeated, -np.inf, similarities)
     order = np.lexsort((rows, -similarities), axis=1)[:, :k]
     return Neighbours(np.take_along_axis(similarities, order, axis=1), np.take_along_axis(rows, order, axis=1))
-
-
-def _to_unit_length(rows: np.ndarray) -> None:
-    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

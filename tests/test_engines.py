@@ -32,7 +32,8 @@ from metilr.models.embedder import build_embedder
 from metilr.models.features import Features
 from tests.conftest import SHARED
 
-openvino = pytest.importorskip("openvino")
+NEW_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)  # 2.10 makes more graphs; between is untried
+openvino = pytest.importorskip("openvino", reason="needs metilr[openvino]")
 HAS_BFLOAT16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no bfloat16 arithmetic")
 
@@ -171,7 +172,7 @@ def test_a_result_is_not_overwritten_by_the_next(backbone):
 
 
 def test_conversion_reports_nothing_to_anybody(monkeypatch):
-    telemetry = pytest.importorskip("openvino_telemetry.main")
+    telemetry = pytest.importorskip("openvino_telemetry.main", reason="this OpenVINO comes without its telemetry")
 
     def refuse(*arguments, **options):
         raise AssertionError("usage was to be reported")
@@ -387,7 +388,7 @@ def graphs(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "batches", "most"),
-    [("timm/test_resnet", (2, 1, 16), 6), ("timm/test_vit", (2, 1), 2), ("lite0_in", (2, 1), 2)],
+    [("timm/test_resnet", (2, 1, 16), 4 if NEW_TORCH else 6), ("timm/test_vit", (2, 1), 2), ("lite0_in", (2, 1), 2)],
 )
 @torch.inference_mode()
 def test_a_few_graphs_serve_all_shapes_and_batches(name, batches, most, graphs):
@@ -404,9 +405,8 @@ def test_a_few_graphs_serve_all_shapes_and_batches(name, batches, most, graphs):
     assert len(graphs) <= most
     values = [node.meta.get("example_value") for graph in graphs for node in graph.graph.nodes]
     sides = [str(side) for value in values if isinstance(value, torch.Tensor) for side in value.shape]
-    assert (
-        len(sides) > 50 and max(map(len, sides)) < 100
-    )  # timm's own padding nests from layer to layer, which takes minutes to compile
+    # timm's own padding nests from layer to layer, which takes minutes to compile.
+    assert len(sides) > 50 and max(map(len, sides)) < 100
 
 
 @torch.inference_mode()

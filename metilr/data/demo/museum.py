@@ -20,6 +20,7 @@ from metilr.errors import UserError
 
 DEMO = Path("runs/demo")
 """Where commands without a data root draw it."""
+
 # Raise it with every change that changes a pixel or an annotation.
 VERSION = 1
 _MARKER = "demo.json"
