@@ -44,6 +44,12 @@ def workplace(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def has_bfloat16() -> bool:
+    """Whether OpenVINO computes in bfloat16 here; where not, the README's command is refused, as it should be."""
+    openvino = pytest.importorskip("openvino", reason="needs metilr[openvino]")
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def make_store() -> None:
     evaluation.evaluate("DIR", backbone="r18_in", weights="random", store="STORE", accelerator="cpu", num_workers=0)
 
@@ -72,7 +78,7 @@ def test_the_readme_shows_the_commands():
 
 
 @pytest.mark.parametrize("line", EVALUATE)
-def test_evaluate_command(workplace, line):
+def test_evaluate_command(workplace, line, capsys):
     arguments = shlex.split(line)[2:]
     if "--ckpt" in arguments:
         run_main("metilr.train_command:train", ["--data.root", "DIR", "--output", "RUN", *UNTRAINED], prog="train.py")
@@ -87,7 +93,13 @@ def test_evaluate_command(workplace, line):
     if any("vit_" in argument for argument in arguments):
         arguments += ["--image_size", "28"]
     before = set(Path("runs").glob("20*/results.json"))
-    run_command(evaluation.evaluate, arguments + ([] if "--descriptors" in arguments else CHEAP))
+    arguments += [] if "--descriptors" in arguments else CHEAP
+    if {"openvino", "bf16-mixed"} <= set(arguments) and not has_bfloat16():
+        with pytest.raises(SystemExit):
+            run_command(evaluation.evaluate, arguments)
+        assert "this CPU has no bfloat16 arithmetic" in capsys.readouterr().err
+        return
+    run_command(evaluation.evaluate, arguments)
     assert len(set(Path("runs").glob("20*/results.json")) - before) == 1
 
 
