@@ -3,4 +3,4 @@
 from metilr.cli import run_command
 
 if __name__ == "__main__":
-    run_command("metilr.evaluation:evaluate")
+    run_command("metilr.commands.evaluate:evaluate")

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from measuring import show
 
-from metilr.data.batching import deal, same_shape_batches
 from metilr.data.ground_truth import load_ground_truth
+from metilr.extraction.datamodule import deal, same_shape_batches
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from met_sizes import CLASSES_PER_ROW, MET, QUERIES, ROWS
 from whitening import DIM, plain_whitening, write_rows
 
 from metilr.data.ground_truth import load_ground_truth
-from metilr.descriptors import DescriptorStore
+from metilr.extraction.store import DescriptorStore
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -30,17 +30,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import ImageReadMode, read_image
 from torchvision.transforms.functional import to_tensor
 
-from metilr.data.demo import DEMO, make_demo
+from metilr.data.decode import image_shape, load_image
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
-from metilr.data.transforms import image_shape, load_image
-from metilr.extraction import describe_images
-from metilr.extraction_options import ExtractionOptions
-from metilr.lightning_hints import quieten_lightning
-from metilr.method import Method
+from metilr.demo import DEMO, make_demo
+from metilr.distributed import quieten_lightning
+from metilr.evaluation.options import Method
+from metilr.evaluation.recognition import recognise
+from metilr.evaluation.run_folder import RUNS
+from metilr.extraction.describe import describe_images
+from metilr.extraction.descriptors import Descriptors, open_descriptors
+from metilr.extraction.options import ExtractionOptions
 from metilr.models.embedder import SCALES, Embedder, build_embedder
-from metilr.recognition import recognise
-from metilr.run_folder import RUNS
-from metilr.sources import Descriptors, open_descriptors
 
 SPLITS = ("database", "val", "test")
 DECODED = 200  # files that are decoded both ways, at most

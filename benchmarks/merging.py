@@ -16,7 +16,7 @@ import torch.distributed
 import torch.multiprocessing
 from measuring import Clock, show
 
-from metilr.search import search
+from metilr.retrieval.search import search
 from metilr.sharded_search import shard, sharded_search
 
 PROCESSES = 4

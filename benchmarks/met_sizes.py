@@ -1,6 +1,6 @@
 """The full Met's counts, by which benchmarks make up descriptors."""
 
-from metilr.published import MET_COUNTS, MET_QUERIES
+from metilr.report.published import MET_COUNTS, MET_QUERIES
 
 ROWS = MET_COUNTS["full"]["database_images"]
 CLASSES_PER_ROW = MET_COUNTS["full"]["exhibits"] / ROWS

@@ -26,7 +26,7 @@ from large_museum import make_large_museum
 from soaking import Attempt, attempt, report
 
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
-from metilr.descriptors import SPLITS, UNIT_TOLERANCE, DescriptorStore
+from metilr.extraction.store import SPLITS, UNIT_TOLERANCE, DescriptorStore
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -25,11 +25,11 @@ from met_sizes import CLASSES_PER_ROW, QUERIES, ROWS
 
 from metilr.bfloat16_candidates import has_bfloat16
 from metilr.data.ground_truth import GroundTruth
-from metilr.knn import K_GRID, TAU_GRID, tune
-from metilr.method import Method
-from metilr.recognition import recognise
-from metilr.search import search
-from metilr.sources import Descriptors
+from metilr.evaluation.options import Method
+from metilr.evaluation.recognition import recognise
+from metilr.extraction.descriptors import Descriptors
+from metilr.retrieval.knn import K_GRID, TAU_GRID, tune
+from metilr.retrieval.search import search
 
 WIDTH = 512
 

@@ -14,8 +14,8 @@ import numpy as np
 from measuring import Clock, PeakMemory, show
 from met_sizes import ROWS
 
-from metilr.descriptors import row_chunks
-from metilr.fit_whitening import fit_pca_whitening
+from metilr.extraction.store import row_chunks
+from metilr.retrieval.whitening import fit_pca_whitening
 
 DIM = 512
 

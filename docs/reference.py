@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-METRICS = ["metilr.metrics.distributed", "metilr.metrics.functional", "metilr.metrics.open_set"]
+METRICS = ["metilr.metrics.torchmetrics", "metilr.metrics.functional", "metilr.metrics.open_set"]
 
 
 def check_docstrings(package: str) -> list[str]:
@@ -43,7 +43,7 @@ def build(folder: Path) -> None:
     numpy.typing.ArrayLike = type("ArrayLike", (), {"__module__": "numpy.typing"})
 
     from metilr import __version__, metrics
-    from metilr.data import pair_datamodule
+    from metilr.training.module import datamodule as pair_datamodule
 
     for name in metrics.__all__:  # some are imported when they are first asked for, which pdoc does not do
         setattr(metrics, name, getattr(metrics, name))

@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from metilr.evaluation import evaluate
+from metilr.commands.evaluate import evaluate
 
 PICTURE = Path(__file__).with_name("report.jpg")
 WINDOW = {"width": 1200, "height": 820}

@@ -9,14 +9,14 @@ import numpy as np
 
 from metilr.approximate_files import load_approximate, save_approximate
 from metilr.approximate_search import ApproximateIndex, build_codes, check_size
-from metilr.descriptors import CHUNK_ROWS, DescriptorStore
 from metilr.errors import UserError
+from metilr.evaluation.database import Searchable
+from metilr.evaluation.options import Method
+from metilr.extraction.store import CHUNK_ROWS, DescriptorStore
 from metilr.files import replaced_file
-from metilr.method import Method
 from metilr.progress import counted
 from metilr.random_rows import open_rows
-from metilr.searchable import Searchable
-from metilr.whitening import PCAWhitening
+from metilr.retrieval.whitening import PCAWhitening
 
 APPROXIMATE = "approximate"  # folder within that of an index
 _ROWS = "rows.npy"

@@ -31,7 +31,7 @@ import numpy as np
 from metilr.errors import UserError
 from metilr.progress import counted
 from metilr.random_rows import RandomRows
-from metilr.search import Neighbours, exact_similarities, norms, search
+from metilr.retrieval.search import Neighbours, exact_similarities, norms, search
 
 MIN_ROWS = 100_000  # an exact search of fewer takes less time than describing a photo
 PROBES = 8  # lists that a search opens, over the square root of their number

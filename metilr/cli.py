@@ -19,28 +19,28 @@ from jsonargparse import ArgumentParser
 
 from metilr import __version__
 from metilr.errors import UserError
-from metilr.yaml_files import parser_mode, read_yaml
+from metilr.files import parser_mode, read_yaml
 
 EXIT_USER_ERROR = 2
 KINDS = r"(?:Expected (?:an? )?|Not of type )(.*?)(?:\. Got value.*|: expected .*)?$"  # in jsonargparse's errors
 WITHOUT_VALUE = ("-h", "--help", "--print_config")
 
 SUBCOMMANDS = {
-    "evaluate": "metilr.evaluation:evaluate",
-    "train": "metilr.train_command:train",
-    "identify": "metilr.identify:identify",
-    "index": "metilr.index:index",
-    "serve": "metilr.serve.app:serve",
-    "compare": "metilr.compare:compare",
-    "rerun": "metilr.rerun:rerun",
-    "sweep": "metilr.sweep:sweep",
-    "describe": "metilr.describe:describe",
+    "evaluate": "metilr.commands.evaluate:evaluate",
+    "train": "metilr.training.train:train",
+    "identify": "metilr.collection.identify:identify",
+    "index": "metilr.collection.index:index",
+    "serve": "metilr.collection.serve.app:serve",
+    "compare": "metilr.commands.compare:compare",
+    "rerun": "metilr.commands.rerun:rerun",
+    "sweep": "metilr.commands.sweep:sweep",
+    "describe": "metilr.commands.describe:describe",
     "download": "metilr.download:download",
-    "verify": "metilr.verify:verify",
-    "pack": "metilr.pack:pack",
-    "export-descriptors": "metilr.reference_format:export_descriptors",
-    "visits": "metilr.data.contact_sheet:write_contact_sheet",
-    "demo": "metilr.data.demo:draw_demo",
+    "verify": "metilr.commands.verify:verify",
+    "pack": "metilr.commands.pack:pack",
+    "export-descriptors": "metilr.extraction.reference_pickle:export_descriptors",
+    "visits": "metilr.commands.visits:write_contact_sheet",
+    "demo": "metilr.demo:draw_demo",
 }
 
 

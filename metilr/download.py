@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from metilr.commands.verify import FILES, PartName, Verification, check, print_verification
 from metilr.data.archives import ARCHIVES, OFFICIAL, PUBLISHED_IMAGES, DataSet
 from metilr.data.disk_space import find_need, require_space
 from metilr.data.download_records import DownloadRecords
@@ -14,7 +15,6 @@ from metilr.data.obtain import Workplace, is_unpacked, obtain_all
 from metilr.errors import UserError
 from metilr.locks import alone_in
 from metilr.progress import byte_progress
-from metilr.verify import FILES, PartName, Verification, check, print_verification
 
 PARTS_OF: dict[DataSet, tuple[PartName, ...]] = {
     "queries": ("val", "test"),

@@ -1,20 +1,21 @@
-"""Files that appear whole or not at all, on disks that several machines may share, and their digests.
-
-Temporary names are random: two containers on two machines often have the same process number.
-"""
+"""YAML from anywhere: plain values, and one kind of error."""
 
 import contextlib
 import errno
 import hashlib
 import io
+import math
 import os
 import re
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
+import yaml
+from jsonargparse import get_loader, set_loader
 
 from metilr.errors import UserError, one_line
 
@@ -204,3 +205,103 @@ def _push_names(folder: Path) -> None:
 
 def _temporary(file: Path) -> Path:
     return file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+
+
+def refuse_compressed(file: Path) -> None:
+    """Refuse a zip archive whose entries are compressed, or together larger than the file.
+
+    Raises:
+        ValueError: If it is such an archive.
+        OSError: If it cannot be read.
+    """
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:  # no archive: others will say so
+        _check(archive, file)
+
+
+def read_npz(file: Path) -> dict[str, np.ndarray]:
+    """Read the arrays of an .npz file that ``np.savez`` wrote, whole; none holds objects.
+
+    Raises:
+        OSError: If the file cannot be read.
+        Exception: Of many types, if it is damaged or something else.
+    """
+    if file.is_file() and not zipfile.is_zipfile(file):
+        raise ValueError("not a .npz file")
+    with zipfile.ZipFile(file) as archive:
+        _check(archive, file)
+        return {name.removesuffix(".npy"): _array(archive.read(name)) for name in archive.namelist()}
+
+
+def _check(archive: zipfile.ZipFile, file: Path) -> None:
+    entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("its parts are compressed, which PyTorch and NumPy do not do")
+    if sum(entry.file_size for entry in entries) > file.stat().st_size:
+        raise ValueError("its parts claim to be larger than the file")
+
+
+def _array(content: bytes) -> np.ndarray:
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise ValueError(f"an array of the format's version {version}")
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    count = math.prod(shape)
+    if dtype.hasobject or min(shape, default=0) < 0 or count * dtype.itemsize > len(content):
+        raise ValueError(f"an array of shape {shape} and type {dtype} in {len(content):,} bytes")
+    flat = np.frombuffer(bytearray(content), dtype, count, stream.tell()) if count else np.empty(0, dtype)
+    return flat.reshape(shape, order="F" if is_fortran else "C")
+
+
+REPEATED = 100_000  # characters that aliases may stand for; of options, with all that repeats, some hundreds
+
+
+def read_yaml(file: Path) -> Any:
+    """Read a YAML file; tags that would make objects are refused.
+
+    Raises:
+        ValueError: If it is no YAML in UTF-8, nested too deeply, much longer without its aliases, or a tag does not
+            fit its value.
+        OSError: If it cannot be read.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        refuse_aliases_of_aliases(text)
+        return yaml.safe_load(text)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # PyYAML's constructors raise nearly any type
+        raise ValueError(one_line(error)) from error
+
+
+def parser_mode() -> str:
+    """Jsonargparse's name for reading values and files as it does by default, without aliases of aliases."""
+    set_loader("metilr", _load, (yaml.YAMLError,))
+    return "metilr"
+
+
+def _load(text: str) -> Any:
+    refuse_aliases_of_aliases(text)
+    return get_loader("yaml")(text)
+
+
+def refuse_aliases_of_aliases(text: str) -> None:
+    """Refuse a few lines that stand for gigabytes: read, they share their parts; shown or compared, they do not.
+
+    Raises:
+        yaml.YAMLError: If aliases stand for too much.
+    """
+    if "*" in text and _length(yaml.compose(text, yaml.SafeLoader), {}) > 2 * len(text) + REPEATED:
+        raise yaml.YAMLError("its aliases stand for too much; write out what they stand for")
+
+
+def _length(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """Characters and parts with all that aliases repeat; infinite where a part holds itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1 if node is None else 1 + len(node.value)
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is known: who meets it before that is in it
+        pairs = isinstance(node, yaml.MappingNode)
+        parts = [part for pair in node.value for part in pair] if pairs else node.value
+        known[id(node)] = 1 + sum(_length(part, known) for part in parts)
+    return known[id(node)]

@@ -1,4 +1,4 @@
-"""Progress of long work: how much is done, how fast, and how long it will take."""
+"""Progress of long work on a terminal, and text from strangers on its way to one."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +17,12 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.text import Text
+
+
+def printable(text: str) -> str:
+    """Text without what steers a terminal or is no text."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
 
 T = TypeVar("T")
 

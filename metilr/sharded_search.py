@@ -17,8 +17,8 @@ from torch.distributed import ProcessGroup
 
 from metilr.approximate_search import ranked
 from metilr.errors import UserError
-from metilr.knn import NO_ROW
-from metilr.search import Neighbours
+from metilr.retrieval.knn import NO_ROW
+from metilr.retrieval.search import Neighbours
 
 _GATHERED = 2**22  # similarities and rows of all processes at a time: 64 MiB
 

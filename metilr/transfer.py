@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from typing import IO
 
-from metilr.terminal import printable
+from metilr.progress import printable
 
 CHUNK = 1 << 20  # bytes asked for at a time
 TIMEOUT = 30  # seconds without a byte after which a connection counts as broken

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from metilr import checkpoints
-from metilr.descriptors import RowWriter
+from metilr.extraction.store import RowWriter
+from metilr.models import checkpoints
 
 PATH_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link")  # of Python's audit hooks
 KILL = "kill"

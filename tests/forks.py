@@ -94,7 +94,6 @@ def _serve() -> None:
     import torch
 
     torch.set_num_threads(1)
-    from metilr import evaluation, train_command  # noqa: F401
     from tests import faults  # noqa: F401
 
     groups: set[Any] = set()
@@ -157,9 +156,9 @@ def _run(job: dict[str, Any]) -> int:
         exec(job["setup"], {})
         name, *options = job["command"]
         if name == "train":
-            run_main("metilr.train_command:train", options, prog="train.py")
+            run_main("metilr.training.train:train", options, prog="train.py")
         else:
-            run_command("metilr.evaluation:evaluate", options, prog="evaluate.py")
+            run_command("metilr.commands.evaluate:evaluate", options, prog="evaluate.py")
     except SystemExit as stop:
         return int(stop.code or 0)
     except BaseException:

@@ -103,7 +103,9 @@ def differ(name: str, before: object, after: object) -> list[str]:
             line for key in before.keys() & after.keys() for line in differ(f"{name}.{key}", before[key], after[key])
         ]
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        return [line for i, pair in enumerate(zip(before, after)) for line in differ(f"{name}[{i}]", *pair)]
+        return [
+            line for i, pair in enumerate(zip(before, after, strict=True)) for line in differ(f"{name}[{i}]", *pair)
+        ]
     return [] if before == after else [f"{name}: {str(before)[:90]} -> {str(after)[:90]}"]
 
 

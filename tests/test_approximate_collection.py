@@ -10,11 +10,11 @@ import pytest
 from metilr import approximate_search
 from metilr.approximate_collection import save_searchable
 from metilr.cli import main
-from metilr.collections_on_disk import open_with_threshold
-from metilr.index import index
-from metilr.photos import load_photo
-from metilr.searchable import Searchable
-from metilr.whitening import PCAWhitening
+from metilr.collection.collection import load_photo
+from metilr.collection.collections_on_disk import open_with_threshold
+from metilr.collection.index import index
+from metilr.evaluation.database import Searchable
+from metilr.retrieval.whitening import PCAWhitening
 from tests.museum import write_museum
 from tests.test_approximate_search import exhibits
 

@@ -7,7 +7,7 @@ import pytest
 from metilr import approximate_search
 from metilr.approximate_search import ApproximateIndex, build_codes, check_size, count_lists
 from metilr.errors import UserError
-from metilr.search import search
+from metilr.retrieval.search import search
 
 N = 4000
 

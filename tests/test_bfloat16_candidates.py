@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from metilr import bfloat16_candidates
-from metilr import search as search_module
 from metilr.bfloat16_candidates import Bfloat16Candidates, has_bfloat16
-from metilr.search import search
+from metilr.retrieval import search as search_module
+from metilr.retrieval.search import search
 
 pytestmark = pytest.mark.skipif(not has_bfloat16(), reason="this CPU has no bfloat16 arithmetic")
 

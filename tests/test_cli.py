@@ -11,8 +11,8 @@ import pytest
 
 from metilr import __version__
 from metilr.cli import main, parse_options, run_command
+from metilr.commands.evaluate import evaluate
 from metilr.errors import UserError
-from metilr.evaluation import evaluate
 
 
 @pytest.fixture

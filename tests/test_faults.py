@@ -63,7 +63,7 @@ def test_a_store_on_a_disk_that_is_gone_is_not_to_be_deleted(place, code, advice
 
 VANISHES = """
 from pathlib import Path
-from metilr.data import images
+from metilr.data import views as images
 load, loaded = images.{function}, []
 
 def vanish(path, *arguments, **options):
@@ -126,7 +126,8 @@ def leave_free(disk: Path, kilobytes: int) -> None:
 WORKER_DIES = """
 import os, signal
 from torch.utils.data import get_worker_info
-from metilr.data import images, pair_dataset
+from metilr.data import views as images
+from metilr.training import pair_dataset
 load = images.load_image
 
 def die(path, *arguments, **options):
@@ -164,8 +165,8 @@ def test_a_decoding_process_that_fails(place, name, where, option, how):
 
 RANK_DIES = """
 import os, signal
-import metilr.extraction as extraction
-from metilr.callbacks import DescriptorWriter
+import metilr.extraction.describe as extraction
+from metilr.extraction.callbacks import DescriptorWriter
 from pytorch_lightning.strategies import DDPStrategy
 extraction._strategy = lambda options: DDPStrategy(start_method="fork", timeout=extraction.PLAN_TIMEOUT)
 write = DescriptorWriter.write_on_batch_end

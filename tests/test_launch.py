@@ -9,10 +9,9 @@ import pytest
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from metilr import train_command  # noqa: F401  (libraries set variables when they are imported)
 from metilr.cli import run_main
-from metilr.launch import has_launcher, launched_as_first, process_as_before
-from metilr.training import FineTuning
+from metilr.distributed import has_launcher, launched_as_first, process_as_before
+from metilr.training.module import FineTuning
 from tests.small_runs import TRAIN
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}
@@ -78,7 +77,7 @@ def test_a_training_leaves_nothing_to_the_next_command(tiny_museum, tmp_path, mo
     options = ["--data.root", tiny_museum, "--trainer.max_epochs", 1, "--trainer.deterministic", "true"]
     before = state_of_process()
     try:
-        run_main("metilr.train_command:train", [str(part) for part in [*TRAIN[1:], *options]], "train.py")
+        run_main("metilr.training.train:train", [str(part) for part in [*TRAIN[1:], *options]], "train.py")
     except SystemExit as stop:
         assert interrupted and stop.code == 2
     assert Path("out/finished").exists() is not interrupted

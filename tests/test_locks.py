@@ -110,8 +110,8 @@ def test_no_other_file_under_the_lock_s_name_is_written(tmp_path, kind):
 WAITS = """
 import time
 from pathlib import Path
-from metilr.callbacks import DescriptorWriter
-from metilr.training import FineTuning
+from metilr.extraction.callbacks import DescriptorWriter
+from metilr.training.module import FineTuning
 write, step = DescriptorWriter.write_on_batch_end, FineTuning.training_step
 
 def wait():

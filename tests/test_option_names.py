@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from metilr import train_command
 from metilr.cli import run_main
-from metilr.descriptor_module import DescriptorModule
-from metilr.train_command import _as_typed
-from metilr.training import WHITENING_HERE
-from metilr.training_cli import TrainingCLI
+from metilr.extraction.module import DescriptorModule
+from metilr.training import train as train_command
+from metilr.training.cli import TrainingCLI
+from metilr.training.module import WHITENING_HERE
+from metilr.training.train import _as_typed
 from tests.small_runs import TRAIN
 
 REPOSITORY = Path(train_command.__file__).parents[1]
@@ -88,7 +88,7 @@ def imported_by(module: str, found: set[str]) -> set[str]:
 
 def test_every_message_of_the_modules_that_train(known):
     n_names, unknown = 0, []
-    for module in sorted(imported_by("metilr.train_command", set()) - NOT_REACHED):
+    for module in sorted(imported_by("metilr.training.train", set()) - NOT_REACHED):
         for line, text in messages_of(file_of(module)):
             for of_evaluation, here in WHITENING_HERE.items():
                 text = text.replace(of_evaluation, here)
@@ -168,6 +168,8 @@ def test_provoked_faults(known, tiny_museum, tmp_path, monkeypatch, capsys, faul
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     fault(monkeypatch)
     with pytest.raises(SystemExit) as stop:
-        run_main("metilr.train_command:train", [*map(str, [*TRAIN[1:], "--data.root", "museum", *options])], "train.py")
+        run_main(
+            "metilr.training.train:train", [*map(str, [*TRAIN[1:], "--data.root", "museum", *options])], "train.py"
+        )
     line = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and said in line and names_in(line) <= known, line

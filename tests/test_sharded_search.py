@@ -9,7 +9,7 @@ import torch
 from metilr import approximate_search, sharded_search
 from metilr.approximate_search import ApproximateIndex, build_codes
 from metilr.errors import UserError
-from metilr.search import search
+from metilr.retrieval.search import search
 from metilr.sharded_search import shard
 from metilr.sharded_search import sharded_search as search_together
 from tests.test_approximate_search import exhibits

@@ -1,1 +1,1 @@
-"""From files to batches: ground truth, images, transforms, the demo museum."""
+"""What there is to see: ground truth, folders, decoding, views and simulated visits."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metilr.data.image_files import file_size
+from metilr.data.decode import file_size
 from metilr.errors import UserError, one_line, shown
 from metilr.metrics import DISTRACTOR
 

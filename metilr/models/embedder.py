@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metilr.errors import UserError, shown
-from metilr.models.backbones import build_backbone
-from metilr.models.features import Backbone, Features, PatchRounding
+from metilr.models.backbone import Backbone, Features, PatchRounding
 from metilr.models.pooling import CLS, Pooling, PoolingName, build_pooling
 from metilr.models.weights import tensors_sha256
+from metilr.models.zoo import build_backbone
 
 SCALES = (1.0, 2**-0.5, 0.5)  # the Met paper's
 MAX_SCALES, MAX_SCALE = 32, 8  # of an image: more is a mistake, and takes gigabytes

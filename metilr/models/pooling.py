@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metilr.errors import UserError
-from metilr.models.features import Features
+from metilr.models.backbone import Features
 from metilr.models.weights import tensors_sha256
 
 PoolingName = Literal["gem", "mac", "spoc", "rmac", "cls"]

@@ -16,10 +16,9 @@ from rich.console import Console
 from torch import nn
 
 from metilr.errors import UserError
-from metilr.files import file_sha256, rename_on_disk
+from metilr.files import file_sha256, refuse_compressed, rename_on_disk
 from metilr.progress import byte_progress
 from metilr.transfer import MOST, FetchError, content_length, copy_body, open_url
-from metilr.zip_files import refuse_compressed
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which timm looks for them
 StateDict = dict[str, torch.Tensor]

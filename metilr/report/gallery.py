@@ -1,5 +1,6 @@
 """The gallery's data: every query with its answer and its top matches, failures first, and some of the pictures."""
 
+import io
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -8,17 +9,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
+from metilr.data.decode import BadImageError, load_image
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
-from metilr.data.transforms import BadImageError
+from metilr.evaluation.geometric_check import GeometricCheck, draw_matching
+from metilr.evaluation.recognition import Recognition
 from metilr.files import named
-from metilr.geometric_check import GeometricCheck, draw_matching
-from metilr.knn import NO_LABEL, NO_ROW
-from metilr.matches import N_MATCHES
 from metilr.metrics import DISTRACTOR
 from metilr.progress import tracked
-from metilr.recognition import Recognition
-from metilr.thumbnails import jpeg_thumbnail
+from metilr.retrieval.knn import N_MATCHES, NO_LABEL, NO_ROW
+
+SIDE = 200  # px: sharp on a phone, and a thousand of them stay below 10 MB
+
+
+def jpeg_thumbnail(file: Path, side: int = SIDE) -> bytes:
+    """Return an image file as a JPEG whose longest side has at most so many px.
+
+    Raises:
+        BadImageError: If the file is missing or cannot be decoded.
+    """
+    return jpeg_of(load_image(file), side)
+
+
+def jpeg_of(image: Tensor, side: int = SIDE) -> bytes:
+    """Return an image, uint8 ``(3, H, W)``, as a JPEG whose longest side has at most so many px."""
+    picture: Image.Image = F.to_pil_image(image)
+    picture.thumbnail((side, side))
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=80, optimize=True)
+    return stream.getvalue()
+
 
 # What can become of a query, in the order in which a reader wants to see it.
 OUTCOMES = ("wrong", "false alarm", "right", "passed over")

@@ -10,13 +10,13 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
-from metilr.geometric_check import GeometricCheck
+from metilr.evaluation.geometric_check import GeometricCheck
+from metilr.evaluation.recognition import Recognition
+from metilr.evaluation.results import FEW_ACCEPTED, headline_unit
 from metilr.metrics.open_set import precision_recall, risk_coverage
-from metilr.recognition import Recognition
 from metilr.report.gallery import arrange, write_gallery
 from metilr.report.plots import as_svg, confidence_plot, precision_recall_plot, risk_coverage_plot, tuning_plot
-from metilr.results_table import chosen
-from metilr.scoring import FEW_ACCEPTED, headline_unit
+from metilr.report.tables import chosen
 
 PICTURES_PER_OUTCOME = 100
 

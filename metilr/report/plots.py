@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from metilr.data.ground_truth import MET
-from metilr.terminal import printable
+from metilr.progress import printable
 
 TEXT = "#010203"  # stands for the page's text colour
 COLOURS = ("#2f7fc1", "#e07b28", "#7d8794", "#3a9a6d", "#b45bb0")  # told apart with any colour vision

@@ -8,13 +8,20 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from metilr.cli import run_command
-from metilr.data.image_faults import find_fault
-from metilr.data.image_limits import MAX_MEGAPIXELS, limit_images, max_pixels, pixels_of
-from metilr.data.images import Images
-from metilr.data.transforms import BadImageError, image_shape, load_image
+from metilr.collection.collection import BadPhotoError, load_photo
+from metilr.commands.evaluate import evaluate
+from metilr.commands.verify import find_fault
+from metilr.data.decode import (
+    MAX_MEGAPIXELS,
+    BadImageError,
+    image_shape,
+    limit_images,
+    load_image,
+    max_pixels,
+    pixels_of,
+)
+from metilr.data.views import Images
 from metilr.errors import UserError
-from metilr.evaluation import evaluate
-from metilr.photos import BadPhotoError, load_photo
 from tests.hostile import write_hostile_files
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from metilr.data.transforms import BadImageError, image_shape, load_image
+from metilr.data.decode import BadImageError, image_shape, load_image
 
 # What EXIF orientation says about the stored array: how to turn it upright.
 UPRIGHT = {

@@ -4,9 +4,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from metilr.data.images import ImageRows, Images
-from metilr.data.transforms import load_image
-from metilr.data.views import CentreCrops, SimulatedVisits
+from metilr.data.decode import load_image
+from metilr.data.views import CentreCrops, ImageRows, Images, SimulatedVisits
 from metilr.data.visits import PRESETS, derive_seed, simulate_visit
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from metilr.data.visit_camera import gaussian_blur
+from metilr.data.visit_effects import gaussian_blur
 from metilr.data.visits import (
     PRESETS,
     VisitStrengths,

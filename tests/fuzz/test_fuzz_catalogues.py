@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metilr.data.catalogue import read_catalogue
-from metilr.index import SCHEMA, Index
+from metilr.collection.index import SCHEMA, Index
+from metilr.data.folder import read_catalogue
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import PROPERTIES, cases, each_replaced, mutated, mutated_value
 

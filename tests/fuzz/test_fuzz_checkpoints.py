@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metilr.checkpoints import FORMAT, load_embedder, model_entry, read_checkpoint
-from metilr.models.backbones import backbone_shapes
+from metilr.evaluation.options import load_whitening
+from metilr.models.checkpoints import FORMAT, load_embedder, model_entry, read_checkpoint
 from metilr.models.embedder import Embedder, build_embedder
 from metilr.models.weights import read_state_dict
-from metilr.whitening import PCAWhitening
-from metilr.whitening_files import load_whitening
+from metilr.models.zoo import backbone_shapes
+from metilr.retrieval.whitening import PCAWhitening
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import PROPERTIES, SHARED, cases, each_replaced, mutated, mutated_value
 
@@ -228,7 +228,7 @@ def test_reference_weights_that_name_a_large_network(tmp_path):
     torch.save({"state_dict": state}, file)
     built = []
     with pytest.MonkeyPatch.context() as patch, refusal(file) as said:
-        patch.setattr("metilr.checkpoints.build_backbone", lambda *_: built.append(True))
+        patch.setattr("metilr.models.checkpoints.build_backbone", lambda *_: built.append(True))
         load_embedder(file)
     assert "for resnext101_32x16d: the weights do not fit" in said[0] and not built
 

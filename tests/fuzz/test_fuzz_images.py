@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from metilr.data.image_limits import FORMATS
-from metilr.data.transforms import BadImageError, image_shape, load_image
-from metilr.photos import BadPhotoError, load_photo
+from metilr.collection.collection import BadPhotoError, load_photo
+from metilr.data.decode import FORMATS, BadImageError, image_shape, load_image
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import PROPERTIES, cases, mutated
 

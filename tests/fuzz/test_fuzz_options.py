@@ -9,13 +9,12 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from metilr.class_paths import only_trusted_classes
 from metilr.cli import parse_options
-from metilr.data.datamodule import BadImages
+from metilr.commands.evaluate import evaluate
 from metilr.data.ground_truth import DatabaseName
-from metilr.evaluation import evaluate
-from metilr.extraction_options import Accelerator
-from metilr.training_cli import TrainingCLI
+from metilr.extraction.datamodule import BadImages
+from metilr.extraction.options import Accelerator
+from metilr.training.cli import TrainingCLI, only_trusted_classes
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import HOSTILE_VALUES, SHARED, cases, mutated, mutated_value
 from tests.fuzz.test_fuzz_runs import YAML_TOKENS

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from metilr.reference_format import KEYS, read_reference_descriptors
+from metilr.extraction.reference_pickle import KEYS, read_reference_descriptors
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import PROPERTIES, cases, mutated
 

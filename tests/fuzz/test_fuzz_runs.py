@@ -8,10 +8,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metilr.evaluation.results import PREDICTION_COLUMNS
+from metilr.evaluation.runs import read_results, read_run
+from metilr.files import read_yaml
 from metilr.metrics import DISTRACTOR
-from metilr.results import PREDICTION_COLUMNS
-from metilr.runs import read_results, read_run
-from metilr.yaml_files import read_yaml
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import PROPERTIES, cases, each_replaced, mutated, mutated_value
 

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metilr.descriptors import SCHEMA, SPLITS, DescriptorStore
+from metilr.extraction.store import SCHEMA, SPLITS, DescriptorStore
 from metilr.random_rows import RandomRows
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import PROPERTIES, cases, each_replaced, mutated, mutated_value

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from metilr import compare as compare_module
-from metilr.answers import collection_document
 from metilr.cli import options_of
-from metilr.collections_on_disk import open_with_threshold
-from metilr.compare import compare
-from metilr.data.transforms import load_image
-from metilr.evaluation import evaluate
-from metilr.pack import pack
-from metilr.rerun import _options, compare_results
-from metilr.runs import read_results
+from metilr.collection.collections_on_disk import open_with_threshold
+from metilr.collection.threshold import collection_document
+from metilr.commands import compare as compare_module
+from metilr.commands.compare import compare
+from metilr.commands.evaluate import evaluate
+from metilr.commands.pack import pack
+from metilr.commands.rerun import _options, compare_results
+from metilr.data.decode import load_image
+from metilr.evaluation.runs import read_results
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import HOSTILE_VALUES, cases, mutated_value
 from tests.museum import write_museum

@@ -6,9 +6,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from metilr.feature_cache import FeatureCache
-from metilr.geometry import LocalFeatures
-from metilr.whitening import LearnedWhitening, PCAWhitening
+from metilr.geometry.features import FeatureCache
+from metilr.geometry.verify import LocalFeatures
+from metilr.retrieval.whitening import LearnedWhitening, PCAWhitening
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import cases, mutated
 

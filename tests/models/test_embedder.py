@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from metilr.errors import UserError
-from metilr.models.backbones import build_backbone
 from metilr.models.embedder import BFLOAT16_LEAST_SIDE, Embedder, Projector
 from metilr.models.pooling import build_pooling
+from metilr.models.zoo import build_backbone
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 HALF = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from metilr.errors import UserError
-from metilr.models.features import Features
+from metilr.models.backbone import Features
 from metilr.models.pooling import CLS, GeM, build_pooling, gem, mac, rmac, rmac_regions, spoc
 
 

@@ -5,10 +5,9 @@ import pytest
 from PIL import Image
 
 from metilr.data.ground_truth import load_ground_truth
-from metilr.knn import Predictions
-from metilr.matches import Matches
-from metilr.recognition import Recognition
+from metilr.evaluation.recognition import Recognition
 from metilr.report.gallery import OUTCOMES, arrange, queries_with_pictures, write_gallery
+from metilr.retrieval.knn import Matches, Predictions
 
 # The tiny museum's labels by exhibit: 9, 12, 33, 41, 70, 500. Val shows 9, 70, 41, 9 and three distractors.
 ANSWERS = Predictions(

@@ -6,16 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from metilr.commands.evaluate import evaluate
 from metilr.data.ground_truth import QUERY_FILES, load_ground_truth
-from metilr.evaluation import evaluate
-from metilr.knn import Predictions, Tuning
-from metilr.matches import Matches
-from metilr.method import Method
+from metilr.evaluation.options import Method
+from metilr.evaluation.recognition import Recognition
+from metilr.evaluation.results import results_of
+from metilr.extraction.descriptors import Descriptors
 from metilr.metrics import acc, gap, gap_minus
-from metilr.recognition import Recognition
 from metilr.report import write_report
-from metilr.results import results_of
-from metilr.sources import Descriptors
+from metilr.retrieval.knn import Matches, Predictions, Tuning
 from tests.browser import browser as browser  # a fixture
 from tests.museum import write_museum
 

@@ -1,0 +1,1 @@
+"""A museum's own images, made ready to answer photos."""

@@ -1,0 +1,363 @@
+"""What identification needs: the database as it is searched, and the very model that described it."""
+
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metilr.approximate_collection import digest_of_database, load_searchable
+from metilr.data.decode import TooManyPixels, max_pixels, open_image, to_tensor, why_undecodable
+from metilr.data.ground_truth import GroundTruth
+from metilr.data.views import CentreCrops
+from metilr.errors import UserError
+from metilr.evaluation.database import Searchable, as_compared, build_searchable, joined_views
+from metilr.evaluation.geometric_check import GeometricCheck, check_photo
+from metilr.evaluation.options import Method
+from metilr.extraction.callbacks import keep_float32_exact
+from metilr.extraction.datamodule import ImageBatch
+from metilr.extraction.describe import store_settings
+from metilr.extraction.descriptors import open_descriptors
+from metilr.extraction.module import DescriptorModule
+from metilr.extraction.options import ExtractionOptions
+from metilr.extraction.store import UNIT_TOLERANCE, DescriptorStore, differing_settings
+from metilr.geometry.evidence import Checked, apply_evidence
+from metilr.models.embedder import Embedder
+from metilr.retrieval.knn import N_MATCHES, N_NEIGHBOURS, Matches, Predictions, classify
+from metilr.retrieval.whitening import PCAWhitening
+
+MAX_PHOTO_MEGAPIXELS = 50.0  # phones take 12 to 50; decoded, that is 150 MB
+
+
+class BadPhotoError(UserError):
+    """A photograph that is not decoded; the message says why, and leaves the name to the caller."""
+
+
+class TooManyPixelsError(BadPhotoError):
+    """A photograph beyond the limit, which its header tells before anything is decoded."""
+
+
+class Photo(NamedTuple):
+    """A decoded photograph.
+
+    Attributes:
+        image: RGB, uint8 ``(3, H, W)``.
+        reduced: Whether it was made smaller to fit ``largest_side``.
+    """
+
+    image: Tensor
+    reduced: bool
+
+
+def load_photo(
+    file: Path | IO[bytes],
+    image_size: int | None = None,
+    largest_side: int | None = None,
+    max_pixels: int = int(MAX_PHOTO_MEGAPIXELS * 10**6),
+) -> Photo:
+    """Decode a photograph as ``load_image`` does, if it is an image of a usual kind and not too large.
+
+    Args:
+        file: Its path, or the opened file.
+        image_size: Length in px that the longest side is resized to; None keeps the size.
+        largest_side: Without ``image_size``: reduce a photograph whose longest side is longer to this; None does not.
+        max_pixels: More are refused, before anything is decoded.
+
+    Raises:
+        BadPhotoError: If it cannot be decoded.
+        OSError: If the disk is at fault.
+    """
+    try:
+        with open_image(file, max_pixels) as image:
+            too_long = image_size is None and largest_side is not None and max(image.size) > largest_side
+            return Photo(to_tensor(image, largest_side if too_long else image_size), too_long)
+    except MemoryError:
+        raise
+    except TooManyPixels as error:
+        raise TooManyPixelsError(f"has {error}; make it smaller") from None
+    except Exception as error:  # as in load_image
+        raise BadPhotoError(f"cannot be decoded ({why_undecodable(error)})") from None
+
+
+SIDE_OF_LOST_IMAGES = 1024  # px, where the images that tell are gone
+MAX_HEADERS = 5000  # of images, read for the largest size: about a second
+
+
+@dataclass(frozen=True)
+class Match:
+    """A database image that a photo resembles.
+
+    Attributes:
+        row: Of the ground truth's database, for ``Collection.image``.
+        exhibit: What it shows.
+        similarity: Inner product with the photo's descriptor.
+        inliers: Local features that agree about one transform; None without a geometric check.
+    """
+
+    row: int
+    exhibit: str
+    similarity: float
+    inliers: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Which exhibit a photo shows most likely.
+
+    Attributes:
+        exhibit: Its name.
+        log_confidence: As in an evaluation's predictions.
+        similarity: Of the nearest image of that exhibit; 0 if none of the neighbours shows it.
+        matches: The nearest image of each of the nearest exhibits, most similar first.
+        regions: What the photo and the answer's image have in common, a JPEG; None where nothing is found or asked for.
+    """
+
+    exhibit: str
+    log_confidence: float
+    similarity: float
+    matches: tuple[Match, ...]
+    regions: bytes | None = None
+
+
+class Describer:
+    """Describes one photo at a time as the extraction describes images.
+
+    Args:
+        embedder: The model.
+        options: Where it runs and in which precision.
+    """
+
+    def __init__(self, embedder: Embedder, options: ExtractionOptions) -> None:
+        self.device = torch.device(options.device)
+        self.precision = options.precision
+        # Compiling takes a minute, a photo in plain PyTorch less than a second, with the same rows up to rounding.
+        engine = "torch" if options.engine == "compile" else options.engine
+        self.module = DescriptorModule(embedder, engine, options.precision).to(self.device).eval()
+        self.module.on_predict_start()
+        keep_float32_exact()
+
+    def describe(self, image: Tensor) -> np.ndarray:
+        """Describe an image, uint8 ``(3, H, W)``: float32 ``(1, D)`` of unit length.
+
+        Raises:
+            BadPhotoError: If the model makes nothing of it.
+        """
+        batch = ImageBatch(np.zeros(1, dtype=np.int64), image[None].to(self.device), [])
+        dtype = torch.float16 if self.precision == "16-mixed" else torch.bfloat16
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "32"),
+        ):
+            descriptor = self.module.describe(batch).float().cpu().numpy()
+        if not abs(np.linalg.norm(descriptor) - 1) < UNIT_TOLERANCE:  # also true for NaN
+            raise BadPhotoError("gives a descriptor that is not finite or all zero; take another photo")
+        return descriptor
+
+
+@dataclass(frozen=True, eq=False)
+class Collection:
+    """A museum's exhibits, ready to be recognised.
+
+    Attributes:
+        name: Of the data root.
+        ground_truth: Names the images.
+        exhibits: Name of each label.
+        describer: Makes descriptors of photos.
+        image_size: That images were resized to; None: they kept their size.
+        method: How photos are compared with the database.
+        whitening: Applied to descriptors; None for none.
+        database: As it is searched.
+        k: Number of neighbours.
+        tau: Inverse temperature.
+        check: Geometric check of the best candidates; None for none.
+    """
+
+    name: str
+    ground_truth: GroundTruth
+    exhibits: Sequence[str]
+    describer: Describer
+    image_size: int | None
+    method: Method
+    whitening: PCAWhitening | None
+    database: Searchable
+    k: int
+    tau: float
+    check: GeometricCheck | None = None
+
+    @property
+    def search(self) -> str | None:
+        """How the database is searched, in words, where it is not searched exactly."""
+        return None if self.database.approximate is None else str(self.database.approximate)
+
+    @functools.cached_property
+    def images(self) -> frozenset[int]:
+        """Rows of the ground truth's database that can be found; some images may have been left out."""
+        return frozenset(self.database.images.tolist())
+
+    def path(self, row: int) -> str:
+        """Where a database image lies, relative to the museum's images."""
+        return self.ground_truth.paths["database"][row]
+
+    def image(self, row: int) -> Path:
+        """The file of a database image."""
+        return self.ground_truth.image(self.path(row))
+
+    @functools.cached_property
+    def largest_side(self) -> int | None:
+        """Longest side in px of the images that were described at their own size; None if their size was set.
+
+        A photo beyond it is to be reduced to it: no descriptor here was made at such a scale. Of more than
+        ``MAX_HEADERS`` images as many are looked at, evenly spread; missing ones are passed over.
+        """
+        if self.image_size is not None:
+            return None
+        files = [self.ground_truth.image(path) for paths in self.ground_truth.paths.values() for path in paths]
+        chosen = files[:: -(-len(files) // MAX_HEADERS)]
+        with ThreadPoolExecutor(8) as pool:
+            return max(pool.map(_longest_side, chosen)) or SIDE_OF_LOST_IMAGES
+
+    def answer(self, image: Tensor, n_matches: int = N_MATCHES, draw: bool = False) -> Answer:
+        """Recognise what a photo shows, as the evaluation does.
+
+        Args:
+            image: uint8 ``(3, H, W)``, of the size that ``image_size`` or ``largest_side`` says.
+            n_matches: Exhibits in the answer's matches.
+            draw: Draw what the photo and the answer's image have in common, where geometry is checked.
+
+        Raises:
+            BadPhotoError: If the model makes nothing of the photo.
+        """
+        query = self._compared(image)
+        labels, n = self.database.labels, len(self.database.rows)
+        n_wanted = max(n_matches, self.check.candidates if self.check else 0)
+        neighbours = self.database.nearest(query, min(n, max(self.k, N_NEIGHBOURS * self.method.rows_per_image)))
+        matches = self.database.matches(query, neighbours, n_wanted)
+        predictions = classify(neighbours, labels, len(self.exhibits), self.k, self.tau)
+        matches = Matches(self.database.images[matches.rows], matches.similarities)
+        counts, regions = None, None
+        if self.check is not None:
+            predictions, counts, regions = self._checked(image, predictions, matches, self.check, draw)
+        exhibits = [self.exhibits[label] for label in self.ground_truth.labels["database"][matches.rows[0]].tolist()]
+        listed = zip(matches.rows[0].tolist(), exhibits, matches.similarities[0].tolist(), strict=True)
+        return Answer(
+            exhibit=self.exhibits[int(predictions.labels[0])],
+            log_confidence=float(predictions.log_confidence[0]),
+            similarity=float(predictions.similarity[0]),
+            matches=tuple(
+                Match(row, exhibit, similarity, None if counts is None or i >= len(counts) else counts[i])
+                for i, (row, exhibit, similarity) in enumerate(listed)
+                if i < n_matches
+            ),
+            regions=regions,
+        )
+
+    def _checked(
+        self, image: Tensor, predictions: Predictions, matches: Matches, check: GeometricCheck, draw: bool
+    ) -> tuple[Predictions, list[int], bytes | None]:
+        """Check the answer as the evaluation does; with the inliers of each candidate, and the picture."""
+        rows = matches.rows[:, : check.candidates]
+        photo = check_photo(check, image, [self.image(row) for row in rows[0].tolist()])
+        inliers = np.array([[found.n_inliers for found in photo.found]])
+        database_labels = self.ground_truth.labels["database"]
+        checked = Checked(matches, inliers, database_labels, len(self.exhibits), self.tau)
+        predictions = apply_evidence(predictions, checked, check.boost, check.gate)
+        answered = np.flatnonzero(database_labels[rows[0]] == predictions.labels[0])
+        regions = photo.draw(int(answered[0]), check.image_size) if draw and len(answered) else None
+        return predictions, inliers[0].tolist(), regions
+
+    def _compared(self, image: Tensor) -> np.ndarray:
+        """The descriptors that a photo is searched by, ``(1, V, D)``."""
+        whole = as_compared(self.describer.describe(image), self.whitening)[:, None]
+        if not self.method.query_crops:
+            return whole
+        view = CentreCrops(tuple(self.method.query_crops))
+        crops = [self.describer.describe(view(image, "", i)) for i in range(view.n)]
+        return joined_views(whole, as_compared(np.concatenate(crops), self.whitening)[None], self.method)
+
+
+def open_collection(
+    name: str,
+    ground_truth: GroundTruth,
+    exhibits: Sequence[str],
+    store: DescriptorStore,
+    embedder: Embedder,
+    options: ExtractionOptions,
+    method: Method,
+    seed: int,
+    whitening: PCAWhitening | None,
+    beta: float,
+    k: int,
+    tau: float,
+    check: GeometricCheck | None = None,
+    approximate: Path | None = None,
+) -> Collection:
+    """Put a collection together from a finished store, refusing a model that did not make it.
+
+    Args:
+        name: Of the data root.
+        ground_truth: Names the images of the store.
+        exhibits: Name of each label.
+        store: Holds the database's descriptors.
+        embedder: Shall describe photos.
+        options: Size of images, precision, and where the model runs.
+        method: How photos are compared with the database.
+        seed: Of its simulated visits.
+        whitening: Applied to descriptors; None for none.
+        beta: See ``Recognition``.
+        k: Number of neighbours.
+        tau: Inverse temperature.
+        check: Geometric check of the best candidates; None for none.
+        approximate: Folder with the database as it is searched and its index; None: it is made now from the store.
+
+    Raises:
+        UserError: If the store is missing or unfinished, or other settings made it, or ``approximate`` does not belong
+            to it.
+    """
+    wanted = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
+    refuse_another_model(store.path, store.manifest()["settings"], wanted)
+    if approximate is None:
+        used = [view for view in method.views(seed) if method.database_views != "none" and "visits" in view.of]
+        opened = open_descriptors([store.path], ground_truth, used)
+        database = build_searchable(opened, ground_truth, method, whitening).lowered(beta)
+    else:
+        database = load_searchable(approximate, digest_of_database(store, method, seed, whitening))
+    return Collection(
+        name=name,
+        ground_truth=ground_truth,
+        exhibits=exhibits,
+        describer=Describer(embedder, options),
+        image_size=options.image_size,
+        method=method,
+        whitening=whitening,
+        database=database,
+        k=k,
+        tau=tau,
+        check=check,
+    )
+
+
+def refuse_another_model(path: Path, found: dict[str, object], wanted: dict[str, object]) -> None:
+    """Refuse to compare descriptors that were made differently.
+
+    Raises:
+        UserError: If the settings differ; names how.
+    """
+    differing = differing_settings(found, wanted)
+    if differing:
+        raise UserError(
+            f"{path}: was made by another model or from other images than photos would be compared by "
+            f"({'; '.join(differing[:3])}); give the --ckpt that made it, or make it again"
+        )
+
+
+def _longest_side(file: Path) -> int:
+    try:
+        with open_image(file, max_pixels()) as image:
+            return max(image.size)
+    except Exception:  # as in load_image
+        return 0

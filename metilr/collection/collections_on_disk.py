@@ -1,0 +1,207 @@
+"""Collections from what earlier commands wrote: the folder of an evaluation, or an index."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from metilr.approximate_collection import APPROXIMATE
+from metilr.collection.collection import Collection, open_collection, refuse_another_model
+from metilr.collection.index import Index, build_model
+from metilr.collection.threshold import Threshold, choose_threshold
+from metilr.data.decode import MAX_MEGAPIXELS, limit_images
+from metilr.data.ground_truth import load_ground_truth
+from metilr.demo import DEMO
+from metilr.errors import UserError
+from metilr.evaluation.geometric_check import GeometricCheck, geometric_check_of
+from metilr.evaluation.options import Method
+from metilr.evaluation.results import MIN_PRECISION
+from metilr.evaluation.runs import Run, read_run
+from metilr.extraction.describe import store_settings
+from metilr.extraction.options import Accelerator, ExtractionOptions
+from metilr.extraction.store import DescriptorStore
+from metilr.geometry.evidence import Gate
+from metilr.models.checkpoints import load_embedder
+from metilr.models.embedder import Embedder, build_embedder
+from metilr.models.zoo import RANDOM
+from metilr.retrieval.whitening import PCAWhitening
+
+_OF_THE_MODEL = ("backbone", "weights", "pooling", "p", "stage", "patch_rounding", "seed")  # options of evaluate
+
+
+def open_with_threshold(
+    run: Path | None,
+    store: Path | None,
+    ckpt: Path | None = None,
+    min_precision: float = MIN_PRECISION,
+    threshold: float | None = None,
+    accelerator: Accelerator = "auto",
+) -> tuple[Collection, Threshold]:
+    """Open a run or an index, with the threshold that decisions are made by.
+
+    Args:
+        run: An evaluation's folder.
+        store: Or an index's.
+        ckpt: The checkpoint that made it, where it lies now; None: where it lay then, if there was one.
+        min_precision: See ``choose_threshold``.
+        threshold: See ``choose_threshold``.
+        accelerator: Where the model runs.
+
+    Raises:
+        UserError: If not exactly one is given, something is missing, or the model is not the one that made it.
+    """
+    if (run is None) == (store is None):
+        raise UserError("give either --run (a folder of metilr evaluate) or --store (one of metilr index)")
+    if run is None:
+        assert store is not None
+        chosen = choose_threshold(None, threshold, min_precision)
+        return collection_of_index(Path(store), ckpt, accelerator), chosen
+    finished = read_run(Path(run))
+    chosen = choose_threshold(finished, threshold, min_precision)
+    return collection_of_run(finished, ckpt, accelerator), chosen
+
+
+def collection_of_index(path: Path, ckpt: Path | None = None, accelerator: Accelerator = "auto") -> Collection:
+    """Open what ``metilr index`` wrote.
+
+    Raises:
+        UserError: If it is no index, or something is missing or changed of the model, the store or the whitening.
+    """
+    index = Index.load(path)
+    limit_images(MAX_MEGAPIXELS)
+    embedder, _ = build_model(index.model if ckpt is None else {**index.model, "ckpt": ckpt})
+    approximate = path / APPROXIMATE
+    return open_collection(
+        index.catalogue.folder.name,
+        index.catalogue.ground_truth(),
+        index.catalogue.names,
+        DescriptorStore(path / "store"),
+        embedder,
+        ExtractionOptions(
+            index.image_size,
+            accelerator=accelerator,
+            precision=index.model.get("precision", "32"),
+            engine=index.model.get("engine", "torch"),
+        ),
+        index.method,
+        index.seed,
+        PCAWhitening.load(path / "whitening.npz") if index.is_whitened else None,
+        0.0,
+        index.k,
+        index.tau,
+        approximate=approximate if approximate.exists() else None,
+    )
+
+
+def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerator = "auto") -> Collection:
+    """Open the database of an evaluation that described images with a model.
+
+    Paths that were relative are so to the folder that the evaluation was started in, or else to the current one.
+
+    Raises:
+        UserError: If it had no model, or something is missing or changed of data, model, store or whitening.
+    """
+    results, config, model = run.results, run.config, run.results["model"]
+    if config.get("descriptors") or "store" not in model:
+        raise UserError(f"{run.path}: was made from --descriptors, so it has no model for photos; evaluate with --root")
+    limit_images(config.get("max_megapixels", MAX_MEGAPIXELS))
+    root = DEMO if config.get("root") is None else Path(config["root"])
+    ground_truth = load_ground_truth(_found(run, "--root", root), results["data"]["database"])
+    if ground_truth.fingerprint() != results["data"]["fingerprint"]:
+        raise UserError(f"{ground_truth.root}/ground_truth: changed since the evaluation {run.path}; evaluate again")
+
+    engine = model.get("engine", "torch")
+    try:
+        options = ExtractionOptions(
+            model["image_size"], accelerator=accelerator, precision=model["precision"], engine=engine
+        )
+    except UserError as error:
+        raise UserError(f"{run.path}: was described with {error}") from None
+    embedder = embedder_of_run(run, ckpt)
+    wanted = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
+    refuse_another_model(run.path, {name: model.get(name) for name in wanted["model"]}, wanted["model"])
+    method, beta = _method(run)
+    return open_collection(
+        ground_truth.root.name + (" (synthetic)" if results["data"].get("synthetic") else ""),
+        ground_truth,
+        [str(exhibit_id) for exhibit_id in ground_truth.exhibit_ids.tolist()],
+        DescriptorStore(_found(run, "--store", Path(model["store"]))),
+        embedder,
+        options,
+        method,
+        config["seed"],
+        whitening_of_run(run),
+        beta,
+        results["knn"]["k"],
+        results["knn"]["tau"],
+        _check(run, embedder, options),
+    )
+
+
+def embedder_of_run(run: Run, ckpt: Path | None) -> Embedder:
+    """Build the model that described a run's images; ``ckpt`` in place of the checkpoint's own place.
+
+    Raises:
+        UserError: If its files are no longer there.
+    """
+    config: Mapping[str, Any] = run.config
+    missing = {"ckpt", "scales", *_OF_THE_MODEL} - config.keys()
+    if missing:
+        raise UserError(f"{run.path / 'config.yaml'}: lacks {', '.join(sorted(missing))}; evaluate again")
+    scales = [config["scales"]] if isinstance(config["scales"], (int, float)) else config["scales"]
+    if ckpt is None and config["ckpt"] is not None:
+        ckpt = _found(run, "--ckpt", Path(config["ckpt"]))
+    if ckpt is not None:
+        embedder, _ = load_embedder(Path(ckpt), scales)
+        return embedder
+    options = {name: config[name] for name in _OF_THE_MODEL}
+    if options["weights"] not in (None, RANDOM):
+        options["weights"] = str(_found(run, "--weights", Path(options["weights"])))
+    try:
+        return build_embedder(**options, scales=scales)
+    except UserError as error:
+        raise UserError(f"{run.path}: was described with {error}") from None
+
+
+def _method(run: Run) -> tuple[Method, float]:
+    """How the run compared descriptors, and the beta that it chose; a run older than ``elements`` had none on."""
+    elements = dict(run.results.get("elements") or {})
+    hubness = elements.pop("hubness", None)
+    if hubness is None:
+        return Method("none", **elements), 0.0
+    return Method("none", hubness=hubness["neighbours"], **elements), hubness["beta"]
+
+
+def _check(run: Run, embedder: Embedder, options: ExtractionOptions) -> GeometricCheck | None:
+    recorded = run.results.get("geometric_check")
+    if recorded is None:
+        return None
+    gate = Gate(recorded["gate"]["weight"], recorded["gate"]["enough"])
+    what = (recorded["candidates"], recorded["reorder"], recorded["boost"], gate)
+    check = geometric_check_of(embedder.to(options.device), options.image_size, *what)
+    refuse_another_model(run.path, recorded["features"], check.extractor.settings())
+    return check
+
+
+def whitening_of_run(run: Run) -> PCAWhitening | None:
+    """Read the whitening that a run applied; None for none.
+
+    Raises:
+        UserError: If the file is another one.
+    """
+    if "whitening" not in run.results:
+        raise UserError(f"{run.path / 'results.json'}: does not say how it whitened; evaluate again")
+    recorded = run.results["whitening"]
+    if recorded is None:
+        return None
+    whitening = PCAWhitening.load(run.path / "whitening.npz")
+    if whitening.sha256() != recorded.get("sha256"):
+        raise UserError(f"{run.path / 'whitening.npz'}: is not the whitening of this evaluation; evaluate again")
+    return whitening
+
+
+def _found(run: Run, option: str, path: Path) -> Path:
+    for place in (Path(run.results.get("directory", ".")) / path, path):
+        if place.exists():
+            return place
+    hint = "give it with --ckpt" if option == "--ckpt" else "put it back, or evaluate again"
+    raise UserError(f"{run.path}: {path}, its {option}, is no longer there; {hint}")

@@ -1,0 +1,211 @@
+"""``metilr identify``: which exhibit of a collection each photo shows."""
+
+import base64
+import importlib.resources
+from collections.abc import Iterator, Sequence
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from rich.console import Console
+from rich.markup import escape
+
+from metilr.collection.collection import MAX_PHOTO_MEGAPIXELS, BadPhotoError, Collection, TooManyPixelsError, load_photo
+from metilr.collection.collections_on_disk import open_with_threshold
+from metilr.collection.threshold import Identified, Threshold, answer_document, collection_document
+from metilr.data.decode import BadImageError, find_images, pixels_of
+from metilr.errors import UserError
+from metilr.evaluation.results import MIN_PRECISION
+from metilr.extraction.options import Accelerator
+from metilr.files import write_atomically
+from metilr.progress import printable
+from metilr.report.gallery import jpeg_of, jpeg_thumbnail
+from metilr.retrieval.knn import N_MATCHES
+
+
+def write_page(file: Path, collection: Collection, threshold: Threshold, photos: Sequence[Identified]) -> None:
+    """Write the page; names of files and exhibits come from anywhere and are escaped.
+
+    Args:
+        file: The page; its folder is made if need be.
+        collection: Knows the pictures of the matches; those that are missing are left out.
+        threshold: What the decisions were made by.
+        photos: The answers, each with its picture.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    templates = jinja2.Environment(loader=jinja2.PackageLoader("metilr.collection.serve"), autoescape=True)
+    templates.filters |= {"shown": printable, "data_uri": data_uri}
+    style = importlib.resources.files("metilr.collection.serve") / "static" / "style.css"
+    page = templates.get_template("answers.html").render(
+        collection=collection,
+        threshold=threshold,
+        photos=photos,
+        pictures=_pictures(collection, photos),
+        style=Markup(style.read_text(encoding="utf-8")),
+    )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, page)
+    except OSError as error:
+        raise UserError(f"--page {file}: cannot be written ({error.strerror}); name another file") from None
+
+
+def _pictures(collection: Collection, photos: Sequence[Identified]) -> dict[int, bytes]:
+    rows = {match.row for photo in photos if photo.answer is not None for match in photo.answer.matches}
+    pictures = {}
+    for row in rows:
+        try:
+            pictures[row] = jpeg_thumbnail(collection.image(row))
+        except BadImageError:  # gone since it was described: the page says so in its place
+            continue
+    return pictures
+
+
+def data_uri(picture: bytes) -> str:
+    """A JPEG as an address that holds it."""
+    return "data:image/jpeg;base64," + base64.b64encode(picture).decode()
+
+
+SCHEMA = "metilr.identify/1"
+
+
+def identify(
+    photos: Sequence[Path],
+    run: Path | None = None,
+    store: Path | None = None,
+    ckpt: Path | None = None,
+    min_precision: float = MIN_PRECISION,
+    threshold: float | None = None,
+    matches: int = N_MATCHES,
+    max_megapixels: float = MAX_PHOTO_MEGAPIXELS,
+    json: bool = False,
+    page: Path | None = None,
+    accelerator: Accelerator = "auto",
+) -> None:
+    """Say which exhibit each photo shows, or that it shows none of the collection.
+
+    A photo that cannot be read is reported and the others are answered; if none can be read, the command fails.
+
+    Args:
+        photos: Photos and folders of photos (with their sub-folders).
+        run: Folder that metilr evaluate wrote: its database, its model, its k and tau, and its val for the threshold.
+        store: Folder that metilr index wrote, in place of a run.
+        ckpt: The checkpoint that made the run or the index, if it was moved. Another one is refused.
+        min_precision: An exhibit is named where at least this share of such answers was right on val of the run.
+        threshold: An exhibit is named from this log-confidence on, in place of one chosen on val.
+        matches: Exhibits listed for each photo, with their nearest images.
+        max_megapixels: A photo of more is not decoded.
+        json: Print a JSON document and nothing else.
+        page: Also write this .html file, one page with the pictures in it.
+        accelerator: Where the model runs; auto takes a GPU if there is one.
+
+    Raises:
+        UserError: If an option or a file is not usable, or no photo can be read; says which and what to do.
+    """
+    if matches < 1:
+        raise UserError(f"--matches {matches}: must be at least 1")
+    if page is not None and Path(page).suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--page {page}: name a file that ends in .html")
+    max_pixels = pixels_of(max_megapixels)
+    photos = [photos] if isinstance(photos, (str, Path)) else photos
+    if not photos:
+        raise UserError("name one or more photos, or folders of photos")
+    console = Console(highlight=False, quiet=json)
+    collection, chosen = open_with_threshold(run, store, ckpt, min_precision, threshold, accelerator)
+    console.print(_head(collection, chosen), soft_wrap=True)
+
+    answered = []
+    for photo in _answers(collection, chosen, photos, matches, max_pixels, with_pictures=page is not None):
+        console.print(_lines(photo, collection), soft_wrap=True)
+        answered.append(photo)
+    if json:
+        print(dumps(_document(collection, chosen, answered), indent=1, allow_nan=False))
+    if page is not None:
+        write_page(Path(page), collection, chosen, answered)
+        console.print(f"wrote {escape(str(page))}", soft_wrap=True)
+    if all(photo.answer is None for photo in answered):
+        raise UserError(f"no photo could be read; the first, {printable(answered[0].name)}: {answered[0].error}")
+
+
+def _answers(
+    collection: Collection,
+    threshold: Threshold,
+    photos: Sequence[Path],
+    n_matches: int,
+    max_pixels: int,
+    with_pictures: bool,
+) -> Iterator[Identified]:
+    for named in map(Path, photos):
+        try:
+            files, left_aside = find_images(named) if named.is_dir() else ([named], "")
+        except UserError as error:
+            yield Identified(str(named), error=str(error).removeprefix(f"{named}: "))
+            continue
+        if left_aside:
+            yield Identified(str(named), error=f"left aside: {left_aside}; convert them to JPEG, or name the folders")
+        for file in files:
+            try:
+                photo = load_photo(file, collection.image_size, collection.largest_side, max_pixels)
+                answer = collection.answer(photo.image, n_matches, draw=with_pictures)
+            except BadPhotoError as error:
+                hint = ", or raise --max_megapixels" if isinstance(error, TooManyPixelsError) else ""
+                yield Identified(str(file), error=f"{error}{hint}")
+                continue
+            picture = jpeg_of(photo.image) if with_pictures else None
+            decision = threshold.decide(answer.log_confidence)
+            yield Identified(str(file), answer, decision, reduced=photo.reduced, picture=picture)
+
+
+def _head(collection: Collection, threshold: Threshold) -> str:
+    how = "" if collection.search is None else f"[bold]search[/]       {collection.search}\n"
+    value = "none" if threshold.log_confidence is None else threshold.needed
+    return (
+        f"[bold]collection[/]   {escape(printable(collection.name))}: {len(collection.images):,} images of "
+        f"{len(collection.exhibits):,} exhibits, k = {collection.k}, τ = {collection.tau:g}\n"
+        f"{how}"
+        f"[bold]threshold[/]    {value}: {escape(printable(threshold.origin))}"
+    )
+
+
+def _lines(photo: Identified, collection: Collection) -> str:
+    name, answer = escape(printable(photo.name)), photo.answer
+    if answer is None:
+        return f"\n[bold]{name}[/]  [red]{escape(printable(photo.headline))}[/]"
+    colour = {"exhibit": "green", "not in the collection": "yellow", "undecided": "yellow"}[
+        photo.decision or "undecided"
+    ]
+    lines = [
+        f"\n[bold]{name}[/]  [{colour}]{escape(printable(photo.headline))}[/]  "
+        f"{escape(printable(photo.detail))} (log {answer.log_confidence:.4g})"
+    ]
+    if photo.reduced:
+        lines.append(
+            f"  reduced to {collection.largest_side} px, the longest side that the collection was described at"
+        )
+    width = max(len(match.exhibit) for match in answer.matches)
+    for place, match in enumerate(answer.matches, start=1):
+        exhibit, path = printable(match.exhibit), printable(collection.path(match.row))
+        inliers = "" if match.inliers is None else f"  inliers {match.inliers:4}"
+        similarity = f"similarity {match.similarity:6.3f}{inliers}"
+        lines.append(f"  {place}  {similarity}  exhibit {escape(exhibit):<{width}}  {escape(path)}")
+    return "\n".join(lines)
+
+
+def _document(collection: Collection, threshold: Threshold, photos: Sequence[Identified]) -> dict[str, Any]:
+    listed: list[dict[str, Any]] = []
+    for photo in photos:
+        if photo.answer is None or photo.decision is None:
+            listed.append({"photo": photo.name, "error": photo.error})
+        else:
+            answer = answer_document(collection, photo.answer, photo.decision)
+            listed.append({"photo": photo.name, **answer, "reduced": photo.reduced})
+    return {
+        "schema": SCHEMA,
+        "collection": collection_document(collection),
+        "threshold": threshold.as_json(),
+        "photos": listed,
+    }

@@ -1,0 +1,170 @@
+"""Answers in words and as JSON, for the terminal and for pages."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from metilr.collection.collection import Answer, Collection
+from metilr.errors import UserError
+from metilr.evaluation.results import FEW_ACCEPTED, MIN_PRECISION
+from metilr.evaluation.runs import Run
+from metilr.metrics.open_set import threshold_for_precision
+
+Decision = Literal["exhibit", "not in the collection", "undecided"]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Least log-confidence to name an exhibit, and where it comes from.
+
+    Attributes:
+        log_confidence: None where there is none: then nothing is decided.
+        origin: Where it comes from, or why there is none, in words.
+        figures: What it gives on the val queries that it was chosen on: precision, recall, n_queries; else None.
+    """
+
+    log_confidence: float | None
+    origin: str
+    figures: dict[str, Any] | None = None
+
+    @property
+    def needed(self) -> str:
+        """The confidence that is needed, in words; only where there is a threshold."""
+        assert self.log_confidence is not None
+        odds = -math.expm1(self.log_confidence)  # 1 - confidence: what tells confidences near 1 apart
+        digits = max(1, 1 - math.floor(math.log10(odds)) - 2) if 0 < odds < 0.1 else 1
+        return f"a confidence of {100 * math.exp(self.log_confidence):.{digits}f}% (log {self.log_confidence:.4g})"
+
+    def decide(self, log_confidence: float) -> Decision:
+        """Say what an answer of such log-confidence comes to."""
+        if self.log_confidence is None:
+            return "undecided"
+        return "exhibit" if log_confidence >= self.log_confidence else "not in the collection"
+
+    def as_json(self) -> dict[str, Any]:
+        """What documents say about it."""
+        return {"log_confidence": self.log_confidence, "origin": self.origin, "on_val": self.figures}
+
+
+def choose_threshold(run: Run | None, threshold: float | None, min_precision: float = MIN_PRECISION) -> Threshold:
+    """Take the threshold that was given, or the lowest one that is precise enough on val of a run.
+
+    Args:
+        run: Its val answers are looked at; None for an index, which has no val.
+        threshold: A log-confidence, given by hand.
+        min_precision: Least share of right answers among those accepted.
+
+    Raises:
+        UserError: If an option is out of range or would have no effect.
+    """
+    if threshold is not None:
+        if not -math.inf < threshold <= 0:  # NaN neither
+            raise UserError(f"--threshold {threshold}: is a log-confidence, at most 0 and finite (log 0.5 is -0.69)")
+        if min_precision != MIN_PRECISION:
+            raise UserError("--min_precision: has no effect with --threshold; leave one of them out")
+        return Threshold(threshold, "given by --threshold")
+    if run is None:
+        if min_precision != MIN_PRECISION:
+            raise UserError("--min_precision: has no effect on an index, which has no val queries; give --threshold")
+        return Threshold(
+            None, "an index has no val queries to choose a threshold on; give --threshold, or evaluate and use --run"
+        )
+    if not 0 < min_precision <= 1:
+        raise UserError(f"--min_precision {min_precision}: choose a share above 0, at most 1")
+    val = run.answers["val"]
+    point = threshold_for_precision(val.log_confidence, val.predicted_ids, val.exhibit_ids, min_precision)
+    if point is None:
+        return Threshold(
+            None,
+            f"no threshold reaches a precision of {min_precision:g} on val; lower --min_precision or give --threshold",
+        )
+    figures = {
+        "precision": point.precision, "recall": point.recall, "n_accepted": point.n_accepted,
+        "n_queries": len(val.paths),
+    }  # fmt: skip
+    n_right = round(point.precision * point.n_accepted)
+    shaky = ", so few that it may be far off" if point.n_accepted < FEW_ACCEPTED else ""
+    return Threshold(
+        point.threshold,
+        f"the lowest with a precision of at least {min_precision:g} on val: {n_right:,} of {point.n_accepted:,} "
+        f"accepted answers were right{shaky}, recall {point.recall:.3f}, {len(val.paths):,} queries",
+        {"min_precision": min_precision, **figures},
+    )
+
+
+@dataclass(frozen=True)
+class Identified:
+    """One photo's answer, or why there is none.
+
+    Attributes:
+        name: As the user named it.
+        answer: None where it could not be read.
+        decision: What the answer comes to.
+        error: Why it could not be read.
+        reduced: Whether it was larger than what was described of the collection, and made smaller.
+        picture: A small JPEG, where pictures were asked for.
+    """
+
+    name: str
+    answer: Answer | None = None
+    decision: Decision | None = None
+    error: str | None = None
+    reduced: bool = False
+    picture: bytes | None = None
+
+    @property
+    def headline(self) -> str:
+        """The decision in words."""
+        if self.answer is None or self.decision is None:
+            return self.error or ""
+        return headline(self.decision, self.answer)
+
+    @property
+    def detail(self) -> str:
+        """How sure the answer is."""
+        return "" if self.answer is None or self.decision is None else detail(self.decision, self.answer)
+
+
+def headline(decision: Decision, answer: Answer) -> str:
+    """A decision in words."""
+    if decision == "exhibit":
+        return f"exhibit {answer.exhibit}"
+    return decision if decision == "not in the collection" else f"undecided, most likely exhibit {answer.exhibit}"
+
+
+def detail(decision: Decision, answer: Answer) -> str:
+    """How sure an answer is, in words."""
+    confidence = f"confidence {math.exp(answer.log_confidence):.1%}"
+    return f"nearest: exhibit {answer.exhibit}, {confidence}" if decision == "not in the collection" else confidence
+
+
+def answer_document(collection: Collection, answer: Answer, decision: Decision) -> dict[str, Any]:
+    """An answer as JSON types."""
+    return {
+        "decision": decision,
+        "exhibit": answer.exhibit,
+        "log_confidence": answer.log_confidence,
+        "confidence": math.exp(answer.log_confidence),
+        "similarity": answer.similarity,
+        "matches": [
+            {
+                "exhibit": match.exhibit,
+                "similarity": match.similarity,
+                **({} if match.inliers is None else {"inliers": match.inliers}),
+                "path": collection.path(match.row),
+            }
+            for match in answer.matches
+        ],
+    }
+
+
+def collection_document(collection: Collection) -> dict[str, Any]:
+    """A collection as JSON types."""
+    return {
+        "name": collection.name,
+        "images": len(collection.images),
+        "exhibits": len(collection.exhibits),
+        "k": collection.k,
+        "tau": collection.tau,
+        **({} if collection.search is None else {"search": collection.search}),
+    }

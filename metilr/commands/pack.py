@@ -1,0 +1,66 @@
+"""``metilr pack``: the model of an evaluation and the whitening that it learned, in one checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from metilr.collection.collections_on_disk import embedder_of_run, whitening_of_run
+from metilr.errors import UserError
+from metilr.evaluation.options import CHECKPOINT
+from metilr.evaluation.runs import read_run
+from metilr.models.checkpoints import EMBEDDER, FORMAT, AtomicCheckpointIO, model_entry
+from metilr.retrieval.whitening import parts_of_whitening
+
+
+def pack(run: Path, output: Path) -> None:
+    """Write the model of an evaluation and the whitening that it learned into one checkpoint, to pass on.
+
+    To evaluate other data with it: metilr evaluate --ckpt FILE --whitening FILE. Crops, visits in the database and a
+    geometric check are no part of it: they stay options.
+
+    Args:
+        run: Folder that metilr evaluate wrote.
+        output: File to write, ending in .ckpt.
+
+    Raises:
+        UserError: If the run has no model or no whitening, or the file cannot be written.
+    """
+    output = Path(output)
+    if output.suffix != CHECKPOINT:
+        raise UserError(f"{output}: name a file that ends in {CHECKPOINT}")
+    if output.exists():
+        raise UserError(f"{output}: is there already; name another file, or delete it")
+    finished = read_run(Path(run))
+    model = finished.results["model"]
+    if finished.config.get("descriptors") or "store" not in model:
+        raise UserError(f"{run}: was made from --descriptors, so it has no model; evaluate with --root")
+    whitening = whitening_of_run(finished)
+    if whitening is None:
+        raise UserError(f"{run}: was evaluated without whitening; its checkpoint, if it has one, is all there is")
+    embedder = embedder_of_run(finished, None)
+    provenance = embedder.backbone.provenance
+    content: dict[str, Any] = {
+        "state_dict": {f"{EMBEDDER}{name}": tensor for name, tensor in embedder.state_dict().items()},
+        "metilr": {
+            "format": FORMAT,
+            "model": model_entry(embedder, model["pooling"]["kind"], model["image_size"]),
+            "provenance": {"source": provenance.source, "licence": provenance.licence},
+            "data": {name: finished.results["data"][name] for name in ("root", "database", "counts", "fingerprint")},
+            "config": dict(finished.config),
+            "whitening": {
+                "kind": whitening.format,
+                **{name: torch.from_numpy(np.array(part)) for name, part in parts_of_whitening(whitening).items()},
+            },
+        },
+    }
+    AtomicCheckpointIO().save_checkpoint(content, output)
+    name = escape(str(output))
+    Console(highlight=False).print(
+        f"wrote {name}, model and whitening; now: metilr evaluate --ckpt {name} --whitening {name} --root DIR, with "
+        "the run's options for crops, visits and geometry, if it had some",
+        soft_wrap=True,
+    )

@@ -1,0 +1,274 @@
+"""``metilr sweep CONFIG...``: many evaluations one after another, and their comparison."""
+
+import contextlib
+import inspect
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from metilr.cli import did_you_mean, parse_options
+from metilr.commands.compare import compare
+from metilr.commands.evaluate import evaluate
+from metilr.data.ground_truth import DatabaseName
+from metilr.errors import UserError
+from metilr.evaluation.run_folder import RUNS, make_output, plain_options
+from metilr.evaluation.runs import read_run
+from metilr.files import write_atomically
+
+# Options of metilr evaluate that say how and where, but change no figure beyond rounding: another run of the sweep may
+# have other ones, say a smaller batch after a row that ran out of memory.
+CHANGE_NO_FIGURE = frozenset({
+    "output", "store", "accelerator", "devices", "num_nodes", "batch_size", "num_workers", "search_device",
+    "report", "report_pictures", "wandb", "wandb_project", "quiet",
+})  # fmt: skip
+SECONDS_TO_STOP = 60  # for a row after Ctrl-C, before it is killed
+KEPT_OF_ERRORS = 1 << 16  # bytes at the end of a failed row's stderr
+
+
+@dataclass(frozen=True)
+class Row:
+    """One evaluation of a sweep.
+
+    Attributes:
+        name: Of its folder, and in tables.
+        folder: Where it writes.
+        arguments: Of ``metilr evaluate``, without ``--output``.
+        options: The same as resolved, as ``config.yaml`` keeps them.
+    """
+
+    name: str
+    folder: Path
+    arguments: tuple[str, ...]
+    options: Mapping[str, Any]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its results are there."""
+        return (self.folder / "results.json").exists()
+
+
+def sweep(
+    configs: Sequence[Path],
+    root: Path | None = None,
+    database: DatabaseName | None = None,
+    vary: str | None = None,
+    values: Sequence[str] = (),
+    options: Sequence[str] = (),
+    output: Path = RUNS / "sweep",
+) -> dict[str, str | None]:
+    """Evaluate many configurations, or one option over several values, and compare them.
+
+    Every evaluation is a row of its own process and folder. A row that fails is shown with its reason and does not stop
+    the others. The same command continues an interrupted sweep and tries failed rows again; finished ones are kept.
+
+    Args:
+        configs: YAML files of metilr evaluate's options, as in configs/eval.
+        root: Data root for all rows; without it each file's own.
+        database: Match against full or mini in all rows; without it each file's own.
+        vary: Option of metilr evaluate to give several values, such as p, stage or whitening_dim.
+        values: Values of that option, a row each; a list as [1,0.5].
+        options: Further options of metilr evaluate for all rows, each as NAME=VALUE, such as accelerator=cpu.
+        output: Folder for a folder a row, and for the comparison.
+
+    Returns:
+        By row, the reason why it failed; None if it did not.
+
+    Raises:
+        UserError: If an option is wrong, a finished row was made with other options, or, in the end, a row failed.
+    """
+    started = time.monotonic()
+    console = Console(highlight=False)
+    output = Path(output)
+    rows = plan_rows(configs, root, database, vary, values, options, output)
+    finished = [row for row in rows if row.is_finished]
+    for row in finished:
+        _refuse_other_options(row)
+    make_output(output, "sweep")
+
+    outcomes: dict[str, tuple[str, str | None]] = {}
+    for i, row in enumerate(rows):
+        elapsed = timedelta(seconds=round(time.monotonic() - started))
+        reason = None
+        outcome = "there already"
+        if row not in finished:
+            console.rule(f"[bold]{escape(row.name)}[/], row {i + 1} of {len(rows)}, {elapsed} elapsed", align="left")
+            reason = _run(row)
+            outcome = "failed" if reason else "done"
+            if reason:
+                console.print(f"[bold red]failed:[/] {escape(reason)}", soft_wrap=True)
+        outcomes[row.name] = outcome, reason
+
+    console.rule("sweep", align="left")
+    if any(row.is_finished for row in rows):
+        compare([row.folder for row in rows if row.is_finished], output)
+    _print_outcomes(console, outcomes)
+    failed = {name: reason for name, (_, reason) in outcomes.items() if reason}
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(rows)} rows failed ({', '.join(failed)}); their errors are in "
+            f"{output}/NAME.failed.txt; mend the cause and run the same command again, which keeps the finished rows"
+        )
+    return {name: reason for name, (_, reason) in outcomes.items()}
+
+
+def plan_rows(
+    configs: Sequence[Path],
+    root: Path | None,
+    database: str | None,
+    vary: str | None,
+    values: Sequence[str],
+    options: Sequence[str],
+    output: Path,
+) -> list[Row]:
+    """Plan the rows: every configuration with every value, in that order.
+
+    Raises:
+        UserError: If an option is unknown, set twice or has a wrong value, or two rows would have one name.
+    """
+    shared = _shared_options(root, database, options)
+    if vary is None and values:
+        raise UserError("--values: has no effect without --vary; name the option to vary, or leave it out")
+    if vary is not None:
+        _check_option("--vary", vary)
+        if not values:
+            raise UserError(f"--vary {vary}: needs its values, as --values A B C")
+        if vary in shared:
+            raise UserError(f"--vary {vary}: is set for all rows as well; leave one of the two out")
+    varied = [{}] if vary is None else [{vary: value} for value in values]
+    rows: dict[str, Row] = {}
+    for config in configs:
+        for changes in varied:
+            name = "-".join([Path(config).stem, *(f"{option}={value}" for option, value in changes.items())])
+            name = re.sub(r"[^\w.,=+-]+", "_", name)  # a value may be a path
+            if name in rows:
+                raise UserError(f"two rows would be called {name}; name every configuration and value once")
+            given = [f"--{option}={value}" for option, value in {**shared, **changes}.items()]
+            arguments = ("--config", str(config), *given)
+            resolved = parse_options(evaluate, arguments)
+            resolved["precision"] = str(resolved["precision"])  # as evaluate records it
+            rows[name] = Row(name, output / name, arguments, plain_options(resolved))
+    return list(rows.values())
+
+
+def _shared_options(root: Path | None, database: str | None, options: Sequence[str]) -> dict[str, str]:
+    shared = {"root": root, "database": database}
+    found = {name: str(value) for name, value in shared.items() if value is not None}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(f"--options {option}: write it as NAME=VALUE, such as accelerator=cpu")
+        _check_option("--options", name)
+        if name in found:
+            raise UserError(f"--options {option}: {name} is set already; leave one of the two out")
+        found[name] = value
+    return found
+
+
+def _check_option(where: str, name: str) -> None:
+    known = set(inspect.signature(evaluate).parameters) - {"output"}
+    if name == "output":
+        raise UserError(f"{where} output: every row has a folder of its own; leave it out")
+    if name not in known:
+        raise UserError(
+            f"{where} {name}: metilr evaluate has no such option{did_you_mean(name, known)}; its --help lists them"
+        )
+
+
+def _refuse_other_options(row: Row) -> None:
+    """Refuse a finished row that stands for something else than what is asked for now."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(evaluate).parameters.items()}
+    before = {**plain_options(defaults), **read_run(row.folder).config}
+    for name, value in row.options.items():
+        if name not in CHANGE_NO_FIGURE and before[name] != value:
+            raise UserError(
+                f"{row.folder}: was made with {name} {before[name]}, and is now to have {value}; "
+                "name another --output, or delete it"
+            )
+
+
+def _run(row: Row) -> str | None:
+    """Evaluate in a process of its own, so that nothing that ends it ends the sweep; return why it failed."""
+    command = _command(row)
+    with _process(command) as (process, errors):
+        process.wait()
+    record = row.folder.parent / f"{row.name}.failed.txt"
+    if process.returncode == 0 and row.is_finished:
+        record.unlink(missing_ok=True)
+        return None
+    printed = bytes(errors[-KEPT_OF_ERRORS:]).decode(errors="replace")
+    reason = _reason(process.returncode, printed)
+    write_atomically(record, f"{reason}\n\n{shlex.join(_as_typed(row))}\n\n{printed}")
+    return reason
+
+
+def _command(row: Row) -> list[str]:
+    return [sys.executable, "-m", *_as_typed(row)]
+
+
+def _as_typed(row: Row) -> list[str]:
+    return ["metilr", "evaluate", *row.arguments, "--output", str(row.folder)]
+
+
+@contextlib.contextmanager
+def _process(command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[bytes], bytearray]]:
+    """Start a process whose stderr is shown and kept; it does not outlive the block, whatever ends that."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    errors = bytearray()
+    reader = threading.Thread(target=_show_and_keep, args=(process, errors), daemon=True)
+    reader.start()
+    try:
+        yield process, errors
+    except BaseException:
+        _stop(process)
+        raise
+    finally:
+        reader.join(timeout=5)  # a child's child may hold the pipe for longer
+
+
+def _show_and_keep(process: subprocess.Popen[bytes], errors: bytearray) -> None:
+    assert process.stderr is not None
+    while chunk := os.read(process.stderr.fileno(), 4096):
+        errors += chunk
+        sys.stderr.write(chunk.decode(errors="replace"))
+        sys.stderr.flush()
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Let a process end by itself, as Ctrl-C in a terminal reaches it too, else ask it to, else kill it."""
+    for ask, seconds in ((lambda: None, 3), (process.terminate, SECONDS_TO_STOP), (process.kill, None)):
+        ask()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+            return
+
+
+def _reason(code: int, printed: str) -> str:
+    if code < 0:
+        hint = ", most often for want of memory" if -code == signal.SIGKILL else ""
+        return f"ended by {signal.Signals(-code).name}{hint}"
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    return lines[-1].removeprefix("metilr evaluate: error: ") if lines else f"ended with status {code} and said nothing"
+
+
+def _print_outcomes(console: Console, outcomes: Mapping[str, tuple[str, str | None]]) -> None:
+    table = Table(title="rows of the sweep", title_justify="left")
+    for column in ("row", "outcome", "reason"):
+        table.add_column(column, overflow="fold")
+    for name, (outcome, reason) in outcomes.items():
+        style = "[bold red]" if reason else "[green]"
+        table.add_row(escape(name), f"{style}{outcome}[/]", escape(reason or ""))
+    console.print(table)

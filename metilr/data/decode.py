@@ -1,0 +1,326 @@
+"""From an image file to a uint8 RGB tensor, within limits, whatever its mode, orientation or depth."""
+
+import contextlib
+import errno
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from metilr.errors import UserError
+from metilr.files import named
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+OTHER_SUFFIXES = frozenset({
+    ".arw", ".avif", ".cr2", ".cr3", ".dng", ".eps", ".heic", ".heif", ".j2k", ".jp2", ".jpe", ".jpx", ".jxl", ".nef",
+    ".orf", ".pgm", ".ppm", ".psd", ".raf", ".raw", ".rw2", ".svg", ".tga",
+})  # fmt: skip
+"""Of images that are not read."""
+
+NO_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+"""What a system says of a name under which no file can be had: of the image, not of the disk."""
+
+
+def file_size(path: Path) -> int | None:
+    """Bytes of a file; None if none can be had under that name.
+
+    Raises:
+        OSError: If the disk, not the name, is at fault.
+    """
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        if error.errno in NO_FILE:
+            return None
+        raise
+
+
+class FoundImages(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        files: Its images with its sub-folders', in the order of their paths.
+        left_aside: What looks like more images, in words that end a sentence; empty if there is nothing.
+    """
+
+    files: list[Path]
+    left_aside: str
+
+
+def find_images(folder: Path) -> FoundImages:
+    """List a folder's images with its sub-folders', in the order of their paths.
+
+    Told by their endings. Names that begin with a dot are passed over; links to folders are not followed.
+
+    Raises:
+        UserError: If the folder is missing or holds no image, or it or a sub-folder cannot be listed.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name a folder of images")
+    paths: list[Path] = []
+    others: Counter[str] = Counter()
+    for parent, folders, names in os.walk(folder, onerror=_cannot_list):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        others["links to folders"] += sum(Path(parent, name).is_symlink() for name in folders)
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            if name.startswith("."):
+                continue
+            if suffix in IMAGE_SUFFIXES:
+                paths.append(Path(parent, name))
+            elif suffix in OTHER_SUFFIXES:
+                others[suffix] += 1
+    left_aside = ", ".join(f"{n:,} {what}" for what, n in sorted(others.items()) if n)
+    if not paths:
+        besides = f" (but {left_aside})" if left_aside else ""
+        raise UserError(
+            f"{folder}: no images inside{besides}; name a folder with {', '.join(sorted(IMAGE_SUFFIXES))} files whose "
+            "names do not begin with a dot"
+        )
+    return FoundImages(sorted(paths), left_aside)
+
+
+def _cannot_list(error: OSError) -> NoReturn:
+    """Stop: what lies in there would be left out without a word."""
+    raise UserError(
+        f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or move it elsewhere"
+    ) from None
+
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # Pillow knows more, and some of them start programs
+MAX_MEGAPIXELS = 180.0  # the largest cameras take 150 at once; decoded, that is half a gigabyte a process
+MAX_IMAGE_SIZE = 16_384  # px that an image is resized to: the longest side of one of 180 megapixels is not much longer
+MAX_SCANS = 100  # of a progressive JPEG, which decodes all of it with each; encoders write about 10
+_START_OF_SCAN = b"\xff\xda"  # in compressed data 0xFF is followed by 0, so it stands nowhere else
+
+_max_pixels = int(MAX_MEGAPIXELS * 10**6)
+
+
+class TooManyPixels(ValueError):
+    """An image beyond the limit, which its header tells before anything is decoded."""
+
+    def __init__(self, max_pixels: int) -> None:
+        super().__init__(f"more than {max_pixels / 10**6:g} megapixels")
+
+
+def pixels_of(max_megapixels: float) -> int:
+    """Turn the option ``--max_megapixels`` into pixels.
+
+    Raises:
+        UserError: If it is not a positive number.
+    """
+    if not 0 < max_megapixels < float("inf"):
+        raise UserError(f"--max_megapixels {max_megapixels}: choose a number above 0")
+    return max(1, int(max_megapixels * 10**6))
+
+
+def limit_images(max_megapixels: float) -> None:
+    """Set the limit of a museum's images for this process; what is handed to other processes takes it along."""
+    global _max_pixels
+    _max_pixels = pixels_of(max_megapixels)
+
+
+def max_pixels() -> int:
+    """The limit that ``limit_images`` has set."""
+    return _max_pixels
+
+
+@contextlib.contextmanager
+def open_image(file: Path | IO[bytes], max_pixels: int) -> Iterator[Image.Image]:
+    """Open an image without decoding it.
+
+    Args:
+        file: Its path, or the opened file.
+        max_pixels: More are refused.
+
+    Raises:
+        TooManyPixels: If it claims more.
+        Exception: Of many types, if it is no image of a usual kind, or a progressive JPEG of too many scans.
+    """
+    with contextlib.ExitStack() as stack:
+        if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):
+            raise ValueError("not a regular file")  # a pipe would be waited for
+        stream = stack.enter_context(file.open("rb")) if isinstance(file, Path) else file
+        with _opened(_Bounded(stream), max_pixels) as image:
+            yield image
+
+
+@contextlib.contextmanager
+def _opened(stream: Any, max_pixels: int) -> Iterator[Image.Image]:
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit, which would refuse what is allowed here
+    try:
+        opened = Image.open(stream, formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise TooManyPixels(max_pixels) from None
+    with opened as image:
+        if image.width * image.height > max_pixels:
+            raise TooManyPixels(max_pixels)
+        if "progressive" in image.info:
+            _refuse_many_scans(image)
+        yield image
+
+
+class _Bounded:
+    """A stream that takes no memory for bytes that the file does not have, whatever a header claims."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._size = stream, stream.seek(0, 2)
+        self.seek, self.tell, self.fileno = stream.seek, stream.tell, stream.fileno
+        stream.seek(0)
+
+    def read(self, n: int = -1) -> bytes:
+        return self._stream.read(n if n is None or n < 0 else min(n, self._size))
+
+
+def _refuse_many_scans(image: Image.Image) -> None:
+    stream: IO[bytes] = image.fp  # type: ignore[attr-defined]
+    place = stream.tell()
+    n_scans = stream.read().count(_START_OF_SCAN)
+    stream.seek(place)
+    if n_scans > MAX_SCANS:
+        raise ValueError(f"a progressive JPEG of more than {MAX_SCANS} scans")
+
+
+EXIF_ORIENTATION = 0x0112
+QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+# Formats whose header tells the size of what is decoded. Pillow turns TIFF itself, and an ICO holds several sizes.
+HEADER_TELLS_SIZE = ("JPEG", "MPO", "PNG", "WEBP")
+
+FAILING_MACHINE = tuple(
+    getattr(errno, name)
+    for name in (
+        "EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "ENODEV", "ENXIO",
+        "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "EREMOTEIO",  # of network disks
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
+
+
+class BadImageError(UserError):
+    """An image file that cannot be decoded; the message names it.
+
+    Attributes:
+        reason: Why, in a few words.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def load_image(path: Path, image_size: int | None = None, limit: int | None = None) -> Tensor:
+    """Decode a file to RGB, uint8 ``(3, H, W)``.
+
+    EXIF orientation is applied; alpha is laid on white; grey, palette and CMYK become RGB; 16-bit grey is
+    scaled to 8 bits. Of an animation the first frame counts.
+
+    Args:
+        path: Image file.
+        image_size: Length in px that the longest side is resized to (bilinear, antialiased, up or down);
+            ``None`` keeps the size.
+        limit: Most pixels of the file; ``None``: as ``limit_images`` says.
+
+    Raises:
+        BadImageError: If the file is missing, truncated, not an image of a usual kind, too large, or of a kind
+            without a clear 8-bit reading (32-bit float).
+        OSError: If the disk, not the file, is at fault.
+    """
+    try:
+        with open_image(path, max_pixels() if limit is None else limit) as image:
+            return to_tensor(image, image_size)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types on broken files; each means the same here
+        raise _bad_image(path, error) from None
+
+
+def to_tensor(image: Image.Image, image_size: int | None = None) -> Tensor:
+    """Decode an opened image as ``load_image`` does, uint8 ``(3, H, W)``.
+
+    Raises:
+        Exception: Of many types: whatever Pillow's decoders raise.
+    """
+    rgb = _to_rgb(ImageOps.exif_transpose(image))
+    height, width = resized_shape(rgb.height, rgb.width, image_size)
+    if (height, width) != (rgb.height, rgb.width):
+        rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()  # HxWxC to CxHxW
+
+
+def image_shape(path: Path, image_size: int | None = None, limit: int | None = None) -> tuple[int, int]:
+    """Height and width of ``load_image``'s result, from the file's header alone where that is enough.
+
+    Raises:
+        BadImageError: If the header cannot be read, or claims too many pixels.
+        OSError: If the disk, not the file, is at fault.
+    """
+    try:
+        with open_image(path, max_pixels() if limit is None else limit) as image:
+            if image.format not in HEADER_TELLS_SIZE:
+                image.load()
+            width, height = image.size
+            if image.getexif().get(EXIF_ORIENTATION) in QUARTER_TURNS:
+                height, width = width, height
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _bad_image(path, error) from None
+    return resized_shape(height, width, image_size)
+
+
+def resized_shape(height: int, width: int, image_size: int | None) -> tuple[int, int]:
+    """Height and width with the longest side at ``image_size``, the other in proportion, at least 1 px."""
+    if image_size is None:
+        return height, width
+    ratio = image_size / max(height, width)
+    return max(1, round(height * ratio)), max(1, round(width * ratio))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow clips 16-bit grey at 255 instead of scaling it.
+        grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
+        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("32-bit float pixels have no stated range; convert it to 8 bits")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _refuse_failing_machine(error: Exception) -> None:
+    """Pass on what says nothing about the image: leaving it out would make a passing fault permanent."""
+    if isinstance(error, OSError) and error.errno in FAILING_MACHINE:
+        raise error
+
+
+def _bad_image(path: Path, error: Exception) -> BadImageError:
+    with named(path):
+        reason = why_undecodable(error)
+    remedy = "make it smaller, raise --max_megapixels" if isinstance(error, TooManyPixels) else "replace it"
+    message = f"{path}: cannot be decoded ({reason}); {remedy}, or leave it out with --bad_images skip"
+    return BadImageError(message, reason)
+
+
+def why_undecodable(error: Exception) -> str:
+    """Say in a few words what an error of Pillow's decoders means.
+
+    Raises:
+        OSError: If the disk, not the file, is at fault.
+    """
+    _refuse_failing_machine(error)
+    if isinstance(error, OSError) and error.errno in NO_FILE:
+        return "no such file" if isinstance(error, FileNotFoundError) else os.strerror(error.errno)
+    if isinstance(error, OSError) and "cannot identify" in str(error):
+        return "not an image"
+    return " ".join(str(error).split()) or type(error).__name__

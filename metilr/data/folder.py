@@ -1,0 +1,134 @@
+"""A museum's own images in a plain folder, sorted by exhibit."""
+
+import hashlib
+import json
+from csv import DictReader, Error
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from metilr.data.decode import find_images
+from metilr.data.ground_truth import GroundTruth
+from metilr.errors import UserError, is_text, one_line, shown
+
+CSV_COLUMNS = ("path", "exhibit")
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Which images show which exhibit.
+
+    Attributes:
+        folder: Holds the images.
+        paths: Of the images, relative to ``folder``.
+        exhibits: What each image shows, by name.
+        left_aside: See ``FoundImages``.
+    """
+
+    folder: Path
+    paths: tuple[str, ...]
+    exhibits: tuple[str, ...]
+    left_aside: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Each exhibit's name once, sorted: those of the labels 0, 1, and so on."""
+        return tuple(sorted(set(self.exhibits)))
+
+    def ground_truth(self) -> GroundTruth:
+        """The same as a ground truth that has a database and no queries; exhibit ids are labels."""
+        label_of = {name: label for label, name in enumerate(self.names)}
+        content = json.dumps([self.paths, self.exhibits])
+        return GroundTruth(
+            root=self.folder,
+            database="full",
+            paths={"database": self.paths},
+            labels={"database": np.array([label_of[name] for name in self.exhibits], dtype=np.int64)},
+            exhibit_ids=np.arange(len(label_of)),
+            digests={"database": hashlib.sha256(content.encode()).hexdigest()},
+            folder=".",
+        )
+
+
+def is_place_below(path: Any) -> bool:
+    """Whether a path, relative to a folder, names a file that can lie below it."""
+    if not is_text(path):
+        return False
+    parts = PurePosixPath(path)
+    return bool(parts.name) and not parts.is_absolute() and ".." not in parts.parts
+
+
+def read_catalogue(folder: Path, csv: Path | None = None) -> Catalogue:
+    """List the images of a folder and what they show. Opens no image.
+
+    Without ``csv``, a sub-folder is an exhibit, with all that lies below it, and an image beside the sub-folders is an
+    exhibit of its own, named as the file without its ending. Names that begin with a dot are passed over.
+
+    Args:
+        folder: Holds the images.
+        csv: Names them instead: columns ``path`` (relative to the folder) and ``exhibit``; others are passed over.
+
+    Raises:
+        UserError: If there are no images, fewer than 2 exhibits, two that have one name, a name that is not UTF-8, a
+            sub-folder that cannot be listed, or the CSV file is malformed.
+    """
+    folder = Path(folder).absolute()
+    if not is_text(str(folder)):
+        raise UserError(f"{folder}: its name is not UTF-8, which an index cannot hold; rename it")
+    catalogue = _from_folder(folder) if csv is None else _from_csv(folder, Path(csv))
+    if len(catalogue.names) < 2:
+        name = " ".join(catalogue.names[0].split())[:60]
+        hint = "give each exhibit a sub-folder" if csv is None else "list more"
+        raise UserError(f"{csv or folder}: has one exhibit, {name}; recognising needs at least 2: {hint}")
+    return catalogue
+
+
+def _from_folder(folder: Path) -> Catalogue:
+    images = find_images(folder)
+    found = [path.relative_to(folder) for path in images.files]
+    for path in found:
+        if not is_place_below(path.as_posix()):
+            raise UserError(f"{folder / path}: its name is not UTF-8, which an index cannot hold; rename it")
+    exhibits = [path.parts[0] if len(path.parts) > 1 else path.stem for path in found]
+    taken = {path.parts[0]: path for path in found if len(path.parts) > 1}
+    for path in found:
+        if len(path.parts) == 1 and taken.setdefault(path.stem, path) != path:
+            raise UserError(
+                f"{folder}: {taken[path.stem]} and {path} both make an exhibit {path.stem}; put {path} into a "
+                "sub-folder, or name exhibits with --csv"
+            )
+    return Catalogue(folder, tuple(path.as_posix() for path in found), tuple(exhibits), images.left_aside)
+
+
+def _from_csv(folder: Path, csv: Path) -> Catalogue:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name the folder that the paths in {csv} are relative to")
+    try:
+        with csv.open(newline="", encoding="utf-8-sig") as stream:
+            reader = DictReader(stream)
+            missing = set(CSV_COLUMNS) - set(reader.fieldnames or ())
+            if missing:
+                raise UserError(f"--csv {csv}: its first line must be {','.join(CSV_COLUMNS)}, with commas between")
+            rows = [(reader.line_num, row["path"] or "", (row["exhibit"] or "").strip()) for row in reader]
+    except FileNotFoundError:
+        raise UserError(f"--csv {csv}: no such file") from None
+    except (OSError, UnicodeDecodeError, Error) as error:
+        raise UserError(f"--csv {csv}: cannot be read as CSV in UTF-8 ({one_line(error)})") from None
+    if not rows:
+        raise UserError(f"--csv {csv}: lists no images")
+    seen: dict[PurePosixPath, int] = {}
+    for line, path, exhibit in rows:
+        parts = PurePosixPath(path)
+        if not is_place_below(path):
+            raise UserError(f"--csv {csv}: line {line}: path {shown(path)} must name a file below {folder}")
+        if not exhibit:
+            raise UserError(f"--csv {csv}: line {line}: names no exhibit")
+        if not is_text(exhibit):
+            raise UserError(f"--csv {csv}: line {line}: exhibit {shown(exhibit)} cannot be a name")
+        if seen.setdefault(parts, line) != line:
+            raise UserError(
+                f"--csv {csv}: line {line}: {shown(path)} is listed already in line {seen[parts]}; remove one"
+            )
+    return Catalogue(folder, tuple(path for _, path, _ in rows), tuple(exhibit for _, _, exhibit in rows))

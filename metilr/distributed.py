@@ -1,0 +1,235 @@
+"""Processes: which one this is, how several fail and gather together, and the workers that decode."""
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_utilities.core import rank_zero
+from torch import Tensor
+from torch.multiprocessing.spawn import ProcessExitedException
+from torch.nn import functional as F
+
+from metilr.errors import UserError, one_line
+
+
+def has_launcher() -> bool:
+    """Whether a launcher has started one process per device already."""
+    return bool(TorchElasticEnvironment.detect() or SLURMEnvironment.detect())
+
+
+def launched_as_first() -> bool:
+    """Whether this process speaks for all: true unless a launcher started it as another than the first."""
+    if TorchElasticEnvironment.detect():
+        return os.environ["RANK"] == "0"
+    return not SLURMEnvironment.detect() or os.environ["SLURM_PROCID"] == "0"
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all, those that Lightning itself starts included."""
+    only: Any = rank_zero.rank_zero_only
+    return int(getattr(only, "rank", 0) or 0) == 0
+
+
+@contextlib.contextmanager
+def process_as_before() -> Iterator[None]:
+    """Take back what Lightning's trainer leaves in a process, which may go on to another command.
+
+    Variables that tell started processes who they are, the rank, PyTorch's settings and number of threads, and Ctrl-C,
+    which Lightning switches off once it was pressed.
+    """
+    only: Any = rank_zero.rank_zero_only
+    variables, rank, n_threads = dict(os.environ), getattr(only, "rank", None), torch.get_num_threads()
+    benchmark, deterministic = torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(variables)
+        only.rank = rank
+        torch.backends.cudnn.benchmark = benchmark
+        torch.use_deterministic_algorithms(deterministic)
+        torch.set_num_threads(n_threads)
+        if threading.current_thread() is threading.main_thread():  # only that one may set handlers
+            signal.signal(signal.SIGINT, interrupt)
+
+
+CONTINUE = "finished work is kept, run the same command to continue"
+_GONE = r"Connection closed by peer|Connection reset by peer|Broken pipe|Connection refused|remote process exit"
+# PyTorch's words on GPUs and CPUs, oneDNN's, NumPy's and Python's.
+_NO_MEMORY = r"OutOfMemory|out of memory|llocate memory|not enough memory|Unable to allocate|MemoryError"
+PARENT_WATCHED_EVERY = 2.0  # seconds
+
+
+@contextlib.contextmanager
+def faults_in_one_line(less_memory: str | None = None) -> Iterator[None]:
+    """Turn an error of another process of this run, which arrives as a traceback in a text, into a user's.
+
+    Args:
+        less_memory: What to take where memory does not suffice, here or there; None leaves that error as it is.
+
+    Raises:
+        UserError: If a process was killed, or met a bad image, a failing disk, too little memory or another user's
+            error.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _reason_in(error)
+        if reason is None and less_memory and (isinstance(error, MemoryError) or re.search(_NO_MEMORY, str(error))):
+            reason = f"memory does not suffice ({one_line(error)}): take {less_memory}; {CONTINUE}"
+        if reason is None or (isinstance(error, UserError) and reason == str(error)):
+            raise
+        raise UserError(reason) from None
+
+
+def end_with_parent() -> None:
+    """End this process soon after the one that started it, whatever it waits for.
+
+    Else it might hold a GPU for hours, waiting in a collective for a process that was killed.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_WATCHED_EVERY)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+
+
+def _reason_in(error: Exception) -> str | None:
+    """The last error in a text that the user can mend; None if there is none."""
+    text = str(error)
+    of_users = re.findall(r"^metilr\.\S*Error: (.*)$", text, flags=re.MULTILINE)
+    if of_users:
+        return str(of_users[-1])
+    if isinstance(error, UserError):
+        return text
+    of_disks = re.findall(r"^\w+Error: \[Errno \d+\] (.*)$", text, flags=re.MULTILINE)
+    if of_disks:
+        return f"{of_disks[-1]}; {CONTINUE}"
+    worker = re.search(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (.*)", text)
+    if worker:
+        how = re.sub(r"^is ", "was ", worker[1]).rstrip(". ")
+        return f"a decoding process {how}; was memory short? Then take fewer --num_workers; {CONTINUE}"
+    if isinstance(error, ProcessExitedException) or re.search(_GONE, text):
+        how = f" ({error})" if isinstance(error, ProcessExitedException) else ""
+        return f"a process of this run was ended from outside{how}; was memory short? {CONTINUE.capitalize()}"
+    return None
+
+
+@contextlib.contextmanager
+def agree(trainer: pl.Trainer) -> Iterator[None]:
+    """Let a user's mistake or a disk's fault that one process meets in the block end all of them.
+
+    Without it the others would wait in their next collective for a process that is gone.
+
+    Raises:
+        UserError: In every process, the first one's message.
+    """
+    message = None
+    try:
+        with faults_in_one_line():
+            yield
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'disk'}: {error.strerror}"
+    messages: list[str | None] = [message]
+    if trainer.world_size > 1:
+        messages = [None] * trainer.world_size
+        torch.distributed.all_gather_object(messages, message)
+    failed = [found for found in messages if found is not None]
+    if failed:
+        raise UserError(failed[0])
+
+
+def gather_rows(module: pl.LightningModule, local: Tensor) -> Tensor:
+    """Put the rows of all processes under each other, in the processes' order, with gradients.
+
+    Each process then computes the same loss of the whole batch, of which it keeps the gradients of its own rows.
+    DDP divides the sum over the processes by their number, so these are multiplied by it here: together the exact
+    gradient of that one loss, for the weights of the loss itself as well.
+
+    Args:
+        module: Knows the processes.
+        local: ``(n, ...)``; n may differ from process to process.
+
+    Returns:
+        ``(N, ...)``, N the sum of all n.
+    """
+    world_size, rank = module.trainer.world_size, module.trainer.global_rank
+    if world_size == 1:
+        return local
+    counts: Any = module.all_gather(torch.tensor(len(local), device=local.device))
+    counts = counts.tolist()
+    # Collectives take equal shapes: fill up with rows that are cut off again.
+    padding = [0, 0] * (local.ndim - 1) + [0, max(counts) - len(local)]
+    gathered: Any = module.all_gather(F.pad(local.detach(), padding))
+    if local.requires_grad:
+        local.register_hook(lambda gradient: gradient * world_size)
+    return torch.cat([local if i == rank else gathered[i, :count] for i, count in enumerate(counts)])
+
+
+def hidden(trainer: pl.Trainer) -> bool | None:
+    """What tqdm's ``disable`` takes: a bar in the first process, and there on a terminal alone."""
+    return None if trainer.is_global_zero else True
+
+
+LOGGERS = (
+    "pytorch_lightning.utilities.rank_zero",
+    "lightning_fabric.utilities.rank_zero",
+    "pytorch_lightning.trainer.connectors.signal_connector",
+)
+HINTS = (
+    ".*does not have many workers.*",
+    ".*persistent_workers=True.*",  # there is one pass
+    ".*infer the batch indices.*",  # batches carry their rows themselves
+    ".*module\\(s\\) in eval mode at the start of training.*",  # as it should be
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*lr_scheduler.step.*",
+    ".*does not have a `val_dataloader`.*|.*You defined a `validation_step`.*",
+    ".*TensorFloat32.*",
+    ".*sync_dist=True.*",  # the logged values are the same in all processes
+    # Lightning's own calls.
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+    ".*instantiate_classes.*deprecated.*",
+    ".*all_gather is deprecated.*",
+)
+
+
+def quieten_lightning() -> None:
+    """Keep hints out of this process's terminal."""
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for hint in HINTS:
+        warnings.filterwarnings("ignore", message=hint)
+
+
+def default_workers(n_processes: int) -> int:
+    """Decoding processes beside each of so many processes: the cores, at most 8."""
+    return max(1, min(8, _usable_cores() // n_processes))
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole group; workers end when their parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _usable_cores() -> int:
+    """Cores that this process may use, which a container or a scheduler can have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

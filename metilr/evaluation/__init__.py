@@ -1,0 +1,1 @@
+"""From descriptors to answers, figures and results."""

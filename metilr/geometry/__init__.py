@@ -1,0 +1,1 @@
+"""Local features and what they prove about two images."""

@@ -1,0 +1,195 @@
+"""What inliers do to answers: the confidence of those with few falls, and they can decide between candidates.
+
+Knows arrays alone; the parameters are chosen by GAP on val.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from metilr.metrics.functional import gap
+from metilr.retrieval.knn import NO_ROW, Matches, Predictions
+
+BOOST_GRID = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # 0 leaves the order; 4 is beyond what similarities can outweigh
+ENOUGH_TO_REORDER = 30.0  # inliers, see ``reordered``
+WEIGHT_GRID = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # 0 is off
+ENOUGH_GRID = (10.0, 30.0, 100.0)  # wrong matches of 1200 features have 0 to 20 inliers, right ones 20 to 400
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How inliers change the confidence of an answer: confidence · ((1 + n) / (1 + n + enough)) ^ weight.
+
+    n is the number of inliers by which the answer leads. Many leave the confidence as it is, few lower it, and it
+    stays below 1.
+
+    Attributes:
+        weight: 0 or more; 0 leaves every confidence as it is.
+        enough: Inliers from about which on more make little difference, above 0.
+    """
+
+    weight: float
+    enough: float
+
+    def apply(self, log_confidence: np.ndarray, inliers: np.ndarray) -> np.ndarray:
+        """Return the gated logarithm of the confidence, log_confidence − weight · log1p(enough / (1 + n)).
+
+        Args:
+            log_confidence: ``(Q,)``; -inf stays.
+            inliers: How many more than others, see ``inlier_lead``, ``(Q,)``.
+
+        Returns:
+            float64 ``(Q,)``, nowhere larger than before.
+        """
+        return log_confidence - self.weight * np.log1p(self.enough / (1 + inliers))
+
+
+OFF = Gate(0.0, ENOUGH_GRID[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """What was checked of the answers to Q queries.
+
+    Attributes:
+        matches: Candidates of each query, the first M of which were checked; rows of the database.
+        inliers: Of those, int64 ``(Q, M)``.
+        database_labels: Class of each database row, ``(N,)``.
+        n_classes: Number of classes.
+        tau: Inverse temperature.
+    """
+
+    matches: Matches
+    inliers: np.ndarray
+    database_labels: np.ndarray
+    n_classes: int
+    tau: float
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The candidates that were checked, ``(Q, M)``."""
+        return self.matches.rows[:, : self.inliers.shape[1]]
+
+    @property
+    def similarities(self) -> np.ndarray:
+        """Theirs, ``(Q, M)``."""
+        return self.matches.similarities[:, : self.inliers.shape[1]]
+
+
+def tune_evidence(answers: Predictions, checked: Checked, target: np.ndarray, reorder: bool) -> tuple[float, Gate]:
+    """Choose the boost (0 without ``reorder``) and the gate by GAP on val.
+
+    Nothing is among the choices, so GAP on val is never lower with them than without. Equal GAPs: the smaller boost,
+    then as ``tune_gate``.
+
+    Args:
+        answers: To the Q queries of val.
+        checked: Their candidates.
+        target: True labels, ``(Q,)``.
+        reorder: Whether labels may change.
+    """
+    best, highest = (0.0, OFF), -1.0
+    for boost in BOOST_GRID if reorder else (0.0,):
+        changed = reordered(answers, checked, boost)
+        lead = inlier_lead(changed, checked)
+        gate = tune_gate(changed.log_confidence, changed.labels, target, lead)
+        reached = gap(gate.apply(changed.log_confidence, lead), changed.labels, target)
+        if reached > highest:
+            best, highest = (boost, gate), reached
+    return best
+
+
+def apply_evidence(answers: Predictions, checked: Checked, boost: float, gate: Gate) -> Predictions:
+    """Reorder and gate answers by what ``tune_evidence`` chose."""
+    changed = reordered(answers, checked, boost)
+    return dataclasses.replace(
+        changed, log_confidence=gate.apply(changed.log_confidence, inlier_lead(changed, checked))
+    )
+
+
+def reordered(answers: Predictions, checked: Checked, boost: float) -> Predictions:
+    """Answer with the candidate of largest s + boost · n / (n + ENOUGH_TO_REORDER), s its similarity, n its inliers.
+
+    The first of equal ones. The log-confidence is that of the classifier with these numbers in place of similarities:
+    -log1p of the other candidates' summed odds, classes that are no candidate having 0. Unlike a gate this changes
+    labels, so ACC as well.
+
+    Args:
+        answers: To Q queries.
+        checked: Their candidates.
+        boost: 0 leaves the answers as they are.
+    """
+    rows = checked.rows
+    if boost == 0 or not rows.shape[1]:
+        return answers
+    is_there = rows != NO_ROW
+    boosted = checked.similarities + boost * checked.inliers / (checked.inliers + ENOUGH_TO_REORDER)
+    boosted = np.where(is_there, boosted, -np.inf)
+    place = boosted.argmax(axis=1)[:, None]
+    row, similarity, best = (
+        np.take_along_axis(array, place, axis=1)[:, 0] for array in (rows, checked.similarities, boosted)
+    )
+    is_answered = row != NO_ROW
+    best = np.where(is_answered, best, 0)
+    behind = np.where(np.arange(rows.shape[1]) == place, -np.inf, boosted - best[:, None])
+    odds = np.exp(checked.tau * behind).sum(axis=1)
+    odds += (checked.n_classes - is_there.sum(axis=1)) * np.exp(-checked.tau * best)
+    return Predictions(
+        labels=np.where(is_answered, checked.database_labels[row], answers.labels),
+        log_confidence=np.where(is_answered, -np.log1p(odds), answers.log_confidence),
+        similarity=np.where(is_answered, similarity, answers.similarity),
+        nearest=np.where(is_answered, row, answers.nearest),
+    )
+
+
+def inliers_of_answers(answers: Predictions, checked: Checked) -> np.ndarray:
+    """Return the most inliers with a candidate of the answered class, int64 ``(Q,)``; 0 without such a candidate."""
+    return np.where(_speaks(answers, checked), checked.inliers, 0).max(axis=1, initial=0)
+
+
+def inlier_lead(answers: Predictions, checked: Checked) -> np.ndarray:
+    """Return how many inliers more an answer has than any other candidate, int64 ``(Q,)``, at least 0.
+
+    Inliers by chance lead by few, and an answer beside the right exhibit has no lead at all.
+    """
+    others = np.where(_speaks(answers, checked), 0, checked.inliers).max(axis=1, initial=0)
+    return np.maximum(inliers_of_answers(answers, checked) - others, 0)
+
+
+def _speaks(answers: Predictions, checked: Checked) -> np.ndarray:
+    """Which candidates are of the answered class, bool ``(Q, M)``."""
+    rows = checked.rows
+    return (checked.database_labels[rows] == answers.labels[:, None]) & (rows != NO_ROW)
+
+
+def tune_gate(
+    log_confidence: np.ndarray,
+    predicted: np.ndarray,
+    target: np.ndarray,
+    inliers: np.ndarray,
+    weight_grid: Sequence[float] = WEIGHT_GRID,
+    enough_grid: Sequence[float] = ENOUGH_GRID,
+) -> Gate:
+    """Choose a gate by GAP on val.
+
+    No gate is among the choices, so GAP on val is never lower with the result than without. Equal GAPs: no gate,
+    then the smaller weight, then the smaller ``enough``.
+
+    Args:
+        log_confidence: Of each answer, ``(Q,)``.
+        predicted: Predicted labels, ``(Q,)``.
+        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
+        inliers: See ``inlier_lead``, ``(Q,)``.
+        weight_grid: Weights to try.
+        enough_grid: Values of ``enough`` to try with each.
+    """
+    best, highest = OFF, gap(log_confidence, predicted, target)
+    for weight in sorted(weight_grid):
+        for enough in sorted(enough_grid):
+            gate = Gate(weight, enough)
+            reached = gap(gate.apply(log_confidence, inliers), predicted, target)
+            if reached > highest:
+                best, highest = gate, reached
+    return best

@@ -1,0 +1,1 @@
+"""Arrays only: whitening, search and the kNN classifier."""

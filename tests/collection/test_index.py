@@ -1,0 +1,181 @@
+"""``metilr index``: from a plain folder to answers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from metilr.cli import main
+from metilr.collection.collection import load_photo
+from metilr.collection.collections_on_disk import open_with_threshold
+from metilr.collection.index import Index, index
+from metilr.retrieval.whitening import PCAWhitening
+from tests.hostile import NAME
+from tests.museum import write_museum
+
+UNTRAINED = {"backbone": "r18_in", "weights": "random", "image_size": 40, "accelerator": "cpu", "num_workers": 0}
+AS_OPTIONS = [part for name, value in UNTRAINED.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """8 images of 6 exhibits, one sub-folder each, one with HTML in its name."""
+    write_museum(tmp_path / "met")
+    folder = Path(shutil.move(tmp_path / "met" / "images" / "MET", tmp_path / "museum"))
+    (folder / "70").rename(folder / NAME)
+    return folder
+
+
+@pytest.fixture
+def failure(capsys):
+    """The one line that a command ends in."""
+
+    def call(*args: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(arg) for arg in args])
+        lines = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and len(lines) == 1
+        return lines[0]
+
+    return call
+
+
+def open_index(path: Path, threshold: float | None = None):
+    return open_with_threshold(None, path, threshold=threshold, accelerator="cpu")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_size": None},
+        {"whitening": "none"},
+        {"scales": [1.0]},
+        {"whitening": "learned", "visits": 2, "query_crops": [0.5]},
+        {"whitening": "learned", "visits": 2, "database_views": "rows", "k": 8},
+    ],
+    ids=["default", "unwhitened", "single", "learned", "visits"],
+)
+def test_an_image_of_the_folder_is_identified_as_itself(folder, tmp_path, options):
+    assert index(folder, tmp_path / "index", **UNTRAINED | options) == tmp_path / "index"
+    collection, threshold = open_index(tmp_path / "index")
+    assert (collection.k, collection.tau, len(collection.exhibits)) == (8, 50.0, 6)
+    assert collection.image_size == (500 if "image_size" in options else 40)
+    for row in range(8):
+        answer = collection.answer(load_photo(collection.image(row), collection.image_size).image)
+        assert answer.matches[0].row == row and answer.matches[0].similarity == pytest.approx(1, abs=1e-4)
+        assert answer.exhibit == collection.path(row).split("/")[0]
+    assert threshold.decide(0.0) == "undecided" and "no val queries" in threshold.origin
+    given = open_index(tmp_path / "index", threshold=-1.0)[1]
+    assert (given.decide(-1.0), given.decide(-1.1)) == ("exhibit", "not in the collection")
+
+
+def test_from_the_command_line_to_an_answer(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (folder / NAME / "phone.heic").touch()
+    main(["index", "museum", "out", *AS_OPTIONS])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "note: left aside: 1 .heic" in printed
+    assert "8 images of 6 exhibits" in printed and "RANDOM WEIGHTS" in printed
+    assert "whitened to 7 dimensions instead of 512" in printed and "metilr identify PHOTO --store out" in printed
+    main(["identify", str(folder / NAME), "--store", "out", "--json", "--accelerator", "cpu"])
+    document = json.loads(capsys.readouterr().out)
+    aside, *answered = document["photos"]
+    assert aside["photo"] == str(folder / NAME) and aside["error"].startswith("left aside: 1 .heic; convert")
+    assert [photo["exhibit"] for photo in answered] == [NAME, NAME]
+    assert {photo["decision"] for photo in answered} == {"undecided"}
+    assert document["threshold"]["log_confidence"] is None and "--threshold" in document["threshold"]["origin"]
+
+
+def test_a_csv_gives_the_rows_of_the_folder(folder, tmp_path):
+    index(folder, tmp_path / "by_folder", **UNTRAINED)
+    paths = Index.load(tmp_path / "by_folder").catalogue.paths
+    lines = ["path,exhibit", *(f"{path},No. {path.split('/')[0]}" for path in reversed(paths))]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    index(folder, tmp_path / "by_csv", csv=tmp_path / "list.csv", **UNTRAINED)
+    one, other = (open_index(tmp_path / name)[0] for name in ("by_folder", "by_csv"))
+    assert other.exhibits[-1] == f"No. {NAME}"
+    np.testing.assert_allclose(
+        one.database.rows @ one.database.rows.T, (other.database.rows @ other.database.rows.T)[::-1, ::-1], atol=1e-4
+    )
+
+
+def test_an_interrupted_index_is_continued_and_a_finished_one_is_kept(folder, tmp_path, capsys, failure):
+    index(folder, tmp_path / "index", **UNTRAINED)
+    capsys.readouterr()
+    assert "holds an index already" in failure("index", folder, tmp_path / "index", *AS_OPTIONS)
+    (tmp_path / "index" / "index.json").unlink()
+    assert "not an index" in failure("identify", folder, "--store", tmp_path / "index")
+    index(folder, tmp_path / "index", **UNTRAINED)
+    assert "reusing 8 rows" in capsys.readouterr().out
+    (tmp_path / "index" / "index.json").unlink()
+    shutil.copy(folder / "9" / "2.jpg", folder / "9" / "4.jpg")
+    assert "was made with other settings" in failure("index", folder, tmp_path / "index", *AS_OPTIONS)
+
+
+def test_bad_images_stop_or_are_skipped(folder, tmp_path, capsys, failure):
+    (folder / "33" / "7.jpg").write_text("no image")
+    (folder / "9" / "2.jpg").write_text("no image")
+    assert "cannot be decoded" in failure("index", folder, tmp_path / "a", *AS_OPTIONS)
+    index(folder, tmp_path / "b", bad_images="skip", **UNTRAINED)
+    assert "2 images are missing or cannot be decoded and were left out" in " ".join(capsys.readouterr().out.split())
+    collection, _ = open_index(tmp_path / "b")
+    assert len(collection.images) == 6 and len(collection.exhibits) == 6
+    answer = collection.answer(load_photo(folder / "9" / "3.jpg", collection.image_size).image)
+    assert answer.exhibit == "9" and collection.path(answer.matches[0].row) == "9/3.jpg"
+    assert len(answer.matches) == 5  # the exhibit whose only image is bad is matched by nothing
+    line = failure("index", folder, tmp_path / "c", *AS_OPTIONS, "--bad_images", "skip", "--k", "7")
+    assert "--k 7: 6 images could be decoded" in line
+
+
+def test_few_images_and_a_whitening_from_elsewhere(folder, tmp_path, failure):
+    for name in ("9", "12", "33", "41"):
+        shutil.rmtree(folder / name)
+    shutil.rmtree(folder / NAME)
+    assert "has one exhibit, 500" in failure("index", folder, tmp_path / "a", *AS_OPTIONS)
+    shutil.copytree(folder / "500", folder / "copy")
+    assert "all 2 database descriptors are the same" in failure("index", folder, tmp_path / "b", *AS_OPTIONS)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (30, 30, 3), dtype=np.uint8)).save(folder / "noise.png")
+    basis, _ = np.linalg.qr(rng.normal(size=(512, 20)))
+    whitening = PCAWhitening(np.zeros(512), basis, np.ones(512), 1.0, 100, 20)
+    whitening.save(tmp_path / "w.npz")
+    index(folder, tmp_path / "c", whitening=str(tmp_path / "w.npz"), **UNTRAINED)
+    assert open_index(tmp_path / "c")[0].database.rows.shape == (3, 20)
+
+
+def test_an_index_is_not_written_among_the_images(folder, failure):
+    assert "lies among the images" in failure("index", folder, folder / "INDEX", *AS_OPTIONS)
+    assert not (folder / "INDEX").exists()
+
+
+def test_another_model_than_the_index_s_is_refused(folder, tmp_path, failure):
+    index(folder, tmp_path / "index", **UNTRAINED)
+    file = tmp_path / "index" / "index.json"
+    content = json.loads(file.read_text())
+    for changed in ({"model": {**content["model"], "pooling": "mac"}}, {"image_size": 100}):
+        file.write_text(json.dumps({**content, **changed}))
+        assert "was made by another model" in failure("identify", folder, "--store", tmp_path / "index")
+    file.write_text("{")
+    assert "index.json: cannot be read" in failure("identify", folder, "--store", tmp_path / "index")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--k", "9"], "--k 9: the database has 8 images"),
+        (["--tau", "0"], "--tau 0"),
+        (["--whitening_dim", "8"], "--whitening_dim 8"),
+        (["--whitening", "gone.npz"], "gone.npz: no such file"),
+        (["--ckpt", "gone.ckpt"], "--backbone: has no effect with --ckpt"),
+        (["--pooling", "mac", "--p", "4"], "--p: has no effect"),
+        (["--csv", "gone.csv"], "gone.csv: no such file"),
+        (["--image_size", "0"], "--image_size 0"),
+    ],
+)
+def test_a_bad_option_ends_in_one_line_that_names_it(folder, tmp_path, failure, options, message):
+    assert message in failure("index", folder, tmp_path / "index", *AS_OPTIONS, *options)
+    assert not (tmp_path / "index" / "index.json").exists()

@@ -1,0 +1,337 @@
+"""``metilr serve``: its endpoints, its limits, and its page in a real browser."""
+
+import base64
+import contextlib
+import io
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from metilr.cli import main
+from metilr.collection.collections_on_disk import open_with_threshold
+from metilr.collection.index import index
+from metilr.collection.serve.app import is_loopback
+from metilr.commands.evaluate import evaluate
+from tests.browser import browser as browser  # a fixture
+from tests.hostile import NAME, REASONS, write_hostile_files
+from tests.museum import write_museum
+
+pytest.importorskip("fastapi", reason="needs metilr[serve]")
+uvicorn = pytest.importorskip("uvicorn", reason="needs metilr[serve]")
+testclient = pytest.importorskip("fastapi.testclient", reason="needs httpx")
+
+MAX_BYTES = 200_000
+MAX_PIXELS = 50_000_000
+HOSTS = ["127.0.0.1", "localhost"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """An index of a tiny museum, beside its images; one exhibit has HTML in its name."""
+    folder = tmp_path_factory.mktemp("serve")
+    write_museum(folder / "met")
+    (folder / "met" / "images" / "MET").rename(folder / "museum")
+    (folder / "museum" / "70").rename(folder / "museum" / NAME)
+    options = {"backbone": "r18_in", "weights": "random", "image_size": 40, "accelerator": "cpu", "num_workers": 0}
+    index(folder / "museum", folder / "index", **options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def app(folder):
+    from metilr.collection.serve.web import build_app
+
+    return build_app(
+        *open_with_threshold(None, folder / "index", threshold=-3.0, accelerator="cpu"), MAX_BYTES, HOSTS, MAX_PIXELS
+    )
+
+
+@pytest.fixture(scope="module")
+def client(app):
+    return testclient.TestClient(app, base_url="http://127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def address(app) -> Iterator[str]:
+    """Where the application is really served."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        server.should_exit = True
+        thread.join()
+
+
+def send(client, content: bytes, name: str = "photo.jpg"):
+    return client.post("/identify", files={"photo": (name, content)})
+
+
+def test_an_upload_gets_the_collection_s_answer(client, folder):
+    response = send(client, (folder / "museum" / "9" / "2.jpg").read_bytes())
+    answer = response.json()
+    assert response.status_code == 200
+    assert (answer["decision"], answer["exhibit"], answer["headline"]) == ("exhibit", "9", "exhibit 9")
+    assert answer["matches"][0]["path"] == "9/2.jpg"
+    assert answer["matches"][0]["similarity"] == pytest.approx(1, abs=1e-4)
+    assert answer["threshold"]["log_confidence"] == -3.0
+    picture = client.get(answer["matches"][0]["picture"])
+    assert picture.status_code == 200 and picture.headers["content-type"] == "image/jpeg"
+
+
+def test_the_page_shows_what_photo_and_answer_have_in_common(tmp_path, monkeypatch):
+    from metilr.collection.serve.web import build_app
+
+    monkeypatch.chdir(tmp_path)
+    museum = write_museum(tmp_path / "museum")
+    evaluate(
+        museum, backbone="r18_in", weights="random", accelerator="cpu", num_workers=0, report=False, geometric_check=2,
+        output=Path("run"),
+    )  # fmt: skip
+    app = build_app(*open_with_threshold(Path("run"), None, accelerator="cpu"), MAX_BYTES, HOSTS, MAX_PIXELS)
+    client = testclient.TestClient(app, base_url="http://127.0.0.1")
+    answer = send(client, (museum / "images" / "MET" / "9" / "2.jpg").read_bytes()).json()
+    assert answer["matches"][0]["inliers"] > 20
+    kind, _, encoded = answer["regions"].partition(",")
+    assert kind == "data:image/jpeg;base64" and base64.b64decode(encoded).startswith(b"\xff\xd8")
+
+
+def wait_for_pictures(page) -> None:
+    """By asking again and again: the page's own policy forbids the waiting that Playwright would put into it."""
+    for _ in range(100):
+        if page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)"):
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError("a picture does not load")
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_one_bad_upload_is_refused_and_harms_no_other(client, folder, tmp_path, kind):
+    bad = write_hostile_files(tmp_path)[kind].read_bytes()
+    response = send(client, bad, name=NAME)
+    assert response.status_code == (413 if "megapixels" in REASONS[kind] else 422)
+    assert REASONS[kind] in response.json()["error"]
+    good = send(client, (folder / "museum" / "9" / "2.jpg").read_bytes())
+    assert good.status_code == 200 and good.json()["exhibit"] == "9"
+
+
+def test_uploads_at_once_get_their_own_answers(client, folder):
+    photos = [file for file in sorted((folder / "museum").rglob("*.jpg")) if file.is_file()]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda photo: send(client, photo.read_bytes()).json(), photos * 3))
+    assert [answer["exhibit"] for answer in answers] == [photo.parent.name for photo in photos * 3]
+
+
+def test_too_long_an_upload_is_refused_by_what_it_says_and_while_it_comes_in(client, folder):
+    too_long = bytes(MAX_BYTES + 1)
+    response = send(client, too_long)
+    assert response.status_code == 413 and "more than 0.2 MB" in response.json()["error"]
+
+    taken = []
+
+    def body() -> Iterator[bytes]:
+        yield b'--x\r\nContent-Disposition: form-data; name="photo"; filename="a"\r\n\r\n'
+        for _ in range(100):
+            taken.append(1)
+            yield bytes(MAX_BYTES // 10)
+
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    response = client.post("/identify", content=body(), headers=headers)  # without a Content-Length
+    assert response.status_code == 413
+    assert send(client, (folder / "museum" / "9" / "2.jpg").read_bytes()).status_code == 200
+
+
+def test_other_requests_get_an_error_in_words(client):
+    for response in (
+        client.post("/identify"),
+        client.post("/identify", data={"photo": "text"}),
+        client.post("/identify", content=b"\xff\x00", headers={"Content-Type": "multipart/form-data; boundary=x"}),
+        client.get("/identify"),
+        client.get("/images/8"),
+        client.get("/images/-1"),
+        client.get("/images/x"),
+        client.get("/images/..%2f..%2findex.json"),
+        client.get("/static/..%2fapp.py"),
+        client.get("/docs"),
+        client.get("/openapi.json"),
+    ):
+        assert 400 <= response.status_code < 500, response.url
+        assert response.headers["content-type"] == "application/json" and response.json()["error"]
+
+
+def test_a_picture_that_is_gone_is_said(folder, tmp_path):
+    from metilr.collection.serve.web import build_app
+
+    collection, threshold = open_with_threshold(None, folder / "index", accelerator="cpu")
+    client = testclient.TestClient(build_app(collection, threshold, MAX_BYTES, ["*"], MAX_PIXELS))
+    photo = folder / "museum" / "41" / "4.jpg"
+    content = photo.read_bytes()
+    photo.rename(tmp_path / "away.jpg")
+    try:
+        answer = send(client, content).json()
+        assert (answer["matches"][0]["exhibit"], answer["matches"][0]["picture"]) == ("41", None)
+        assert answer["headline"] == "undecided, most likely exhibit 41"
+        row = [collection.path(row) for row in range(8)].index("41/4.jpg")
+        assert client.get(f"/images/{row}").status_code == 404
+    finally:
+        (tmp_path / "away.jpg").rename(photo)
+
+
+def test_other_host_names_are_refused_and_pages_may_load_nothing_from_elsewhere(client):
+    assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
+    assert client.get("/", headers={"Host": "localhost:8000"}).status_code == 200
+    page = client.get("/")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    assert "<script>" not in page.text and "style=" not in page.text and "onclick" not in page.text
+    assert "//" not in page.text.replace("<!doctype", "")
+    assert is_loopback("127.0.0.1") and is_loopback("::1") and is_loopback("localhost")
+    assert not is_loopback("0.0.0.0") and not is_loopback("192.168.0.2") and not is_loopback("museum.example")
+
+
+@contextlib.contextmanager
+def opened(browser, address: str, width: int, scheme: str = "light") -> Iterator:
+    """The page; what goes wrong in it is collected."""
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.errors, page.foreign = [], []
+    page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.on("dialog", lambda dialog: (page.errors.append("dialog"), dialog.dismiss()))
+    page.on("request", lambda r: None if r.url.startswith((address, "blob:")) else page.foreign.append(r.url))
+    page.goto(address)
+    yield page
+    assert page.foreign == []
+    page.close()
+
+
+def upload(page, name: str, content: bytes) -> None:
+    page.locator("#file").set_input_files({"name": name, "mimeType": "image/jpeg", "buffer": content})
+    page.locator(".answer:not(.waiting)").wait_for()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (1400, "dark")])
+def test_a_photo_chosen_on_the_page_is_answered_with_pictures(browser, address, folder, width, scheme):
+    with opened(browser, address, width, scheme) as page:
+        upload(page, NAME, (folder / "museum" / NAME / "0.jpg").read_bytes())
+        assert page.locator("h2").inner_text().lower() == f"exhibit {NAME}"
+        assert page.locator("figcaption").inner_text() == NAME
+        assert page.locator(".matches li").count() == 5
+        wait_for_pictures(page)
+        assert page.locator("img").count() == 6  # the photo and its matches; none came out of a name
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.errors == []
+
+
+def test_a_dropped_photo_is_answered(browser, address, folder):
+    with opened(browser, address, 1400) as page:
+        content = list((folder / "museum" / "9" / "2.jpg").read_bytes())
+        transfer = page.evaluate_handle(
+            """content => {
+                const transfer = new DataTransfer();
+                transfer.items.add(new File([new Uint8Array(content)], "dropped.jpg"));
+                return transfer;
+            }""",
+            content,
+        )
+        page.dispatch_event("main", "dragover", {"dataTransfer": transfer})
+        assert "over" in page.locator("#ask").get_attribute("class")
+        page.dispatch_event("main", "drop", {"dataTransfer": transfer})  # beside the frame counts as well
+        page.locator(".answer.exhibit").wait_for()
+        assert page.locator("h2").inner_text().lower() == "exhibit 9" and page.errors == []
+        assert "over" not in page.locator("#ask").get_attribute("class")
+
+
+def test_bad_photos_on_the_page_are_told_and_the_next_is_answered(browser, address, folder):
+    with opened(browser, address, 360) as page:
+        upload(page, NAME, b"no image")
+        assert page.locator(".answer.error h2").inner_text() == "The photo cannot be decoded (not an image)."
+        assert page.locator("figcaption").inner_text() == NAME
+        page.errors.clear()  # the browser's own line about the status 422
+        upload(page, "long.jpg", bytes(MAX_BYTES + 1))
+        assert "at most 0.2 are taken" in page.locator(".answer.error h2").inner_text()
+        upload(page, "good.jpg", (folder / "museum" / "9" / "2.jpg").read_bytes())
+        page.locator(".answer.exhibit").wait_for()
+        assert page.errors == []
+
+
+def test_the_keyboard_alone_reaches_the_choice(browser, address):
+    with opened(browser, address, 1400) as page:
+        choosers: list = []
+        page.on(
+            "filechooser", lambda chooser: choosers.append(chooser)
+        )  # early: the browser needs a moment before it tells of them
+        page.reload()
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.id") == "file"
+        outline = "getComputedStyle(document.activeElement.closest('.button')).outlineStyle"
+        assert page.evaluate(outline) == "solid"
+        page.keyboard.press("Enter")
+        for _ in range(100):
+            page.wait_for_timeout(0 if choosers else 50)
+        assert len(choosers) == 1
+
+
+def test_the_command_serves_until_it_is_interrupted(folder):
+    command = [sys.executable, "-c", "from metilr.cli import main; main()", "serve", "--store", str(folder / "index"),
+               "--port", "0", "--accelerator", "cpu"]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            assert line.startswith("serving") and "http://127.0.0.1:" in line
+            with urllib.request.urlopen(line.split(" at ")[1].split()[0], timeout=60) as page:
+                assert b"Which exhibit is this?" in page.read()
+            process.send_signal(signal.SIGTERM)
+            out, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, out, error) == (0, "ended\n", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "70000"], "--port 70000"),
+        (["--host", "203.0.113.1"], "--host 203.0.113.1 --port 8000: cannot be listened at"),
+        (["--max_megabytes", "0"], "--max_megabytes 0"),
+        (["--port", "0"], "give either --run"),
+        (["--port", "0", "--store", "nowhere"], "nowhere: not an index"),
+    ],
+)
+def test_a_bad_option_ends_in_one_line_that_names_it(capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", *options])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and message in error
+
+
+def test_a_port_that_is_taken_is_named_before_the_model_is_loaded(capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        with pytest.raises(SystemExit):
+            main(["serve", "--port", port, "--store", "nowhere"])
+    assert f"--port {port}: cannot be listened at (Address already in use)" in capsys.readouterr().err
+
+
+def test_without_its_libraries_the_command_says_how_to_get_them(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else object())
+    with pytest.raises(SystemExit):
+        main(["serve", "--store", "x"])
+    assert "metilr serve needs uvicorn: pip install 'metilr[serve]'" in capsys.readouterr().err
+    main(["--help"])  # which imports every command
+    assert io.StringIO(capsys.readouterr().out).read().count("serve") >= 1

@@ -1,0 +1,249 @@
+"""``metilr rerun``: from results.json alone to the same figures, or to what differs."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from metilr.cli import main
+from metilr.commands.evaluate import evaluate
+from metilr.commands.rerun import TOLERANCE
+from metilr.errors import UserError
+
+
+@pytest.fixture
+def recorded(tiny_museum, tmp_path, monkeypatch) -> Path:
+    """The results.json of a run whose folder is gone, seen from another folder."""
+    monkeypatch.chdir(tmp_path)
+    evaluate(
+        root=tiny_museum, backbone="timm/test_resnet", weights="random", scales=[1, 0.5], accelerator="cpu",
+        num_workers=0, report=False, store=Path("store"), output=Path("first"), whitening_dim=3, seed=5, quiet=True,
+    )  # fmt: skip
+    Path("first/results.json").rename("recorded.json")
+    shutil.rmtree("first")
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "recorded.json"
+
+
+def change(file: Path, where: str, value: object) -> None:
+    content = json.loads(file.read_text())
+    part = content
+    *path, last = where.split(".")
+    for key in path:
+        part = part[key]
+    part[last] = value(part[last]) if callable(value) else value
+    file.write_text(json.dumps(content))
+
+
+def rerun(capsys, *options: object) -> tuple[int, str]:
+    """Exit status and all that was printed, in one line."""
+    status = 0
+    try:
+        main(["rerun", *map(str, options), "--quiet"])
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    printed = capsys.readouterr()
+    return status, " ".join((printed.out + printed.err).split())
+
+
+def test_it_needs_nothing_but_the_file(recorded, capsys):
+    status, printed = rerun(capsys, recorded, "--output", "again")
+    assert status == 0 and "the figures agree exactly" in printed
+    before, now = (json.loads(file.read_text()) for file in (recorded, Path("again/results.json")))
+    for part in ("data", "model", "whitening", "knn", "val", "test", "options"):
+        differs = {"options": {"wandb": "auto"}, "model": {"store": ""}}.get(part, {})
+        assert {**now[part], **differs} == {**before[part], **differs}, part
+    comparison = json.loads(Path("again/rerun.json").read_text())
+    assert comparison["agree"] == "exactly" and comparison["differences"] == []
+    assert Path("again/predictions/test.csv").exists()
+
+
+def test_descriptors_are_made_anew_if_asked_for(recorded, capsys):
+    status, printed = rerun(capsys, recorded, "--describe_again", "--output", "again")
+    assert status == 0 and "the figures agree exactly" in printed
+    assert Path("again/store/database.npy").read_bytes() == (recorded.parent / "store/database.npy").read_bytes()
+
+
+def test_images_exchanged_for_others_of_the_same_size_show_in_figures_made_anew_alone(recorded, capsys, tiny_museum):
+    """Contents are not recorded: the message says so."""
+    for file in (tiny_museum / "images/test_met").glob("test*"):
+        size = file.stat().st_size
+        Image.new("RGB", (8, 8)).save(file, quality=1)
+        file.write_bytes(file.read_bytes().ljust(size, b"\0"))
+        assert file.stat().st_size == size
+    assert "the figures agree exactly" in rerun(capsys, recorded)[1]
+    status, printed = rerun(capsys, recorded, "--describe_again")
+    assert status == 1 and "of the images' contents only the files' sizes are recorded" in printed
+
+
+def test_a_folder_of_a_run_and_a_dated_output(recorded, capsys):
+    recorded.rename(recorded.with_name("results.json"))
+    status, printed = rerun(capsys, recorded.parent)
+    [folder] = Path("runs").glob("*_rerun")
+    assert status == 0 and (folder / "rerun.json").exists() and f"wrote {folder}/rerun.json" in printed
+
+
+@pytest.mark.parametrize("figure", ["val.gap", "test.acc", "test.gap_minus", "test.n_met"])
+def test_another_figure_than_the_recorded_one_is_exit_status_1(recorded, capsys, figure):
+    change(recorded, figure, lambda value: value + 1 if figure.endswith("n_met") else value - 2 * TOLERANCE)
+    status, printed = rerun(capsys, recorded, "--output", "again")
+    assert status == 1 and "the figures do not agree" in printed and "nothing else that is recorded differs" in printed
+    assert json.loads(Path("again/rerun.json").read_text())["agree"] == "not"
+
+
+def test_within_the_tolerance(recorded, capsys):
+    change(recorded, "test.gap", lambda value: value - TOLERANCE / 2)
+    change(recorded, "versions.torch", "1.0")
+    status, printed = rerun(capsys, recorded)
+    assert status == 0 and "agree within the tolerance (of 0.1 points)" in printed
+    assert 'versions: torch: "1.0" there' in printed
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [("data.fingerprint", "x"), ("model.weights_sha256", "x"), ("versions.numpy", "1"), ("search.device", "gpu"),
+     ("knn.tau", 3.0), ("whitening.dim", 2)],
+)  # fmt: skip
+def test_what_differs_is_named(recorded, capsys, where, value):
+    change(recorded, where, value)
+    change(recorded, "val.gap", 0.123)
+    status, printed = rerun(capsys, recorded)
+    assert status == 1 and f"{where.split('.')[1]}: {json.dumps(value)} there, " in printed
+
+
+def test_the_device_of_the_descriptors_is_named(recorded, capsys):
+    change(recorded, "model.made_with", [{"device": "1 x NVIDIA H100"}])
+    change(recorded, "val.gap", 0.123)
+    assert 'device: ["1 x NVIDIA H100"] there, ["1 x CPU"] now' in rerun(capsys, recorded)[1]
+
+
+def test_images_that_were_exchanged_are_seen(recorded, capsys, tiny_museum):
+    """The ground truth's fingerprint is the same."""
+    for file in (tiny_museum / "images/test_met").glob("test*"):
+        Image.effect_noise((30, 30), 90).convert("RGB").save(file)
+    change(recorded, "test.gap", 0.123)
+    status, printed = rerun(capsys, recorded)
+    assert status == 1 and "image_files: " in printed and "fingerprint" not in printed
+
+
+def test_data_that_has_moved_or_is_missing(recorded, capsys, tiny_museum):
+    moved = tiny_museum.rename(recorded.parent / "moved")
+    status, printed = rerun(capsys, recorded)
+    assert status == 2 and f"metilr rerun: error: --root {tiny_museum}: no such folder" in printed
+    assert not list(Path("runs").glob("*"))
+    assert rerun(capsys, recorded, "--root", moved)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ("schema_version", 1, "of schema 1, which does not say how to repeat the run; evaluate again"),
+        ("schema_version", 99, "not of schema 1 or 2"),
+        ("options", None, "does not say how to repeat the run"),
+        ("options.k", "many", "its options are not this version's: --k"),
+        ("options", {"colour": "red"}, "its options are not this version's: unknown option --colour"),
+        ("val.gap", "high", "val.gap is 'high'"),
+        ("test.acc", math.nan, "recorded.json: cannot be read"),
+        ("elements", {}, "it lacks 'visits'"),
+        ("options.seed", None, "its options are not this version's: --seed null"),
+    ],
+)
+def test_a_file_that_cannot_be_repeated(recorded, capsys, where, value, message):
+    change(recorded, where, value)
+    status, printed = rerun(capsys, recorded)
+    assert status == 2 and message in printed and "Traceback" not in printed
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty", "another file", "unfinished", "images exchanged", "views missing"])
+def test_nothing_is_written_where_the_file_says_the_rows_were(recorded, capsys, tiny_museum, kind):
+    """The file may be somebody else's."""
+    store = recorded.parent / "store"
+    if kind in ("absent", "empty", "another file"):
+        store = recorded.parent / "named"
+        change(recorded, "options.store", str(store))
+        change(recorded, "model.store", str(store))
+    if kind in ("empty", "another file"):
+        store.mkdir()
+    if kind == "another file":
+        (store / "precious").write_text("precious")
+    if kind == "unfinished":
+        change(store / "manifest.json", "complete", False)
+    if kind == "images exchanged":
+        for file in (tiny_museum / "images/test_met").glob("test*"):
+            Image.effect_noise((30, 30), 90).convert("RGB").save(file)
+    if kind == "views missing":
+        change(recorded, "options.query_crops", [0.7])
+    before = files_of(recorded.parent)
+    assert rerun(capsys, recorded, "--output", "again")[0] in (0, 1)
+    now = {name: content for name, content in files_of(recorded.parent).items() if "/elsewhere/again/" not in name}
+    assert now == before and Path("again/store/database.npy").exists()
+    assert store.exists() == (kind != "absent")
+
+
+def test_a_default_store_is_found_again_from_another_folder(recorded, capsys):
+    change(recorded, "options.store", None)
+    change(recorded, "model.store", "store")
+    assert rerun(capsys, recorded, "--output", "again")[0] == 0 and not Path("again/store").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(28, "No space left on device", "x.npy"), UserError("x")]
+)
+def test_descriptors_of_a_dated_folder_are_kept_and_it_is_said_how_to_go_on(recorded, capsys, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("metilr.commands.evaluate.recognise", lambda *_, **__: fail())
+        status, printed = rerun(capsys, recorded, "--describe_again")
+    [folder] = Path("runs").glob("*_rerun")
+    assert status == 2 and f"to continue, add --output {folder}" in printed and "the same command" not in printed
+    made = (folder / "store/database.npy").stat().st_mtime_ns
+    status, printed = rerun(capsys, recorded, "--describe_again", "--output", folder)
+    assert status == 0 and "the figures agree exactly" in printed
+    assert (folder / "store/database.npy").stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("devices", 10**6), ("num_workers", 10**6), ("batch_size", 10**9), ("num_workers", 10**30)]
+)
+def test_numbers_that_no_machine_has_are_refused(recorded, capsys, option, value):
+    change(recorded, f"options.{option}", value)
+    status, printed = rerun(capsys, recorded, "--describe_again")
+    assert status == 2 and f"error: --{option} {value}: " in printed
+
+
+def test_files_that_were_moved(recorded, capsys, tiny_museum):
+    evaluate(
+        root=tiny_museum, backbone="timm/test_resnet", weights="random", scales=[1, 0.5], accelerator="cpu", seed=5,
+        num_workers=0, report=False, store=recorded.parent / "store", output=Path("first"), whitening_dim=3, quiet=True,
+    )  # fmt: skip
+    Path("first/whitening.npz").rename("then.npz")
+    evaluate(
+        root=tiny_museum, backbone="timm/test_resnet", weights="random", scales=[1, 0.5], accelerator="cpu", seed=5,
+        num_workers=0, report=False, store=recorded.parent / "store", output=Path("second"), whitening="then.npz",
+        quiet=True,
+    )  # fmt: skip
+    Path("then.npz").rename("now.npz")
+    status, printed = rerun(capsys, "second")
+    assert status == 2 and "no such file" in printed
+    status, printed = rerun(capsys, "second", "--whitening", "now.npz")
+    assert status == 0 and "the figures agree exactly" in printed
+    for option in ("ckpt", "weights"):
+        status, printed = rerun(capsys, "second", f"--{option}", "now.npz")
+        assert status == 2 and f"--{option} now.npz: the recorded run read no such file (" in printed
+    assert "--whitening pca: no such file" in rerun(capsys, "second", "--whitening", "pca")[1]
+
+
+def test_no_results_and_an_output_that_holds_some(recorded, capsys):
+    assert "not a finished evaluation (no such folder)" in rerun(capsys, "nowhere.json")[1]
+    assert rerun(capsys, recorded, "--output", "again")[0] == 0
+    assert "holds results already" in rerun(capsys, recorded, "--output", "again")[1]

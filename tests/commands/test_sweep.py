@@ -1,0 +1,214 @@
+"""``metilr sweep``: planning without running anything, and small sweeps as a user runs them."""
+
+import inspect
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from metilr.cli import main
+from metilr.commands import sweep as sweep_module
+from metilr.commands.evaluate import evaluate
+from metilr.commands.sweep import CHANGE_NO_FIGURE, plan_rows, sweep
+from metilr.errors import UserError
+from metilr.report.published import PUBLISHED
+from tests.commands.test_compare import write_museum_files, write_run
+from tests.commands.test_evaluate import REPOSITORY
+
+CONFIGS = REPOSITORY / "configs" / "eval"
+CHEAP = ["weights=random", "accelerator=cpu", "num_workers=0", "report=false", "wandb=off"]
+
+
+def plan(configs=("r18_in",), vary=None, values=(), options=(), root=None, database=None):
+    files = [CONFIGS / f"{name}.yaml" for name in configs]
+    return plan_rows(files, root, database, vary, values, options, Path("out"))
+
+
+def test_the_report_s_ten_backbones_are_one_glob_away():
+    rows = plan([file.stem for file in sorted(CONFIGS.glob("r*.yaml"))], root="DIR", database="mini")
+    assert sorted(row.options["backbone"] for row in rows) == sorted({row.backbone for row in PUBLISHED})
+    assert [row.name for row in rows] == [row.options["backbone"] for row in rows]
+    for row in rows:
+        assert row.folder == Path("out") / row.name
+        assert row.options["database"] == "mini" and row.options["root"] == str(Path("DIR").absolute())
+
+
+@pytest.mark.parametrize(
+    ("vary", "values", "expected"),
+    [
+        ("p", ["1", "3", "4.5"], [1.0, 3.0, 4.5]),
+        ("stage", ["null", "3"], [None, 3]),
+        ("whitening_dim", ["128", "512"], [128, 512]),
+        ("scales", ["[1]", "[1,0.5]"], [[1.0], [1.0, 0.5]]),
+        ("database", ["full", "mini"], ["full", "mini"]),
+        ("precision", ["32", "bf16-mixed"], ["32", "bf16-mixed"]),
+    ],
+)
+def test_one_option_over_several_values(vary, values, expected):
+    rows = plan(["r18_in", "r50_in"], vary, values, options=["accelerator=cpu"])
+    assert [row.options[vary] for row in rows] == expected * 2
+    assert [row.options["backbone"] for row in rows] == ["r18_in"] * len(values) + ["r50_in"] * len(values)
+    assert {row.options["accelerator"] for row in rows} == {"cpu"}
+    assert len({row.name for row in rows}) == len(rows)
+
+
+def test_names_of_rows_are_folders_below_the_sweep():
+    [row] = plan(vary="ckpt", values=["../a b/best.ckpt"])
+    assert row.name == "r18_in-ckpt=.._a_b_best.ckpt" and row.folder.parent == Path("out")
+    assert plan(vary="p", values=["4"])[0].name == "r18_in-p=4"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"vary": "pp", "values": ["1"]}, "--vary pp: metilr evaluate has no such option (did you mean p?)"),
+        ({"vary": "whitening_dm", "values": ["1"]}, "did you mean whitening_dim"),
+        ({"vary": "output", "values": ["1"]}, "every row has a folder of its own"),
+        ({"vary": "p"}, "--vary p: needs its values"),
+        ({"values": ["1"]}, "--values: has no effect without --vary"),
+        ({"vary": "p", "values": ["1", "one"]}, "--p one: expected float"),
+        ({"vary": "p", "values": ["3", "3"]}, "two rows would be called r18_in-p=3"),
+        ({"configs": ["r18_in", "r18_in"]}, "two rows would be called r18_in"),
+        ({"vary": "p", "values": ["3"], "options": ["p=4"]}, "--vary p: is set for all rows as well"),
+        ({"vary": "root", "values": ["a"], "root": Path("b")}, "--vary root: is set for all rows as well"),
+        ({"root": Path("b"), "options": ["root=c"]}, "root is set already"),
+        ({"options": ["accelerator"]}, "--options accelerator: write it as NAME=VALUE"),
+        ({"options": ["acelerator=cpu"]}, "did you mean accelerator"),
+        ({"options": ["output=x"]}, "every row has a folder of its own"),
+        ({"options": ["k=many"]}, "--k many: expected int"),
+        ({"configs": ["nothing"]}, "nothing.yaml: cannot be read"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_any_work(arguments, message):
+    with pytest.raises(UserError) as caught:
+        plan(**arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_options_that_change_no_figure_exist():
+    assert set(inspect.signature(evaluate).parameters) >= CHANGE_NO_FIGURE
+    assert not {"root", "p", "precision", "bad_images", "seed", "descriptors"} & CHANGE_NO_FIGURE
+
+
+def test_a_failing_row_does_not_stop_the_others_and_finished_rows_are_kept(tiny_museum, tmp_path, monkeypatch, capfd):
+    """One row fails, one is finished; the second time only the failed one is tried again."""
+    monkeypatch.chdir(tmp_path)
+    command = ["sweep", str(CONFIGS / "r18_in.yaml"), "--root", str(tiny_museum), "--vary", "p", "--values"]
+    failure = run_sweep([*command, "-1", "3", "--options", *CHEAP], capfd)
+    assert "1 of 2 rows failed (r18_in-p=-1)" in failure.err.splitlines()[-1]
+    assert "GeM's exponent must be a finite number above 0" in " ".join(failure.out.split())
+    assert "row 2 of 2" in failure.out
+    folder = Path("runs/sweep")
+    assert "metilr evaluate --config" in (folder / "r18_in-p=-1.failed.txt").read_text()
+    results = json.loads((folder / "r18_in-p=3/results.json").read_text())
+    assert results["model"]["pooling"]["p"] == 3
+    assert results["command"].split()[:3] == ["metilr", "evaluate", "--config"]
+    comparison = json.loads((folder / "comparison.json").read_text())
+    assert [run["name"] for run in comparison["runs"]] == ["r18_in-p=3"]
+
+    before = (folder / "r18_in-p=3/results.json").stat().st_mtime_ns
+    monkeypatch.setattr(sweep_module, "_command", lambda row: [sys.executable, "-c", "raise SystemExit(1)"])
+    again = run_sweep([*command, "-1", "3", "--options", *CHEAP, "batch_size=4"], capfd)
+    assert "there already" in again.out and "row 1 of 2" in again.out and "row 2 of 2" not in again.out
+    assert (folder / "r18_in-p=3/results.json").stat().st_mtime_ns == before
+
+    refused = run_sweep([*command, "3", "--options", *CHEAP, "whitening_dim=4"], capfd)
+    assert "runs/sweep/r18_in-p=3: was made with whitening_dim None, and is now to have 4" in refused.err
+
+
+def run_sweep(command, capfd):
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 2
+    return capfd.readouterr()
+
+
+# What a finished row leaves; YAML reads JSON.
+FINISH = (
+    "import json, os, pathlib, shutil, sys, time; folder = pathlib.Path(sys.argv[1])\n"
+    "def finish(): shutil.copytree('drawn', folder); (folder / 'config.yaml').write_text(sys.argv[2])\n"
+)
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    """Rows run a few lines of Python in place of an evaluation; finished ones are drawn by lot."""
+    monkeypatch.chdir(tmp_path)
+    museum = write_museum_files(tmp_path / "museum")
+
+    def pretend(program: str):
+        def command(row):
+            return [sys.executable, "-c", program, str(row.folder), json.dumps(row.options)]
+
+        monkeypatch.setattr(sweep_module, "_command", command)
+
+    def sweep_p(*values: str):
+        return sweep([CONFIGS / "r18_in.yaml"], vary="p", values=values, output=Path("out"))
+
+    return pretend, sweep_p, museum
+
+
+def test_a_killed_row_says_so(pretended, capfd):
+    pretend, sweep_p, _ = pretended
+    pretend("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(UserError, match=r"1 of 1 rows failed \(r18_in-p=2\)"):
+        sweep_p("2")
+    assert "ended by SIGKILL, most often for want of memory" in Path("out/r18_in-p=2.failed.txt").read_text()
+    assert "SIGKILL" in capfd.readouterr().out
+
+
+def test_reasons_are_the_last_line_and_go_when_the_row_succeeds(pretended, capfd):
+    pretend, sweep_p, museum = pretended
+    pretend("import sys; print('RuntimeError: out of memory\\n', file=sys.stderr); sys.exit(1)")
+    with pytest.raises(UserError):
+        sweep_p("2")
+    assert Path("out/r18_in-p=2.failed.txt").read_text().startswith("RuntimeError: out of memory\n")
+    assert "RuntimeError: out of memory" in capfd.readouterr().err
+    pretend("pass")
+    with pytest.raises(UserError):
+        sweep_p("2")
+    assert Path("out/r18_in-p=2.failed.txt").read_text().startswith("ended with status 0 and said nothing")
+    write_run(Path("drawn"), museum, 0)
+    pretend(FINISH + "finish()")
+    assert sweep_p("2") == {"r18_in-p=2": None}
+    assert not list(Path("out").glob("*.failed.txt")) and Path("out/comparison.md").exists()
+
+
+@pytest.fixture
+def ctrl_c_raises():
+    """Whoever runs the tests in the background hands down an ignored Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_sweep_ends_its_row_and_continues(pretended, capfd, ctrl_c_raises):
+    pretend, sweep_p, museum = pretended
+    write_run(Path("drawn"), museum, 0)
+    wait = "(pathlib.Path('pid').write_text(str(os.getpid())), time.sleep(60))"
+    pretend(FINISH + f"finish() if 'p=2' in folder.name else {wait}")
+    interrupt = threading.Thread(target=interrupt_when_the_second_row_runs)
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        sweep_p("2", "4")
+    interrupt.join()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path("pid").read_text()), 0)
+    assert not list(Path("out").glob("*.failed.txt"))
+    pretend(FINISH + "assert 'p=4' in folder.name; finish()")
+    assert sweep_p("2", "4") == {"r18_in-p=2": None, "r18_in-p=4": None}
+
+
+def interrupt_when_the_second_row_runs() -> None:
+    """Ctrl-C, once that row has written its process number."""
+    for _ in range(3000):
+        if Path("pid").exists() and Path("pid").read_text():
+            break
+        time.sleep(0.02)
+    time.sleep(0.5)  # the row's process can be ahead of the one that has started it
+    os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,170 @@
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from metilr.data.folder import read_catalogue
+from metilr.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for name in ("vase/front.jpg", "vase/details/foot.png", "bust/a.JPG", "INV 7.jpg", ".trash/x.jpg", "bust/._a.jpg",
+                 "bust/notes.txt"):  # fmt: skip
+        file = tmp_path / "museum" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    return tmp_path / "museum"
+
+
+def write_csv(folder: Path, text: str, encoding: str = "utf-8") -> Path:
+    file = folder.parent / "list.csv"
+    file.write_bytes(text.encode(encoding))
+    return file
+
+
+def test_a_subfolder_is_an_exhibit_and_so_is_a_loose_image(folder):
+    catalogue = read_catalogue(folder)
+    assert dict(zip(catalogue.paths, catalogue.exhibits, strict=True)) == {
+        "INV 7.jpg": "INV 7",
+        "bust/a.JPG": "bust",
+        "vase/details/foot.png": "vase",
+        "vase/front.jpg": "vase",
+    }
+    truth = catalogue.ground_truth()
+    assert catalogue.names == ("INV 7", "bust", "vase")
+    assert truth.labels["database"].tolist() == [0, 1, 2, 2] and truth.query_splits == []
+    assert truth.image("bust/a.JPG").samefile(folder / "bust" / "a.JPG")
+
+
+def test_a_csv_names_images_and_exhibits(folder):
+    file = write_csv(
+        folder, 'year,exhibit,path\n1900,"Vase, blue",vase/front.jpg\n1901, Büste ,bust/a.JPG\n', "utf-8-sig"
+    )
+    catalogue = read_catalogue(folder, file)
+    assert catalogue.paths == ("vase/front.jpg", "bust/a.JPG") and catalogue.exhibits == ("Vase, blue", "Büste")
+
+
+def test_another_list_has_another_digest(folder):
+    before = read_catalogue(folder).ground_truth().digests
+    assert read_catalogue(folder).ground_truth().digests == before
+    (folder / "vase" / "front.jpg").rename(folder / "bust" / "front.jpg")
+    assert read_catalogue(folder).ground_truth().digests != before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path;exhibit\na.jpg;x\n", "its first line must be path,exhibit"),
+        ("", "its first line must be path,exhibit"),
+        ("path,exhibit\n", "lists no images"),
+        ("path,exhibit\nbust/a.JPG\n", "line 2: names no exhibit"),
+        ("path,exhibit\nbust/a.JPG,  \n", "line 2: names no exhibit"),
+        ("path,exhibit\nbust/a.JPG,a\0b\nc.jpg,d\n", "line 2: exhibit 'a\\x00b' cannot be a name"),
+        ("path,exhibit\n../x.jpg,a\n", "line 2: path '../x.jpg' must name a file below"),
+        ("path,exhibit\n/etc/x.jpg,a\n", "must name a file below"),
+        ("path,exhibit\n,a\n", "must name a file below"),
+        ("path,exhibit\na.jpg,a\n./a.jpg,b\n", "line 3: './a.jpg' is listed already in line 2"),
+        ("path,exhibit\na.jpg,a\nb.jpg,a\n", "has one exhibit, a"),
+    ],
+)
+def test_a_bad_csv_is_refused_by_name_and_line(folder, text, message):
+    file = write_csv(folder, text)
+    with pytest.raises(UserError) as error:
+        read_catalogue(folder, file)
+    assert message in str(error.value) and "list.csv" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_csv_in_another_encoding_is_refused(folder):
+    with pytest.raises(UserError, match="cannot be read as CSV in UTF-8"):
+        read_catalogue(folder, write_csv(folder, "path,exhibit\na.jpg,Büste\n", "latin-1"))
+    with pytest.raises(UserError, match=r"missing\.csv: no such file"):
+        read_catalogue(folder, folder / "missing.csv")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "no images inside"),
+        ([".hidden/a.jpg"], "no images inside; name a folder with .* do not begin with a dot"),
+        (["a/1.heic", "b/2.HEIC"], r"no images inside \(but 2 \.heic\)"),
+        (["a/1.jpg", "a/2.jpg"], "has one exhibit, a; .* give each exhibit a sub-folder"),
+        (["a.jpg", "a.png", "b.jpg"], r"a\.jpg and a\.png both make an exhibit a"),
+        (["a/1.jpg", "a.jpg"], r"a/1\.jpg and a\.jpg both make an exhibit a"),
+    ],
+)
+def test_a_folder_without_two_clear_exhibits_is_refused(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=message):
+        read_catalogue(tmp_path)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    for csv in (None, tmp_path / "list.csv"):
+        with pytest.raises(UserError, match="nowhere: no such folder"):
+            read_catalogue(tmp_path / "nowhere", csv)
+
+
+def make_files(*files: Path) -> None:
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe.jpg", b"C\xff/1.jpg"])
+def test_a_name_that_an_index_cannot_hold_is_refused_before_anything_is_described(tmp_path, name):
+    make_files(tmp_path / "A/1.jpg", tmp_path / "B/1.jpg", tmp_path / os.fsdecode(name))
+    with pytest.raises(UserError, match=r"its name is not UTF-8.*rename it"):
+        read_catalogue(tmp_path)
+
+
+@pytest.mark.parametrize("with_csv", [True, False])
+def test_a_folder_whose_name_an_index_cannot_hold(tmp_path, with_csv):
+    folder = tmp_path / os.fsdecode(b"C\xff")
+    make_files(folder / "1.jpg", folder / "2.jpg")
+    csv = write_csv(folder, "path,exhibit\n1.jpg,a\n2.jpg,b\n") if with_csv else None
+    with pytest.raises(UserError, match="its name is not UTF-8"):
+        read_catalogue(folder, csv)
+
+
+def test_a_gif_is_an_image_and_what_is_not_read_is_counted(folder):
+    names = ("a.GIF", "b.heic", "c.HEIC", "d.avif", ".e.heic", "f.txt")
+    make_files(*(folder / "ring" / name for name in names))
+    (folder / "linked").symlink_to(folder / "vase")
+    (folder / "lost.jpg").symlink_to(folder / "nowhere")  # its fault shows where it is read
+    catalogue = read_catalogue(folder)
+    assert {"ring/a.GIF", "lost.jpg"} < set(catalogue.paths)
+    assert catalogue.left_aside == "1 .avif, 2 .heic, 1 links to folders"
+
+
+LISTED_BY_NOBODY = """
+import os, sys
+from pathlib import Path
+from metilr.data.folder import read_catalogue
+from metilr.errors import UserError
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    print(read_catalogue(Path(sys.argv[1])).paths)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_sub_folder_that_cannot_be_listed_stops():
+    """As somebody who is not root, whom nothing stops, and who may not look into pytest's own folders."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        make_files(folder / "a/1.jpg", folder / "b/1.jpg", folder / "b/deep/2.jpg")
+        (folder / "b/deep").chmod(0)
+        command = [sys.executable, "-c", LISTED_BY_NOBODY, name]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        printed = subprocess.run(command, capture_output=True, text=True, env=environment).stdout
+        (folder / "b/deep").chmod(0o755)
+    assert printed == f"{name}/b/deep: cannot be listed (Permission denied); make it readable, or move it elsewhere\n"

@@ -1,0 +1,216 @@
+import csv
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from metilr.data.ground_truth import GroundTruth
+from metilr.errors import UserError
+from metilr.evaluation import results as results_module
+from metilr.evaluation import run_folder
+from metilr.evaluation.options import Method
+from metilr.evaluation.recognition import Recognition
+from metilr.evaluation.results import results_of, write_answers, write_results
+from metilr.evaluation.run_folder import output_folder
+from metilr.extraction.descriptors import Descriptors
+from metilr.report.tables import print_table
+from metilr.retrieval.knn import Matches, Predictions, Tuning
+from metilr.retrieval.whitening import fit_pca_whitening
+
+TRUTH = GroundTruth(
+    root=Path("a museum [/]"),  # brackets mean something to rich
+    database="full",
+    paths={
+        "database": ("MET/7/0.jpg", "MET/3/0,1.jpg"),
+        "val": ("v/0.jpg", "v/é.jpg"),
+        "test": ("t/0.jpg", "t/1.jpg", "t/2.jpg", "t/3.jpg", "t/4.jpg"),
+    },
+    labels={"database": np.array([1, 0]), "val": np.array([0, -1]), "test": np.array([1, -1, 1, 0, -1])},
+    exhibit_ids=np.array([3, 7]),
+    digests={"database": "d", "val": "v", "test": "t"},
+)
+VAL = Predictions(np.array([0, 1]), np.array([-0.25, -2.0]), np.array([0.5, 0.125]), np.array([1, 0]))
+# right; a distractor; no neighbour more than 0 similar; skipped; a skipped distractor
+TEST = Predictions(
+    np.array([1, 1, 0, -1, -1]),
+    np.array([-1e-30, -0.5, -0.75, -np.inf, -np.inf]),
+    np.array([0.875, 0.5, 0.0, np.nan, np.nan]),
+    np.array([0, 0, -1, -1, -1]),
+)
+FIGURES = {"gap": 0.5, "gap_minus": 0.75, "acc": 1 / 3, "gap_least": 0.25, "gap_greatest": 0.5}
+
+
+def a_recognition(tuned=True, whitened=True):
+    x = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
+    tuning = Tuning(1, 5.0, np.array([[0.5, 0.25]]), (1,), (5.0, 10.0)) if tuned else None
+    figures = {
+        "val": {**FIGURES, "n_queries": 2, "n_met": 1, "n_skipped": 0},
+        "test": {**FIGURES, "n_queries": 5, "n_met": 3, "n_skipped": 2},
+    }
+    whitening = fit_pca_whitening([x], dim=2) if whitened else None
+    matches = {
+        split: Matches(answers.nearest[:, None], answers.similarity[:, None])
+        for split, answers in (("val", VAL), ("test", TEST))
+    }
+    return Recognition({"val": VAL, "test": TEST}, figures, whitening, 1, 5.0, tuning, matches)
+
+
+def results(recognition, origins=None, notes=(), synthetic=False):
+    origin = {
+        "store": "runs/x", "model": {"backbone": "r18_in", "weights_sha256": "ab", "pooling": {"name": "gem"}},
+        "image_size": None, "ground_truth": {"val": "v"},
+    }  # fmt: skip
+    opened = Descriptors({"database": [np.zeros((2, 3))]}, {}, origins or [origin])
+    return results_of(
+        TRUTH, recognition, opened, options={}, synthetic=synthetic, search_device="cpu", method=Method(), check=None,
+        skipped_images=[{"split": "test", "path": "t/3.jpg", "reason": "broken"}], notes=list(notes), seconds=1.25,
+    )  # fmt: skip
+
+
+def open_output(output, name, options):
+    with output_folder(output, name, options) as folder:
+        return folder
+
+
+def test_output_folder_holds_the_options_before_any_work(tmp_path):
+    options = {
+        "root": Path("museum"), "scales": (1.0, 2**-0.5), "descriptors": [Path("a"), Path("b")], "k": None,
+        "output": tmp_path,
+    }  # fmt: skip
+    output = open_output(tmp_path / "new" / "out", "name", options)
+    assert output == tmp_path / "new" / "out"
+    assert yaml.safe_load((output / "config.yaml").read_text()) == {
+        "root": str(Path.cwd() / "museum"), "scales": [1.0, 2**-0.5],
+        "descriptors": [str(Path.cwd() / "a"), str(Path.cwd() / "b")], "k": None,
+    }  # fmt: skip
+
+
+def test_default_outputs_are_dated_and_never_shared(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "RUNS", tmp_path / "runs")
+    outputs = [open_output(None, "r18_in", {}) for _ in range(4)]
+    assert len(set(outputs)) == 4 and all("_r18_in" in output.name for output in outputs)
+    assert all(output.parent == tmp_path / "runs" and (output / "config.yaml").is_file() for output in outputs)
+
+
+def test_output_refusals(tmp_path):
+    def said(output):
+        with pytest.raises(UserError) as caught:
+            open_output(output, "name", {})
+        assert f"--output {output}" in str(caught.value)
+        return str(caught.value)
+
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "results.json").write_text("{}")
+    assert "holds results already" in said(tmp_path / "done")
+    assert [file.name for file in (tmp_path / "done").iterdir()] == ["results.json"]
+    (tmp_path / "file").write_text("precious")
+    assert "cannot be written" in said(tmp_path / "file")
+    assert "cannot be written" in said(tmp_path / "file" / "below")
+    assert "cannot be written" in said(Path("/proc/metilr"))
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_predictions(tmp_path):
+    recognition = a_recognition()
+    written = write_answers(tmp_path, TRUTH, recognition)
+    assert all(file.is_file() for file in written if file.name != "config.yaml")
+    with (tmp_path / "predictions" / "val.csv").open(encoding="utf-8", newline="") as stream:
+        assert list(csv.reader(stream)) == [
+            ["path", "exhibit_id", "predicted_id", "log_confidence",
+             "confidence", "similarity", "nearest_path", "correct"],
+            ["v/0.jpg", "3", "3", "-0.25", repr(math.exp(-0.25)), "0.5", "MET/3/0,1.jpg", "1"],
+            ["v/é.jpg", "", "7", "-2.0", repr(math.exp(-2.0)), "0.125", "MET/7/0.jpg", "0"],
+        ]  # fmt: skip
+    with (tmp_path / "predictions" / "test.csv").open(encoding="utf-8", newline="") as stream:
+        assert list(csv.reader(stream))[1:] == [
+            ["t/0.jpg", "7", "7", "-1e-30", "1.0", "0.875", "MET/7/0.jpg", "1"],
+            ["t/1.jpg", "", "7", "-0.5", repr(math.exp(-0.5)), "0.5", "MET/7/0.jpg", "0"],
+            ["t/2.jpg", "7", "3", "-0.75", repr(math.exp(-0.75)), "0.0", "", "0"],
+            ["t/3.jpg", "3", "", "-inf", "0.0", "", "", "0"],
+            ["t/4.jpg", "", "", "-inf", "0.0", "", "", "0"],
+        ]
+
+
+def test_results_json_is_strict_and_has_what_callers_rely_on(tmp_path):
+    recognition = a_recognition()
+    write_results(tmp_path, results(recognition, notes=["a note"]))
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    read = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert isinstance(read["schema_version"], int)
+    data = read["data"]
+    assert data["root"] == "a museum [" or data["root"] == Path("a museum [/]").resolve().name
+    assert data["database"] == "full" and data["synthetic"] is False and len(data["fingerprint"]) == 64
+    assert data["counts"]["database_images"] == 2 and data["counts"]["test_met"] == 3
+    model = read["model"]
+    assert model["backbone"] == "r18_in" and model["weights_sha256"] == "ab" and model["pooling"] == {"name": "gem"}
+    assert "ground_truth" not in model
+    whitening = {"dim": 2, "shrinkage": 1.0, "learned_on": 20, "supported_dim": 3, "source": "learned on the database"}
+    assert read["whitening"].items() >= whitening.items() and len(read["whitening"]["sha256"]) == 64
+    assert read["knn"]["k"] == 1 and read["knn"]["tau"] == 5.0 and read["knn"]["tuned_on"] == "val"
+    assert read["knn"]["grid"] == {"k": [1], "tau": [5.0, 10.0], "val_gap": [[0.5, 0.25]]}
+    for split, n_queries, n_met in (("val", 2, 1), ("test", 5, 3)):
+        assert read[split]["gap"] == 0.5 and read[split]["gap_minus"] == 0.75 and read[split]["acc"] == 1 / 3
+        assert read[split]["n_queries"] == n_queries and read[split]["n_met"] == n_met
+    assert read["skipped_images"] == [{"split": "test", "path": "t/3.jpg", "reason": "broken"}]
+    assert read["notes"] == ["a note"] and "torch" in read["versions"]
+
+
+def test_what_was_not_done_is_null(tmp_path):
+    recognition = a_recognition(tuned=False, whitened=False)
+    said = results(recognition, origins=[{"pickle": "a.pkl"}, {"pickle": "b.pkl"}])
+    assert said["whitening"] is None and said["knn"]["tuned_on"] is None and said["knn"]["grid"] is None
+    assert said["model"] == {"concatenated": [{"pickle": "a.pkl"}, {"pickle": "b.pkl"}]}
+    written = write_answers(tmp_path, TRUTH, recognition)
+    assert not (tmp_path / "whitening.npz").exists() and tmp_path / "whitening.npz" not in written
+
+
+def test_what_a_killed_run_left_does_not_pass_for_this_one_s(tmp_path):
+    left = ("predictions/val.csv", "whitening.npz", "report/index.html")
+    for name in (*left, "report/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("of before")
+    open_output(tmp_path, "name", {})
+    assert all((tmp_path / name).exists() for name in left)  # no run has been there: they are somebody's own
+    open_output(tmp_path, "name", {})
+    assert not any((tmp_path / name).exists() for name in left) and (tmp_path / "report/notes.txt").exists()
+
+
+def table_of(said):
+    stream = io.StringIO()
+    print_table(Console(file=stream, width=200), said)
+    return stream.getvalue()
+
+
+def test_table_shows_both_splits_in_percent_and_what_was_tuned():
+    printed = table_of(results(a_recognition(), notes=["see [/this]"]))
+    rows = {line.split()[0]: line for line in printed.splitlines() if line.split()[:1] in (["val"], ["test"])}
+    assert "50.00" in rows["val"] and "75.00" in rows["val"] and "33.33" in rows["test"]
+    assert "k = 1 given, τ = 5 tuned by GAP on val; test scored once" in printed
+    assert "k = 1, τ = 5 given; test" in table_of(results(a_recognition(tuned=False)))
+    narrow = io.StringIO()
+    print_table(Console(file=narrow, width=80), results(a_recognition()))
+    assert "50.00" in narrow.getvalue() and "…" not in narrow.getvalue()
+    assert "note: see [/this]" in printed and "SYNTHETIC" not in printed
+    assert "SYNTHETIC" in table_of(results(a_recognition(), synthetic=True))
+
+
+@pytest.mark.parametrize(
+    ("script", "recorded"),
+    [
+        ("evaluate.py", f"{Path(sys.executable).name} evaluate.py --root 'a b'"),
+        ("/env/bin/metilr", "metilr --root 'a b'"),
+        ("somebodys.py", None),
+    ],
+)
+def test_the_command_is_recorded_as_it_can_be_typed(monkeypatch, script, recorded):
+    monkeypatch.setattr(sys, "argv", [script, "--root", "a b"])
+    assert results_module._command() == recorded

@@ -1,0 +1,452 @@
+"""The extraction loop: what batch size 1 gives, for any batching, number of processes and interruptions."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from metilr.data import views as images
+from metilr.data.decode import load_image
+from metilr.data.ground_truth import GroundTruth, load_ground_truth
+from metilr.data.views import CentreCrops, SimulatedVisits
+from metilr.demo import MuseumSize, make_demo
+from metilr.errors import UserError
+from metilr.extraction.callbacks import DescriptorWriter
+from metilr.extraction.datamodule import HostCopy, SideStream
+from metilr.extraction.describe import describe_images, describe_views
+from metilr.extraction.descriptors import open_descriptors
+from metilr.extraction.options import ExtractionOptions
+from metilr.extraction.store import SPLITS, DescriptorStore
+from metilr.models.embedder import Embedder
+from metilr.models.pooling import build_pooling
+from metilr.models.zoo import build_backbone
+from tests.test_launch import state_of_process
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SIZE = MuseumSize(exhibits=10, mini_exhibits=8, val=(4, 3, 2), test=(4, 3, 2), longest_side=72)
+ON_CPU = ExtractionOptions(accelerator="cpu", num_workers=0, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Path:
+    return make_demo(tmp_path_factory.mktemp("extraction") / "museum", size=SIZE, progress=False)
+
+
+@pytest.fixture
+def museum(drawn, tmp_path) -> GroundTruth:
+    """A copy whose images a test may damage."""
+    subprocess.run(["cp", "-r", drawn, tmp_path / "museum"], check=True)
+    return load_ground_truth(tmp_path / "museum")
+
+
+@pytest.fixture(scope="module")
+def embedder() -> Embedder:
+    backbone = build_backbone("r18_in", "random")
+    return Embedder(backbone, build_pooling("gem", backbone.width)).eval()
+
+
+def describe(embedder, museum, path, options=ON_CPU) -> DescriptorStore:
+    store = describe_images(embedder, museum, path, options, Console(quiet=True))
+    assert store is not None
+    return store
+
+
+def one_by_one(embedder, museum, split) -> np.ndarray:
+    rows = []
+    for path in museum.paths[split]:
+        with Image.open(museum.root / "images" / path) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+        normalised = (pixels - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
+            [0.229, 0.224, 0.225]
+        ).view(3, 1, 1)
+        with torch.no_grad():
+            rows.append(embedder.describe(normalised)[0].numpy())
+    return np.stack(rows)
+
+
+def n_made(store: DescriptorStore) -> int:
+    return sum(int(store.made(split).sum()) for split in SPLITS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_rows_are_those_of_batch_size_1_in_ground_truth_order(embedder, museum, tmp_path, batch_size):
+    options = ExtractionOptions(accelerator="cpu", num_workers=2, batch_size=batch_size)
+    store = describe(embedder, museum, tmp_path / "store", options)
+    for split in SPLITS:
+        np.testing.assert_allclose(store.rows(split), one_by_one(embedder, museum, split), atol=1e-5)
+
+
+def test_decoding_processes_change_no_byte_and_threads_no_more_than_rounding(embedder, museum, tmp_path):
+    plain = describe(embedder, museum, tmp_path / "plain")
+    workers = describe(
+        embedder, museum, tmp_path / "workers", ExtractionOptions(accelerator="cpu", num_workers=2, batch_size=4)
+    )
+    n_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2 if n_threads == 1 else 1)
+        threads = describe(embedder, museum, tmp_path / "threads")
+    finally:
+        torch.set_num_threads(n_threads)
+    for split in SPLITS:
+        np.testing.assert_array_equal(workers.rows(split), plain.rows(split))
+        np.testing.assert_allclose(threads.rows(split), plain.rows(split), atol=1e-5)
+
+
+def test_two_processes_give_the_rows_of_one(embedder, museum, tmp_path, monkeypatch):
+    one = describe(embedder, museum, tmp_path / "one")
+    options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # then Lightning sets it, and the number of threads
+    before = state_of_process()
+    two = describe(embedder, museum, tmp_path / "two", options)
+    assert state_of_process() == before
+    for split in SPLITS:
+        np.testing.assert_allclose(two.rows(split), one.rows(split), atol=1e-5)
+        assert two.made(split).all()
+
+
+@pytest.mark.parametrize("view", [SimulatedVisits(4, seed=3), CentreCrops((0.8, 0.5))])
+def test_views_are_described_as_one_by_one_by_one_process_and_by_two(embedder, museum, tmp_path, view):
+    store = describe(embedder, museum, tmp_path / "store")
+    views = describe_views(embedder, museum, view, store, ON_CPU, Console(quiet=True))
+    options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=32)
+    other = describe(embedder, museum, tmp_path / "other")
+    by_two = describe_views(embedder, museum, view, other, options, Console(quiet=True))
+    assert views.path.parent == store.path and views.path.name == by_two.path.name
+    assert views.manifest()["settings"]["view"] == view.settings()
+    for split, source in view.of.items():
+        with torch.inference_mode():
+            expected = [
+                embedder.describe(embedder.normalise(view(load_image(museum.image(path)), path, number)[None]))[0]
+                for path in museum.paths[source]
+                for number in range(view.n)
+            ]
+        np.testing.assert_allclose(views.rows(split), torch.stack(expected).numpy(), atol=1e-5)
+        np.testing.assert_allclose(by_two.rows(split), views.rows(split), atol=1e-5)
+
+
+def test_one_pending_image_is_enough_for_two_processes(embedder, museum, tmp_path):
+    store = describe(embedder, museum, tmp_path / "store")
+    before = np.array(store.rows("val"))
+    path = museum.image(museum.paths["val"][2])
+    Image.effect_noise((72, 60), 80).convert("RGB").save(path)
+    options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=4)
+    after = describe(embedder, museum, tmp_path / "store", options).rows("val")
+    assert np.flatnonzero((before != after).any(axis=1)).tolist() == [2]
+
+
+def test_a_bad_image_has_no_views(embedder, museum, tmp_path):
+    museum.image(museum.paths["database"][3]).write_bytes(b"not an image")
+    skip = ExtractionOptions(accelerator="cpu", num_workers=0, bad_images="skip")
+    view = SimulatedVisits(3)
+    store = describe(embedder, museum, tmp_path / "store", skip)
+    views = describe_views(embedder, museum, view, store, skip, Console(quiet=True))
+    assert np.flatnonzero(~views.made("visits")).tolist() == [9, 10, 11]
+    opened = open_descriptors([store.path], museum, [view])
+    assert np.flatnonzero(~opened.made["database"]).tolist() == [3]
+    with pytest.raises(UserError, match="holds no descriptors of 4 simulated visits an image"):
+        open_descriptors([store.path], museum, [SimulatedVisits(4)])
+
+
+def test_a_bad_image_ends_two_processes_with_one_line(embedder, museum, tmp_path):
+    path = museum.image(museum.paths["val"][1])
+    path.write_bytes(path.read_bytes()[:-200])
+    options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=4)
+    with pytest.raises(UserError, match="--bad_images skip") as error:
+        describe(embedder, museum, tmp_path / "store", options)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_second_call_describes_nothing(embedder, museum, tmp_path, monkeypatch):
+    describe(embedder, museum, tmp_path / "store")
+
+    def refuse(*args):
+        raise AssertionError("described again")
+
+    monkeypatch.setattr(images, "load_image", refuse)
+    describe(embedder, museum, tmp_path / "store")
+
+
+def test_an_interrupted_run_continues_where_it_stopped(embedder, museum, tmp_path, monkeypatch):
+    whole = describe(embedder, museum, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_after(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            describe(embedder, museum, tmp_path / "store")
+    made = n_made(DescriptorStore(tmp_path / "store"))
+    assert 0 < made < n_made(whole)
+
+    decoded = []
+    load_image = images.load_image
+    monkeypatch.setattr(images, "load_image", lambda *args: decoded.append(args) or load_image(*args))
+    continued = describe(embedder, museum, tmp_path / "store")
+    assert len(decoded) == n_made(whole) - made
+    for split in SPLITS:
+        np.testing.assert_array_equal(continued.rows(split), whole.rows(split))
+
+
+def interrupt_after(batches: int, patch: pytest.MonkeyPatch) -> None:
+    write = DescriptorWriter.write_on_batch_end
+    written = []
+
+    def write_then_interrupt(self, *args, **kwargs):
+        write(self, *args, **kwargs)
+        written.append(1)
+        if len(written) == batches:
+            raise KeyboardInterrupt
+
+    patch.setattr(DescriptorWriter, "write_on_batch_end", write_then_interrupt)
+
+
+KILLED_RUN = """
+import os, sys
+from metilr.extraction.callbacks import DescriptorWriter
+from metilr.cli import run_command
+from metilr.commands.evaluate import evaluate
+
+write = DescriptorWriter.write_on_batch_end
+written = []
+
+def write_then_signal(self, *args, **kwargs):
+    write(self, *args, **kwargs)
+    written.append(1)
+    if len(written) == 3:
+        os.kill(os.getpid(), int(sys.argv.pop()))
+
+DescriptorWriter.write_on_batch_end = write_then_signal
+if __name__ == "__main__":
+    signal_number = sys.argv[-1]
+    run_command(evaluate, sys.argv[1:-1])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_killed_command_continues_to_the_same_bytes(embedder, museum, tmp_path, number):
+    (tmp_path / "killed.py").write_text(KILLED_RUN)
+    options = [
+        *("--root", str(museum.root), "--backbone", "r18_in", "--weights", "random", "--accelerator", "cpu"),
+        *("--batch_size", "4", "--num_workers", "1", "--store", str(tmp_path / "store")),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, str(tmp_path / "killed.py"), *options, str(int(number))]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+        # Whoever runs the tests in the background hands down an ignored Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    if number == signal.SIGKILL:
+        assert run.returncode == -signal.SIGKILL
+    else:
+        assert run.returncode == 2, run.stderr
+        assert "Traceback" not in run.stderr
+        assert "interrupted; finished work is kept" in run.stderr.splitlines()[-1]
+    killed = DescriptorStore(tmp_path / "store")
+    assert 0 < n_made(killed) < sum(len(paths) for paths in museum.paths.values())
+
+    whole = describe(embedder, museum, tmp_path / "whole", ExtractionOptions(accelerator="cpu", batch_size=4))
+    continued = describe(embedder, museum, tmp_path / "store", ExtractionOptions(accelerator="cpu", batch_size=4))
+    for split in SPLITS:
+        np.testing.assert_array_equal(continued.rows(split), whole.rows(split))
+
+
+SLOW_SECOND_PROCESS = """
+import os, sys, time
+from metilr.extraction.callbacks import DescriptorWriter
+from metilr.cli import run_command
+from metilr.commands.evaluate import evaluate
+
+write = DescriptorWriter.write_on_batch_end
+
+def write_late(self, *args, **kwargs):
+    time.sleep(0.5 * int(os.environ["RANK"]))
+    write(self, *args, **kwargs)
+
+DescriptorWriter.write_on_batch_end = write_late
+if __name__ == "__main__":
+    run_command(evaluate, sys.argv[1:])
+"""
+
+
+def test_torchrun_gives_one_result_and_the_rows_of_one_process(embedder, museum, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_SECOND_PROCESS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = [
+        *("--root", str(museum.root), "--backbone", "r18_in", "--weights", "random", "--accelerator", "cpu"),
+        *("--devices", "2", "--num_workers", "0", "--store", str(tmp_path / "store")),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    slow = [*launcher, str(tmp_path / "slow.py"), *options]
+    run = subprocess.run(slow, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+    assert run.returncode == 0, run.stderr  # the first process waited for the other's rows
+    assert len(list((tmp_path / "runs").glob("20*"))) == 1
+    command = [*launcher, str(REPOSITORY / "evaluate.py"), *options, "--whitening", "learned", "--visits", "1"]
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+    assert again.returncode == 0, again.stderr  # the images are there, their visits are shared out
+    third = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+    assert third.returncode == 0, third.stderr  # nothing left to share out: the first process goes on alone
+    assert len(list((tmp_path / "runs").glob("20*/results.json"))) == 3
+    one = describe(embedder, museum, tmp_path / "one")
+    for split in SPLITS:
+        np.testing.assert_allclose(DescriptorStore(tmp_path / "store").rows(split), one.rows(split), atol=1e-5)
+
+
+def test_a_truncated_image_stops_the_run_and_loses_nothing(embedder, museum, tmp_path, monkeypatch):
+    path = museum.image(museum.paths["test"][2])
+    intact = path.read_bytes()
+    path.write_bytes(intact[:-200])
+    with pytest.raises(UserError, match="cannot be decoded") as error:
+        describe(embedder, museum, tmp_path / "store")
+    assert str(path) in str(error.value)
+
+    path.write_bytes(intact)
+    made = n_made(DescriptorStore(tmp_path / "store"))
+    decoded = []
+    load_image = images.load_image
+    monkeypatch.setattr(images, "load_image", lambda *args: decoded.append(args) or load_image(*args))
+    store = describe(embedder, museum, tmp_path / "store")
+    assert len(decoded) == n_made(store) - made
+
+
+def test_skipped_images_are_left_out_and_a_mended_one_is_described(embedder, museum, tmp_path):
+    truncated, not_an_image = museum.image(museum.paths["database"][3]), museum.image(museum.paths["val"][0])
+    intact = truncated.read_bytes()
+    truncated.write_bytes(intact[:-200])  # found while decoding
+    not_an_image.write_bytes(b"not an image")  # found in the header
+    museum.image(museum.paths["test"][1]).unlink()
+    skip = ExtractionOptions(accelerator="cpu", num_workers=0, bad_images="skip")
+    store = describe(embedder, museum, tmp_path / "store", skip)
+    left_out = {(split, int(i)) for split in SPLITS for i in np.flatnonzero(~store.made(split))}
+    assert left_out == {("database", 3), ("val", 0), ("test", 1)}
+
+    truncated.write_bytes(intact)
+    assert describe(embedder, museum, tmp_path / "store", skip).made("database").all()
+    with pytest.raises(UserError, match="missing or empty"):
+        describe(embedder, museum, tmp_path / "store")
+
+
+def test_an_exchanged_image_is_described_anew(embedder, museum, tmp_path):
+    before = np.array(describe(embedder, museum, tmp_path / "store").rows("database"))
+    path = museum.image(museum.paths["database"][5])
+    Image.effect_noise((72, 60), 80).convert("RGB").save(path)
+    after = describe(embedder, museum, tmp_path / "store").rows("database")
+    changed = np.flatnonzero((before != after).any(axis=1))
+    assert changed.tolist() == [5]
+    np.testing.assert_allclose(after, one_by_one(embedder, museum, "database"), atol=1e-5)
+
+
+def test_other_settings_make_another_store(embedder, museum, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    smaller = ExtractionOptions(accelerator="cpu", num_workers=0, image_size=48)
+    first, second = describe(embedder, museum, None), describe(embedder, museum, None, smaller)
+    assert first.path != second.path
+    assert describe(embedder, museum, None).path == first.path
+    with pytest.raises(UserError, match="image_size: null there, 48 now"):
+        describe(embedder, museum, first.path, smaller)
+
+
+def test_a_descriptor_that_is_not_finite_stops_the_run_and_names_the_image(museum, tmp_path):
+    backbone = build_backbone("r18_in", "random")
+    broken = Embedder(backbone, build_pooling("gem", backbone.width)).eval()
+    with torch.no_grad():
+        broken.backbone.model.conv1.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"\.jpg: its descriptor is not finite"):
+        describe(broken, museum, tmp_path / "store")
+    assert n_made(DescriptorStore(tmp_path / "store")) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "16-mixed", "accelerator": "cpu"}, "--precision 16-mixed"),
+        ({"batch_size": 0}, "--batch_size 0"),
+        ({"devices": 0}, "--devices 0"),
+        ({"num_workers": -1}, "--num_workers -1"),
+        ({"image_size": 0}, "--image_size 0"),
+        ({"image_size": 10**9}, "--image_size 1000000000: must be at most 16,384"),
+        ({"batch_size": 10**9}, "--batch_size 1000000000: must be at most 4,096"),
+        ({"devices": 10**17, "accelerator": "cpu"}, "--devices 100000000000000000: this machine has"),
+        ({"num_workers": 10**6}, "--num_workers 1000000: choose"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(options, message):
+    with pytest.raises(UserError, match=message):
+        ExtractionOptions(**options)
+
+
+def test_memory_that_does_not_suffice_is_said_with_what_to_take_less_of(embedder, museum, tmp_path):
+    huge = Embedder(embedder.backbone, embedder.pooling, None, (1.0,)).eval()
+    huge.normalise = lambda images: torch.empty(2**45, dtype=torch.uint8)  # more than there are addresses for
+    with pytest.raises(UserError, match=r"memory does not suffice .*: take a smaller --batch_size or --image_size, or"):
+        describe(huge, museum, tmp_path / "store")
+    assert n_made(DescriptorStore(tmp_path / "store")) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_no_silent_cpu():
+    with pytest.raises(UserError, match="--accelerator gpu"):
+        ExtractionOptions(accelerator="gpu")
+
+
+def test_bfloat16_is_close_to_float32_and_kept_apart(embedder, museum, tmp_path):
+    larger = {"accelerator": "cpu", "num_workers": 0, "image_size": 160}
+    exact = describe(embedder, museum, tmp_path / "exact", ExtractionOptions(**larger))
+    rounded = describe(embedder, museum, tmp_path / "rounded", ExtractionOptions(**larger, precision="bf16-mixed"))
+    cosines = (exact.rows("database") * rounded.rows("database")).sum(axis=1)
+    assert cosines.min() > 0.99 and (exact.rows("database") != rounded.rows("database")).any()
+    with pytest.raises(UserError, match="precision"):
+        describe(embedder, museum, tmp_path / "exact", ExtractionOptions(**larger, precision="bf16-mixed"))
+
+
+def test_small_images_are_spared_the_unreliable_bfloat16_of_the_cpu(embedder, museum, tmp_path):
+    exact = describe(embedder, museum, tmp_path / "exact")
+    options = ExtractionOptions(accelerator="cpu", num_workers=0, batch_size=4, precision="bf16-mixed")
+    rounded = describe(embedder, museum, tmp_path / "rounded", options)
+    for split in SPLITS:  # at 72 px a map gets 1 px wide, where bfloat16 gave random rows
+        np.testing.assert_array_equal(rounded.rows(split), exact.rows(split))
+
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("engine", ["torch", "compile"])
+def test_the_gpu_gives_the_rows_of_the_cpu(engine, embedder, museum, tmp_path):
+    cpu = describe(embedder, museum, tmp_path / "cpu")
+    options = ExtractionOptions(accelerator="gpu", devices=1, engine=engine, batch_size=2)  # many batches in flight
+    gpu = describe(embedder, museum, tmp_path / "gpu", options)
+    for split in SPLITS:
+        np.testing.assert_allclose(gpu.rows(split), cpu.rows(split), atol=1e-5)
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_half_precision_on_a_gpu_is_close_to_float32(precision, embedder, museum, tmp_path):
+    cpu = describe(embedder, museum, tmp_path / "cpu")
+    gpu = describe(embedder, museum, tmp_path / "gpu", ExtractionOptions(accelerator="gpu", precision=precision))
+    for split in SPLITS:
+        assert (cpu.rows(split) * gpu.rows(split)).sum(axis=1).min() > 0.99
+
+
+@pytest.mark.gpu
+@GPU
+def test_what_is_on_its_way_arrives_whole():
+    device, rng = torch.device("cuda", 0), torch.Generator().manual_seed(0)
+    images = [torch.randint(256, (8, 3, 500, 500), dtype=torch.uint8, generator=rng).pin_memory() for _ in range(20)]
+    side, work = SideStream(device), torch.randn(4096, 4096, device=device)
+    arrived = []
+    for batch in images:
+        on_gpu = side.copy(batch)
+        for _ in range(20):  # so that each copy is begun while the batch before is computed
+            work = (work @ work).clamp(-1, 1)
+        arrived.append(HostCopy(on_gpu.double().sum(dim=(1, 2, 3))))
+        del on_gpu
+    for batch, sums in zip(images, arrived, strict=True):
+        assert torch.equal(sums.result(), batch.double().sum(dim=(1, 2, 3))) and sums.done()

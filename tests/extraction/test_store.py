@@ -1,0 +1,248 @@
+import errno
+import json
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+
+from metilr.errors import UserError
+from metilr.extraction.store import DescriptorStore, row_chunks, settings_fingerprint
+
+WIDTH = 5
+COUNTS = {"database": 40, "val": 3, "test": 4}
+SETTINGS = {"model": {"backbone": "b", "scales": [1.0, 0.5]}, "image_size": None}
+
+
+def unit_rows(n, seed=0):
+    rows = np.random.default_rng(seed).standard_normal((n, WIDTH)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+ROWS = {split: unit_rows(n, seed) for seed, (split, n) in enumerate(COUNTS.items())}
+SIZES = {split: 100 + np.arange(n) for split, n in COUNTS.items()}
+
+
+def prepared(path):
+    store = DescriptorStore(path)
+    store.prepare(SETTINGS, COUNTS, WIDTH)
+    return store
+
+
+def fill(store, split, rows):
+    writer = store.writer()
+    for row in rows:
+        writer.write(split, row, ROWS[split][row], int(SIZES[split][row]))
+    writer.close()
+
+
+def refused(call, *arguments):
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_rows_lie_in_ground_truth_order_whatever_the_order_of_writing(tmp_path):
+    store = prepared(tmp_path / "new" / "store")
+    assert store.manifest()["complete"] is False
+    for split, n in COUNTS.items():
+        fill(store, split, np.random.default_rng(3).permutation(n).tolist())
+    store.begin({"device": "here"})
+    store.finish()
+    reopened = DescriptorStore(tmp_path / "new" / "store")
+    for split in COUNTS:
+        np.testing.assert_array_equal(np.load(tmp_path / "new" / "store" / f"{split}.npy"), ROWS[split])
+        np.testing.assert_array_equal(reopened.rows(split), ROWS[split])
+        assert isinstance(reopened.rows(split), np.memmap) and reopened.rows(split).dtype == np.float32
+        assert reopened.made(split).all() and not reopened.pending(split, SIZES[split], retry_bad=True).any()
+    manifest = json.loads((reopened.path / "manifest.json").read_text())
+    assert manifest["complete"] is True and manifest["made_with"] == [{"device": "here"}]
+    assert manifest["settings"] == SETTINGS and manifest["counts"] == COUNTS and manifest["width"] == WIDTH
+    assert sorted(file.name for file in reopened.path.iterdir()) == sorted(
+        ["manifest.json", *(f"{split}{kind}.npy" for split in COUNTS for kind in ("", ".files"))]
+    )
+
+
+def test_preparing_again_changes_no_row(tmp_path):
+    fill(prepared(tmp_path), "val", [0, 1, 2])
+    np.testing.assert_array_equal(prepared(tmp_path).rows("val"), ROWS["val"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"settings": {**SETTINGS, "image_size": 512}}, "image_size: null there, 512 now"),
+        ({"settings": {**SETTINGS, "model": {"backbone": "c", "scales": [1.0, 0.5]}}}, 'backbone: "b" there, "c" now'),
+        ({"counts": {**COUNTS, "val": 9}}, "val: 3 there, 9 now"),
+        ({"width": 6}, "width: 5 there, 6 now"),
+    ],
+)
+def test_other_settings_are_refused_by_key(tmp_path, change, said):
+    fill(prepared(tmp_path), "val", [0])
+    wanted = {"settings": SETTINGS, "counts": COUNTS, "width": WIDTH, **change}
+    message = refused(DescriptorStore(tmp_path).prepare, wanted["settings"], wanted["counts"], wanted["width"])
+    assert said in message and message.startswith(f"{tmp_path}: ")
+    np.testing.assert_array_equal(DescriptorStore(tmp_path).rows("val")[0], ROWS["val"][0])
+
+
+def test_tuples_and_lists_are_the_same_settings(tmp_path):
+    prepared(tmp_path)
+    as_tuple = {**SETTINGS, "model": {"backbone": "b", "scales": (1.0, 0.5)}}
+    DescriptorStore(tmp_path).prepare(as_tuple, COUNTS, WIDTH)
+    assert settings_fingerprint(as_tuple) == settings_fingerprint(SETTINGS)
+    assert settings_fingerprint(SETTINGS) != settings_fingerprint({**SETTINGS, "image_size": 1})
+
+
+@pytest.mark.parametrize("name", ["holiday.txt", "test.npy", "database_old.npy"])
+def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path, name):
+    (tmp_path / name).write_bytes(b"precious")
+    assert "holds other files" in refused(prepared, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == b"precious"
+
+
+def test_a_store_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "store").write_text("x")
+    assert f"{tmp_path / 'store'}: cannot be written" in refused(prepared, tmp_path / "store")
+
+
+def test_a_run_killed_while_it_prepared_is_continued(tmp_path):
+    store = prepared(tmp_path)
+    (tmp_path / "test.npy").unlink()
+    (tmp_path / ".manifest.json.123").write_text("{")
+    store = prepared(tmp_path)
+    assert store.rows("test").shape == (4, WIDTH)
+    assert all(store.pending(split, SIZES[split], retry_bad=True).all() for split in COUNTS)
+
+
+def test_a_killed_run_leaves_exactly_the_rest_pending(tmp_path):
+    store = prepared(tmp_path)
+    writer = store.writer()  # never closed, as in a process that was killed
+    done = [31, 2, 17]
+    for row in done:
+        writer.write("database", row, ROWS["database"][row], int(SIZES["database"][row]))
+    pending = prepared(tmp_path).pending("database", SIZES["database"], retry_bad=True)
+    assert np.flatnonzero(~pending).tolist() == sorted(done)
+    assert DescriptorStore(tmp_path).manifest()["complete"] is False
+    writer.close()
+
+
+def test_a_changed_file_is_pending(tmp_path):
+    store = prepared(tmp_path)
+    fill(store, "test", range(4))
+    sizes = SIZES["test"].copy()
+    sizes[2] += 1
+    assert store.pending("test", sizes, retry_bad=False).tolist() == [False, False, True, False]
+    sizes[2] = 0  # gone
+    assert store.pending("test", sizes, retry_bad=False).tolist() == [False, False, True, False]
+
+
+def test_bad_files_are_settled_only_for_those_who_skip_them(tmp_path):
+    store = prepared(tmp_path)
+    fill(store, "test", [0, 3])
+    writer = store.writer()
+    writer.mark_bad("test", 1, int(SIZES["test"][1]))
+    writer.mark_bad("test", 2, 0)  # missing
+    writer.close()
+    sizes = SIZES["test"].copy()
+    sizes[2] = 0
+    assert store.made("test").tolist() == [True, False, False, True]
+    assert store.pending("test", sizes, retry_bad=False).tolist() == [False] * 4
+    assert store.pending("test", sizes, retry_bad=True).tolist() == [False, True, True, False]
+    mended = sizes + np.array([0, 5, 7, 0])
+    assert store.pending("test", mended, retry_bad=False).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("content", [np.zeros(WIDTH), np.full(WIDTH, 0.3), np.full(WIDTH, np.nan)])
+def test_a_marked_row_that_was_torn_is_pending(tmp_path, content):
+    store = prepared(tmp_path)
+    fill(store, "test", range(4))
+    rows = np.load(tmp_path / "test.npy", mmap_mode="r+")
+    rows[1] = content
+    rows.flush()
+    assert store.pending("test", SIZES["test"], retry_bad=True).tolist() == [False, True, False, False]
+
+
+def test_a_row_of_another_width_is_a_defect_not_a_shifted_store(tmp_path):
+    writer = prepared(tmp_path).writer()
+    for wrong in (ROWS["val"][0].astype(np.float64), ROWS["val"][0][:-1]):
+        with pytest.raises(AssertionError):
+            writer.write("val", 0, wrong, 1)
+    writer.close()
+
+
+def _write_every_other(path, start):
+    fill(DescriptorStore(path), "database", range(start, COUNTS["database"], 2))
+
+
+def test_two_processes_write_interleaved_rows(tmp_path):
+    prepared(tmp_path)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_write_every_other, args=(tmp_path, start)) for start in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    store = DescriptorStore(tmp_path)
+    np.testing.assert_array_equal(store.rows("database"), ROWS["database"])
+    assert store.made("database").all()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema": "other"}', '{"schema": "metilr.descriptors/1"}', "\ufffd"])
+def test_a_damaged_manifest_is_refused_with_the_remedy(tmp_path, content):
+    prepared(tmp_path)
+    (tmp_path / "manifest.json").write_text(content)
+    message = refused(DescriptorStore(tmp_path).manifest)
+    assert "manifest.json" in message and f"delete {tmp_path}" in message
+
+
+def test_a_folder_without_manifest_is_no_store(tmp_path):
+    assert "not a descriptor store" in refused(DescriptorStore(tmp_path).manifest)
+
+
+@pytest.mark.parametrize("length", [0, 20, 200])
+def test_a_truncated_array_is_refused(tmp_path, length):
+    store = prepared(tmp_path)
+    os.truncate(tmp_path / "database.npy", length)
+    message = refused(store.rows, "database")
+    assert "database.npy: cannot be read" in message and "delete" in message
+
+
+def test_a_full_disk_shows_when_the_space_is_reserved(tmp_path, monkeypatch):
+    def refuse(descriptor, offset, n_bytes):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    message = refused(prepared, tmp_path)
+    assert "cannot reserve" in message and "No space left" in message and "another disk" in message
+    monkeypatch.undo()
+    fill(prepared(tmp_path), "val", [0])  # space was freed: the same folder goes on
+
+
+def test_a_file_system_that_cannot_reserve_space_will_do(tmp_path, monkeypatch):
+    def refuse(descriptor, offset, n_bytes):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    assert prepared(tmp_path).rows("val").shape == (3, WIDTH)
+
+
+def test_reserved_space_is_really_taken(tmp_path):
+    store = DescriptorStore(tmp_path)
+    store.prepare({}, {"database": 3000, "val": 1, "test": 1}, 64)
+    assert (tmp_path / "database.npy").stat().st_blocks * 512 >= 3000 * 64 * 4
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 7, 100])
+def test_row_chunks_are_the_kept_rows_side_by_side(chunk_rows):
+    rng = np.random.default_rng(0)
+    left, right = rng.standard_normal((23, 3)).astype(np.float32), rng.standard_normal((23, 2))
+    keep = rng.random(23) < 0.5
+    keep[8:16] = False  # chunks without a row
+    chunks = list(row_chunks([left, right], keep, chunk_rows))
+    assert all(1 <= len(chunk) <= chunk_rows and chunk.dtype == np.float32 for chunk in chunks)
+    expected = [[*left[i], *right[i].astype(np.float32)] for i in range(23) if keep[i]]
+    np.testing.assert_array_equal(np.concatenate(chunks), np.array(expected, dtype=np.float32))
+    assert list(row_chunks([left], np.zeros(23, dtype=bool), chunk_rows)) == []

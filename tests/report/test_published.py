@@ -1,0 +1,126 @@
+"""Published figures against the configurations' headers, which state them too, and against what a run is."""
+
+import copy
+import re
+
+import pytest
+
+from metilr.models.zoo import BACKBONES
+from metilr.report.published import PUBLISHED, published
+from tests.commands.test_evaluate import REPOSITORY
+
+REPORT_BACKBONES = sorted({row.backbone for row in PUBLISHED})
+
+
+def results_of(backbone: str = "r18_in", database: str = "full") -> dict:
+    """What results.json would say of a published row, reduced to what is read."""
+    size = {"full": (397121, 224408), "mini": (38307, 33501)}[database]
+    counts = {"database_images": size[0], "exhibits": size[1]}
+    counts |= {"val_queries": 2165, "test_queries": 19319, "val_met": 129, "test_met": 1003}
+    return {
+        "data": {"database": database, "synthetic": False, "counts": counts},
+        "model": {
+            "backbone": backbone,
+            "stage": None,
+            "projector": None,
+            "image_size": None,
+            "pooling": {"kind": "gem", "p": 3.0, "p_sha256": None, "eps": 1e-6},
+            "scales": [1.0, 0.5**0.5, 0.5],
+            "made_with": [{"weights_from": {"source": BACKBONES[backbone].url, "file_sha256": "0" * 64}}],
+        },
+        "whitening": {"source": "learned on the database", "dim": 512, "shrinkage": 1.0},
+        "knn": {"k": 1, "tau": 1.0, "tuned_on": "val", "grid": {"k": [1, 2], "tau": [1, 50]}},
+        "skipped_images": [],
+    }
+
+
+@pytest.mark.parametrize("backbone", REPORT_BACKBONES)
+def test_the_figures_are_those_of_the_configuration_s_header(backbone):
+    header = (REPOSITORY / "configs" / "eval" / f"{backbone}.yaml").read_text()
+    three = r"GAP +([\d.]+), GAP- +([\d.]+), ACC +([\d.]+)"
+    on_val = {
+        database: (int(k), float(tau), *map(float, figures))
+        for database, k, tau, *figures in re.findall(rf"#   (full|mini)  k +(\d+), tau +(\d+): {three}", header)
+    }
+    on_test = [tuple(map(float, figures)) for figures in re.findall(rf"on test, full .*?: {three}", header)]
+    assert set(on_val) == {"full", "mini"}
+
+    for database, expected in on_val.items():
+        rows = {row.split: row for row in published(results_of(backbone, database))}
+        assert (rows["val"].k, rows["val"].tau, *percents(rows["val"])) == pytest.approx(expected)
+        assert "report" in rows["val"].source
+        if database == "full" and on_test:
+            assert percents(rows["test"]) == pytest.approx(on_test[0])
+            assert "paper" in rows["test"].source
+        else:
+            assert "test" not in rows
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"elements": {"visits": 3}}, {"elements": {"query_crops": [0.5]}}, {"elements": {"dba": 1}},
+        {"elements": {"hubness": {"neighbours": 5, "beta": 0.0}}}, {"geometric_check": {"candidates": 5}},
+    ],
+)  # fmt: skip
+def test_a_run_with_more_than_the_recipe_is_not_that_row(changed):
+    plain = {**results_of("r18_in", "full"), "elements": {"visits": 0, "database_views": "none", "query_crops": []}}
+    assert published(plain)
+    assert not published({**plain, **changed})
+
+
+def percents(row) -> tuple[float, float, float]:
+    return (100 * row.gap, 100 * row.gap_minus, 100 * row.acc)
+
+
+def test_val_accuracies_are_multiples_of_a_129th():
+    """What betrays that the report's "test" tables were measured on val, whose met queries are 129."""
+    for row in PUBLISHED:
+        right = row.acc * 129
+        if row.split == "val":
+            assert abs(right - round(right)) < 0.013  # 0.01 %, as they cut off rather than round
+    assert len([row for row in PUBLISHED if row.split == "val"]) == 20
+    assert len([row for row in PUBLISHED if row.split == "test"]) == 4
+
+
+CHANGES = {
+    "synthetic": ("data", "synthetic", True),
+    "another collection": ("data", "counts", {"database_images": 8, "exhibits": 6}),
+    "another backbone": ("model", "backbone", "lite0_in"),
+    "a fine-tuned backbone": ("model", "made_with", [{"weights_from": {"source": "checkpoint best.ckpt"}}]),
+    "random weights": ("model", "made_with", [{"weights_from": {"source": "random", "file_sha256": None}}]),
+    "nothing known of the weights": ("model", "made_with", []),
+    "a projector": ("model", "projector", {"dim": 512}),
+    "an earlier stage": ("model", "stage", 3),
+    "resized images": ("model", "image_size", 224),
+    "another p": ("model", "pooling", {"kind": "gem", "p": 4.0}),
+    "another pooling": ("model", "pooling", {"kind": "mac"}),
+    "single scale": ("model", "scales", [1.0]),
+    "no whitening": (None, "whitening", None),
+    "another dimension": ("whitening", "dim", 256),
+    "plain PCA": ("whitening", "shrinkage", 0.0),
+    "another run's whitening": ("whitening", "source", "whitening.npz"),
+    "k and tau given": ("knn", "tuned_on", None),
+    "k given": ("knn", "grid", {"k": [3], "tau": [1, 50]}),
+    "images left out": (None, "skipped_images", [{"path": "x"}]),
+    "several models": (None, "model", {"concatenated": [{}, {}]}),
+    "no model known": (None, "model", {"file": "descriptors.pkl"}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_nothing_is_published_of_another_experiment(change):
+    part, key, value = CHANGES[change]
+    results = results_of()
+    before = copy.deepcopy(results)
+    (results if part is None else results[part])[key] = value
+    assert published(results) == ()
+    assert len(published(before)) == 2
+
+
+def test_a_local_copy_of_the_official_file_is_official():
+    results = results_of()
+    results["model"]["made_with"] = [{"weights_from": {"source": "mine.pth", "file_sha256": "f37072fd" + "0" * 56}}]
+    assert len(published(results)) == 2
+    results["model"]["made_with"].append({"weights_from": {"source": "random"}})
+    assert published(results) == ()

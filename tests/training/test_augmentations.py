@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+import torch
+
+from metilr.data.visits import PRESETS, simulate_visit
+from metilr.errors import UserError
+from metilr.training.augmentations import PublishedAugmentation, RandomCrop, SimulatedVisit
+
+ALL = [RandomCrop(40), PublishedAugmentation(40), SimulatedVisit(40)]
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 60, 90), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("augmentation", ALL, ids=lambda a: type(a).__name__)
+def test_a_seed_gives_one_view_and_the_global_state_stays(image, augmentation):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = augmentation(image, 5)
+    torch.rand(7)
+    assert torch.equal(first, augmentation(image, 5))
+    assert not torch.equal(first, augmentation(image, 6))
+    assert first.shape == (3, 40, 40) and first.dtype == torch.uint8
+    torch.manual_seed(3)
+    augmentation(image, 5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_crop_of_the_whole_image_is_a_resize(image):
+    square = image[:, :, :60]
+    view = RandomCrop(60, scale=(1.0, 1.0), ratio=(1.0, 1.0))(square, 0)
+    assert torch.equal(view, square)
+
+
+def test_published_views_lose_colour_in_about_a_fifth(image):
+    augmentation = PublishedAugmentation(8)
+    grey = [bool((view[0] == view[1]).all() and (view[1] == view[2]).all()) for view in
+            (augmentation(image, seed) for seed in range(400))]  # fmt: skip
+    assert 0.13 < np.mean(grey) < 0.27
+
+
+def test_a_visit_at_one_strength_is_the_preset(image):
+    small = image[:, :40, :40]
+    view = SimulatedVisit(40, "severe", "severe")(small, 9)
+    photograph = simulate_visit(small, PRESETS["severe"], 9, longest_side=40)
+    resized = torch.nn.functional.interpolate(
+        photograph[None].float(), (40, 40), mode="bilinear", antialias=True, align_corners=False
+    )[0]
+    assert (view.float() - resized).abs().max() <= 1
+
+
+def test_bad_options():
+    with pytest.raises(UserError, match="preset"):
+        SimulatedVisit(40, "wild")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="scale"):
+        RandomCrop(40, scale=(0.5, 2.0))
