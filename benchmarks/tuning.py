@@ -23,7 +23,6 @@ import numpy as np
 from measuring import Clock, PeakMemory, show
 from met_sizes import CLASSES_PER_ROW, QUERIES, ROWS
 
-from metilr.bfloat16_candidates import has_bfloat16
 from metilr.data.ground_truth import GroundTruth
 from metilr.evaluation.options import Method
 from metilr.evaluation.recognition import recognise
@@ -94,7 +93,6 @@ def main() -> None:
     parser.add_argument("--growth", action="store_true", help="also a quarter and half of the rows")
     arguments = parser.parse_args()
     rows, labels, n_classes = synthetic(arguments.rows)
-    ways = {"bfloat16": has_bfloat16()}
 
     points, n_grid = spread_points(arguments.rounds), len(K_GRID) * len(TAU_GRID)
     with PeakMemory() as plain_memory:
@@ -115,7 +113,7 @@ def main() -> None:
             [f"{len(points)} of {n_grid} points, counted for all", plain_seconds, plain_memory.added / 1e9],
             ["metilr", seconds, memory.added / 1e9],
         ],
-        {**ways, "ratio": plain_seconds / seconds, "points": len(points), "largest_gap_difference": difference,
+        {"ratio": plain_seconds / seconds, "points": len(points), "largest_gap_difference": difference,
          "peak_added_bytes": {"plain": plain_memory.added, "metilr": memory.added}},
     )  # fmt: skip
 
@@ -145,7 +143,7 @@ def main() -> None:
             ["way", "seconds", "added GB"],
             [["FAISS's two searches alone", plain_seconds, plain_memory.added / 1e9],
              ["metilr, all of it", seconds, memory.added / 1e9]],
-            {**ways, "seconds": seconds, "share_of_raw_searches": seconds / plain_seconds,
+            {"seconds": seconds, "share_of_raw_searches": seconds / plain_seconds,
              "same_nearest": float(equal.mean()),
              "peak_added_bytes": {"plain": plain_memory.added, "metilr": memory.added}},
         )  # fmt: skip

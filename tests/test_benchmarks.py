@@ -85,12 +85,6 @@ def test_extraction(run, tiny_museum, monkeypatch):
     assert min(record["peak_bytes"].values()) > 0
 
 
-def test_merging(run, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("merging"), "PROCESSES", 2)
-    [record] = run("merging")
-    assert record["same_as_one_search"]
-
-
 def test_tuning(run, few_queries):
     tuning, both_splits = run("tuning", "--rows", 2000)
     assert tuning["points"] == 9 and tuning["largest_gap_difference"] < 1e-9

@@ -102,9 +102,9 @@ def test_no_query_finds_nothing():
 @pytest.mark.parametrize(
     ("database", "queries", "k", "message"),
     [
-        (np.eye(3), np.eye(3), 4, r"--k 4: the database has 3 images"),
-        (np.eye(3), np.eye(3), 0, r"--k 0"),
-        (np.empty((0, 3)), np.eye(3), 1, r"--k 1: the database has 0"),
+        (np.eye(3), np.eye(3), 4, r"k 4: the database has 3 images"),
+        (np.eye(3), np.eye(3), 0, r"k 0"),
+        (np.empty((0, 3)), np.eye(3), 1, r"k 1: the database has 0"),
         (np.eye(3), np.eye(4), 1, "width 4"),
         (np.eye(3)[0], np.eye(3), 1, r"database descriptors have shape"),
         (np.eye(3), np.eye(3)[0], 1, r"query descriptors have shape"),
@@ -132,9 +132,9 @@ def stand_in_gpu(monkeypatch):
         def __init__(self, index):
             self.index, self.add = index, index.add
 
-        def search(self, queries, width):
-            widths.append(width)
-            return self.index.search(queries, width)
+        def search(self, queries, k):
+            widths.append(k)
+            return self.index.search(queries, k)
 
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
     monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index, co: Index(index))
@@ -144,7 +144,7 @@ def stand_in_gpu(monkeypatch):
 
 def test_gpu_limit_on_k_is_named(stand_in_gpu):
     database = np.ones((3000, 2), dtype=np.float32)
-    with pytest.raises(UserError, match=r"--k 2040: .* at most 2032"):
+    with pytest.raises(UserError, match=r"k 2040: .* at most 2032"):
         search(database, database[:1], 2040, device="gpu")
 
 
