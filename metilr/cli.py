@@ -266,7 +266,7 @@ def _run(call: Callable[[], Any], prog: str) -> None:
         with _sigterm_as_interrupt():
             call()
     except UserError as error:
-        _fail(prog, str(error))
+        _fail(prog, str(error) if error.parameter is None else f"--{error.parameter} {error.message}")
     except BrokenPipeError:  # whoever read the output has had enough, as head has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain again
     except OSError as error:

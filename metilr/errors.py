@@ -1,15 +1,24 @@
-"""Kinds of values that JSON and YAML files from elsewhere must hold: what may be any value goes in."""
+"""The one exception that stands for a user's mistake, and how its text quotes what a file says."""
 
 import reprlib
 from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: bad file, option or data.
+    """A mistake the user can mend: bad file, parameter or data.
 
-    The message is one line that names the file or option and the remedy; commands print it without a
-    traceback and exit with status 2. Anything else that is raised is a defect of metilr.
+    The text is one line that names the file or parameter and the remedy: ``UserError("0: choose 1 or more", "k")``
+    reads "k 0: choose 1 or more", and a command, which knows its parameters as options, prints "--k 0: choose 1 or
+    more", without a traceback, and exits with status 2. Anything else that is raised is a defect of metilr.
     """
+
+    def __init__(self, message: str, parameter: str | None = None) -> None:
+        super().__init__(message, parameter)
+        self.message = message
+        self.parameter = parameter
+
+    def __str__(self) -> str:
+        return self.message if self.parameter is None else f"{self.parameter} {self.message}"
 
 
 def one_line(error: Exception) -> str:
