@@ -17,7 +17,7 @@ __all__ = ["ACC", "DISTRACTOR", "GAP", "GAPMinus", "acc", "gap", "gap_bounds", "
 def __getattr__(name: str) -> Any:
     # torchmetrics takes seconds to import (it brings torchvision), and scoring arrays does not need it.
     if name in ("ACC", "GAP", "GAPMinus"):
-        from metilr.metrics import torchmetrics as distributed
+        from metilr.metrics import torchmetrics
 
-        return getattr(distributed, name)
+        return getattr(torchmetrics, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8.
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import ArrayLike
 
 from metilr.errors import UserError
 from metilr.metrics import DISTRACTOR, acc, gap, gap_minus
@@ -24,12 +24,7 @@ CHUNK = 64  # resamples at a time: 10 MB an array for the Met test split
 
 
 class Interval(NamedTuple):
-    """Where a metric lies at the chosen level.
-
-    Attributes:
-        low: Lower end, in [0, 1].
-        high: Upper end, in [0, 1].
-    """
+    """Where a metric lies at the chosen level, from ``low`` to ``high`` in [0, 1]."""
 
     low: float
     high: float
@@ -76,10 +71,10 @@ def resampling_units(labels: np.ndarray, photographers: np.ndarray) -> dict[str,
 
 
 def intervals(
-    log_confidence: npt.ArrayLike,
-    predicted: npt.ArrayLike,
-    target: npt.ArrayLike,
-    units: npt.ArrayLike,
+    log_confidence: ArrayLike,
+    predicted: ArrayLike,
+    target: ArrayLike,
+    units: ArrayLike,
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
     level: float = 0.95,
@@ -87,20 +82,8 @@ def intervals(
     """Compute percentile intervals of GAP, GAP⁻ and ACC.
 
     Args:
-        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
-        predicted: Predicted labels, ``(Q,)``.
-        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
-        units: Met queries of equal number are drawn together, as in ``bootstrap``, ``(Q,)``.
-        n_resamples: Number of resamples.
-        seed: Of the draws.
+        units: As in ``bootstrap``, ``(Q,)``.
         level: Share of resamples inside the interval, between 0 and 1.
-
-    Returns:
-        By metric (``METRICS``), the interval.
-
-    Raises:
-        UserError: As ``bootstrap``; or ``level`` is out of range.
-        ValueError: As ``bootstrap``.
     """
     _check_level(level)
     values = bootstrap(log_confidence, predicted, target, units, n_resamples, seed)
@@ -108,10 +91,10 @@ def intervals(
 
 
 def paired_intervals(
-    first: tuple[npt.ArrayLike, npt.ArrayLike],
-    second: tuple[npt.ArrayLike, npt.ArrayLike],
-    target: npt.ArrayLike,
-    units: npt.ArrayLike,
+    first: tuple[ArrayLike, ArrayLike],
+    second: tuple[ArrayLike, ArrayLike],
+    target: ArrayLike,
+    units: ArrayLike,
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
     level: float = 0.95,
@@ -123,18 +106,8 @@ def paired_intervals(
     Args:
         first: ``(log_confidence, predicted)`` of the first run, each ``(Q,)``.
         second: The same of the second run; queries in the same order.
-        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
-        units: Met queries of equal number are drawn together, as in ``bootstrap``, ``(Q,)``.
-        n_resamples: Number of resamples.
-        seed: Of the draws.
+        units: As in ``bootstrap``, ``(Q,)``.
         level: Share of resamples inside the interval, between 0 and 1.
-
-    Returns:
-        By metric (``METRICS``), the difference with its interval.
-
-    Raises:
-        UserError: As ``bootstrap``; or ``level`` is out of range.
-        ValueError: As ``bootstrap``.
     """
     _check_level(level)
     # What is drawn depends on target, units and seed alone, so it is the same for both.
@@ -147,10 +120,10 @@ def paired_intervals(
 
 
 def bootstrap(
-    log_confidence: npt.ArrayLike,
-    predicted: npt.ArrayLike,
-    target: npt.ArrayLike,
-    units: npt.ArrayLike,
+    log_confidence: ArrayLike,
+    predicted: ArrayLike,
+    target: ArrayLike,
+    units: ArrayLike,
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
@@ -162,9 +135,6 @@ def bootstrap(
     number of met queries varies with the resample, and with it the denominator.
 
     Args:
-        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
-        predicted: Predicted labels, ``(Q,)``.
-        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
         units: Met queries of equal number are drawn together, ``(Q,)`` integers; one of a negative number is a
             unit of its own. Not read at distractors.
         n_resamples: Number of resamples, B.

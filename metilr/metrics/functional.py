@@ -1,12 +1,15 @@
 """GAP, GAP⁻ and ACC as pure functions of answers.
 
-All take the same three arrays, one entry a query, and are computed in float64. An answer is right if the
-query shows an exhibit and its label was predicted. Queries are ranked by log-confidence, surest first; equal
-ones keep their input order (``gap_bounds`` says how much that order can matter), and -inf comes last.
+All take ``log_confidence`` (higher is surer, on any increasing scale; -inf allowed), ``predicted`` labels and
+``target`` labels (DISTRACTOR where a query shows no exhibit), each ``(Q,)``, compute in float64 and give a scalar in
+[0, 1]. An answer is right if the query shows an exhibit and its label was predicted. Queries are ranked by
+log-confidence, surest first; equal ones keep their input order (``gap_bounds`` says how much that order can matter).
+
+All raise UserError if shapes differ, a confidence is NaN, or no query shows an exhibit.
 """
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import ArrayLike
 
 from metilr.errors import UserError
 
@@ -14,22 +17,11 @@ DISTRACTOR = -1
 """Target of a query that shows no exhibit of the museum."""
 
 
-def gap(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike) -> float:
+def gap(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike) -> float:
     """Compute global average precision: (1/M) Σ p(i) r(i) over all queries ranked by confidence.
 
     r(i) is 1 if the i-th answer is right, p(i) the share of right ones among the first i, M the number of
     queries that show an exhibit. A distractor is never right, so it only lowers p.
-
-    Args:
-        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
-        predicted: Predicted labels, ``(Q,)``.
-        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
-
-    Returns:
-        Scalar in [0, 1].
-
-    Raises:
-        UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
 
     Source: Weyand et al., Google Landmarks Dataset v2, CVPR 2020 (there µAP). Differs from scikit-learn's
     ``average_precision_score`` in the denominator (met queries, not right answers) and in ties (kept in
@@ -39,19 +31,8 @@ def gap(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.Arr
     return _average_precision(right[np.argsort(-confidence, kind="stable")], is_met.sum())
 
 
-def gap_minus(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike) -> float:
+def gap_minus(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike) -> float:
     """Compute GAP⁻: GAP over met queries alone, as if no distractor had been asked.
-
-    Args:
-        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
-        predicted: Predicted labels, ``(Q,)``.
-        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
-
-    Returns:
-        Scalar in [0, 1].
-
-    Raises:
-        UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
 
     Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021.
     """
@@ -60,19 +41,8 @@ def gap_minus(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: n
     return _average_precision(right[is_met][order], is_met.sum())
 
 
-def acc(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike) -> float:
+def acc(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike) -> float:
     """Compute ACC: the share of met queries whose label is right.
-
-    Args:
-        log_confidence: Taken so that the three metrics are called alike; only checked, ``(Q,)``.
-        predicted: Predicted labels, ``(Q,)``.
-        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
-
-    Returns:
-        Scalar in [0, 1].
-
-    Raises:
-        UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
 
     Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021.
     """
@@ -80,22 +50,14 @@ def acc(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.Arr
     return float(right.sum() / is_met.sum())
 
 
-def gap_bounds(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike) -> tuple[float, float]:
+def gap_bounds(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike) -> tuple[float, float]:
     """Compute the least and the greatest GAP that any order of equally confident answers allows.
 
     Wrong answers first within each tie give the least, right ones first the greatest. The two are equal if no
     right answer ties with a wrong one; a wide interval means that the confidence has saturated.
 
-    Args:
-        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
-        predicted: Predicted labels, ``(Q,)``.
-        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
-
     Returns:
         Least and greatest GAP, each in [0, 1].
-
-    Raises:
-        UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
     """
     confidence, right, is_met = checked(log_confidence, predicted, target)
     wrong_first, right_first = np.lexsort((right, -confidence)), np.lexsort((~right, -confidence))
@@ -110,13 +72,9 @@ def _average_precision(right: np.ndarray, n_met: int) -> float:
 
 
 def checked(
-    log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike
+    log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the confidence in float64, and where an answer is right and a query met; all ``(Q,)``.
-
-    Raises:
-        UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
-    """
+    """Return the confidence in float64, and where an answer is right and a query met; all ``(Q,)``."""
     confidence = np.asarray(log_confidence, dtype=np.float64)
     answers, truth = np.asarray(predicted), np.asarray(target)
     if confidence.ndim != 1 or not confidence.shape == answers.shape == truth.shape:

@@ -1,15 +1,16 @@
 """How well the confidence tells right answers from wrong ones, and exhibits from all else, beyond GAP.
 
-All take the three arrays of ``metilr.metrics.functional``, one entry a query. A threshold accepts the answers
-that are at least as confident, so it cannot split equally confident ones. A met query counts by what it shows
-in ``auroc`` and ``fpr_at_tpr``, and by whether its answer is right in the rest.
+All take the three arrays of ``metilr.metrics.functional`` and refuse what it refuses; those that compare met queries
+with distractors refuse queries without distractors, too. A threshold accepts the answers that are at least as
+confident, so it cannot split equally confident ones. A met query counts by what it shows in ``auroc`` and
+``fpr_at_tpr``, and by whether its answer is right in the rest.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import ArrayLike
 
 from metilr.errors import UserError
 from metilr.metrics.functional import DISTRACTOR, acc, checked, gap_minus
@@ -35,18 +36,15 @@ class OperatingPoint(NamedTuple):
 
 
 def open_set_figures(
-    log_confidence: npt.ArrayLike,
-    predicted: npt.ArrayLike,
-    target: npt.ArrayLike,
+    log_confidence: ArrayLike,
+    predicted: ArrayLike,
+    target: ArrayLike,
     kinds: Sequence[str],
     class_sizes: np.ndarray,
 ) -> dict[str, Any]:
     """Compute all figures of one split, also by kind of distractor and by size of the true class.
 
     Args:
-        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
-        predicted: Predicted labels, ``(Q,)``.
-        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
         kinds: What each query shows, ``Q`` names; read at distractors only.
         class_sizes: Number of database images of each class, ``(n_classes,)``; a met query's class has some.
 
@@ -58,7 +56,6 @@ def open_set_figures(
         bin without queries.
 
     Raises:
-        UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
         ValueError: If ``kinds`` or ``class_sizes`` does not fit the queries.
     """
     confidence, _, is_met = checked(log_confidence, predicted, target)
@@ -101,22 +98,14 @@ def _rejection_figures(confidence: np.ndarray, answers: np.ndarray, truth: np.nd
     }
 
 
-def auroc(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike) -> float:
+def auroc(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike) -> float:
     """Compute the area under the ROC curve: how often a met query is more confident than a distractor.
 
     The share of (met query, distractor) pairs in which the met query is surer; equal ones count half. Whether
     the answers are right does not matter.
 
-    Args:
-        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
-        predicted: Taken so that the metrics are called alike; only its shape is checked, ``(Q,)``.
-        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
-
     Returns:
         Scalar in [0, 1]; 0.5 is chance.
-
-    Raises:
-        UserError: If shapes differ, a confidence is NaN, or no query is met or none is a distractor.
 
     Source: Hendrycks and Gimpel, A Baseline for Detecting Misclassified and Out-of-Distribution Examples,
     ICLR 2017.
@@ -128,23 +117,15 @@ def auroc(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.A
     return float((n_below + n_up_to).sum() / (2 * len(met) * len(distractors)))
 
 
-def fpr_at_tpr(
-    log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike, level: float = 0.95
-) -> float:
+def fpr_at_tpr(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike, level: float = 0.95) -> float:
     """Compute the share of distractors accepted by the highest threshold that keeps ``level`` of met queries.
 
     Args:
-        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
-        predicted: Taken so that the metrics are called alike; only its shape is checked, ``(Q,)``.
-        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
         level: Least share of met queries to accept, in (0, 1]; their answers may be wrong.
 
     Returns:
         Scalar in [0, 1]; 0 is best.
 
-    Raises:
-        UserError: If shapes differ, a confidence is NaN, no query is met or none is a distractor, or ``level``
-            is out of range.
 
     Source: Liang et al., Enhancing the Reliability of Out-of-Distribution Image Detection, ICLR 2018.
     """
@@ -158,7 +139,7 @@ def fpr_at_tpr(
 
 
 def detection_identification_rate(
-    log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike, far: float
+    log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike, far: float
 ) -> float:
     """Compute DIR: the share of met queries that are right and accepted when at most ``far`` of distractors are.
 
@@ -166,17 +147,8 @@ def detection_identification_rate(
     answer as confident as that one is rejected with it.
 
     Args:
-        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
-        predicted: Predicted labels, ``(Q,)``.
-        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
         far: False alarm rate, the greatest share of distractors to accept, in [0, 1]. At 1, DIR is ACC.
 
-    Returns:
-        Scalar in [0, 1].
-
-    Raises:
-        UserError: If shapes differ, a confidence is NaN, no query is met or none is a distractor, or ``far``
-            is out of range.
 
     Source: Phillips, Grother and Micheals, Evaluation Methods in Face Recognition, Handbook of Face Recognition,
     2011 (open-set identification, rank 1). NIST's FRVT reports 1 - DIR as FNIR at a FPIR of ``far``.
@@ -191,24 +163,14 @@ def detection_identification_rate(
     return float((right & (met > first_stopped)).mean())
 
 
-def risk_coverage(
-    log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike
-) -> tuple[np.ndarray, np.ndarray]:
+def risk_coverage(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Compute the risk of answering only the surest queries, for each number of answers.
 
     Queries are ranked as in ``gap``: equal ones keep their input order. An answer to a distractor is wrong.
 
-    Args:
-        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
-        predicted: Predicted labels, ``(Q,)``.
-        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
-
     Returns:
         Coverage, the share of all queries that are answered, ascending, and risk, the share of these answers
         that are wrong; both ``(Q,)`` float64.
-
-    Raises:
-        UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
 
     Source: Geifman and El-Yaniv, Selective Classification for Deep Neural Networks, NeurIPS 2017.
     """
@@ -216,20 +178,12 @@ def risk_coverage(
     return np.arange(1, len(precision) + 1) / len(precision), 1 - precision
 
 
-def aurc(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike) -> float:
+def aurc(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike) -> float:
     """Compute the area under the risk-coverage curve: the mean risk over all coverages 1/Q, 2/Q, ..., 1.
-
-    Args:
-        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
-        predicted: Predicted labels, ``(Q,)``.
-        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
 
     Returns:
         Scalar in [0, 1]; lower is better. Its floor rises with the share of distractors, so only figures on the
         same queries compare.
-
-    Raises:
-        UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
 
     Source: Geifman, Uziel and El-Yaniv, Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers, ICLR 2019.
     """
@@ -238,24 +192,16 @@ def aurc(log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.Ar
 
 
 def precision_recall(
-    log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike
+    log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute precision and recall after each query in rank order: the curve whose step area is GAP.
 
     Queries are ranked as in ``gap``: equal ones keep their input order. The area is Σ p(i) (recall(i) -
     recall(i-1)), without interpolation. Recall ends at ACC, not at 1.
 
-    Args:
-        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
-        predicted: Predicted labels, ``(Q,)``.
-        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
-
     Returns:
         Precision, the share of right answers so far, and recall, the right answers so far over all met
         queries; both ``(Q,)`` float64.
-
-    Raises:
-        UserError: If shapes differ, a confidence is NaN, or no query shows an exhibit.
     """
     confidence, right, is_met = checked(log_confidence, predicted, target)
     n_right = np.cumsum(right[np.argsort(-confidence, kind="stable")])
@@ -263,7 +209,7 @@ def precision_recall(
 
 
 def threshold_for_precision(
-    log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike, precision: float
+    log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike, precision: float
 ) -> OperatingPoint | None:
     """Find the lowest threshold at which at least ``precision`` of the accepted answers are right.
 
@@ -271,9 +217,6 @@ def threshold_for_precision(
     precise, since precision does not fall steadily. -inf stands for no answer and is never accepted.
 
     Args:
-        log_confidence: Higher is surer, ``(Q,)``; any increasing scale; -inf allowed, NaN not.
-        predicted: Predicted labels, ``(Q,)``.
-        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
         precision: Least share of right answers among the accepted, in (0, 1].
 
     Returns:
@@ -281,9 +224,6 @@ def threshold_for_precision(
         move a query across; that answer's own log-confidence if no other is less sure), with what it gives on these
         queries (chosen on them, it is optimistic there: choose on val); None if no threshold is that precise.
 
-    Raises:
-        UserError: If shapes differ, a confidence is NaN, no query shows an exhibit, or ``precision`` is out of
-            range.
     """
     if not 0 < precision <= 1:
         raise UserError(f"precision {precision}: choose a share of right answers above 0, at most 1")
@@ -301,7 +241,7 @@ def threshold_for_precision(
 
 
 def _strata(
-    log_confidence: npt.ArrayLike, predicted: npt.ArrayLike, target: npt.ArrayLike
+    log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return met queries' confidence and whether each is right, both ``(M,)``, and distractors' confidence."""
     confidence, right, is_met = checked(log_confidence, predicted, target)
