@@ -26,12 +26,10 @@ import faiss
 import numpy as np
 from measuring import Clock, PeakMemory, show
 
-from metilr.approximate_files import load_approximate, save_approximate
-from metilr.approximate_search import ApproximateIndex, build_codes
 from metilr.errors import UserError
-from metilr.files import reserve_array, write_atomically
+from metilr.files import map_array, reserve_array, write_atomically
 from metilr.progress import counted
-from metilr.random_rows import open_rows
+from metilr.retrieval.approximate import ApproximateIndex, build_approximate
 
 WIDTH = 512
 CHUNK = 50_000  # rows made at a time, each from a seed of its own
@@ -49,13 +47,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rows_file = make_rows(options.folder, options.rows, options.seed)
-    rows = open_rows(rows_file)
+    rows = map_array(rows_file, "delete it")
     queries, origins = make_queries(rows, options.queries, options.seed)
     with PeakMemory() as build_memory:
         build_seconds, was_reused = build(options.folder, rows_file, options.seed)
     with PeakMemory() as memory:
         clock = Clock()
-        index = load_approximate(options.folder / "index", rows_file)
+        index = ApproximateIndex.load(options.folder / "index", rows_file)
         load_seconds = clock()
         seconds = []
         for _ in range(2):
@@ -69,7 +67,7 @@ def main() -> None:
     clock = Clock()
     similarities, exact = faiss.knn(queries, rows, K, metric=faiss.METRIC_INNER_PRODUCT)
     exact_seconds = clock()
-    index_bytes = (options.folder / "index" / "codes.faiss").stat().st_size
+    index_bytes = (options.folder / "index" / "index.faiss").stat().st_size
     per_query = 1000 / len(queries)
     was_found = (found.rows[:, :, None] == exact[:, None]).any(axis=1)
     figures = {
@@ -164,12 +162,11 @@ def build(folder: Path, rows_file: Path, seed: int) -> tuple[float, bool]:
     """Build and save the index if it is not there; returns the seconds, and whether it was."""
     timing = folder / "build.json"
     with contextlib.suppress(UserError, OSError):
-        load_approximate(folder / "index", rows_file)
+        ApproximateIndex.load(folder / "index", rows_file)
         return float(json.loads(timing.read_text())["seconds"]), True
     shutil.rmtree(folder / "index", ignore_errors=True)
     clock = Clock()
-    rows = open_rows(rows_file)
-    save_approximate(ApproximateIndex(build_codes(rows, seed, quiet=False), rows), folder / "index")
+    build_approximate(map_array(rows_file, "delete it"), seed, quiet=False).save(folder / "index")
     seconds = clock()
     write_atomically(timing, json.dumps({"seconds": seconds}))
     return seconds, False

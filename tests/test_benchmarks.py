@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from metilr import approximate_search
+from metilr.retrieval import approximate
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -44,7 +44,7 @@ def test_every_benchmark_is_run():
 
 
 def test_approximate_search(run, monkeypatch):
-    monkeypatch.setattr(approximate_search, "MIN_ROWS", 1000)
+    monkeypatch.setattr(approximate, "MIN_ROWS", 1000)
     [first] = run("approximate_search", "--rows", 2000, "--queries", 50, "--folder", "made")
     assert first["recall_at_1"] > 0.9 and first["first_is_the_query_s_row"] == 1
     assert not first["build_was_reused"]

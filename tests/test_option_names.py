@@ -23,7 +23,7 @@ REPOSITORY = Path(train_command.__file__).parents[1]
 # Training imports them, but nothing of them that fails, or names their option before it calls them.
 NOT_REACHED = {
     f"metilr.{name}" for name in (
-        "approximate_search", "cli", "collection", "compiled_engine", "engines", "extraction", "knn", "method",
+        "cli", "collection", "compiled_engine", "engines", "extraction", "knn", "method",
         "openvino_engine", "search", "sources", "whitening_files",
     )
 }  # fmt: skip

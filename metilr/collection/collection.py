@@ -1,6 +1,9 @@
 """What identification needs: the database as it is searched, and the very model that described it."""
 
+import contextlib
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metilr.approximate_collection import digest_of_database, load_searchable
 from metilr.data.decode import TooManyPixels, max_pixels, open_image, to_tensor, why_undecodable
 from metilr.data.ground_truth import GroundTruth
 from metilr.data.views import CentreCrops
@@ -26,11 +28,14 @@ from metilr.extraction.descriptors import open_descriptors
 from metilr.extraction.module import DescriptorModule
 from metilr.extraction.options import ExtractionOptions
 from metilr.extraction.store import UNIT_TOLERANCE, DescriptorStore, differing_settings
+from metilr.files import map_array, replaced_file
 from metilr.geometry.evidence import Checked, apply_evidence
 from metilr.models.embedder import Embedder
+from metilr.retrieval.approximate import ApproximateIndex, build_approximate, check_size
 from metilr.retrieval.knn import N_MATCHES, N_NEIGHBOURS, Matches, Predictions, classify
 from metilr.retrieval.whitening import PCAWhitening
 
+APPROXIMATE = "approximate"  # folder within that of an index
 MAX_PHOTO_MEGAPIXELS = 50.0  # phones take 12 to 50; decoded, that is 150 MB
 
 
@@ -339,6 +344,54 @@ def open_collection(
         tau=tau,
         check=check,
     )
+
+
+def save_searchable(database: Searchable, folder: Path, made_from: str, quiet: bool = False) -> None:
+    """Write the searched rows, what each shows, and an approximate index; what is there already is kept.
+
+    Args:
+        database: Without background and offset.
+        folder: Is made if need be.
+        made_from: See ``digest_of_database``.
+        quiet: Show no progress.
+
+    Raises:
+        UserError: If the rows are too few for it to make sense.
+    """
+    check_size(len(database.rows))
+    with contextlib.suppress(UserError):
+        load_searchable(folder, made_from)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in (("rows", database.rows), ("columns", np.stack([database.labels, database.images]))):
+        with replaced_file(folder / f"{name}.npy") as stream:
+            np.save(stream, values)
+    build_approximate(database.rows, quiet=quiet).save(folder, made_from)
+
+
+def load_searchable(folder: Path, made_from: str) -> Searchable:
+    """Open what ``save_searchable`` wrote; of the rows none is read.
+
+    Raises:
+        UserError: If a file is missing, damaged, or was made from something else; names it.
+    """
+    index = ApproximateIndex.load(folder, folder / "rows.npy", made_from)
+    again = f"delete {folder}, or make the index again"
+    columns = map_array(folder / "columns.npy", again)
+    if columns.shape != (2, len(index.rows)) or columns.dtype != np.int64:
+        raise UserError(f"{folder / 'columns.npy'}: does not belong to {len(index.rows):,} rows; {again}")
+    return Searchable(index.rows, *np.array(columns), approximate=index)
+
+
+def digest_of_database(store: DescriptorStore, method: Method, seed: int, whitening: PCAWhitening | None) -> str:
+    """A digest of all that decides the searched rows: the store, its images, the visits, the whitening."""
+    settings = {
+        "store": store.manifest()["settings"],
+        "files": hashlib.sha256(store.files("database").tobytes()).hexdigest(),
+        "whitening": None if whitening is None else whitening.sha256(),
+        "visits": [method.visits, method.database_views, seed],
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def refuse_another_model(path: Path, found: dict[str, object], wanted: dict[str, object]) -> None:

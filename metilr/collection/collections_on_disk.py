@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from metilr.approximate_collection import APPROXIMATE
-from metilr.collection.collection import Collection, open_collection, refuse_another_model
+from metilr.collection.collection import APPROXIMATE, Collection, open_collection, refuse_another_model
 from metilr.collection.index import Index, build_model
 from metilr.collection.threshold import Threshold, choose_threshold
 from metilr.data.decode import MAX_MEGAPIXELS, limit_images

@@ -9,8 +9,7 @@ from typing import Any, Literal, cast
 from rich.console import Console
 from rich.markup import escape
 
-from metilr.approximate_collection import APPROXIMATE, digest_of_database, save_searchable
-from metilr.approximate_search import check_size
+from metilr.collection.collection import APPROXIMATE, digest_of_database, save_searchable
 from metilr.data.decode import MAX_MEGAPIXELS, limit_images
 from metilr.data.folder import Catalogue, read_catalogue
 from metilr.distributed import launched_as_first, quieten_lightning
@@ -30,6 +29,7 @@ from metilr.models.engines import Engine
 from metilr.models.pooling import PoolingName
 from metilr.models.zoo import RANDOM
 from metilr.provenance import library_versions
+from metilr.retrieval.approximate import check_size
 from metilr.retrieval.knn import USUAL_TAU
 from metilr.retrieval.whitening import DEFAULT_DIM, PCAWhitening
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metilr.approximate_search import ApproximateIndex
 from metilr.data.ground_truth import GroundTruth
 from metilr.evaluation.database_neighbours import augmented, mean_background
 from metilr.evaluation.options import Method
 from metilr.extraction.descriptors import Descriptors
 from metilr.extraction.store import CHUNK_ROWS, row_chunks, to_unit_length
 from metilr.progress import counted
+from metilr.retrieval.approximate import ApproximateIndex
 from metilr.retrieval.knn import NO_ROW, Matches, top_matches
 from metilr.retrieval.search import Neighbours, SearchDevice, device_for, search
 from metilr.retrieval.whitening import PCAWhitening
