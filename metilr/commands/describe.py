@@ -26,6 +26,7 @@ CLASS_SIZES = {"1": (1, 1), "2-3": (2, 3), "4-10": (4, 10), "11+": (11, None)}  
 MAX_LINEAR_SIZE = 40  # images of an exhibit up to which each size gets a bar of its own
 MAX_LABELLED_BARS = 16  # beyond, their numbers would run into each other
 MAX_KINDS = 4  # of distractors on the sheet: the most frequent
+SAMPLE_SIDE = 400  # px: a sheet shows less
 
 
 def describe(
@@ -48,7 +49,7 @@ def describe(
         UserError: If the ground truth is missing or malformed, ``images`` is below 1, or the output cannot be written.
     """
     if images < 1:
-        raise UserError(f"--images {images}: choose 1 or more")
+        raise UserError(f"{images}: choose 1 or more", "images")
     console = Console(highlight=False)
     ground_truth = load_ground_truth(Path(root), database)
     counts = count(ground_truth)
@@ -125,12 +126,9 @@ def _print_splits(console: Console, counts: dict[str, Any]) -> None:
     for kind in dict.fromkeys(kind for part in parts for kind in part["kinds"]):
         table.add_row(f"  {escape(printable(kind))}", "", *(f"{part['kinds'].get(kind, 0):,}" for part in parts))
     table.add_row("exhibits", f"{database['exhibits']:,}", *(f"{part['exhibits']:,}" for part in parts))
-    table.add_row("photographers of met", "", *(_or_not_named(part["photographers"]) for part in parts))
+    photographers = [part["photographers"] for part in parts]
+    table.add_row("photographers of met", "", *("not named" if n is None else f"{n:,}" for n in photographers))
     console.print(table)
-
-
-def _or_not_named(n: int | None) -> str:
-    return "not named" if n is None else f"{n:,}"
 
 
 def _print_class_sizes(console: Console, counts: dict[str, Any]) -> None:
@@ -148,29 +146,19 @@ def _print_class_sizes(console: Console, counts: dict[str, Any]) -> None:
 def _plot_class_sizes(sizes: np.ndarray, file: Path) -> None:
     """Draw how many exhibits have how many images, the number of exhibits on a log scale."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, NullLocator
 
     from metilr.report.plots import COLOURS
 
     figure = Figure(figsize=(7, 3.6), dpi=160, layout="constrained")
     axes = figure.subplots()
     edges = _size_edges(int(sizes.max()))
-    if sizes.max() <= MAX_LINEAR_SIZE:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-    else:
+    if sizes.max() > MAX_LINEAR_SIZE:
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda size, _: f"{size:,.0f}")
     n, _ = np.histogram(sizes, edges)
     bars = axes.bar(edges[:-1], n, np.diff(edges), align="edge", color=COLOURS[0], edgecolor="white", linewidth=0.8)
     if len(edges) <= MAX_LABELLED_BARS:
         axes.bar_label(bars, [f"{each:,.0f}" if each else "" for each in n], padding=2, fontsize=9)
-    axes.set_xlim(edges[0], edges[-1])
-    axes.set_yscale("log")
-    axes.set_ylim(0.7, 2 * n.max())  # from below 1, so that a single exhibit is seen
-    axes.yaxis.set_major_formatter(lambda n, _: f"{n:,.0f}" if n >= 1 else "")
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
+    axes.set(xlim=(edges[0], edges[-1]), yscale="log", ylim=(0.7, 2 * n.max()))  # from below 1: one exhibit is seen
     axes.spines[["top", "right"]].set_visible(False)
     axes.set(xlabel="images of an exhibit", ylabel="exhibits (log scale)")
     share = 100 * (sizes == 1).mean()
@@ -182,8 +170,7 @@ def _size_edges(largest: int) -> np.ndarray:
     """Edges of the bars: one a size as long as they are few, then wider ones, never narrower than the one before."""
     edges = [1]
     while edges[-1] <= largest:
-        step = 1 if largest <= MAX_LINEAR_SIZE else max(1, edges[-1] // 6)
-        edges.append(edges[-1] + step)
+        edges.append(edges[-1] + (1 if largest <= MAX_LINEAR_SIZE else max(1, edges[-1] // 6)))
     return np.array(edges) - 0.5
 
 
@@ -227,6 +214,6 @@ def _take(candidates: Sequence[tuple[Path, ...]], n: int, left_out: list[str]) -
     chosen = [there[i * len(there) // n] for i in range(n)] if len(there) > n else there
     for files in chosen:
         try:
-            yield [load_image(file) for file in files]
+            yield [load_image(file, SAMPLE_SIDE) for file in files]
         except BadImageError as error:
-            left_out.append(str(error).rpartition("; ")[0])  # the rest is an option of other commands
+            left_out.append(str(error))

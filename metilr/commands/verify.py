@@ -3,120 +3,29 @@
 import csv
 import io
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch.utils.data import DataLoader, Dataset
 
-from metilr.data.decode import (
-    MAX_MEGAPIXELS,
-    BadImageError,
-    file_size,
-    image_shape,
-    limit_images,
-    load_image,
-    max_pixels,
-)
+from metilr.data.decode import MAX_MEGAPIXELS, BadImageError, file_size, image_shape, limit_images, load_image
 from metilr.data.ground_truth import DATABASE_FILES, QUERY_FILES, DatabaseName, load_ground_truth
-from metilr.distributed import default_workers, faults_in_one_line, leave_signals_to_the_parent
+from metilr.distributed import default_workers
 from metilr.errors import UserError
 from metilr.files import write_atomically
 from metilr.progress import counted, printable
 
-MISSING, EMPTY = "missing", "empty"
-READERS = 8  # threads that read headers: the time goes into waiting for the disk
-BATCH = 64  # images that a thread or a process looks at before it answers
-
-
-def find_fault(file: Path, decode: bool = False, limit: int | None = None) -> str | None:
-    """Say in a few words why an image file cannot be used; None if it can.
-
-    Args:
-        file: The image.
-        decode: Decode all of it; without it the header alone, and a file that is cut short counts as fine.
-        limit: See ``load_image``.
-
-    Raises:
-        OSError: If the disk, not the file, is at fault.
-    """
-    size = file_size(file)
-    if not size:
-        return MISSING if size is None else EMPTY
-    try:
-        (load_image if decode else image_shape)(file, limit=limit)
-    except BadImageError as error:
-        return error.reason
-    return None
-
-
-def find_faults(
-    files: Sequence[Path], decode: bool = False, num_workers: int | None = None, quiet: bool = False
-) -> dict[int, str]:
-    """Look at many image files.
-
-    Args:
-        files: The images.
-        decode: See ``find_fault``; in several processes.
-        num_workers: Decoding processes; None for as many as cores are free, 0 for none beside this one.
-        quiet: Show no progress.
-
-    Returns:
-        What is wrong, by position in ``files``.
-    """
-    faults: dict[int, str] = {}
-    batches = _Batches(files, decode)
-    found = _by_processes(batches, num_workers) if decode else _by_threads(batches)
-    with counted("decoding" if decode else "reading headers", len(files), "images", quiet) as done:
-        start = 0
-        with faults_in_one_line():
-            for reasons in found:
-                faults |= {start + i: reason for i, reason in enumerate(reasons) if reason is not None}
-                start += len(reasons)
-                done(len(reasons))
-    return faults
-
-
-class _Batches(Dataset[list[str | None]]):
-    """Item i is what is wrong with each of the i-th ``BATCH`` files."""
-
-    def __init__(self, files: Sequence[Path], decode: bool) -> None:
-        self.files, self.decode = files, decode
-        self.limit = max_pixels()  # of this process, taken along to its workers
-
-    def __len__(self) -> int:
-        return -(-len(self.files) // BATCH)
-
-    def __getitem__(self, i: int) -> list[str | None]:
-        return [find_fault(file, self.decode, self.limit) for file in self.files[i * BATCH : (i + 1) * BATCH]]
-
-
-def _by_threads(batches: _Batches) -> Iterator[list[str | None]]:
-    with ThreadPoolExecutor(READERS) as pool:
-        try:
-            yield from pool.map(batches.__getitem__, range(len(batches)))
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _by_processes(batches: _Batches, num_workers: int | None) -> Iterable[list[str | None]]:
-    workers = default_workers(1) if num_workers is None else num_workers
-    return DataLoader(
-        batches,
-        batch_size=None,
-        num_workers=min(workers, len(batches)),
-        worker_init_fn=leave_signals_to_the_parent,
-    )
-
-
 PartName = Literal["full", "mini", "val", "test"]
 PARTS: tuple[PartName, ...] = ("full", "mini", "val", "test")  # of a data root: both databases and both query splits
 FILES: dict[str, str] = {**QUERY_FILES, "full": DATABASE_FILES["full"], "mini": DATABASE_FILES["mini"]}
+MISSING, EMPTY = "missing", "empty"
+READERS = 8  # threads that read headers: the time goes into waiting for the disk
 SHOWN = 10  # faults that are printed
 
 
@@ -156,21 +65,21 @@ def verify(
         root: Folder with ground_truth/ and images/ in the Met layout.
         parts: What to check: full and mini (the databases), val, test. Without it all whose ground truth is there,
             a database only if one of its images is there too; for full, one that the mini database lacks.
-        decode: Decode every image whole, in several processes; without it its header alone.
+        decode: Decode every image whole, several at once; without it its header alone, and a file that is cut short
+            counts as fine.
         max_megapixels: An image of more counts as not readable.
         list: CSV file for all that is wrong, with the columns part, path and reason.
-        num_workers: Decoding processes; without it as many as cores are free, at most 8.
+        num_workers: Images that are decoded at once; without it as many as cores are free, at most 8.
         quiet: Show no progress.
 
     Raises:
         UserError: If the ground truth is missing or malformed, or none of its images is there.
     """
-    console = Console(highlight=False)
     limit_images(max_megapixels)
     if list is not None and not Path(list).parent.is_dir():
-        raise UserError(f"--list {list}: there is no folder {Path(list).parent}; make it, or name another file")
+        raise UserError(f"{list}: there is no folder {Path(list).parent}; make it, or name another file", "list")
     found = check(Path(root), parts, decode, num_workers, quiet)
-    print_verification(console, found, list)
+    print_verification(Console(highlight=False), found, list)
     if list is not None:
         write_faults(found, Path(list))
     if found.faults:
@@ -184,41 +93,50 @@ def check(
     num_workers: int | None = None,
     quiet: bool = False,
 ) -> Verification:
-    """Look at the images of a data root; see ``verify``.
-
-    Raises:
-        UserError: If the ground truth is missing or malformed, or none of its images is there.
-    """
+    """Look at the images of a data root; see ``verify``."""
     if num_workers is not None and num_workers < 0:
-        raise UserError(f"--num_workers {num_workers}: choose 0 or more")
+        raise UserError(f"{num_workers}: choose 0 or more", "num_workers")
     named = read_paths(root, parts)
     there = {part: paths for part, paths in named.items() if parts or _is_meant(root, part, named)}
-    if not parts and not any(
-        file_size(root / "images" / path) is not None for paths in there.values() for path in paths
-    ):
+    if not parts and not any(_is_there(root, path) for paths in there.values() for path in paths):
         raise UserError(f"{root / 'images'}: none of the images that {root / 'ground_truth'} names is there; put them")
     unique = [*dict.fromkeys(path for paths in there.values() for path in paths)]  # mini's are among full's
-    reasons = find_faults([root / "images" / path for path in unique], decode, num_workers, quiet)
-    return Verification(
-        there,
-        {unique[i]: reason for i, reason in reasons.items()},
-        tuple(part for part in named if part not in there),
-        decode,
-    )
+    files = [root / "images" / path for path in unique]
+    threads = READERS if not decode else default_workers(1) if num_workers is None else max(1, num_workers)
+    with (
+        counted("decoding" if decode else "reading headers", len(files), "images", quiet) as done,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        faults: dict[str, str] = {}
+        try:
+            for path, reason in zip(unique, pool.map(partial(find_fault, decode=decode), files), strict=True):
+                if reason is not None:
+                    faults[path] = reason
+                done(1)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return Verification(there, faults, tuple(part for part in named if part not in there), decode)
+
+
+def find_fault(file: Path, decode: bool = False) -> str | None:
+    """Say in a few words why an image file cannot be used; None if it can. A failing disk raises OSError."""
+    size = file_size(file)
+    if not size:
+        return MISSING if size is None else EMPTY
+    try:
+        (load_image if decode else image_shape)(file)
+    except BadImageError as error:
+        return error.reason
+    return None
 
 
 def read_paths(root: Path, parts: Sequence[PartName] = ()) -> dict[PartName, tuple[str, ...]]:
-    """Image paths of the parts of a data root, from its ground truth; by default of all whose file is there.
-
-    Raises:
-        UserError: If a file is missing or malformed; see ``load_ground_truth``.
-    """
+    """Image paths of the parts of a data root, from its ground truth; by default of all whose file is there."""
     wanted = [part for part in PARTS if (part in parts if parts else (root / "ground_truth" / FILES[part]).is_file())]
     queries = [part for part in wanted if part in QUERY_FILES]
     databases: list[DatabaseName] = [name for name in DATABASE_FILES if name in wanted]
     if not databases:  # queries are understood with a database; either will do
-        is_mini = (root / "ground_truth" / DATABASE_FILES["mini"]).is_file()
-        databases = ["mini" if is_mini else "full"]
+        databases = ["mini" if (root / "ground_truth" / DATABASE_FILES["mini"]).is_file() else "full"]
     paths: dict[str, tuple[str, ...]] = {}
     for database in databases:
         ground_truth = load_ground_truth(root, database, queries)
@@ -232,16 +150,15 @@ def _is_meant(root: Path, part: PartName, named: dict[PartName, tuple[str, ...]]
     if part in QUERY_FILES:
         return True
     mini = frozenset(named.get("mini", ()) if part == "full" else ())
-    own = [path for path in named[part] if path not in mini] or named[part]
-    return any(file_size(root / "images" / path) is not None for path in own)
+    return any(_is_there(root, path) for path in [path for path in named[part] if path not in mini] or named[part])
+
+
+def _is_there(root: Path, path: str) -> bool:
+    return file_size(root / "images" / path) is not None
 
 
 def write_faults(found: Verification, file: Path) -> None:
-    """Write everything that is wrong as CSV.
-
-    Raises:
-        UserError: If that cannot be written.
-    """
+    """Write everything that is wrong as CSV: part, path, reason."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("part", "path", "reason"))
@@ -250,7 +167,7 @@ def write_faults(found: Verification, file: Path) -> None:
     try:
         write_atomically(file, text.getvalue())
     except OSError as error:
-        raise UserError(f"--list {file}: cannot be written ({error.strerror}); name another file") from error
+        raise UserError(f"{file}: cannot be written ({error.strerror}); name another file", "list") from error
 
 
 def print_verification(console: Console, found: Verification, list_file: Path | None = None) -> None:

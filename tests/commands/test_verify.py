@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from metilr.cli import main
-from metilr.commands.verify import check, find_fault, find_faults
+from metilr.commands.verify import check, find_fault
 from metilr.errors import UserError
 from tests.hostile import write_hostile_files
 from tests.museum import DATABASE_IDS, MINI, make_unreachable, write_ground_truth
@@ -182,15 +182,6 @@ def test_a_failing_disk_is_not_taken_for_a_bad_image(tiny_museum, monkeypatch):
     monkeypatch.setattr("metilr.commands.verify.image_shape", failing)
     with pytest.raises(OSError, match="Input/output"):
         check(tiny_museum, quiet=True)
-
-
-def test_faults_keep_their_place_over_many_batches(tiny_museum):
-    good, bad = tiny_museum / "images" / FULL[0], tiny_museum / "missing.jpg"
-    files = [bad if i in (0, 63, 64, 129, 1000, 1001) else good for i in range(1002)]
-    expected = dict.fromkeys((0, 63, 64, 129, 1000, 1001), "missing")
-    assert find_faults(files, quiet=True) == expected
-    assert find_faults(files, decode=True, num_workers=2, quiet=True) == expected
-    assert find_faults([], quiet=True) == find_faults([], decode=True, quiet=True) == {}
 
 
 def test_every_kind_of_bad_file_has_a_reason(tmp_path):
