@@ -131,8 +131,9 @@ def check_size(n: int) -> None:
     """Refuse a database of so few rows that an exact search is fast enough."""
     if n < MIN_ROWS:
         raise UserError(
-            f"approximate: {n:,} rows are few; below {MIN_ROWS:,} an exact search takes less time than describing the "
-            "photo, and misses nothing: leave it out"
+            f"true: {n:,} rows are few; below {MIN_ROWS:,} an exact search takes less time than describing the photo, "
+            "and misses nothing: leave it out",
+            "approximate",
         )
 
 

@@ -135,7 +135,7 @@ def check_queries(queries: np.ndarray, shape: tuple[int, ...], k: int) -> None:
             f"query descriptors have width {queries.shape[1]}, database descriptors {width}: take both from one model"
         )
     if not 1 <= k <= n:
-        raise UserError(f"k {k}: the database has {n} images; choose k from 1 to {n}")
+        raise UserError(f"{k}: the database has {n} images; choose k from 1 to {n}", "k")
 
 
 def check_device(device: SearchDevice, k: int) -> None:
@@ -144,11 +144,11 @@ def check_device(device: SearchDevice, k: int) -> None:
         return
     if faiss.get_num_gpus() == 0:
         raise UserError(
-            "device gpu: FAISS sees no GPU; search on the cpu, or install faiss-gpu and check nvidia-smi and "
+            "FAISS sees no GPU to search on: search on the cpu, or install faiss-gpu and check nvidia-smi and "
             "CUDA_VISIBLE_DEVICES"
         )
     if k + _MARGIN > GPU_MAX_K:
-        raise UserError(f"k {k}: a GPU selects at most {GPU_MAX_K - _MARGIN}; choose a smaller k or search on the cpu")
+        raise UserError(f"{k}: a GPU selects at most {GPU_MAX_K - _MARGIN}; choose less or search on the cpu", "k")
 
 
 def device_for(device: SearchDevice, k: int) -> SearchDevice:
