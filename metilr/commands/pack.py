@@ -12,7 +12,7 @@ from metilr.collection.collections_on_disk import embedder_of_run, whitening_of_
 from metilr.errors import UserError
 from metilr.evaluation.options import CHECKPOINT
 from metilr.evaluation.runs import read_run
-from metilr.models.checkpoints import EMBEDDER, FORMAT, AtomicCheckpointIO, model_entry
+from metilr.models.checkpoints import EMBEDDER, FORMAT, model_entry, write_checkpoint
 from metilr.retrieval.whitening import parts_of_whitening
 
 
@@ -57,7 +57,7 @@ def pack(run: Path, output: Path) -> None:
             },
         },
     }
-    AtomicCheckpointIO().save_checkpoint(content, output)
+    write_checkpoint(output, content)
     name = escape(str(output))
     Console(highlight=False).print(
         f"wrote {name}, model and whitening; now: metilr evaluate --ckpt {name} --whitening {name} --root DIR, with "

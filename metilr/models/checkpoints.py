@@ -12,9 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.plugins.io import TorchCheckpointIO
-from typing_extensions import override
 
 from metilr.data.decode import MAX_IMAGE_SIZE
 from metilr.errors import UserError, is_positive, one_line, require, shown
@@ -71,52 +68,23 @@ FORMAT = "metilr.checkpoint/1"
 EMBEDDER = "embedder."  # where the LightningModule keeps the model
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's reading and writing of checkpoints, except that a file appears whole or not at all."""
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint whole or not at all.
 
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            UserError: If it cannot be written; the previous one is intact.
-        """
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replaced_file(path) as stream:
-                torch.save(checkpoint, stream)
-        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-            raise UserError(
-                f"{path}: cannot be written ({_first_line(error)}); the previous checkpoint is intact: free some space "
-                "and run the same command to continue"
-            ) from error
-
-    @override
-    def load_checkpoint(self, path: Any, map_location: Any = None, *_: Any, **__: Any) -> dict[str, Any]:
-        """Read a checkpoint to the CPU, as ``read_checkpoint`` does."""
-        try:
-            return dict(read_checkpoint(Path(path)))
-        except UserError as error:  # no option named the file
-            raise UserError(str(error).removeprefix("--ckpt ")) from None
-
-
-class MovableModelCheckpoint(ModelCheckpoint):
-    """Lightning's, except that it remembers the best score of a run whose folder was moved or renamed."""
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the best score and the files that go with it, where they lie now."""
-
-        def moved(path: str) -> str:
-            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
-
-        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
-        best = {moved(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict(
-            {**state_dict, **{name: moved(state_dict[name]) for name in paths}, "best_k_models": best,
-             "dirpath": self.dirpath}
-        )  # fmt: skip
+    Raises:
+        UserError: If it cannot be written; the previous one is intact.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(path) as stream:
+            torch.save(content, stream)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or one_line(error)
+        raise UserError(
+            f"{path}: cannot be written ({reason}); the previous checkpoint is intact: free some space and run the "
+            "same command to continue"
+        ) from error
 
 
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
@@ -126,20 +94,20 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
         UserError: If the file is missing, damaged, or holds more than tensors, plain values and NumPy scalars.
     """
     if path.is_dir():
-        raise UserError(f"--ckpt {path}: is a folder; name a file in it, such as {path / 'best.ckpt'}")
+        raise UserError(f"{path}: is a folder; name a file in it, such as {path / 'best.ckpt'}")
     if not path.is_file():
-        raise UserError(f"--ckpt {path}: no such file")
+        raise UserError(f"{path}: no such file")
     try:
         refuse_compressed(path)
         with torch.serialization.safe_globals(_numpy_scalars()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as its format has parts
         raise UserError(
-            f"--ckpt {path}: cannot be read as a checkpoint ({type(error).__name__}): it is truncated, or holds more "
+            f"{path}: cannot be read as a checkpoint ({type(error).__name__}): it is truncated, or holds more "
             "than tensors and plain values; copy it again, or take another one"
         ) from error
     if not isinstance(content, Mapping) or not isinstance(content.get("state_dict"), Mapping):
-        raise UserError(f"--ckpt {path}: holds no 'state_dict', so it is no checkpoint; weights go to --weights")
+        raise UserError(f"{path}: holds no 'state_dict', so it is no checkpoint; weights go to --weights")
     return content
 
 
@@ -159,21 +127,21 @@ def load_embedder(path: Path, scales: Sequence[float] | None = None) -> tuple[Em
     content = read_checkpoint(path)
     entry, state_dict = content.get("metilr"), content["state_dict"]
     if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()):
-        raise UserError(f"--ckpt {path}: its 'state_dict' holds more than named tensors; take another one")
+        raise UserError(f"{path}: its 'state_dict' holds more than named tensors; take another one")
     if entry is not None and (not isinstance(entry, Mapping) or entry.get("format") != FORMAT):
-        raise UserError(f"--ckpt {path}: not of the form {FORMAT}; it was written by another version of metilr")
+        raise UserError(f"{path}: not of the form {FORMAT}; it was written by another version of metilr")
     claimed = sum(value.numel() * value.element_size() for value in state_dict.values())
     if claimed > 2 * path.stat().st_size:  # weights that layers share are in the file once
-        raise UserError(f"--ckpt {path}: its tensors claim more numbers than the file has; take another one")
+        raise UserError(f"{path}: its tensors claim more numbers than the file has; take another one")
     try:
         if entry is None:
             return _reference_embedder(path, state_dict, scales), None
         return _own_embedder(path, entry, state_dict, scales)
     except UserError as error:
-        raise UserError(str(error) if str(path) in str(error) else f"--ckpt {path}: {one_line(error)}") from error
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {one_line(error)}") from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"  # values that neither metilr train nor metilr pack writes
-        raise UserError(f"--ckpt {path}: makes no model ({reason}); copy it again, or take another one") from error
+        raise UserError(f"{path}: makes no model ({reason}); copy it again, or take another one") from error
 
 
 def _own_embedder(
@@ -182,7 +150,7 @@ def _own_embedder(
     model = entry["model"]
     weights = {key.removeprefix(EMBEDDER): value for key, value in state_dict.items() if key.startswith(EMBEDDER)}
     _check_entry(model, weights)
-    source = f"--ckpt {path} for {model['backbone']}"
+    source = f"{path} for {model['backbone']}"
     # The file may name a network of any size: compared before there is memory for it.
     shapes = {f"backbone.model.{name}": shape for name, shape in backbone_shapes(model["backbone"]).items()}
     refuse_unfit(shapes, {name: value for name, value in weights.items() if name.startswith("backbone.")}, (), source)
@@ -246,9 +214,9 @@ def _reference_embedder(path: Path, state_dict: Mapping[str, Any], scales: Seque
     architecture = architecture_of(weights)
     if architecture is None:
         raise UserError(
-            f"--ckpt {path}: neither metilr's nor the reference code's: its weights are of no ResNet that is known here"
+            f"{path}: neither metilr's nor the reference code's: its weights are of no ResNet that is known here"
         )
-    source = f"--ckpt {path} for {architecture}"
+    source = f"{path} for {architecture}"
     refuse_unfit(backbone_shapes(f"timm/{architecture}"), weights, ("fc.",), source)
     backbone = build_backbone(f"timm/{architecture}", "random")
     load_strictly(backbone.model, weights, ("fc.",), source)
@@ -259,11 +227,9 @@ def _reference_embedder(path: Path, state_dict: Mapping[str, Any], scales: Seque
         weight = linear["weight"].flatten(1)  # a 1x1 convolution's or a linear layer's
         projector = Projector(weight.shape[1], weight.shape[0])
         fitting = {"linear.weight": weight, "linear.bias": linear.get("bias", torch.zeros(len(weight))).flatten()}
-        load_strictly(projector, fitting, (), f"--ckpt {path}, its projector")
+        load_strictly(projector, fitting, (), f"{path}, its projector")
         if weight.shape[1] != backbone.width:
-            raise UserError(
-                f"--ckpt {path}: its projector takes {weight.shape[1]} channels, {architecture} gives others"
-            )
+            raise UserError(f"{path}: its projector takes {weight.shape[1]} channels, {architecture} gives others")
     pooling = build_pooling("gem", backbone.width, 3.0 if p is None else float(p.flatten()[0]))
     return Embedder(backbone, pooling, projector, SCALES if scales is None else scales).eval()
 
@@ -279,12 +245,3 @@ def _numpy_scalars() -> list[Any]:
     kinds = [type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "?")]
     names = ["numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"]
     return [*((scalar, name) for name in names), np.dtype, *kinds]
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    cause = error.__context__
-    if isinstance(cause, OSError) and cause.strerror:
-        return cause.strerror
-    return str(error).splitlines()[0]

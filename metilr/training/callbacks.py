@@ -1,19 +1,22 @@
 """Lightning callbacks of the training: validation by kNN, and pictures of the pairs."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torchmetrics import MetricCollection
 from torchvision.transforms.v2 import functional as F
 from typing_extensions import override
 
 from metilr.distributed import agree
 from metilr.metrics import ACC, GAP, GAPMinus
+from metilr.models.checkpoints import read_checkpoint, write_checkpoint
 from metilr.retrieval.knn import classify
 from metilr.retrieval.search import search
 
@@ -166,3 +169,34 @@ class PairPictures(Callback):
         table = wandb.Table(["first", "second", "same exhibit", "first image", "second image"], rows)
         for logger in loggers:
             logger.experiment.log({"pairs": table}, commit=False)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's reading and writing of checkpoints, except that a file appears whole and runs no code."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write as ``write_checkpoint`` does."""
+        write_checkpoint(Path(path), checkpoint)
+
+    @override
+    def load_checkpoint(self, path: Any, map_location: Any = None, *_: Any, **__: Any) -> dict[str, Any]:
+        """Read to the CPU, as ``read_checkpoint`` does."""
+        return dict(read_checkpoint(Path(path)))
+
+
+class MovableModelCheckpoint(ModelCheckpoint):
+    """Lightning's, except that it remembers the best score of a run whose folder was moved or renamed."""
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the best score and the files that go with it, where they lie now."""
+
+        def moved(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        paths = {
+            name: moved(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")
+        }
+        best = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})

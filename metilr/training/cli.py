@@ -31,9 +31,17 @@ from metilr.extraction.callbacks import ExactFloat32
 from metilr.extraction.describe import PLAN_TIMEOUT
 from metilr.files import parser_mode, read_yaml, remove_leftovers, write_atomically
 from metilr.locks import LOCK, alone_in
-from metilr.models.checkpoints import AtomicCheckpointIO, MovableModelCheckpoint, read_checkpoint
+from metilr.models.checkpoints import read_checkpoint
 from metilr.report.wandb import PROJECT, WandbMode, open_wandb
-from metilr.training.callbacks import Announcement, EpochLines, KNNValidation, PairPictures, TrainingProgress
+from metilr.training.callbacks import (
+    Announcement,
+    AtomicCheckpointIO,
+    EpochLines,
+    KNNValidation,
+    MovableModelCheckpoint,
+    PairPictures,
+    TrainingProgress,
+)
 from metilr.training.datamodule import PairDataModule
 from metilr.training.module import FineTuning
 
@@ -188,8 +196,7 @@ def open_run(output: Path | None, options: Mapping[str, Any], held: contextlib.E
     try:
         read_checkpoint(last)
     except UserError as error:
-        reason = str(error).removeprefix("--ckpt ").partition(";")[0]
-        raise UserError(f"{reason}; this run cannot be continued: delete {output}, or name another --output") from None
+        raise UserError(f"{error}; or delete {output}, or name another --output, to start anew") from None
     return output, last
 
 
