@@ -320,7 +320,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     """The second checkpoint passes the limit on a file's size, as it would pass the disk's end."""
     limit = 5_000_000
     code = (
-        "import sys; from metilr import checkpoints; import errno\n"
+        "import sys; from metilr.models import checkpoints; import errno\n"
         "write = checkpoints.torch.save; n = [0]\n"
         "def save(content, stream):\n"
         "    n[0] += 1\n"
