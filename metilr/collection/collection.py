@@ -18,7 +18,7 @@ from metilr.data.decode import TooManyPixels, max_pixels, open_image, to_tensor,
 from metilr.data.ground_truth import GroundTruth
 from metilr.data.views import CentreCrops
 from metilr.errors import UserError
-from metilr.evaluation.database import Searchable, as_compared, build_searchable, joined_views
+from metilr.evaluation.database import Searchable, as_compared, build_searchable
 from metilr.evaluation.geometric_check import GeometricCheck, check_photo
 from metilr.evaluation.options import Method
 from metilr.extraction.callbacks import keep_float32_exact
@@ -282,7 +282,7 @@ class Collection:
             return whole
         view = CentreCrops(tuple(self.method.query_crops))
         crops = [self.describer.describe(view(image, "", i)) for i in range(view.n)]
-        return joined_views(whole, as_compared(np.concatenate(crops), self.whitening)[None], self.method)
+        return np.concatenate([whole, as_compared(np.concatenate(crops), self.whitening)[None]], axis=1)
 
 
 def open_collection(
@@ -295,7 +295,6 @@ def open_collection(
     method: Method,
     seed: int,
     whitening: PCAWhitening | None,
-    beta: float,
     k: int,
     tau: float,
     check: GeometricCheck | None = None,
@@ -313,7 +312,6 @@ def open_collection(
         method: How photos are compared with the database.
         seed: Of its simulated visits.
         whitening: Applied to descriptors; None for none.
-        beta: See ``Recognition``.
         k: Number of neighbours.
         tau: Inverse temperature.
         check: Geometric check of the best candidates; None for none.
@@ -328,7 +326,7 @@ def open_collection(
     if approximate is None:
         used = [view for view in method.views(seed) if method.database_views != "none" and "visits" in view.of]
         opened = open_descriptors([store.path], ground_truth, used)
-        database = build_searchable(opened, ground_truth, method, whitening).lowered(beta)
+        database = build_searchable(opened, ground_truth, method, whitening)
     else:
         database = load_searchable(approximate, digest_of_database(store, method, seed, whitening))
     return Collection(
@@ -350,7 +348,7 @@ def save_searchable(database: Searchable, folder: Path, made_from: str, quiet: b
     """Write the searched rows, what each shows, and an approximate index; what is there already is kept.
 
     Args:
-        database: Without background and offset.
+        database: Made from the store.
         folder: Is made if need be.
         made_from: See ``digest_of_database``.
         quiet: Show no progress.

@@ -12,7 +12,7 @@ from metilr.data.ground_truth import load_ground_truth
 from metilr.demo import DEMO
 from metilr.errors import UserError
 from metilr.evaluation.geometric_check import GeometricCheck, geometric_check_of
-from metilr.evaluation.options import Method
+from metilr.evaluation.options import Method, without_deleted
 from metilr.evaluation.results import MIN_PRECISION
 from metilr.evaluation.runs import Run, read_run
 from metilr.extraction.describe import store_settings
@@ -84,7 +84,6 @@ def collection_of_index(path: Path, ckpt: Path | None = None, accelerator: Accel
         index.method,
         index.seed,
         PCAWhitening.load(path / "whitening.npz") if index.is_whitened else None,
-        0.0,
         index.k,
         index.tau,
         approximate=approximate if approximate.exists() else None,
@@ -118,7 +117,6 @@ def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerat
     embedder = embedder_of_run(run, ckpt)
     wanted = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
     refuse_another_model(run.path, {name: model.get(name) for name in wanted["model"]}, wanted["model"])
-    method, beta = _method(run)
     return open_collection(
         ground_truth.root.name + (" (synthetic)" if results["data"].get("synthetic") else ""),
         ground_truth,
@@ -126,10 +124,9 @@ def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerat
         DescriptorStore(_found(run, "--store", Path(model["store"]))),
         embedder,
         options,
-        method,
+        _method(run),
         config["seed"],
         whitening_of_run(run),
-        beta,
         results["knn"]["k"],
         results["knn"]["tau"],
         _check(run, embedder, options),
@@ -161,13 +158,9 @@ def embedder_of_run(run: Run, ckpt: Path | None) -> Embedder:
         raise UserError(f"{run.path}: was described with {error}") from None
 
 
-def _method(run: Run) -> tuple[Method, float]:
-    """How the run compared descriptors, and the beta that it chose; a run older than ``elements`` had none on."""
-    elements = dict(run.results.get("elements") or {})
-    hubness = elements.pop("hubness", None)
-    if hubness is None:
-        return Method("none", **elements), 0.0
-    return Method("none", hubness=hubness["neighbours"], **elements), hubness["beta"]
+def _method(run: Run) -> Method:
+    """How the run compared descriptors; a run older than ``elements`` had none on."""
+    return Method("none", **without_deleted(run.results.get("elements") or {}))
 
 
 def _check(run: Run, embedder: Embedder, options: ExtractionOptions) -> GeometricCheck | None:

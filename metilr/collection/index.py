@@ -15,7 +15,7 @@ from metilr.data.folder import Catalogue, read_catalogue
 from metilr.distributed import launched_as_first, quieten_lightning
 from metilr.errors import UserError, is_text, one_line, shown
 from metilr.evaluation.database import build_searchable
-from metilr.evaluation.options import CropSimilarity, DatabaseViews, Method, method_of
+from metilr.evaluation.options import DatabaseViews, Method, method_of, without_deleted
 from metilr.evaluation.recognition import check_search, whitening_of
 from metilr.evaluation.runs import check_index
 from metilr.extraction.datamodule import BadImages
@@ -37,7 +37,7 @@ SCHEMA = "metilr.index/2"
 IMAGE_SIZE = 500  # px, as the Met's own images
 USUAL_K = 10  # with k = 1 every photo is answered with a confidence near 100%, whatever it shows
 SEED = 0
-ELEMENTS = ("visits", "database_views", "query_crops", "crop_similarity")
+ELEMENTS = ("visits", "database_views", "query_crops")
 OF_THE_MODEL = ("backbone", "weights", "pooling", "p", "scales")
 
 
@@ -59,7 +59,6 @@ def index(
     visits: int | None = None,
     database_views: DatabaseViews = "none",
     query_crops: Sequence[float] = (),
-    crop_similarity: CropSimilarity = "best",
     k: int | None = None,
     tau: float = USUAL_TAU,
     approximate: bool = False,
@@ -95,9 +94,8 @@ def index(
         whitening_dim: Dimensions after whitening; without it 512 (pca) or all (learned), or as many as the images
             support.
         visits: Simulated visitors' photographs of each image to describe; without it 6 where they are needed.
-        database_views: rows makes the visits further rows of their exhibit, mean averages them into its descriptor.
+        database_views: rows makes the visits further rows of their exhibit.
         query_crops: Search these middle parts of each photo too, such as 0.8 0.65 0.5 of its height and width.
-        crop_similarity: A photo is as similar as its best crop, or as the mean of whole and crops.
         k: Number of neighbours that count; without it 10, or all images if they are fewer. An evaluation chooses k
             and tau on val, which an index has not.
         tau: Inverse temperature of the confidence; 50 is what evaluations choose most often.
@@ -249,7 +247,7 @@ class Index:
                 tuple(image["exhibit"] for image in images),
             )
             knn = content["knn"]
-            elements = dict(content["elements"])
+            elements = without_deleted(content["elements"])
             seed = elements.pop("seed")
             return cls(
                 catalogue,

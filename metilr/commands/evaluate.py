@@ -16,7 +16,7 @@ from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_trut
 from metilr.demo import DEMO, make_demo
 from metilr.distributed import launched_as_first, quieten_lightning
 from metilr.evaluation.geometric_check import check_recognition, geometric_check_of
-from metilr.evaluation.options import CropSimilarity, DatabaseViews, check_arguments, method_of
+from metilr.evaluation.options import DatabaseViews, check_arguments, method_of
 from metilr.evaluation.recognition import check_search, recognise
 from metilr.evaluation.results import notes_of, results_of, skipped_images_of, write_answers, write_results
 from metilr.evaluation.run_folder import output_folder, plain_options
@@ -67,9 +67,6 @@ def evaluate(
     visits: int | None = None,
     database_views: DatabaseViews = "none",
     query_crops: Sequence[float] = (),
-    crop_similarity: CropSimilarity = "best",
-    dba: int = 0,
-    hubness: int = 0,
     geometric_check: int = 0,
     geometric_reorder: bool = False,
     k: int | None = None,
@@ -129,14 +126,9 @@ def evaluate(
         pair_shrinkage: Of learned: weight of the identity in the covariance of pairs' differences, above 0, at most 1.
         visits: Simulated visitors' photographs of each database image to describe, which takes as many times as long;
             without it 6 where learned whitening or database_views need them, else none.
-        database_views: rows makes the visits further rows of their exhibit, mean averages them into its descriptor.
+        database_views: rows makes the visits further rows of their exhibit.
         query_crops: Search these middle parts of each query too, such as 0.8 0.65 0.5 of its height and width: zooms
-            that drop wall and frame.
-        crop_similarity: With query_crops: a query is as similar as its best crop, or as the mean of whole and crops.
-        dba: Add to each database row so many nearest rows, weighted by the cube of their similarity (database-side
-            augmentation); 0 is off.
-        hubness: Take a share, chosen on val, of each row's mean similarity to this many nearest rows of other exhibits
-            off its similarities: what resembles everything loses; 0 is off.
+            that drop wall and frame; the best counts.
         geometric_check: Compare local features of each query with those of so many nearest exhibits, such as 50; where
             few agree about one transform, confidence falls, by how much is chosen on val; 0 is off.
         geometric_reorder: With geometric_check: let agreeing local features decide between the exhibits, as far as val

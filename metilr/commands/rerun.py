@@ -20,7 +20,7 @@ from metilr.commands.evaluate import evaluate
 from metilr.data.ground_truth import QUERY_FILES, image_sizes, load_ground_truth
 from metilr.demo import DEMO
 from metilr.errors import UserError
-from metilr.evaluation.options import method_of
+from metilr.evaluation.options import method_of, without_deleted
 from metilr.evaluation.results import SCHEMA_VERSION
 from metilr.evaluation.run_folder import make_output
 from metilr.evaluation.runs import COUNTS, FIGURES, read_results
@@ -195,8 +195,8 @@ def _options(path: Path, recorded: Mapping[str, Any]) -> dict[str, Any]:
             f"{path}: of schema {recorded['schema_version']}, which does not say how to repeat the run; evaluate again"
         )
     try:
-        return options_of(evaluate, options)
-    except UserError as error:
+        return options_of(evaluate, without_deleted(options))
+    except ValueError as error:
         raise UserError(f"{path}: its options are not this version's: {error}") from None
 
 

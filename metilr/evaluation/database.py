@@ -1,16 +1,14 @@
 """The database as it is searched: unit rows, what each shows, and the search with all that the method asks for."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from metilr.data.ground_truth import GroundTruth
-from metilr.evaluation.database_neighbours import augmented, mean_background
 from metilr.evaluation.options import Method
 from metilr.extraction.descriptors import Descriptors
-from metilr.extraction.store import CHUNK_ROWS, row_chunks, to_unit_length
+from metilr.extraction.store import row_chunks
 from metilr.progress import counted
 from metilr.retrieval.approximate import ApproximateIndex
 from metilr.retrieval.knn import NO_ROW, Matches, top_matches
@@ -26,27 +24,13 @@ class Searchable:
         rows: Float32 ``(M, D)``, unit length.
         labels: What each shows, int64 ``(M,)``.
         images: Row of the ground truth's database that each was made from, int64 ``(M,)``.
-        background: How much more than the average row each resembles rows of other exhibits, ``(M,)``, see
-            ``mean_background``; None where the method does not ask for it.
-        has_offset: Whether the last column of ``rows`` is a number that is added to the row's similarities.
         approximate: Searches ``rows`` in place of an exact search; None: exactly.
     """
 
     rows: np.ndarray
     labels: np.ndarray
     images: np.ndarray
-    background: np.ndarray | None = None
-    has_offset: bool = False
     approximate: ApproximateIndex | None = None
-
-    def lowered(self, beta: float) -> "Searchable":
-        """The same with similarities that are less by beta times the row's background."""
-        if beta == 0:
-            return self
-        assert self.background is not None and not self.has_offset and self.approximate is None
-        # One more dimension makes the subtraction a part of the inner product.
-        rows = np.column_stack([self.rows, (-beta * self.background).astype(np.float32)])
-        return dataclasses.replace(self, rows=rows, has_offset=True)
 
     def nearest(
         self,
@@ -70,8 +54,6 @@ class Searchable:
         """
         n_views, width = queries.shape[1:]
         views = queries.reshape(-1, width)
-        if self.has_offset:
-            views = np.column_stack([views, np.ones(len(views), dtype=np.float32)])
         if self.approximate is None:
             found = search(self.rows, views, k, device_for(device, k), done)
         else:
@@ -104,17 +86,15 @@ def build_searchable(
     ground_truth: GroundTruth,
     method: Method,
     transform: PCAWhitening | None,
-    device: SearchDevice = "cpu",
     quiet: bool = True,
 ) -> Searchable:
-    """Put the database together: whitened rows, with their visits, augmented.
+    """Put the database together: whitened rows, with their visits.
 
     Args:
         descriptors: Rows of the database, and of its visits if the method has them.
         ground_truth: Labels of the database.
         method: Which elements are on.
         transform: The whitening; None for none.
-        device: Where neighbours within the database are searched.
         quiet: Show no progress.
     """
     made = descriptors.made["database"]
@@ -123,19 +103,7 @@ def build_searchable(
     rows = _unit_rows(descriptors, splits, transform, quiet)
     if method.database_views == "rows":
         images = np.concatenate([images, np.repeat(images, method.visits)])
-    elif method.database_views == "mean":
-        _add_visits(rows, descriptors, method.visits, transform, quiet)
-    labels = ground_truth.labels["database"][images]
-    if method.dba:
-        with counted("augmenting the database", len(rows), "rows", quiet) as done:
-            rows = augmented(rows, method.dba, device, done)
-    background = None
-    if method.hubness:
-        with counted("looking for hubs", len(rows), "rows", quiet) as done:
-            background = mean_background(rows, labels, method.hubness, device, done)
-        # Similarities keep their scale, and so their place against classes without a neighbour, which have 0.
-        background -= background.mean()
-    return Searchable(rows, labels, images, background)
+    return Searchable(rows, ground_truth.labels["database"][images], images)
 
 
 def query_views(
@@ -146,17 +114,7 @@ def query_views(
     if not method.query_crops:
         return whole
     crops = _unit_rows(descriptors, [f"{split}_crops"], transform, quiet)
-    return joined_views(whole, crops.reshape(len(whole), len(method.query_crops), whole.shape[2]), method)
-
-
-def joined_views(whole: np.ndarray, crops: np.ndarray, method: Method) -> np.ndarray:
-    """Put crops ``(Q, C, D)`` beside whole queries ``(Q, 1, D)``, or average them: ``(Q, V, D)``."""
-    views = np.concatenate([whole, crops], axis=1)
-    if method.crop_similarity == "best":
-        return views
-    mean = views.sum(axis=1)
-    to_unit_length(mean)
-    return mean[:, None]
+    return np.concatenate([whole, crops.reshape(len(whole), len(method.query_crops), whole.shape[2])], axis=1)
 
 
 def _unit_rows(
@@ -173,21 +131,6 @@ def _unit_rows(
                 start += len(chunk)
                 done(len(chunk))
     return ready
-
-
-def _add_visits(
-    rows: np.ndarray, descriptors: Descriptors, n_visits: int, transform: PCAWhitening | None, quiet: bool
-) -> None:
-    """Make each row the mean of itself and its image's visits, of unit length; some images at a time."""
-    start = 0
-    with counted("averaging visits", len(rows), "images", quiet) as done:
-        images_at_once = CHUNK_ROWS // n_visits + 1
-        for chunk in row_chunks(descriptors.parts["visits"], descriptors.made["visits"], images_at_once * n_visits):
-            visits = as_compared(chunk, transform).reshape(-1, n_visits, rows.shape[1])
-            rows[start : start + len(visits)] += visits.sum(axis=1)
-            start += len(visits)
-            done(len(visits))
-    to_unit_length(rows)
 
 
 def as_compared(rows: np.ndarray, transform: PCAWhitening | None) -> np.ndarray:

@@ -49,8 +49,7 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return np.array(tensor.numpy())
 
 
-DatabaseViews = Literal["none", "rows", "mean"]
-CropSimilarity = Literal["best", "mean"]
+DatabaseViews = Literal["none", "rows"]
 MAX_VISITS = 1000
 VISITS = 6  # of each database image, where a learned whitening needs some and nothing is said: two scenes
 
@@ -66,14 +65,9 @@ class Method:
         whitening_shrinkage: Of pca: 1 is whitening, 0 plain PCA.
         pair_shrinkage: Of learned: weight of the identity in the covariance of pairs' differences.
         visits: Simulated visits of each database image.
-        database_views: ``"rows"``: visits are further rows of the image's exhibit; ``"mean"``: the image's descriptor
-            is the mean of itself and its visits.
-        query_crops: Centre crops of each query that are searched beside it, as shares of its height and width.
-        crop_similarity: ``"best"``: a query is as similar to a row as its most similar crop (or the whole) is;
-            ``"mean"``: as the mean descriptor of the crops and the whole, of unit length, is.
-        dba: Neighbours that each database row is averaged with (database-side augmentation); 0: none.
-        hubness: Nearest rows of other exhibits whose mean similarity to a row is taken off the row's similarities, by a
-            share chosen on val; 0: none.
+        database_views: ``"rows"``: visits are further rows of the image's exhibit.
+        query_crops: Centre crops of each query that are searched beside it, as shares of its height and width; the best
+            counts.
     """
 
     whitening: str = "pca"
@@ -83,9 +77,6 @@ class Method:
     visits: int = 0
     database_views: DatabaseViews = "none"
     query_crops: Sequence[float] = ()
-    crop_similarity: CropSimilarity = "best"
-    dba: int = 0
-    hubness: int = 0
 
     @property
     def is_learned(self) -> bool:
@@ -118,17 +109,17 @@ class Method:
             UserError: If an option is not usable, or would have no effect; names it.
         """
         self._check_whitening(n_database, width)
-        for name, choices in (("database_views", DatabaseViews), ("crop_similarity", CropSimilarity)):
-            if getattr(self, name) not in get_args(choices):
-                raise UserError(f"--{name} {getattr(self, name)}: choose one of {', '.join(get_args(choices))}")
-        for name in ("visits", "dba", "hubness"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name)}: choose 0 (off) or more")
+        if self.database_views not in get_args(DatabaseViews):
+            raise UserError(
+                f"--database_views {self.database_views}: choose one of {', '.join(get_args(DatabaseViews))}"
+            )
+        if self.visits < 0:
+            raise UserError(f"--visits {self.visits}: choose 0 (off) or more")
         if self.visits > MAX_VISITS:
             raise UserError(f"--visits {self.visits}: choose {MAX_VISITS:,} or fewer")
         if self.visits and not self.is_learned and self.database_views == "none":
             raise UserError(
-                "--visits: has no effect without --whitening learned or --database_views rows or mean; leave it out"
+                "--visits: has no effect without --whitening learned or --database_views rows; leave it out"
             )
         if self.is_learned and not self.visits and n_database <= n_classes:
             raise UserError(
@@ -142,14 +133,6 @@ class Method:
             )
         if len(set(self.query_crops)) < len(self.query_crops):
             raise UserError(f"--query_crops {list(self.query_crops)}: names a share twice; name each once")
-        if self.crop_similarity != "best" and not self.query_crops:
-            raise UserError("--crop_similarity: has no effect without --query_crops; leave it out")
-        for name in ("dba", "hubness"):
-            if getattr(self, name) >= n_database * self.rows_per_image:
-                raise UserError(
-                    f"--{name} {getattr(self, name)}: the database has {n_database * self.rows_per_image:,} rows; "
-                    "choose fewer neighbours"
-                )
 
     def _check_whitening(self, n_database: int, width: int) -> None:
         is_file = self.whitening not in ("pca", "learned", "none")
@@ -179,6 +162,21 @@ class Method:
             raise UserError(
                 f"--whitening {self.whitening}: is for descriptors of width {learned_on}, these have {width}"
             )
+
+
+# Options that metilr had before, with the values that meant off.
+DELETED = {"dba": (0,), "hubness": (0, None), "crop_similarity": ("best",)}
+
+
+def without_deleted(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What was recorded, without options that metilr had before and that were off.
+
+    Raises:
+        ValueError: If one was on; names it.
+    """
+    for name in DELETED.keys() & options.keys():
+        require(options[name] in DELETED[name], f"{name} (which metilr no longer has)", options[name])
+    return {name: value for name, value in options.items() if name not in DELETED}
 
 
 def method_of(options: Mapping[str, Any]) -> Method:

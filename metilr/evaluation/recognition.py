@@ -33,8 +33,6 @@ from metilr.retrieval.knn import (
 from metilr.retrieval.search import Neighbours, SearchDevice, check_device
 from metilr.retrieval.whitening import PCAWhitening
 
-BETA_GRID = (0.0, 0.25, 0.5, 0.75, 1.0)  # from no normalisation to a full one
-
 
 @dataclass(frozen=True, eq=False)
 class Recognition:
@@ -48,7 +46,6 @@ class Recognition:
         tau: Inverse temperature.
         tuning: The grid on val, or None where both were given.
         matches: By split, what each query resembles most; rows of the whole database.
-        beta: Share of the rows' background that is taken off their similarities; 0 without ``Method.hubness``.
         checked: By split, what a geometric check found; None without one.
     """
 
@@ -59,7 +56,6 @@ class Recognition:
     tau: float
     tuning: Tuning | None
     matches: Mapping[str, Matches]
-    beta: float = 0.0
     checked: Mapping[str, Checked] | None = None
 
 
@@ -101,14 +97,14 @@ def recognise(
     check_search(n_database, k, tau, search_device, method.rows_per_image)
     say(f"[bold]whitening[/]    {escape(method.whitening)}, database {n_database:,} x {descriptors.width}")
     transform = whitening_of(descriptors, ground_truth, method, quiet)
-    database = build_searchable(descriptors, ground_truth, method, transform, search_device, quiet)
+    database = build_searchable(descriptors, ground_truth, method, transform, quiet)
 
     n_rows = len(database.rows)
     n_neighbours = min(max(N_NEIGHBOURS, 2 * n_matches) * method.rows_per_image, n_rows)
 
-    def searched(split: str, queries: np.ndarray, k: int, beta: float) -> Neighbours:
+    def searched(split: str, queries: np.ndarray, k: int) -> Neighbours:
         with counted(f"searching {split}", queries.shape[0] * queries.shape[1], "queries", quiet) as done:
-            return database.lowered(beta).nearest(queries, k, search_device, done)
+            return database.nearest(queries, k, search_device, done)
 
     # k counts rows: where an image has several, the grid reaches as many images as without.
     k_grid = sorted({*K_GRID, *(i * method.rows_per_image for i in K_GRID)}) if k is None else [k]
@@ -116,27 +112,16 @@ def recognise(
     k_search = max(n_neighbours, *(i for i in k_grid if i <= n_rows))
     say(f"[bold]search[/]       exact, {search_device}: val, {k_search} neighbours among {n_rows:,} rows")
     queries = {split: query_views(descriptors, split, method, transform, quiet) for split in QUERY_FILES}
-    beta, tuning, neighbours = 0.0, None, {}
-    for tried in BETA_GRID if method.hubness else (0.0,):
-        found = searched("val", queries["val"], k_search, tried)
-        on_val = tune(
-            found,
-            database.labels,
-            ground_truth.n_classes,
-            ground_truth.labels["val"],
-            k_grid,
-            tau_grid,
-            skipped=~made["val"],
-        )
-        if tuning is None or on_val.surface.max() > tuning.surface.max():
-            beta, tuning, neighbours["val"] = tried, on_val, found
-    assert tuning is not None
+    neighbours = {"val": searched("val", queries["val"], k_search)}
+    target = ground_truth.labels["val"]
+    tuning = tune(
+        neighbours["val"], database.labels, ground_truth.n_classes, target, k_grid, tau_grid, skipped=~made["val"]
+    )
     was_tuned = k is None or tau is None
     k, tau = tuning.k, tuning.tau
     k_search = max(n_neighbours, k)
     say(f"[bold]search[/]       test, {k_search} neighbours")
-    database = database.lowered(beta)
-    neighbours["test"] = searched("test", queries["test"], k_search, 0)
+    neighbours["test"] = searched("test", queries["test"], k_search)
 
     answers = {
         split: _answer(neighbours[split], database, ground_truth.n_classes, k, tau, made[split])
@@ -147,7 +132,7 @@ def recognise(
     for split in QUERY_FILES:
         found_matches = database.matches(queries[split], neighbours[split], n_matches, search_device)
         matches[split] = _matches(found_matches, database, made[split])
-    return Recognition(answers, figures, transform, k, tau, tuning if was_tuned else None, matches, beta)
+    return Recognition(answers, figures, transform, k, tau, tuning if was_tuned else None, matches)
 
 
 def check_search(

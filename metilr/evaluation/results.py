@@ -223,11 +223,6 @@ def results_of(
             "visits": method.visits,
             "database_views": method.database_views,
             "query_crops": list(method.query_crops),
-            "crop_similarity": method.crop_similarity,
-            "dba": method.dba,
-            "hubness": {"neighbours": method.hubness, "beta": recognition.beta, "tuned_on": "val"}
-            if method.hubness
-            else None,
         },
         "geometric_check": None
         if check is None

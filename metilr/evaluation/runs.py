@@ -25,7 +25,7 @@ from metilr.errors import (
     one_line,
     require,
 )
-from metilr.evaluation.options import CropSimilarity, DatabaseViews
+from metilr.evaluation.options import DELETED, DatabaseViews, without_deleted
 from metilr.evaluation.results import PREDICTION_COLUMNS, READABLE_SCHEMAS
 from metilr.files import read_yaml
 from metilr.metrics import DISTRACTOR
@@ -70,8 +70,8 @@ def check_index(content: Mapping[str, Any]) -> None:
 def check_elements(elements: Mapping[str, Any]) -> None:
     """Refuse what is no setting of visits and crops; raises as ``check_index``."""
     require(is_whole(elements["visits"], 0), "visits", elements["visits"])
-    for name, choices in (("database_views", DatabaseViews), ("crop_similarity", CropSimilarity)):
-        require(elements[name] in get_args(choices), name, elements[name])
+    elements = without_deleted(elements)
+    require(elements["database_views"] in get_args(DatabaseViews), "database_views", elements["database_views"])
     crops = elements["query_crops"]
     require(is_list(crops) and all(is_positive(crop) and crop < 1 for crop in crops), "query_crops", crops)
 
@@ -186,14 +186,9 @@ def _check_whitening(whitening: Mapping[str, Any]) -> None:
 
 
 def _check_elements(elements: Mapping[str, Any]) -> None:
-    names = {"visits", "database_views", "query_crops", "crop_similarity", "dba", "hubness"}
+    names = {"visits", "database_views", "query_crops", *DELETED}
     require(elements.keys() <= names, "elements", sorted(elements.keys()))
     check_elements(elements)
-    require(is_whole(elements["dba"], 0), "elements.dba", elements["dba"])
-    hubness = elements["hubness"]
-    if hubness is not None:
-        require(is_whole(hubness["neighbours"], 1), "elements.hubness.neighbours", hubness["neighbours"])
-        require(is_share(hubness["beta"]), "elements.hubness.beta", hubness["beta"])
 
 
 def _check_geometry(check: Mapping[str, Any]) -> None:

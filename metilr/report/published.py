@@ -164,5 +164,5 @@ def _is_standard_protocol(results: Mapping[str, Any]) -> bool:
 def _has_no_further_element(results: Mapping[str, Any]) -> bool:
     """Whether everything beyond the published recipe was off; runs from before there was anything say nothing."""
     elements = results.get("elements") or {}
-    switches = ("visits", "query_crops", "dba", "hubness")
+    switches = ("visits", "query_crops")
     return not any(elements.get(name) for name in switches) and not results.get("geometric_check")

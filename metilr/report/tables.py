@@ -147,10 +147,7 @@ def print_table(console: Console, results: Mapping[str, Any]) -> None:
 def chosen_on_val(results: Mapping[str, Any]) -> list[str]:
     """What val chose besides k and tau, in words."""
     lines = []
-    hubness, check = results["elements"]["hubness"], results["geometric_check"]
-    if hubness is not None:
-        idle = "" if hubness["beta"] else ": it has no effect"
-        lines.append(f"hubness: a share (beta) of {hubness['beta']:g}, chosen on val{idle}")
+    check = results["geometric_check"]
     if check is not None:
         gate = check["gate"]
         idle = "" if gate["weight"] or check["boost"] else ": it has no effect"

@@ -104,8 +104,7 @@ def test_answers_are_the_evaluation_s_by_openvino(museum, tmp_path):
 
 def test_answers_are_the_evaluation_s_with_all_elements(museum, run, tmp_path):
     elements = {
-        "whitening": "learned", "visits": 2, "database_views": "rows", "query_crops": [0.8, 0.5], "dba": 1,
-        "hubness": 2,
+        "whitening": "learned", "visits": 2, "database_views": "rows", "query_crops": [0.8, 0.5],
     }  # fmt: skip
     evaluate(museum, store=museum.parent / "store", output=tmp_path / "run", **UNTRAINED, **elements)
     answers, expected = answers_of(tmp_path / "run", "test")

@@ -151,18 +151,13 @@ def test_descriptors_alone_give_the_same_figures_without_images(museum, capsys):
 
 ALL_ELEMENTS = [
     *("--whitening", "learned", "--visits", 2, "--database_views", "rows", "--query_crops", 0.8, 0.5),
-    *("--dba", 1, "--hubness", 2),
 ]
 
 
 def test_elements_beyond_the_recipe_are_recorded_and_start_from_the_store_alone(museum, capsys):
     run("--root", museum, *UNTRAINED, "--store", "store", "--output", "all", *ALL_ELEMENTS)
     results = read_json(Path("all/results.json"))
-    hubness = results["elements"].pop("hubness")
-    assert results["elements"] == {
-        "visits": 2, "database_views": "rows", "query_crops": [0.8, 0.5], "crop_similarity": "best", "dba": 1,
-    }  # fmt: skip
-    assert hubness["neighbours"] == 2 and hubness["tuned_on"] == "val" and 0 <= hubness["beta"] <= 1
+    assert results["elements"] == {"visits": 2, "database_views": "rows", "query_crops": [0.8, 0.5]}
     n_pairs = 8 * 2 + 2  # two exhibits have two images
     assert results["whitening"]["source"] == "learned from pairs" and results["whitening"]["pairs"] == n_pairs
     run("--root", museum, "--descriptors", "store", "--output", "again", *ALL_ELEMENTS)
@@ -183,15 +178,6 @@ def test_skipped_images_are_left_out_with_their_views(museum, capsys):
     )
 
 
-def test_a_share_of_hubness_is_taken_off_only_where_val_gains(museum):
-    run("--root", museum, *UNTRAINED, "--store", "store", "--output", "without")
-    run("--root", museum, "--descriptors", "store", "--output", "with", "--hubness", 3)
-    without, with_ = (read_json(Path(name) / "results.json") for name in ("without", "with"))
-    assert with_["val"]["gap"] >= without["val"]["gap"]
-    if with_["elements"]["hubness"]["beta"] == 0:
-        assert with_["test"]["gap"] == without["test"]["gap"]
-
-
 def test_with_all_elements_off_predictions_are_those_of_the_recipe(museum):
     """Against the recipe written out: PCA-whitening and inner products, k = 1."""
     run("--root", museum, *UNTRAINED, "--store", "store", "--output", "out", "--k", 1, "--tau", 50)
@@ -203,12 +189,9 @@ def test_with_all_elements_off_predictions_are_those_of_the_recipe(museum):
 
 
 def test_what_val_chose_is_printed(museum, capsys):
-    run(
-        "--root", museum, *UNTRAINED, "--report", "false", "--hubness", 2, "--geometric_check", 3, "--geometric_reorder"
-    )
+    run("--root", museum, *UNTRAINED, "--report", "false", "--geometric_check", 3, "--geometric_reorder")
     printed = " ".join(capsys.readouterr().out.split())
     results = read_json(next(Path("runs").glob("20*/results.json")))
-    assert f"a share (beta) of {results['elements']['hubness']['beta']:g}, chosen on val" in printed
     assert f"boost {results['geometric_check']['boost']:g}, chosen on val" in printed
     assert "3 candidates a query" in printed
 
@@ -247,9 +230,8 @@ def test_a_geometric_check_gates_confidence_and_leaves_labels(museum, monkeypatc
         (["--database_views", "rows", "--visits", 0], "--database_views rows: needs --visits, such as 6"),
         (["--query_crops", 1.5], "--query_crops [1.5]: choose shares between 0 and 1"),
         (["--query_crops", 0.5, 0.5], "--query_crops [0.5, 0.5]: names a share twice"),
-        (["--crop_similarity", "mean"], "--crop_similarity: has no effect without --query_crops"),
-        (["--dba", 8], "--dba 8: the database has 8 rows"),
-        (["--hubness", -1], "--hubness -1: choose 0"),
+        (["--database_views", "mean"], "--database_views mean: expected one of none, rows"),
+        (["--dba", 8], "unknown option --dba"),
         (["--pair_shrinkage", 0.5], "--pair_shrinkage: has no effect without --whitening learned"),
         (["--whitening", "learned", "--pair_shrinkage", 0], "--pair_shrinkage 0"),
         (["--whitening", "learned", "--whitening_shrinkage", 0.5], "--whitening_shrinkage: has no effect"),
@@ -378,7 +360,7 @@ def test_existing_results_are_not_overwritten(museum, capsys):
 
 
 CONFIGS = sorted((REPOSITORY / "configs" / "eval").rglob("*.yaml"))
-FOR_FEW_IMAGES = {"7_hubness": ["--hubness", 2], "6_augmentation": ["--dba", 1], "best_met": ["--whitening_dim", 3]}
+FOR_FEW_IMAGES = {"best_met": ["--whitening_dim", 3]}
 
 
 def of_a_published_row(config: Path) -> bool:

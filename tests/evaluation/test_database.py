@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from metilr.data.ground_truth import GroundTruth
-from metilr.evaluation.database import Searchable, build_searchable, joined_views, query_views
-from metilr.evaluation.database_neighbours import augmented, mean_background
+from metilr.evaluation.database import Searchable, build_searchable, query_views
 from metilr.evaluation.options import Method
 from metilr.evaluation.whitening import learn_whitening, pair_differences, ring_pairs
 from metilr.extraction.descriptors import Descriptors
@@ -60,17 +59,6 @@ def test_visits_as_rows_are_found_as_by_brute_force():
         np.testing.assert_allclose(similarities, [exact[i] for i in order], atol=1e-12)
 
 
-def test_visits_averaged_into_the_image():
-    descriptors, truth, rows = museum(parts=2)
-    database = build_searchable(descriptors, truth, Method("none", visits=3, database_views="mean"), None)
-    for place, image in enumerate(database.images.tolist()):
-        total = rows["database"][image].astype(float)
-        for v in range(3):
-            total = total + rows["visits"][3 * image + v]
-        np.testing.assert_allclose(database.rows[place], total / np.linalg.norm(total), atol=1e-6)
-    assert database.images.tolist() == [i for i in range(12) if i != 4]
-
-
 @pytest.mark.parametrize("k", [1, 3, 11])
 def test_the_best_crop_counts_as_by_brute_force(k):
     descriptors, truth, rows = museum()
@@ -85,57 +73,6 @@ def test_the_best_crop_counts_as_by_brute_force(k):
         order = sorted(range(len(best)), key=lambda i: (-best[i], i))[:k]
         assert found.rows[place].tolist() == order
         np.testing.assert_allclose(found.similarities[place], [best[i] for i in order], atol=1e-7)
-
-
-def test_the_mean_of_crops_is_of_unit_length():
-    whole, crops = unit(np.random.default_rng(0).standard_normal((4, 1, 5))), unit(np.ones((4, 2, 5)))
-    views = joined_views(whole, crops, Method("none", query_crops=(0.8, 0.5), crop_similarity="mean"))
-    expected = whole[:, 0] + crops[:, 0] + crops[:, 1]
-    np.testing.assert_allclose(views[:, 0], expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
-
-
-def test_augmentation_is_the_weighted_sum_of_neighbours():
-    rows = unit(np.random.default_rng(1).standard_normal((20, 5)))
-    result = augmented(rows, 3)
-    for i, row in enumerate(rows.astype(float)):
-        others = sorted((j for j in range(20) if j != i), key=lambda j: -float(row @ rows[j]))[:3]
-        total = row + sum(max(0.0, float(row @ rows[j])) ** 3 * rows[j] for j in others)
-        np.testing.assert_allclose(result[i], total / np.linalg.norm(total), atol=1e-6)
-
-
-def test_augmentation_of_copies_leaves_them():
-    rows = unit(np.ones((6, 3)))
-    np.testing.assert_allclose(augmented(rows, 2), rows, atol=1e-6)
-
-
-def test_background_is_the_mean_over_the_nearest_rows_of_others():
-    rng = np.random.default_rng(2)
-    rows, labels = unit(rng.standard_normal((25, 4))), rng.integers(0, 6, 25)
-    background = mean_background(rows, labels, 5)
-    for i, row in enumerate(rows.astype(float)):
-        others = sorted((float(row @ rows[j]) for j in range(25) if labels[j] != labels[i]), reverse=True)[:5]
-        assert background[i] == pytest.approx(sum(others) / 5, abs=1e-7)
-    assert mean_background(rows, np.zeros(25, dtype=int), 5).tolist() == [0] * 25
-    few = mean_background(rows[:3], np.array([0, 1, 1]), 5)
-    assert few[1] == pytest.approx(float(rows[1].astype(float) @ rows[0]))
-
-
-def test_beta_takes_the_background_off():
-    rng = np.random.default_rng(3)
-    rows, queries = unit(rng.standard_normal((15, 4))), unit(rng.standard_normal((6, 2, 4)))
-    background = rng.random(15)
-    database = Searchable(rows, np.arange(15), np.arange(15), background)
-    found = database.lowered(0.5).nearest(queries, 15)
-    expected = (queries.astype(float) @ rows.T.astype(float)).max(axis=1) - 0.5 * background
-    np.testing.assert_allclose(found.similarities, -np.sort(-expected, axis=1), atol=1e-6)
-    np.testing.assert_array_equal(found.rows, np.argsort(-expected, axis=1))
-
-
-def test_the_background_leaves_the_scale_of_similarities():
-    descriptors, truth, _ = museum()
-    database = build_searchable(descriptors, truth, Method("none", hubness=3), None)
-    expected = mean_background(database.rows, database.labels, 3)
-    np.testing.assert_allclose(database.background, expected - expected.mean(), atol=1e-12)
 
 
 def test_candidates_are_found_however_many_images_the_nearest_exhibits_have():

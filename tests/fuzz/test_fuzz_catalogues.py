@@ -76,7 +76,7 @@ def read_index(folder):
         assert type(index.is_whitened) is bool and type(index.seed) is int and 0 <= index.seed < 2**63
         method = index.method
         assert type(method.visits) is int and method.visits >= 0 and method.rows_per_image >= 1
-        assert method.database_views in ("none", "rows", "mean") and method.crop_similarity in ("best", "mean")
+        assert method.database_views in ("none", "rows")
         assert all(0 < share < 1 for share in method.query_crops)
         model = index.model
         assert all(type(model[name]) is str for name in ("backbone", "pooling"))

@@ -31,8 +31,8 @@ RESULTS = {
     },
     "knn": {"k": 1, "tau": 50.0, "grid": {"k": [1], "tau": [50]}}, "whitening": {"sha256": "0"},
     "elements": {
-        "visits": 2, "database_views": "rows", "query_crops": [0.5], "crop_similarity": "best", "dba": 1,
-        "hubness": {"neighbours": 2, "beta": 0.5},
+        "visits": 2, "database_views": "rows", "query_crops": [0.5], "crop_similarity": "best", "dba": 0,
+        "hubness": None,
     },
     "geometric_check": {
         "candidates": 3, "reorder": True, "boost": 0.5, "gate": {"weight": 1.0, "enough": 10.0}, "features": {},

@@ -31,7 +31,7 @@ def whole(tmp_path_factory) -> Path:
     evaluate(
         write_museum(folder / "museum"), backbone="timm/test_resnet", weights="random", scales=[1.0], accelerator="cpu",
         num_workers=0, store=folder / "store", output=folder / "run", report=False, wandb="off", quiet=True,
-        whitening="learned", visits=2, database_views="rows", query_crops=[0.8, 0.5], dba=1, hubness=2,
+        whitening="learned", visits=2, database_views="rows", query_crops=[0.8, 0.5],
     )  # fmt: skip
     return folder / "run"
 

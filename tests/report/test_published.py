@@ -59,8 +59,8 @@ def test_the_figures_are_those_of_the_configuration_s_header(backbone):
 @pytest.mark.parametrize(
     "changed",
     [
-        {"elements": {"visits": 3}}, {"elements": {"query_crops": [0.5]}}, {"elements": {"dba": 1}},
-        {"elements": {"hubness": {"neighbours": 5, "beta": 0.0}}}, {"geometric_check": {"candidates": 5}},
+        {"elements": {"visits": 3}}, {"elements": {"query_crops": [0.5]}},
+        {"geometric_check": {"candidates": 5}},
     ],
 )  # fmt: skip
 def test_a_run_with_more_than_the_recipe_is_not_that_row(changed):
