@@ -292,7 +292,7 @@ BAD_OPTIONS = [
     (["--pooling", "mac", "--p", "4"], "--p: has no effect"),
     (["--descriptors", "x.pkl", "--pooling", "mac"], "has no effect with --descriptors"),
     (["--seed", "-1"], "--seed -1"),
-    (["--search_device", "gpu"], "--search_device gpu"),
+    (["--search_device", "gpu"], "FAISS sees no GPU"),
     (["--accelerator", "mps"], "--accelerator mps"),
     (["--num_nodes", "2"], "--num_nodes 2: start this command"),
     (["--whitening", "missing.npz"], "missing.npz: no such file"),
