@@ -26,17 +26,7 @@ from metilr.retrieval.knn import N_MATCHES
 
 
 def write_page(file: Path, collection: Collection, threshold: Threshold, photos: Sequence[Identified]) -> None:
-    """Write the page; names of files and exhibits come from anywhere and are escaped.
-
-    Args:
-        file: The page; its folder is made if need be.
-        collection: Knows the pictures of the matches; those that are missing are left out.
-        threshold: What the decisions were made by.
-        photos: The answers, each with its picture.
-
-    Raises:
-        UserError: If the file cannot be written.
-    """
+    """Write the answers as one page with the pictures in it; names of files and exhibits are escaped."""
     templates = jinja2.Environment(loader=jinja2.PackageLoader("metilr.collection.serve"), autoescape=True)
     templates.filters |= {"shown": printable, "data_uri": data_uri}
     style = importlib.resources.files("metilr.collection.serve") / "static" / "style.css"
@@ -51,7 +41,7 @@ def write_page(file: Path, collection: Collection, threshold: Threshold, photos:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, page)
     except OSError as error:
-        raise UserError(f"--page {file}: cannot be written ({error.strerror}); name another file") from None
+        raise UserError(f"{file}: cannot be written ({error.strerror}); name another file", "page") from None
 
 
 def _pictures(collection: Collection, photos: Sequence[Identified]) -> dict[int, bytes]:
@@ -107,9 +97,9 @@ def identify(
         UserError: If an option or a file is not usable, or no photo can be read; says which and what to do.
     """
     if matches < 1:
-        raise UserError(f"--matches {matches}: must be at least 1")
+        raise UserError(f"{matches}: must be at least 1", "matches")
     if page is not None and Path(page).suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--page {page}: name a file that ends in .html")
+        raise UserError(f"{page}: name a file that ends in .html", "page")
     max_pixels = pixels_of(max_megapixels)
     photos = [photos] if isinstance(photos, (str, Path)) else photos
     if not photos:
@@ -143,7 +133,7 @@ def _answers(
         try:
             files, left_aside = find_images(named) if named.is_dir() else ([named], "")
         except UserError as error:
-            yield Identified(str(named), error=str(error).removeprefix(f"{named}: "))
+            yield Identified(str(named), error=str(error))
             continue
         if left_aside:
             yield Identified(str(named), error=f"left aside: {left_aside}; convert them to JPEG, or name the folders")
@@ -175,9 +165,7 @@ def _lines(photo: Identified, collection: Collection) -> str:
     name, answer = escape(printable(photo.name)), photo.answer
     if answer is None:
         return f"\n[bold]{name}[/]  [red]{escape(printable(photo.headline))}[/]"
-    colour = {"exhibit": "green", "not in the collection": "yellow", "undecided": "yellow"}[
-        photo.decision or "undecided"
-    ]
+    colour = "green" if photo.decision == "exhibit" else "yellow"
     lines = [
         f"\n[bold]{name}[/]  [{colour}]{escape(printable(photo.headline))}[/]  "
         f"{escape(printable(photo.detail))} (log {answer.log_confidence:.4g})"

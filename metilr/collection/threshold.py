@@ -55,40 +55,33 @@ def choose_threshold(run: Run | None, threshold: float | None, min_precision: fl
         min_precision: Least share of right answers among those accepted.
 
     Raises:
-        UserError: If an option is out of range or would have no effect.
+        UserError: If a number is out of range or would have no effect.
     """
+    if min_precision != MIN_PRECISION and (threshold is not None or run is None):
+        why = "an index, which has no val queries; give a threshold" if threshold is None else "a threshold; give one"
+        raise UserError(f"{min_precision}: has no effect with {why}", "min_precision")
     if threshold is not None:
         if not -math.inf < threshold <= 0:  # NaN neither
-            raise UserError(f"--threshold {threshold}: is a log-confidence, at most 0 and finite (log 0.5 is -0.69)")
-        if min_precision != MIN_PRECISION:
-            raise UserError("--min_precision: has no effect with --threshold; leave one of them out")
-        return Threshold(threshold, "given by --threshold")
+            what = "is a log-confidence, at most 0 and finite (log 0.5 is -0.69)"
+            raise UserError(f"{threshold}: {what}", "threshold")
+        return Threshold(threshold, "given by hand")
     if run is None:
-        if min_precision != MIN_PRECISION:
-            raise UserError("--min_precision: has no effect on an index, which has no val queries; give --threshold")
-        return Threshold(
-            None, "an index has no val queries to choose a threshold on; give --threshold, or evaluate and use --run"
-        )
+        return Threshold(None, "an index has no val queries to choose a threshold on; give one, or use an evaluation")
     if not 0 < min_precision <= 1:
-        raise UserError(f"--min_precision {min_precision}: choose a share above 0, at most 1")
+        raise UserError(f"{min_precision}: choose a share above 0, at most 1", "min_precision")
     val = run.answers["val"]
     point = threshold_for_precision(val.log_confidence, val.predicted_ids, val.exhibit_ids, min_precision)
     if point is None:
-        return Threshold(
-            None,
-            f"no threshold reaches a precision of {min_precision:g} on val; lower --min_precision or give --threshold",
-        )
-    figures = {
-        "precision": point.precision, "recall": point.recall, "n_accepted": point.n_accepted,
-        "n_queries": len(val.paths),
-    }  # fmt: skip
+        return Threshold(None, f"no threshold reaches a precision of {min_precision:g} on val; lower it, or give one")
+    figures = {**point._asdict(), "min_precision": min_precision, "n_queries": len(val.paths)}
+    del figures["threshold"]
     n_right = round(point.precision * point.n_accepted)
     shaky = ", so few that it may be far off" if point.n_accepted < FEW_ACCEPTED else ""
     return Threshold(
         point.threshold,
         f"the lowest with a precision of at least {min_precision:g} on val: {n_right:,} of {point.n_accepted:,} "
         f"accepted answers were right{shaky}, recall {point.recall:.3f}, {len(val.paths):,} queries",
-        {"min_precision": min_precision, **figures},
+        figures,
     )
 
 
@@ -114,15 +107,13 @@ class Identified:
 
     @property
     def headline(self) -> str:
-        """The decision in words."""
-        if self.answer is None or self.decision is None:
-            return self.error or ""
-        return headline(self.decision, self.answer)
+        """The decision in words, or why there is none."""
+        return headline(self.decision, self.answer) if self.decision and self.answer else self.error or ""
 
     @property
     def detail(self) -> str:
         """How sure the answer is."""
-        return "" if self.answer is None or self.decision is None else detail(self.decision, self.answer)
+        return detail(self.decision, self.answer) if self.decision and self.answer else ""
 
 
 def headline(decision: Decision, answer: Answer) -> str:

@@ -163,10 +163,10 @@ def test_without_a_precise_threshold_nothing_is_decided(copied_run, museum, iden
     photo = museum / "images/MET/9/2.jpg"
     status, out, _ = identify(photo, "--run", copied_run)
     assert (
-        status == 0 and "undecided, most likely exhibit 9" in out and "lower --min_precision" in " ".join(out.split())
+        status == 0 and "undecided, most likely exhibit 9" in out and "lower it, or give one" in " ".join(out.split())
     )
     _, out, _ = identify(photo, "--run", copied_run, "--threshold", "-1e9")
-    assert f"{photo}  exhibit 9" in out and "given by --threshold" in out
+    assert f"{photo}  exhibit 9" in out and "given by hand" in out
     _, out, _ = identify(photo, "--run", copied_run, "--threshold", "0")
     assert "not in the collection" in out
 
@@ -303,8 +303,8 @@ def test_a_run_is_used_from_any_folder_and_the_demo_needs_no_root(museum, tmp_pa
         (["--store", "nowhere"], "nowhere: not an index"),
         (["--run", "run", "--threshold", "0.9"], "is a log-confidence, at most 0"),
         (["--run", "run", "--min_precision", "2"], "--min_precision 2"),
-        (["--run", "run", "--min_precision", "0.5", "--threshold", "-1"], "has no effect with --threshold"),
-        (["--store", "run", "--min_precision", "0.5"], "has no effect on an index"),
+        (["--run", "run", "--min_precision", "0.5", "--threshold", "-1"], "has no effect with a threshold"),
+        (["--store", "run", "--min_precision", "0.5"], "has no effect with an index"),
         (["--run", "run", "--matches", "0"], "--matches 0"),
         (["--run", "run", "--page", "photo.jpg"], "--page photo.jpg: name a file that ends in .html"),
     ],

@@ -87,7 +87,7 @@ def test_from_the_command_line_to_an_answer(folder, tmp_path, capsys, monkeypatc
     assert aside["photo"] == str(folder / NAME) and aside["error"].startswith("left aside: 1 .heic; convert")
     assert [photo["exhibit"] for photo in answered] == [NAME, NAME]
     assert {photo["decision"] for photo in answered} == {"undecided"}
-    assert document["threshold"]["log_confidence"] is None and "--threshold" in document["threshold"]["origin"]
+    assert document["threshold"]["log_confidence"] is None and "give one" in document["threshold"]["origin"]
 
 
 def test_a_csv_gives_the_rows_of_the_folder(folder, tmp_path):

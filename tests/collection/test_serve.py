@@ -304,7 +304,7 @@ def test_the_command_serves_until_it_is_interrupted(folder):
     ("options", "message"),
     [
         (["--port", "70000"], "--port 70000"),
-        (["--host", "203.0.113.1"], "--host 203.0.113.1 --port 8000: cannot be listened at"),
+        (["--host", "203.0.113.1"], "--port 8000: 203.0.113.1 cannot be listened at"),
         (["--max_megabytes", "0"], "--max_megabytes 0"),
         (["--port", "0"], "give either --run"),
         (["--port", "0", "--store", "nowhere"], "nowhere: not an index"),
@@ -324,7 +324,7 @@ def test_a_port_that_is_taken_is_named_before_the_model_is_loaded(capsys):
         port = str(other.getsockname()[1])
         with pytest.raises(SystemExit):
             main(["serve", "--port", port, "--store", "nowhere"])
-    assert f"--port {port}: cannot be listened at (Address already in use)" in capsys.readouterr().err
+    assert f"--port {port}: 127.0.0.1 cannot be listened at there (Address already in use)" in capsys.readouterr().err
 
 
 def test_without_its_libraries_the_command_says_how_to_get_them(capsys, monkeypatch):

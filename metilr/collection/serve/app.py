@@ -56,7 +56,7 @@ def serve(
     if missing:
         raise UserError(f"metilr serve needs {' and '.join(missing)}: pip install 'metilr[serve]'")
     if not max_megabytes > 0:
-        raise UserError(f"--max_megabytes {max_megabytes}: choose a number above 0")
+        raise UserError(f"{max_megabytes}: choose a number above 0", "max_megabytes")
     max_pixels = pixels_of(max_megapixels)
     listener = _listen(host, port)
     with listener:
@@ -99,16 +99,16 @@ def is_loopback(host: str) -> bool:
 def _listen(host: str, port: int) -> socket.socket:
     """Take the port before the model is loaded, so as not to fail after it."""
     if not 0 <= port < 2**16:
-        raise UserError(f"--port {port}: choose a number from 0 to 65535")
+        raise UserError(f"{port}: choose a number from 0 to 65535", "port")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except socket.gaierror as error:
-        raise UserError(f"--host {host}: not an address of this machine ({error.strerror})") from None
+        raise UserError(f"{host}: not an address of this machine ({error.strerror})", "host") from None
     except OSError as error:
         raise UserError(
-            f"--host {host} --port {port}: cannot be listened at ({error.strerror}); choose others"
+            f"{port}: {host} cannot be listened at there ({error.strerror}); choose another", "port"
         ) from None
     return listener
