@@ -144,11 +144,11 @@ def check_device(device: SearchDevice, k: int) -> None:
         return
     if faiss.get_num_gpus() == 0:
         raise UserError(
-            "FAISS sees no GPU to search on: search on the cpu, or install faiss-gpu and check nvidia-smi and "
-            "CUDA_VISIBLE_DEVICES"
+            "gpu: FAISS sees no GPU; take cpu, or install faiss-gpu and check nvidia-smi and CUDA_VISIBLE_DEVICES",
+            "search_device",
         )
     if k + _MARGIN > GPU_MAX_K:
-        raise UserError(f"{k}: a GPU selects at most {GPU_MAX_K - _MARGIN}; choose less or search on the cpu", "k")
+        raise UserError(f"{k}: a GPU selects at most {GPU_MAX_K - _MARGIN}; choose less, or search on the CPU", "k")
 
 
 def device_for(device: SearchDevice, k: int) -> SearchDevice:

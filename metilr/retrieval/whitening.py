@@ -1,4 +1,4 @@
-"""Learning a whitening: in one pass over the database's descriptors, or over pairs too."""
+"""Whitening of descriptors: an affine map, learned on the database and applied to all that is compared."""
 
 import dataclasses
 import hashlib
@@ -12,10 +12,11 @@ import numpy as np
 from metilr.errors import UserError, one_line
 from metilr.files import read_npz, replaced_file
 
-DEFAULT_DIM = 512
-"""The paper's: GAP of R18SWSL fine-tuned falls from 36.1 to 34.1 at 256 dimensions."""
+DEFAULT_DIM = 512  # the paper's: GAP of R18SWSL fine-tuned falls from 36.1 to 34.1 at 256 dimensions
+PAIR_SHRINKAGE = 0.05  # by GAP on val of one small museum; between 0.02 and 0.1 it hardly matters there
 _BLOCK_ROWS = 4096  # 64 MiB in float64 at width 2048; longer blocks are no faster
-_LARGEST = 1e100  # of a number in a saved whitening: products of it stay finite
+_LARGEST = 1e100  # of a number in a whitening: products of it stay finite
+_SAME_MAGNITUDE = 1e-6  # far above eigh's rounding, far below any difference that carries meaning
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +26,10 @@ class PCAWhitening:
     Attributes:
         mean: Mean of the database's descriptors, ``(D,)`` float64.
         projection: Eigenvectors divided by eigenvalue**(shrinkage / 2), ``(D, dim)`` float64.
-        eigenvalues: All eigenvalues of the covariance, descending, ``(D,)`` float64; the first ``dim``
-            belong to the columns of ``projection``.
+        eigenvalues: Of the covariance, descending, ``(D,)`` float64; the first ``dim`` belong to ``projection``.
         shrinkage: 1 is whitening, 0 is plain PCA.
         n: Number of descriptors it was learned on.
-        supported_dim: Numerical rank of the covariance, the largest ``dim`` that the data supports. After a
-            fit with ``dim=None``, ``dim < DEFAULT_DIM`` says that the data (or ``D``) allowed no more.
+        supported_dim: Numerical rank of the covariance, the largest ``dim`` that the data supports.
     """
 
     mean: np.ndarray
@@ -42,35 +41,42 @@ class PCAWhitening:
 
     format: ClassVar[str] = "metilr.PCAWhitening/1"
 
+    def __post_init__(self) -> None:
+        """Refuse parts that do not fit each other: they may come from a file."""
+        width, arrays = len(self.mean), (self.mean, self.projection, self.eigenvalues)
+        if [array.shape for array in arrays] != [(width,), (width, self.projection.size // max(width, 1)), (width,)]:
+            raise ValueError("its arrays do not fit each other")
+        if not all(array.dtype == np.float64 and (np.abs(array) < _LARGEST).all() for array in arrays):  # NaN neither
+            raise ValueError("its arrays are not finite float64")
+        counts = [getattr(self, field.name) for field in dataclasses.fields(self) if field.type is int]
+        are_whole = all(type(count) is int and count >= 1 for count in counts)
+        if not are_whole or not 1 <= self.dim <= self.supported_dim <= width:
+            raise ValueError("its numbers do not fit its arrays")
+        if type(self.shrinkage) is not float or not 0 <= self.shrinkage <= 1:
+            raise ValueError("its shrinkage is not in [0, 1]")
+
     @property
     def dim(self) -> int:
         """Width of whitened descriptors."""
         return self.projection.shape[1]
 
     def transform(self, x: np.ndarray) -> np.ndarray:
-        """Whiten and L2-normalise descriptors: L2((x - mean) @ projection).
+        """Whiten and L2-normalise descriptors ``(n, D)``: L2((x - mean) @ projection), ``(n, dim)`` float32.
 
-        Computed in float64 in blocks of rows: the directions of small variance are differences of nearly
-        equal numbers, which float32 sums would lose. Only the result is rounded to float32. A descriptor
-        equal to the mean has no direction and stays zero.
-
-        Args:
-            x: Descriptors, ``(n, D)``; may be memory-mapped, is never copied whole.
-
-        Returns:
-            Unit descriptors, ``(n, dim)`` float32.
+        Computed in float64 in blocks of rows: the directions of small variance are differences of nearly equal
+        numbers, which float32 sums would lose. Only the result is rounded to float32. ``x`` may be memory-mapped, and
+        is never copied whole. A descriptor equal to the mean has no direction and stays zero.
 
         Raises:
             UserError: If the width differs from ``D``, or a descriptor holds NaN or infinity.
         """
-        width = len(self.mean)
-        if x.ndim != 2 or x.shape[1] != width:
+        if x.ndim != 2 or x.shape[1] != len(self.mean):
             raise UserError(
-                f"descriptors have shape {x.shape}, but the whitening was learned on width {width}: "
-                "learn it on descriptors of the same model (--whitening pca) or take --whitening none"
+                f"descriptors have shape {x.shape}, but the whitening was learned on width {len(self.mean)}: learn it "
+                "on descriptors of the same model, or do without"
             )
         whitened = np.empty((len(x), self.dim), dtype=np.float32)
-        for start, block in row_blocks(x):
+        for start, block in _row_blocks(x):
             projected = (block - self.mean) @ self.projection
             norms = np.linalg.norm(projected, axis=1, keepdims=True)
             if not np.isfinite(norms).all():
@@ -84,29 +90,16 @@ class PCAWhitening:
         return hashlib.sha256(self.mean.tobytes() + np.ascontiguousarray(self.projection).tobytes()).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write everything to one ``.npz`` file, whole or not at all.
-
-        Args:
-            path: File to write; its folder is made if need be.
-
-        Raises:
-            UserError: If the file cannot be written.
-        """
+        """Write everything to one ``.npz`` file, whole or not at all; its folder is made if need be."""
         path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replaced_file(path) as file:
-                arrays: dict[str, Any] = parts_of_whitening(self)
-                np.savez(file, format=np.array(self.format), **arrays)
-        except OSError as error:
-            raise UserError(f"cannot write the whitening to {path} ({error}): name another place") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = parts_of_whitening(self)
+        with replaced_file(path) as file:
+            np.savez(file, format=np.array(self.format), **arrays)
 
     @staticmethod
     def load(path: str | Path) -> "PCAWhitening":
         """Read what ``save`` wrote, of either kind; no pickle code is run.
-
-        Args:
-            path: File that ``save`` wrote.
 
         Raises:
             UserError: If the file is missing, truncated, or not a whitening of metilr.
@@ -114,23 +107,9 @@ class PCAWhitening:
         try:
             parts = read_npz(Path(path))
             return whitening_from_parts(str(parts["format"]), parts)
-        except MemoryError:
-            raise
         except Exception as error:  # damaged archives and headers raise nearly any type
             why = one_line(error)
             raise UserError(f"{path} cannot be read as a whitening that metilr saved ({why}): learn it anew") from error
-
-    def _check(self) -> None:
-        width = len(self.mean)
-        if self.projection.ndim != 2 or self.mean.shape != (width,) or self.eigenvalues.shape != (width,):
-            raise ValueError("its arrays have wrong shapes")
-        if self.projection.shape[0] != width or not 1 <= self.dim <= self.supported_dim <= width:
-            raise ValueError("its arrays do not fit each other")
-        for array in (self.mean, self.projection, self.eigenvalues):
-            if array.dtype != np.float64 or not (np.abs(array) < _LARGEST).all():  # which NaN is not, either
-                raise ValueError("its arrays are not finite float64")
-        if not 0 <= self.shrinkage <= 1:
-            raise ValueError("its shrinkage is not in [0, 1]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,39 +134,16 @@ def parts_of_whitening(whitening: PCAWhitening) -> dict[str, np.ndarray]:
 
 
 def whitening_from_parts(kind: str, parts: Mapping[str, np.ndarray]) -> PCAWhitening:
-    """Put together what ``parts_of_whitening`` took apart.
+    """Put together what ``parts_of_whitening`` took apart; ``kind`` is the class's ``format``.
 
     Raises:
-        ValueError: If the kind is unknown, or the parts do not fit each other.
-        KeyError: If one is missing.
+        KeyError: If the kind is unknown or a part is missing.
+        ValueError: Or of another type, if the parts do not fit each other.
     """
-    kinds = {each.format: each for each in (PCAWhitening, LearnedWhitening)}
-    if kind not in kinds:
-        raise ValueError(f"its format is {kind}, not {' or '.join(kinds)}")
-    wanted = {field.name: parts[field.name] for field in dataclasses.fields(kinds[kind])}
+    whitening = {each.format: each for each in (PCAWhitening, LearnedWhitening)}[kind]
+    wanted = {field.name: parts[field.name] for field in dataclasses.fields(whitening)}
     arguments: dict[str, Any] = {name: part if part.ndim else part.item() for name, part in wanted.items()}
-    for name in {"n", "supported_dim", "n_pairs"} & arguments.keys():
-        if type(arguments[name]) is not int or arguments[name] < 1:
-            raise ValueError(f"its {name} is no number from 1 up")
-    if type(arguments["shrinkage"]) is not float:
-        raise ValueError("its shrinkage is no number")
-    for name in ("mean", "projection", "eigenvalues"):
-        if not isinstance(arguments[name], np.ndarray):
-            raise ValueError(f"its {name} is no array")
-    whitening = kinds[kind](**arguments)
-    whitening._check()
-    return whitening
-
-
-def row_blocks(x: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the first row and a float64 copy of each block of rows ``(n, D)``."""
-    for start in range(0, len(x), _BLOCK_ROWS):
-        yield start, np.array(x[start : start + _BLOCK_ROWS], dtype=np.float64)
-
-
-PAIR_SHRINKAGE = 0.05
-"""By GAP on val of one small museum; between 0.02 and 0.1 it hardly matters there."""
-_SAME_MAGNITUDE = 1e-6  # far above eigh's rounding, far below any difference that carries meaning
+    return whitening(**arguments)
 
 
 def fit_pca_whitening(chunks: Iterable[np.ndarray], dim: int | None = None, shrinkage: float = 1.0) -> PCAWhitening:
@@ -207,9 +163,6 @@ def fit_pca_whitening(chunks: Iterable[np.ndarray], dim: int | None = None, shri
         dim: Dimensions to keep. None keeps ``min(DEFAULT_DIM, rank)``; see ``supported_dim`` of the result.
         shrinkage: 1 is whitening, 0 is plain PCA, between them part of the way.
 
-    Returns:
-        The whitening, in float64.
-
     Raises:
         UserError: If ``dim`` passes the rank (the largest possible is named), ``shrinkage`` lies outside
             [0, 1], there are fewer than 2 descriptors, all are the same, or one holds NaN or infinity.
@@ -219,23 +172,11 @@ def fit_pca_whitening(chunks: Iterable[np.ndarray], dim: int | None = None, shri
     not L2-normalise.
     """
     if not 0 <= shrinkage <= 1:
-        raise UserError(f"--whitening_shrinkage {shrinkage}: choose a number from 0 (PCA) to 1 (whitening)")
-    if dim is not None and dim < 1:
-        raise UserError(f"--whitening_dim {dim}: choose a number of dimensions from 1")
+        raise UserError(f"{shrinkage}: choose a number from 0 (PCA) to 1 (whitening)", "shrinkage")
     n, mean, covariance = _mean_and_covariance(chunks)
-    eigenvalues, eigenvectors = _principal(covariance)
-    rank = _rank(eigenvalues, n, dim)
-    dim = min(DEFAULT_DIM, rank) if dim is None else dim
-
-    kept = _with_fixed_signs(eigenvectors[:, :dim])
-    return PCAWhitening(
-        mean=mean,
-        projection=kept / eigenvalues[:dim] ** (shrinkage / 2),
-        eigenvalues=eigenvalues,
-        shrinkage=float(shrinkage),
-        n=n,
-        supported_dim=rank,
-    )
+    eigenvalues, kept, rank = _leading(covariance, n, dim, DEFAULT_DIM)
+    projection = kept / eigenvalues[: kept.shape[1]] ** (shrinkage / 2)
+    return PCAWhitening(mean, projection, eigenvalues, float(shrinkage), n, rank)
 
 
 def fit_learned_whitening(
@@ -257,21 +198,15 @@ def fit_learned_whitening(
         dim: Dimensions to keep; None: as many as the database supports.
         shrinkage: Weight of the identity, above 0, at most 1 (1: plain PCA).
 
-    Returns:
-        The whitening.
-
     Raises:
-        UserError: If ``dim`` passes the rank of the database, ``shrinkage`` is out of range, there is no pair or the
-            differences are all zero, there are fewer than 2 descriptors, or one holds NaN or infinity.
+        UserError: As ``fit_pca_whitening``; or if there is no pair or the differences are all zero.
 
     Source: Mikolajczyk and Matas, Improving Descriptors for Fast Tree Matching by Optimal Linear Projection, ICCV
     2007; Radenović et al., Fine-tuning CNN Image Retrieval with No Human Annotation, TPAMI 2019, section 4.2. Differs
     in the shrinkage.
     """
     if not 0 < shrinkage <= 1:
-        raise UserError(f"--pair_shrinkage {shrinkage}: choose a number above 0, at most 1")
-    if dim is not None and dim < 1:
-        raise UserError(f"--whitening_dim {dim}: choose a number of dimensions from 1")
+        raise UserError(f"{shrinkage}: choose a number above 0, at most 1", "shrinkage")
     n_pairs, offset, scatter = _mean_and_covariance(differences, "pair", least=1)
     n, mean, covariance = _mean_and_covariance(database)
     within = scatter + np.outer(offset, offset)  # about zero, not about the mean
@@ -280,31 +215,20 @@ def fit_learned_whitening(
         raise UserError(f"pairs have width {len(within)}, the database {width}: take descriptors of one model")
     scale = np.trace(within) / width
     if scale == 0:
-        raise UserError("all pairs consist of equal descriptors: there is nothing to learn from; take --whitening pca")
+        raise UserError("all pairs consist of equal descriptors: there is nothing to learn from; whiten by pca")
     variances, directions = np.linalg.eigh((1 - shrinkage) * within + shrinkage * scale * np.eye(width))
     inverse_root = (directions / np.sqrt(variances)) @ directions.T
-    eigenvalues, eigenvectors = _principal(inverse_root @ covariance @ inverse_root)
-    rank = _rank(eigenvalues, n, dim)
-    dim = rank if dim is None else dim
-    return LearnedWhitening(
-        mean=mean,
-        projection=inverse_root @ _with_fixed_signs(eigenvectors[:, :dim]),
-        eigenvalues=eigenvalues,
-        shrinkage=float(shrinkage),
-        n=n,
-        supported_dim=rank,
-        n_pairs=n_pairs,
-    )
+    eigenvalues, kept, rank = _leading(inverse_root @ covariance @ inverse_root, n, dim, width)
+    return LearnedWhitening(mean, inverse_root @ kept, eigenvalues, float(shrinkage), n, rank, n_pairs)
 
 
-def _principal(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues, descending, ``(D,)``, and eigenvectors in columns, ``(D, D)``."""
+def _leading(covariance: np.ndarray, n: int, dim: int | None, most: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return all eigenvalues, descending, the leading ``dim`` eigenvectors, ``(D, dim)``, and the numerical rank.
+
+    Of the covariance ``(D, D)`` of n descriptors; without ``dim`` as many as it supports, but no more than ``most``.
+    """
     eigenvalues, eigenvectors = np.linalg.eigh(covariance)  # for symmetric matrices: never complex
-    return eigenvalues[::-1].copy(), eigenvectors[:, ::-1]
-
-
-def _rank(eigenvalues: np.ndarray, n: int, dim: int | None) -> int:
-    """Numerical rank, refusing a ``dim`` beyond it."""
+    eigenvalues, eigenvectors = eigenvalues[::-1].copy(), eigenvectors[:, ::-1]
     width = len(eigenvalues)
     tolerance = max(n, width) * np.finfo(np.float64).eps * max(float(eigenvalues[0]), 0.0)
     rank = min(int((eigenvalues > tolerance).sum()), n - 1)
@@ -312,12 +236,14 @@ def _rank(eigenvalues: np.ndarray, n: int, dim: int | None) -> int:
         raise UserError(
             f"all {n} database descriptors are the same: there is nothing to whiten; check the model and its weights"
         )
-    if dim is not None and dim > rank:
-        raise UserError(
-            f"--whitening_dim {dim}: {n} database descriptors of width {width} support at most {rank}; "
-            f"choose {rank} or fewer, or leave the option out"
-        )
-    return rank
+    dim = min(most, rank) if dim is None else dim
+    if not 1 <= dim <= rank:
+        raise UserError(f"{dim}: {n} database descriptors of width {width} support 1 to {rank}", "dim")
+    kept = eigenvectors[:, :dim]
+    magnitudes = np.abs(kept)
+    # Not plain argmax: of two equal magnitudes, rounding would choose another one on another machine.
+    first_largest = (magnitudes >= magnitudes.max(axis=0) * (1 - _SAME_MAGNITUDE)).argmax(axis=0)
+    return eigenvalues, kept * np.sign(kept[first_largest, np.arange(dim)]), rank
 
 
 def _mean_and_covariance(
@@ -332,7 +258,7 @@ def _mean_and_covariance(
                 f"descriptors to whiten come in shapes {chunk.shape} and (n, {len(shift)}): "
                 "take stores of one model and size"
             )
-        for _, block in row_blocks(chunk):
+        for _, block in _row_blocks(chunk):
             if not np.isfinite(block).all():
                 row = n + int(np.argmin(np.isfinite(block).all(axis=1)))
                 raise UserError(f"{name} {row} holds NaN or infinite values: extract it again")
@@ -344,14 +270,12 @@ def _mean_and_covariance(
             scatter += block.T @ block
             n += len(block)
     if n < least:
-        raise UserError(f"whitening needs at least {least} {name}s, here {n}: take --whitening none")
+        raise UserError(f"whitening needs at least {least} {name}s, here {n}: do without")
     offset = total / n
     return n, shift + offset, scatter / n - np.outer(offset, offset)
 
 
-def _with_fixed_signs(eigenvectors: np.ndarray) -> np.ndarray:
-    """Make positive the first component of each column that is as large as its largest."""
-    magnitudes = np.abs(eigenvectors)
-    # Not plain argmax: of two equal magnitudes, rounding would choose another one on another machine.
-    first_largest = (magnitudes >= magnitudes.max(axis=0) * (1 - _SAME_MAGNITUDE)).argmax(axis=0)
-    return eigenvectors * np.sign(eigenvectors[first_largest, np.arange(eigenvectors.shape[1])])
+def _row_blocks(x: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the first row and a float64 copy of each block of rows ``(n, D)``."""
+    for start in range(0, len(x), _BLOCK_ROWS):
+        yield start, np.array(x[start : start + _BLOCK_ROWS], dtype=np.float64)

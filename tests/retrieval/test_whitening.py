@@ -104,7 +104,7 @@ def test_fewer_descriptors_than_dimensions():
     assert whitening.dim == whitening.supported_dim == 9 < DEFAULT_DIM
     assert np.isfinite(whitening.transform(x)).all()
     assert fit_pca_whitening([x], dim=9).dim == 9
-    with pytest.raises(UserError, match=r"--whitening_dim 10: .* at most 9"):
+    with pytest.raises(UserError, match=r"dim 10: .* support 1 to 9"):
         fit_pca_whitening([x], dim=10)
 
 
@@ -160,7 +160,7 @@ def test_refuses_what_is_not_finite(bad):
         ([np.ones((5, 3), dtype=np.float32)], {}, "the same"),
         ([descriptors(5)], {"shrinkage": 1.5}, "shrinkage"),
         ([descriptors(5)], {"shrinkage": np.nan}, "shrinkage"),
-        ([descriptors(5)], {"dim": 0}, "--whitening_dim 0"),
+        ([descriptors(5)], {"dim": 0}, "dim 0"),
     ],
 )
 def test_refuses_what_cannot_be_whitened(chunks, options, message):
@@ -193,7 +193,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(np, "savez", write_half)
-    with pytest.raises(UserError, match=r"w\.npz"):
+    with pytest.raises(OSError, match="no space"):
         whitening.save(tmp_path / "w.npz")
     monkeypatch.undo()
     assert [file.name for file in tmp_path.iterdir()] == ["w.npz"]
@@ -258,7 +258,7 @@ def test_learned_whitening_of_fewer_images_than_dimensions():
     learned = fit_learned_whitening([descriptors()[:10]], [pairs(5)])
     assert learned.dim == learned.supported_dim == 9
     assert np.isfinite(learned.transform(descriptors())).all()
-    with pytest.raises(UserError, match=r"--whitening_dim 10: .* support at most 9"):
+    with pytest.raises(UserError, match=r"dim 10: .* support 1 to 9"):
         fit_learned_whitening([descriptors()[:10]], [pairs(5)], dim=10)
 
 
@@ -281,8 +281,8 @@ def test_learned_whitening_in_pieces_and_back_from_disk(tmp_path):
         ([np.zeros((5, 24), np.float32)], {}, "pairs consist of equal descriptors"),
         ([np.full((5, 24), np.nan, np.float32)], {}, "pair 0 holds NaN"),
         ([pairs(width=8)], {}, "pairs have width 8, the database 24"),
-        ([pairs()], {"shrinkage": 0.0}, "--pair_shrinkage 0"),
-        ([pairs()], {"dim": 0}, "--whitening_dim 0"),
+        ([pairs()], {"shrinkage": 0.0}, "shrinkage 0"),
+        ([pairs()], {"dim": 0}, "dim 0"),
     ],
 )
 def test_what_no_whitening_can_be_learned_from(differences, options, message):
