@@ -15,7 +15,6 @@ from metilr.cli import run_main
 from metilr.extraction.module import DescriptorModule
 from metilr.training import train as train_command
 from metilr.training.cli import TrainingCLI
-from metilr.training.module import WHITENING_HERE
 from metilr.training.train import _as_typed
 from tests.small_runs import TRAIN
 
@@ -90,8 +89,6 @@ def test_every_message_of_the_modules_that_train(known):
     n_names, unknown = 0, []
     for module in sorted(imported_by("metilr.training.train", set()) - NOT_REACHED):
         for line, text in messages_of(file_of(module)):
-            for of_evaluation, here in WHITENING_HERE.items():
-                text = text.replace(of_evaluation, here)
             for name in names_in(_as_typed(text)):
                 n_names += 1
                 if name not in known and (module.rpartition(".")[2], name) not in OF_OTHERS:

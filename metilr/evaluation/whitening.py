@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from metilr.data.ground_truth import GroundTruth
+from metilr.errors import UserError
 from metilr.evaluation.options import Method
 from metilr.extraction.descriptors import Descriptors
 from metilr.extraction.store import CHUNK_ROWS, row_chunks
@@ -26,11 +27,13 @@ def learn_whitening(descriptors: Descriptors, ground_truth: GroundTruth, method:
                 yield chunk
                 done(len(chunk))
 
-        if not method.is_learned:
-            return fit_pca_whitening(database(), method.whitening_dim, method.whitening_shrinkage)
-        return fit_learned_whitening(
-            database(), pair_differences(descriptors, ground_truth), method.whitening_dim, method.pair_shrinkage
-        )
+        try:
+            if not method.is_learned:
+                return fit_pca_whitening(database(), method.whitening_dim, method.whitening_shrinkage)
+            pairs = pair_differences(descriptors, ground_truth)
+            return fit_learned_whitening(database(), pairs, method.whitening_dim, method.pair_shrinkage)
+        except UserError as error:
+            raise UserError(error.message, "whitening_dim" if error.parameter == "dim" else error.parameter) from None
 
 
 def pair_differences(descriptors: Descriptors, ground_truth: GroundTruth) -> Iterator[np.ndarray]:

@@ -29,11 +29,6 @@ from metilr.training.descriptors import single_scale
 from metilr.training.losses import ContrastiveLoss
 from metilr.training.pair_dataset import PairBatch
 
-# The options of whitening that errors name, as those of the projector that starts as one.
-WHITENING_HERE = {
-    "--whitening_dim": "--model.projector_dim", "--whitening none": "--model.projector_start random",
-    "--whitening pca": "--model.projector_start pca",
-}  # fmt: skip
 P_BOUNDS = (1.0, 10.0)  # 1 is the mean; beyond 10 GeM is next to the maximum and its gradient next to nothing
 
 
@@ -199,10 +194,8 @@ class FineTuning(pl.LightningModule):
                         )
                         whitening = fit_learned_whitening(chunks, pairs, dim)
                 except UserError as error:
-                    message = str(error)
-                    for of_evaluation, here in WHITENING_HERE.items():
-                        message = message.replace(of_evaluation, here)
-                    raise UserError(message) from None
+                    here = "model.projector_dim" if error.parameter == "dim" else error.parameter
+                    raise UserError(error.message, here) from None
                 mean, projection = torch.from_numpy(whitening.mean), torch.from_numpy(whitening.projection)
                 start = [projection.T.contiguous(), -mean @ projection]
         weight, bias = typing.cast(list[Tensor], self.trainer.strategy.broadcast(start))
