@@ -69,8 +69,9 @@ class ApproximateIndex:
 
     def _candidates(self, queries: np.ndarray, n: int, n_opened: int) -> Any:
         """Rows with the best codes, ``(C, n)`` int64; -1 where the lists opened hold no more."""
-        opened = faiss.SearchParametersIVF(nprobe=n_opened)  # not set on the index, which threads may share
-        return self.index.search(queries, n, params=faiss.SearchParametersPreTransform(index_params=opened))[1]
+        kinds: Any = faiss  # FAISS's type stubs know no arguments of these
+        opened = kinds.SearchParametersIVF(nprobe=n_opened)  # not set on the index, which threads may share
+        return self.index.search(queries, n, params=kinds.SearchParametersPreTransform(index_params=opened))[1]
 
     def save(self, folder: Path, made_from: str = "") -> None:
         """Write FAISS's index into a folder; ``made_from`` is a digest of what the rows were made from."""

@@ -49,9 +49,8 @@ def search(
     FAISS proposes ``k`` and some more candidates by float32 products. They are scored again in float64 by a sum whose
     order depends on ``D`` alone and sorted by (similarity descending, row ascending). Equal rows of the database
     therefore tie exactly, and the result is the same for any chunk size, BLAS or device. No row can be missed: a row
-    that was not proposed is at most as similar as the last candidate plus the rounding bound; where the k-th answer
-    does not clear that (say, many copies of one image), the search is widened for this query until it does. A database
-    of nothing but (nearly) equal descriptors thus costs a float64 product with every row.
+    that was not proposed is at most as similar as the last candidate plus the rounding bound; where the k-th neighbour
+    does not clear that (say, many copies of one image), the search is widened for this query until it does.
 
     Args:
         database: Descriptors, ``(N, D)`` float32; may be memory-mapped, is not copied.
@@ -61,8 +60,7 @@ def search(
         done: Told the number of queries that were answered since the last time.
 
     Raises:
-        UserError: If ``k`` does not fit the database (or the GPU), arrays are not 2-D of one width or not finite, or
-            there is no GPU.
+        UserError: If k does not fit database or GPU, arrays are not 2-D of one width and finite, or there is no GPU.
     """
     database_norms, query_norms = norms(database, "database"), norms(queries, "query")
     check_queries(queries, database.shape, k)
@@ -76,11 +74,10 @@ def search(
     # either vector, each product and each sum may be up to _TINY and count as 0.
     error = 1.02 * (width + 2) * 2.0**-24 * query_norms * largest_norm
     error += 2 * width * _TINY * (1 + query_norms) * (1 + largest_norm)
-    on_cpu = functools.partial(faiss.knn, xb=database, metric=faiss.METRIC_INNER_PRODUCT)
+    on_cpu: Any = functools.partial(faiss.knn, xb=database, metric=faiss.METRIC_INNER_PRODUCT)
     propose = _gpu_search(database) if device == "gpu" else on_cpu
 
-    similarities = np.empty((len(queries), k))
-    rows = np.empty((len(queries), k), dtype=np.int64)
+    similarities, rows = np.empty((len(queries), k)), np.empty((len(queries), k), dtype=np.int64)
     pending, n_candidates = np.arange(len(queries)), min(n, k + _MARGIN)
     while len(pending):
         if device == "gpu" and GPU_MAX_K < n_candidates < n:
@@ -105,10 +102,10 @@ def search(
 
 
 def exact_similarities(database: np.ndarray, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return the inner product of each query with its rows, ``(C, R)``, in float64.
+    """Return the inner product of each query with its ``rows (C, R)`` in float64, ``(C, R)``.
 
-    Products of float32 numbers are exact in float64. NumPy's sum over a contiguous last axis adds pairwise in
-    an order that depends on the length alone; BLAS adds by a row's place too, and equal rows no longer tie.
+    Products of float32 numbers are exact in float64. NumPy's sum over a contiguous last axis adds pairwise in an
+    order that depends on the length alone; BLAS adds by a row's place too, and equal rows no longer tie.
     """
     flat_rows, owners = rows.ravel(), np.repeat(np.arange(len(queries)), rows.shape[1])
     exact = np.empty(len(flat_rows))
@@ -131,9 +128,7 @@ def check_queries(queries: np.ndarray, shape: tuple[int, ...], k: int) -> None:
     """Refuse queries of another width than a database of ``shape`` (N, D), and a k that it cannot serve."""
     n, width = shape
     if queries.shape[1] != width:
-        raise UserError(
-            f"query descriptors have width {queries.shape[1]}, database descriptors {width}: take both from one model"
-        )
+        raise UserError(f"queries have width {queries.shape[1]}, the database {width}: take both from one model")
     if not 1 <= k <= n:
         raise UserError(f"{k}: the database has {n} images; choose k from 1 to {n}", "k")
 
@@ -170,7 +165,7 @@ def _gpu_search(database: np.ndarray) -> Any:
 
 
 def norms(descriptors: np.ndarray, name: str) -> np.ndarray:
-    """Return the lengths of descriptors ``(N, D)``, float64 ``(N,)``, in one pass; none comes out too short.
+    """Return the lengths of descriptors ``(N, D)``, float64 ``(N,)``; none comes out too short.
 
     Raises:
         UserError: If they are no table of finite numbers; ``name`` says which these are.

@@ -194,8 +194,8 @@ class FineTuning(pl.LightningModule):
                         )
                         whitening = fit_learned_whitening(chunks, pairs, dim)
                 except UserError as error:
-                    here = "model.projector_dim" if error.parameter == "dim" else error.parameter
-                    raise UserError(error.message, here) from None
+                    here = "--model.projector_dim " if error.parameter == "dim" else ""
+                    raise UserError(here + error.message) from None
                 mean, projection = torch.from_numpy(whitening.mean), torch.from_numpy(whitening.projection)
                 start = [projection.T.contiguous(), -mean @ projection]
         weight, bias = typing.cast(list[Tensor], self.trainer.strategy.broadcast(start))

@@ -154,7 +154,7 @@ def test_bad_input_is_refused():
     for bad, k, message in (
         (queries, 0, "k 0: the database has 2000"),
         (queries, 2001, "k 2001"),
-        (queries[:, :31], 1, "width 31, database descriptors 32"),
+        (queries[:, :31], 1, "width 31, the database 32"),
         (queries[0], 1, "query descriptors have shape"),
         (np.where(np.arange(50)[:, None] == 7, np.nan, queries), 1, "query descriptor 7 holds NaN"),
     ):
