@@ -42,36 +42,23 @@ def read(file):
     return said
 
 
-def test_changed_bytes(tmp_path):
-    file, n_read = tmp_path / "whitening.npz", 0
-    for each in (PCA, LEARNED):
-        each.save(file)
-        whole = file.read_bytes()
-        for rng in cases(450):
-            file.write_bytes(mutated(whole, rng, TOKENS))
-            n_read += not read(file)
-    assert n_read > 10
-
-
 def parts(file):
     with np.load(file) as arrays:
         return dict(arrays)
 
 
-def test_changed_parts(tmp_path):
+def test_changed_bytes_and_parts(tmp_path):
     file, n_read = tmp_path / "whitening.npz", 0
     for each in (PCA, LEARNED):
         each.save(file)
-        whole = parts(file)
-        for rng in cases(350):
-            changed = dict(whole)
-            name = rng.choice([*changed])
-            changed[name] = rng.choice(
-                (*HOSTILE, whole[rng.choice([*whole])], whole[name] * 1 if name != "format" else 0)
-            )
-            np.savez(file, **changed)
+        content, whole = file.read_bytes(), parts(file)
+        for rng in cases(450):
+            file.write_bytes(mutated(content, rng, TOKENS))
             n_read += not read(file)
-    assert n_read > 10
+        for rng in cases(350):
+            np.savez(file, **{**whole, rng.choice([*whole]): rng.choice((*HOSTILE, *whole.values()))})
+            n_read += not read(file)
+    assert n_read > 20
 
 
 def npy_of(shape):
@@ -80,16 +67,11 @@ def npy_of(shape):
     return stream.getvalue()
 
 
-REASONS = {
-    "claims a terabyte": "in 228 bytes",
-    "deflated zeros": "compressed",
-    "encrypted": "encrypted",
-    "unknown method": "compressed",
-}
+REASONS = {"claims a terabyte": "in 228 bytes", "deflated zeros": "compressed"}
 
 
 @pytest.mark.parametrize("kind", REASONS)
-def test_archives_that_take_memory_or_a_reader_that_is_not_there(tmp_path, kind):
+def test_archives_that_take_memory(tmp_path, kind):
     file = tmp_path / "whitening.npz"
     PCA.save(file)
     with zipfile.ZipFile(file) as old:
@@ -102,13 +84,6 @@ def test_archives_that_take_memory_or_a_reader_that_is_not_there(tmp_path, kind)
             if name == "mean.npy" and kind == "deflated zeros":
                 content = npy_of((2**22,)) + bytes(8 * 2**22)
             new.writestr(name, content)
-    if kind in ("encrypted", "unknown method"):
-        content = bytearray(file.read_bytes())
-        for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
-            place = -1
-            while (place := content.find(mark, place + 1)) >= 0:
-                content[place + flags + (0 if kind == "encrypted" else 2)] |= 1 if kind == "encrypted" else 97
-        file.write_bytes(content)
     assert REASONS[kind] in read(file)[0]
 
 

@@ -71,6 +71,15 @@ def test_differences_below_float32_rounding_decide():
     assert np.ptp(similarities) < 1e-6 and len(set(similarities)) == 30
 
 
+@pytest.mark.parametrize("scale", [1e-38, 3e-39, 1e-22, 1e3])
+def test_numbers_too_small_for_float32_hide_nothing(scale):
+    rng = np.random.default_rng(0)
+    database = (scale * rng.standard_normal((700, 40)) * rng.uniform(1e-3, 1, (700, 1))).astype(np.float32)
+    queries = 50 * unit(rng, 20, 40)
+    expected = -np.sort(-(queries.astype(np.float64) @ database.astype(np.float64).T), axis=1)[:, :10]
+    np.testing.assert_allclose(search(database, queries, 10).similarities, expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("width", [33, 770])
 def test_chunks_change_no_bit(monkeypatch, width):
     rng = np.random.default_rng(0)
@@ -86,17 +95,13 @@ def test_chunks_change_no_bit(monkeypatch, width):
     np.testing.assert_array_equal(alone, whole.similarities)
 
 
-def test_reads_a_memory_mapped_database(tmp_path):
+def test_reads_a_memory_mapped_database_and_finds_nothing_without_a_query(tmp_path):
     rng = np.random.default_rng(0)
     database, queries = unit(rng, 100, 16), unit(rng, 4, 16)
     np.save(tmp_path / "database.npy", database)
     mapped = np.load(tmp_path / "database.npy", mmap_mode="r")
     assert_exact(search(mapped, queries, 3), database, queries, 3)
-
-
-def test_no_query_finds_nothing():
-    found = search(np.eye(3, dtype=np.float32), np.empty((0, 3), dtype=np.float32), 2)
-    assert found.rows.shape == found.similarities.shape == (0, 2)
+    assert search(mapped, queries[:0], 2).rows.shape == search(mapped, queries[:0], 2).similarities.shape == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -142,12 +147,6 @@ def stand_in_gpu(monkeypatch):
     return widths
 
 
-def test_gpu_limit_on_k_is_named(stand_in_gpu):
-    database = np.ones((3000, 2), dtype=np.float32)
-    with pytest.raises(UserError, match=r"k 2040: .* at most 2032"):
-        search(database, database[:1], 2040, device="gpu")
-
-
 def test_gpu_is_never_asked_for_more_than_it_can_select(stand_in_gpu):
     rng = np.random.default_rng(0)
     database = np.concatenate([np.repeat(unit(rng, 1, 8), 5000, axis=0), unit(rng, 9000, 8)])
@@ -156,6 +155,8 @@ def test_gpu_is_never_asked_for_more_than_it_can_select(stand_in_gpu):
     np.testing.assert_array_equal(gpu.rows, cpu.rows)
     np.testing.assert_array_equal(gpu.rows[0], np.arange(10))
     assert stand_in_gpu == [26, 104, 416, 1664]
+    with pytest.raises(UserError, match=r"k 2040: .* at most 2032"):
+        search(database, queries, 2040, device="gpu")
 
 
 @pytest.mark.gpu
