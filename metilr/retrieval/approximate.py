@@ -91,16 +91,15 @@ class ApproximateIndex:
         """
         again = f"delete {folder} to search exactly, or make the index again"
         try:
-            note = json.loads((folder / _NOTE).read_text(encoding="utf-8"))
-            origin, shape = (note["schema"], note["made_from"]), tuple(note["shape"])
-            index = faiss.read_index(str(folder / _INDEX), faiss.IO_FLAG_MMAP)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            note = dict(json.loads((folder / _NOTE).read_text(encoding="utf-8")))
+            index = faiss.read_index(str(folder / _INDEX))
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{folder}: its index cannot be read ({one_line(error)}); {again}") from None
         rows = map_array(rows_file, again)
-        if origin != (_SCHEMA, made_from):
+        expected = {"schema": _SCHEMA, "made_from": made_from, "shape": [*rows.shape]}
+        is_of_rows = rows.shape == (index.ntotal, index.d) and rows.dtype == np.float32
+        if not is_of_rows or {name: note.get(name) for name in expected} != expected:
             raise UserError(f"{folder}: was made from other descriptors or with other options than are here; {again}")
-        if not rows.shape == shape == (index.ntotal, index.d) or rows.dtype != np.float32:
-            raise UserError(f"{rows_file}: holds other rows than {folder} was built over; {again}")
         return cls(index, rows)
 
 

@@ -206,14 +206,14 @@ def test_damaged_unfinished_and_foreign_files_are_refused(saved, monkeypatch):
         with pytest.raises(UserError, match=r"index: its index cannot be read .*to search exactly, or make the index"):
             load(folder)
     codes.write_bytes(content)
-    for damaged in ("{", "[]", "{}"):
+    for damaged in ("{", "[1]", "1"):
         note.write_text(damaged)
         with pytest.raises(UserError, match="its index cannot be read"):
             load(folder)
     note.write_text(text)
     for other in (index.rows[:-1], index.rows[:, :-1], index.rows.astype(np.float64)):
         np.save(folder / "rows.npy", other)
-        with pytest.raises(UserError, match=r"rows\.npy: holds other rows than .*index was built over"):
+        with pytest.raises(UserError, match="was made from other descriptors or with other options"):
             load(folder)
     (folder / "rows.npy").unlink()
     with pytest.raises(UserError, match=r"rows\.npy: cannot be read"):
