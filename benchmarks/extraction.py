@@ -40,7 +40,8 @@ from metilr.evaluation.run_folder import RUNS
 from metilr.extraction.describe import describe_images
 from metilr.extraction.descriptors import Descriptors, open_descriptors
 from metilr.extraction.options import ExtractionOptions
-from metilr.models.embedder import SCALES, Embedder, build_embedder
+from metilr.models import SCALES
+from metilr.models.embedder import Embedder, build_embedder
 
 SPLITS = ("database", "val", "test")
 DECODED = 200  # files that are decoded both ways, at most

@@ -19,9 +19,9 @@ from metilr.extraction.describe import store_settings
 from metilr.extraction.options import Accelerator, ExtractionOptions
 from metilr.extraction.store import DescriptorStore
 from metilr.geometry.evidence import Gate
+from metilr.models import RANDOM
 from metilr.models.checkpoints import load_embedder
 from metilr.models.embedder import Embedder, build_embedder
-from metilr.models.zoo import RANDOM
 from metilr.retrieval.whitening import PCAWhitening
 
 _OF_THE_MODEL = ("backbone", "weights", "pooling", "p", "stage", "patch_rounding", "seed")  # options of evaluate
@@ -67,7 +67,7 @@ def collection_of_index(path: Path, ckpt: Path | None = None, accelerator: Accel
     """
     index = Index.load(path)
     limit_images(MAX_MEGAPIXELS)
-    embedder, _ = build_model(index.model if ckpt is None else {**index.model, "ckpt": ckpt})
+    embedder = build_model(index.model if ckpt is None else {**index.model, "ckpt": ckpt})
     approximate = path / APPROXIMATE
     return open_collection(
         index.catalogue.folder.name,
@@ -147,8 +147,7 @@ def embedder_of_run(run: Run, ckpt: Path | None) -> Embedder:
     if ckpt is None and config["ckpt"] is not None:
         ckpt = _found(run, "--ckpt", Path(config["ckpt"]))
     if ckpt is not None:
-        embedder, _ = load_embedder(Path(ckpt), scales)
-        return embedder
+        return load_embedder(Path(ckpt), scales)
     options = {name: config[name] for name in _OF_THE_MODEL}
     if options["weights"] not in (None, RANDOM):
         options["weights"] = str(_found(run, "--weights", Path(options["weights"])))

@@ -23,11 +23,9 @@ from metilr.extraction.describe import describe_images, describe_views
 from metilr.extraction.descriptors import open_descriptors
 from metilr.extraction.options import Accelerator, ExtractionOptions, Precision
 from metilr.files import write_atomically
+from metilr.models import RANDOM, Engine, PoolingName
 from metilr.models.checkpoints import load_embedder
 from metilr.models.embedder import Embedder, build_embedder
-from metilr.models.engines import Engine
-from metilr.models.pooling import PoolingName
-from metilr.models.zoo import RANDOM
 from metilr.provenance import library_versions
 from metilr.retrieval.approximate import check_size
 from metilr.retrieval.knn import USUAL_TAU
@@ -136,9 +134,9 @@ def index(
         if model[name] is not None and not is_text(model[name]):
             raise UserError(f"--{name} {model[name]}: its name is not UTF-8, which an index cannot hold; rename it")
     model["precision"], model["engine"] = str(precision), engine  # 32 is a number in YAML
-    embedder, trained_size = build_model(model)
+    embedder = build_model(model)
     if image_size is None:
-        image_size = IMAGE_SIZE if trained_size is None else trained_size
+        image_size = embedder.image_size or IMAGE_SIZE
     method = method_of(arguments)
     method.check(n_images, embedder.dim, n_exhibits)
     check_search(n_images, k, tau, "cpu", method.rows_per_image)
@@ -268,15 +266,15 @@ class Index:
             raise UserError(f"{file}: cannot be read ({reason}); delete {path} and make the index again") from None
 
 
-def build_model(model: Mapping[str, Any]) -> tuple[Embedder, int | None]:
-    """Build the model that an index's options name; with the size that its checkpoint was trained with.
+def build_model(model: Mapping[str, Any]) -> Embedder:
+    """Build the model that an index's options name.
 
     Raises:
         UserError: If its checkpoint or its weights are missing or fit no known architecture.
     """
     if model["ckpt"] is not None:
         return load_embedder(Path(model["ckpt"]), model["scales"])
-    return build_embedder(**{name: model[name] for name in OF_THE_MODEL}), None
+    return build_embedder(**{name: model[name] for name in OF_THE_MODEL})
 
 
 def _check(arguments: Mapping[str, Any]) -> None:

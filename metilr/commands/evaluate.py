@@ -24,11 +24,9 @@ from metilr.extraction.datamodule import BadImages
 from metilr.extraction.describe import describe_images, describe_views
 from metilr.extraction.descriptors import open_descriptors
 from metilr.extraction.options import Accelerator, ExtractionOptions, Precision
+from metilr.models import Engine, PatchRounding, PoolingName
 from metilr.models.checkpoints import load_embedder
 from metilr.models.embedder import build_embedder
-from metilr.models.engines import Engine
-from metilr.models.pooling import PoolingName
-from metilr.models.zoo import PatchRounding
 from metilr.report.page import PICTURES_PER_OUTCOME, write_report
 from metilr.report.tables import print_table
 from metilr.report.wandb import (
@@ -179,8 +177,8 @@ def evaluate(
     quieten_lightning()
     embedder = None
     if ckpt is not None:
-        embedder, trained_size = load_embedder(Path(ckpt), scales)
-        image_size = trained_size if image_size is None else image_size
+        embedder = load_embedder(Path(ckpt), scales)
+        image_size = embedder.image_size if image_size is None else image_size
     options = ExtractionOptions(
         image_size,
         bad_images,

@@ -47,7 +47,7 @@ def pack(run: Path, output: Path) -> None:
         "state_dict": {f"{EMBEDDER}{name}": tensor for name, tensor in embedder.state_dict().items()},
         "metilr": {
             "format": FORMAT,
-            "model": model_entry(embedder, model["pooling"]["kind"], model["image_size"]),
+            "model": model_entry(embedder, model["image_size"]),
             "provenance": {"source": provenance.source, "licence": provenance.licence},
             "data": {name: finished.results["data"][name] for name in ("root", "database", "counts", "fingerprint")},
             "config": dict(finished.config),

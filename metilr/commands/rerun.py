@@ -28,7 +28,7 @@ from metilr.extraction.descriptors import views_store
 from metilr.extraction.options import Accelerator
 from metilr.extraction.store import DescriptorStore, differing_settings
 from metilr.files import write_atomically
-from metilr.models.zoo import RANDOM
+from metilr.models import RANDOM
 
 Verdict = Literal["exactly", "within the tolerance", "not"]
 # Of a figure in [0, 1]: 0.1 points, the last digit that is published. Other hardware or versions round descriptors

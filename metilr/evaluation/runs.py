@@ -29,8 +29,7 @@ from metilr.evaluation.options import DELETED, DatabaseViews, without_deleted
 from metilr.evaluation.results import PREDICTION_COLUMNS, READABLE_SCHEMAS
 from metilr.files import read_yaml
 from metilr.metrics import DISTRACTOR
-from metilr.models.backbone import PatchRounding
-from metilr.models.pooling import PoolingName
+from metilr.models import PatchRounding, PoolingName
 
 
 def check_index(content: Mapping[str, Any]) -> None:

@@ -24,9 +24,10 @@ from metilr.extraction.descriptors import views_store
 from metilr.extraction.module import DescriptorModule
 from metilr.extraction.options import ExtractionOptions, Precision
 from metilr.extraction.store import DescriptorStore, settings_fingerprint
+from metilr.models import Engine
 from metilr.models.backbone import FLOAT32_STAGES
 from metilr.models.embedder import Embedder
-from metilr.models.engines import Engine, start_engine
+from metilr.models.engines import start_engine
 from metilr.provenance import library_versions, processor
 
 STORES = Path("runs/descriptors")

@@ -10,8 +10,9 @@ from typing_extensions import override
 
 from metilr.distributed import quieten_lightning
 from metilr.extraction.datamodule import HostCopy, ImageBatch, StageTimes
+from metilr.models import Engine
 from metilr.models.embedder import Embedder
-from metilr.models.engines import Engine, start_engine
+from metilr.models.engines import start_engine
 
 # PyTorch's convolutions on CPUs keep what they compiled for an image shape, by default of the last 1,024: gigabytes
 # where shapes change all the time. Batches of one shape follow each other, and at three scales EfficientNet-Lite0 has

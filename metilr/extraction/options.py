@@ -10,7 +10,7 @@ from metilr.data.decode import MAX_IMAGE_SIZE
 from metilr.distributed import has_launcher
 from metilr.errors import UserError
 from metilr.extraction.datamodule import BadImages
-from metilr.models.engines import Engine, check_engine
+from metilr.models import Engine, check_engine
 
 Accelerator = Literal["auto", "cpu", "gpu", "mps"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]

@@ -22,7 +22,8 @@ from metilr.errors import UserError
 from metilr.extraction.store import settings_fingerprint
 from metilr.files import read_npz, replaced_file
 from metilr.geometry.verify import LocalFeatures
-from metilr.models.embedder import BFLOAT16_LEAST_SIDE, SCALES, Embedder
+from metilr.models import SCALES
+from metilr.models.embedder import BFLOAT16_LEAST_SIDE, Embedder
 from metilr.models.weights import tensors_sha256
 
 STRIDE = 8  # px; on val nearly as good as 16 at twice the image size, for a sixth of the work; 32 tells little

@@ -1,1 +1,84 @@
-"""Backbones, pooling and the embedder that joins them."""
+"""Models: backbones by name, pooling, the embedder that joins them, and the engines that run them.
+
+What is here imports no library: the options of a command cost no PyTorch.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+from metilr.errors import UserError
+
+PoolingName = Literal["gem", "mac", "spoc", "rmac", "cls"]
+PatchRounding = Literal["nearest", "down", "off"]
+Engine = Literal["torch", "compile", "openvino"]
+
+SCALES = (1.0, 2**-0.5, 0.5)  # the Met paper's
+RANDOM = "random"  # the weights that ask for none
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model that describes images: a checkpoint's, or one of named parts. `checkpoints.build_model` builds it.
+
+    Attributes:
+        ckpt: Checkpoint of metilr train, or of the reference code, in place of the model options below.
+        backbone: One of r18_in, r50_in, r50_swav, r50_sin, r18_swsl, r50_swsl, rx50_32x4d_swsl, rx101_32x4d_swsl,
+            rx101_32x8d_swsl, rx101_32x16d_swsl, lite0_in, or timm/NAME for any timm model.
+        weights: File with weights in the official file's form; "random" for seeded random weights; without it the
+            official ones, from their cache or downloaded.
+        pooling: Generalised mean, maximum, mean, regional maxima, or class token (ViTs; spoc there is the mean of patch
+            tokens, and gem ignores their negative values).
+        p: Exponent of GeM.
+        stage: Take the map of an earlier stage (ViT: block), counted from 1; without it the last.
+        scales: Relative sizes at which an image is described; the descriptors are summed. Without it 1, 1/√2 and 1/2,
+            or the checkpoint's.
+        patch_rounding: How a ViT's input sides are made multiples of its patch: to the nearest, down, or off to refuse
+            other sizes. No effect on CNNs.
+        seed: Seeds random weights and simulated visits.
+
+    Raises:
+        UserError: If a value is out of range, or would be ignored: recorded all the same, it would lie.
+    """
+
+    ckpt: Path | None = None
+    backbone: str = "lite0_in"
+    weights: str | None = None
+    pooling: PoolingName = "gem"
+    p: float = 3.0
+    stage: int | None = None
+    scales: Sequence[float] | None = None
+    patch_rounding: PatchRounding = "nearest"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check them against each other."""
+        if isinstance(self.scales, (int, float)):
+            object.__setattr__(self, "scales", (self.scales,))
+        changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        idle = [name for name in changed if name not in ("ckpt", "scales", "seed")] if self.ckpt is not None else []
+        if idle:
+            raise UserError("has no effect with ckpt, which carries its model; leave it out", idle[0])
+        for name, kind in (("pooling", PoolingName), ("patch_rounding", PatchRounding)):
+            if getattr(self, name) not in get_args(kind):
+                raise UserError(f"{getattr(self, name)}: unknown; choose {', '.join(get_args(kind))}", name)
+        if self.pooling != "gem" and "p" in changed:
+            raise UserError(f"has no effect with pooling {self.pooling}; leave it out", "p")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"{self.seed}: choose a number from 0 to 2**63 - 1", "seed")
+
+
+def check_engine(engine: Engine, device: str) -> None:
+    """Refuse an engine that does not run on a device, before any work.
+
+    Raises:
+        UserError: If it does not, or is not installed.
+    """
+    if engine not in get_args(Engine):
+        raise UserError(f"{engine}: unknown; choose {', '.join(get_args(Engine))}", "engine")
+    if engine == "openvino" and device != "cpu":
+        raise UserError("openvino: runs on the CPU; take accelerator cpu, or engine torch or compile", "engine")
+    if engine == "openvino" and importlib.util.find_spec("openvino") is None:
+        raise UserError("openvino: is not installed; pip install openvino, or take engine torch", "engine")

@@ -1,28 +1,41 @@
-"""Features: the module that turns images into a map of local features, whatever network does it."""
+"""Backbones: any network as a module that turns images into a map of local features, built by name."""
 
+import difflib
+import functools
 import inspect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
 
+import timm
+import timm.models
 import torch
 from timm.layers.patch_embed import PatchEmbed
 from timm.models import EfficientNet
 from torch import Tensor, nn
 
-from metilr.errors import UserError
+from metilr.errors import UserError, one_line
+from metilr.files import file_sha256
+from metilr.models import RANDOM, PatchRounding
+from metilr.models.weights import (
+    StateDict,
+    load_strictly,
+    official_file,
+    read_state_dict,
+    tensors_sha256,
+    verify_hub_file,
+)
+from metilr.models.zoo import BACKBONES, IMAGENET_MEAN, IMAGENET_STD
 
-PatchRounding = Literal["nearest", "down", "off"]
 FLOAT32_STAGES = 4  # of an EfficientNet, whatever the precision
+TIMM = "timm/"  # the prefix that asks for one of timm's models
 
 
 class Features(NamedTuple):
-    """What a backbone makes of a batch of images.
-
-    Attributes:
-        map: Local features, ``(B, C, h, w)``.
-        cls: Class tokens, ``(B, C)``; None where the backbone has none.
-    """
+    """What a backbone makes of a batch of images."""
 
     map: Tensor  # (B, C, h, w)
     cls: Tensor | None  # (B, C); None without a class token
@@ -30,47 +43,32 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a backbone's weights came from, for the results file.
+    """Where a backbone's weights came from, for the results file."""
 
-    Attributes:
-        source: URL, hub name, file name, or ``random``.
-        licence: As the publisher states it; None if unstated or unknown.
-        file_sha256: Digest of the weights file; None if there was none.
-        seed: Seed of random weights; None for trained ones.
-        weights_sha256: Digest of the loaded tensors, the same whatever file form they came in.
-    """
-
-    source: str
-    licence: str | None
-    file_sha256: str | None
-    seed: int | None
-    weights_sha256: str
+    source: str  # URL, hub name, file name, or "random"
+    licence: str | None  # as the publisher states it; None if unstated or unknown
+    file_sha256: str | None  # None if there was no file
+    seed: int | None  # of random weights
+    weights_sha256: str  # of the loaded tensors, the same whatever file form they came in
 
 
 class Backbone(nn.Module):
     """A network without classifier that gives a map of local features, and the class token if it has one.
 
-    The last stage's map is the output of timm's ``forward_features``: with ``conv_head`` for EfficientNets,
-    after the final norm for transformers. Earlier stages are numbered from 1: a ResNet's or RegNet's residual
-    stages (stage 3 of a ResNet is the output of ``layer3``), a ViT's blocks (without the final norm), and in
-    other families the entries of timm's ``feature_info``. What comes after the stage is not computed.
-
-    Starts in eval mode; a training loop that leaves it decides about BatchNorm itself.
+    The last stage's map is the output of timm's ``forward_features``: with ``conv_head`` for EfficientNets, after the
+    final norm for transformers. Earlier stages are numbered from 1: a ResNet's or RegNet's residual stages (stage 3 of
+    a ResNet is the output of ``layer3``), a ViT's blocks (without the final norm), and in other families the entries of
+    timm's ``feature_info``. What comes after the stage is not computed.
 
     Autocast does not reach the stem and the first four stages of an EfficientNet: they run in float32. In bfloat16 they
     would make most of what it changes in a descriptor, and save next to nothing on CPUs without AMX. (Not with gradient
     checkpointing, which would have to keep their maps.)
 
     Attributes:
-        name: As given to ``build_backbone``.
-        mean: Per-channel mean that images are normalised with, for values in [0, 1].
-        std: Per-channel standard deviation of the same.
+        mean: Per-channel mean that images are normalised with, for values in [0, 1]; ``std`` the same way.
         width: Channels of the map.
         patch: Side that a ViT's image sides must be a multiple of; 1 where any size will do.
-        patch_rounding: How ``fit_size`` reaches such a multiple.
-        stage: As given to ``build_backbone``.
         has_cls: Whether the features come with a class token.
-        provenance: Where the weights came from.
     """
 
     model: Any  # a timm model: nn.Module does not declare the methods that timm's models share
@@ -88,8 +86,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model.eval()
         self.name = name
-        self.mean = tuple(mean)
-        self.std = tuple(std)
+        self.mean, self.std = tuple(mean), tuple(std)
         self.provenance = provenance
         self.stage = stage
         self.patch_rounding = patch_rounding
@@ -98,36 +95,24 @@ class Backbone(nn.Module):
         self.patch = embedding.patch_size[0] if isinstance(embedding, PatchEmbed) else 1
         self.has_cls = getattr(self.model, "cls_token", None) is not None
         self.width: int = self.model.num_features
-        if stage is not None:
-            self._index, self.width = _find_stage(self.model, name, stage)
-            # Not every family hands out the tokens that precede the grid; those that do have this option.
-            options = inspect.signature(self.model.forward_intermediates).parameters
-            self.has_cls = self.has_cls and "return_prefix_tokens" in options
+        if stage is None:
+            return
+        if not hasattr(self.model, "forward_intermediates"):
+            raise UserError(f"{stage}: timm gives only the last stage of {name}; leave it out", "stage")
+        stages = list(self.model.feature_info)
+        stems = 1 if stages[0]["module"] in ("act1", "stem") else 0  # of ResNets and RegNets, which is no stage
+        if not 1 <= stage <= len(stages) - stems:
+            raise UserError(f"{stage}: {name} has stages 1 to {len(stages) - stems}", "stage")
+        self._index = stage - 1 + stems
+        self.width = stages[self._index]["num_chs"]
+        # Not every family hands out the tokens that precede the grid; those that do have this option.
+        options = inspect.signature(self.model.forward_intermediates).parameters
+        self.has_cls = self.has_cls and "return_prefix_tokens" in options
 
     def forward(self, images: Tensor) -> Features:
-        """Compute the features of normalised images.
-
-        Args:
-            images: ``(B, 3, H, W)``; for a ViT, H and W as ``fit_size`` gives them.
-
-        Returns:
-            The map ``(B, C, h, w)`` and the class token ``(B, C)`` or None.
-        """
-        return self._last_stage(images) if self.stage is None else self._earlier_stage(images)
-
-    @property
-    def sensitive(self) -> nn.Sequential | None:
-        """What runs in float32 whatever the precision; None where nothing does. The output of it is for ``rest``."""
-        if self.stage is not None or not isinstance(self.model, EfficientNet):
-            return None
-        return nn.Sequential(self.model.conv_stem, self.model.bn1, *self.model.blocks[:FLOAT32_STAGES])
-
-    @property
-    def rest(self) -> nn.Sequential:
-        """What follows ``sensitive``, up to the map."""
-        return nn.Sequential(*self.model.blocks[FLOAT32_STAGES:], self.model.conv_head, self.model.bn2)
-
-    def _last_stage(self, images: Tensor) -> Features:
+        """Compute the features of normalised images ``(B, 3, H, W)``; for a ViT, H and W as ``fit_size`` gives them."""
+        if self.stage is not None:
+            return self._earlier_stage(images)
         if self.sensitive is not None and not self.model.grad_checkpointing:
             with torch.autocast(images.device.type, enabled=False):
                 early = self.sensitive(images)
@@ -148,20 +133,29 @@ class Backbone(nn.Module):
         [features] = self.model.forward_intermediates(
             images, indices=[self._index], stop_early=True, intermediates_only=True, **options
         )
-        if not self.has_cls:
-            return Features(features, None)
-        grid, prefix = features
-        return Features(grid, prefix[:, 0])
+        return Features(features[0], features[1][:, 0]) if self.has_cls else Features(features, None)
 
     def _channels_first(self, features: Tensor) -> Tensor:
         # Swin and a few others keep channels last.
         return features if features.shape[1] == self.width else features.permute(0, 3, 1, 2)
 
+    @property
+    def sensitive(self) -> nn.Sequential | None:
+        """What runs in float32 whatever the precision; None where nothing does. The output of it is for ``rest``."""
+        if self.stage is not None or not isinstance(self.model, EfficientNet):
+            return None
+        return nn.Sequential(self.model.conv_stem, self.model.bn1, *self.model.blocks[:FLOAT32_STAGES])
+
+    @property
+    def rest(self) -> nn.Sequential:
+        """What follows ``sensitive``, up to the map."""
+        return nn.Sequential(*self.model.blocks[FLOAT32_STAGES:], self.model.conv_head, self.model.bn2)
+
     def fit_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the image size to use for a requested one: sides that are multiples of the patch.
 
-        ``nearest`` rounds to the nearest multiple (up when half-way), ``down`` to the next smaller one, never
-        below one patch; ``off`` takes fitting sizes only. Any size fits a backbone without patches.
+        ``nearest`` rounds to the nearest multiple (up when half-way), ``down`` to the next smaller one, never below one
+        patch; ``off`` takes fitting sizes only. Any size fits a backbone without patches.
 
         Raises:
             UserError: If rounding is off and the size does not fit.
@@ -173,21 +167,158 @@ class Backbone(nn.Module):
             return side
         if self.patch_rounding == "off":
             raise UserError(
-                f"--patch_rounding off: an image side of {side} px is no multiple of {self.name}'s patch of "
-                f"{self.patch} px; use --patch_rounding nearest or down"
+                f"off: an image side of {side} px is no multiple of the patch of {self.name}, {self.patch} px; take "
+                "nearest or down",
+                "patch_rounding",
             )
         raised = side + self.patch // 2 if self.patch_rounding == "nearest" else side
         return max(1, raised // self.patch) * self.patch
 
 
-def _find_stage(model: Any, name: str, stage: int) -> tuple[int, int]:
-    """Return a stage's index in timm's ``feature_info`` and its channels."""
-    if not hasattr(model, "forward_intermediates"):
-        raise UserError(f"--stage {stage}: timm gives only the last stage of {name}; leave --stage out")
-    stages = list(model.feature_info)
-    # The ResNets and RegNets list their stem first, which is no stage.
-    stems = 1 if stages[0]["module"] in ("act1", "stem") else 0
-    if not 1 <= stage <= len(stages) - stems:
-        raise UserError(f"--stage {stage}: {name} has stages 1 to {len(stages) - stems}")
-    index = stage - 1 + stems
-    return index, stages[index]["num_chs"]
+def build_backbone(
+    name: str,
+    weights: str | None = None,
+    stage: int | None = None,
+    patch_rounding: PatchRounding = "nearest",
+    seed: int = 0,
+) -> Backbone:
+    """Build a backbone with its weights, in eval mode, without a classifier; see ``ModelOptions``.
+
+    Raises:
+        UserError: If the name is unknown, the weights cannot be had, verified or fitted, the stage is out of range, or
+            the model takes images of one size only.
+    """
+    spec = BACKBONES.get(name)
+    config = _timm_config(name) if spec is None else {}
+    of_timm = spec is None and weights is None
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # of the CPU, where timm draws initial weights
+        model = _create(name, pretrained=of_timm)
+    layers = model.pretrained_cfg.get("classifier") or ()  # of distilled ViTs two
+    classifier = tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
+    if of_timm:
+        hub_id = config.get("hf_hub_id")
+        source, licence = f"hf-hub:{hub_id}" if hub_id else config["url"], config.get("license")
+        digest = verify_hub_file(hub_id, config.get("hf_hub_filename")) if hub_id else None
+    elif weights == RANDOM:
+        source, licence, digest = RANDOM, None, None
+    else:
+        if weights is None:
+            file, source, licence = official_file(spec), spec.url, spec.licence
+        else:
+            file, source, licence = Path(weights), Path(weights).name, None
+        state_dict, ignored = read_state_dict(file), classifier
+        if spec is None:
+            state_dict = _timm_keys(model, state_dict, classifier)
+        else:
+            ignored += spec.training_only
+            state_dict = {spec.rename(key): value for key, value in state_dict.items()} if spec.rename else state_dict
+        load_strictly(model, state_dict, ignored, f"{file} for {name}")
+        digest = file_sha256(file)
+    provenance = Provenance(
+        source, licence, digest, seed if weights == RANDOM else None, tensors_sha256(model.state_dict())
+    )
+    mean, std = (
+        (config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)) if spec is None else (spec.mean, spec.std)
+    )
+    backbone = Backbone(model, name, mean, std, provenance, stage, patch_rounding)
+    if spec is None:
+        _check_any_size(backbone)
+    return backbone
+
+
+def backbone_shapes(name: str) -> dict[str, torch.Size]:
+    """Names and shapes of a backbone's weights, without memory for them.
+
+    Raises:
+        UserError: If the name is unknown.
+    """
+    if name not in BACKBONES:
+        _timm_config(name)
+    # Older timm asks for this function's values, of the layers' drop rates.
+    on_cpu = functools.partial(torch.linspace, device="cpu")
+    with torch.device("meta"), mock.patch.object(torch, "linspace", on_cpu):
+        model = _create(name)
+    return {key: value.shape for key, value in model.state_dict().items()}
+
+
+def _timm_config(name: str) -> dict[str, Any]:
+    """Return timm's record of a model's weights: source, licence, mean, std; empty if it has none."""
+    model_name = name.removeprefix(TIMM)
+    architecture = model_name.partition(".")[0]
+    if model_name == name or not timm.is_model(architecture):
+        known = [*BACKBONES, *(TIMM + other for other in timm.list_models())]
+        near = [TIMM + name] if timm.is_model(name) else difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(BACKBONES)}"
+        raise UserError(f"{name}: unknown; {hint} (any timm model is timm/NAME)", "backbone")
+    try:
+        config = timm.models.get_pretrained_cfg(model_name)
+    except RuntimeError as error:  # the architecture exists, the tag after the dot does not
+        tags = ", ".join(TIMM + other for other in timm.list_pretrained(architecture + ".*"))
+        raise UserError(f"{name}: timm has no such weights; known: {tags}", "backbone") from error
+    return {} if config is None else config.to_dict()
+
+
+def _create(name: str, pretrained: bool = False) -> Any:
+    """Create a network without classifier that takes images of any size.
+
+    Swin does so by one option, plain ViTs by another, convolutional families by nature. A model cannot be asked before
+    it is built; one that does not know an option refuses it by name.
+    """
+    if name in BACKBONES:
+        return timm.create_model(BACKBONES[name].architecture, num_classes=0)
+    model_name = name.removeprefix(TIMM)
+    if pretrained and not timm.models.is_model_pretrained(model_name):
+        raise UserError(f"{name}: timm has no weights for it; give a file as weights", "backbone")
+    choices: list[dict[str, Any]] = [{"strict_img_size": False}, {"dynamic_img_size": True}, {}]
+    for options in choices:
+        try:
+            model: Any = timm.create_model(model_name, pretrained=pretrained, **options)
+            break
+        except TypeError as error:
+            if not any(option in str(error) for option in options):
+                raise
+        except OSError as error:  # what huggingface_hub and urllib raise for network, licence gate and disk alike
+            raise UserError(
+                f"{name}: the weights cannot be had from https://huggingface.co/timm/{model_name} ({one_line(error)}); "
+                "get the file by other means and give it as weights",
+                "backbone",
+            ) from error
+    if not hasattr(model, "reset_classifier"):
+        raise UserError(f"{name}: is no image classifier; choose a convolutional network or a plain ViT", "backbone")
+    model.reset_classifier(0)
+    return model
+
+
+def _timm_keys(model: Any, state_dict: StateDict, classifier: tuple[str, ...]) -> StateDict:
+    """Turn the keys of a model's original publisher into timm's, with timm's own conversion.
+
+    A file whose keys are timm's already is left alone: the conversions also resize, which strict loading is to refuse.
+    """
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    ours = {key for key in state_dict if not key.startswith(classifier)} == model.state_dict().keys()
+    if ours or convert is None:
+        return state_dict
+    try:
+        converted: StateDict = convert(state_dict, model)
+    except Exception:  # not the publisher's form either: strict loading is to name the keys
+        return state_dict
+    return converted
+
+
+def _check_any_size(backbone: Backbone) -> None:
+    """Refuse a model that cannot take images of any size, as museum photographs come: try a small odd-sized one."""
+    height, width = (max(side // backbone.patch, 1) * backbone.patch for side in (97, 130))
+    try:
+        with torch.no_grad():
+            features = backbone(torch.zeros(1, 3, height, width))
+        if features.map.ndim == 4 and features.map.shape[1] == backbone.width:
+            return
+        reason = f"its features are {tuple(features.map.shape)}"
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:  # each family in its own way
+        reason = f"{type(error).__name__}: {one_line(error)}"
+    raise UserError(
+        f"{backbone.name}: it gives no feature map for a {height}x{width} image ({reason}), and images have any size; "
+        "choose a convolutional network or a plain ViT",
+        "backbone",
+    )

@@ -5,17 +5,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metilr.data.decode import to_tensor
 from metilr.errors import UserError, shown
-from metilr.models.backbone import Backbone, Features, PatchRounding
-from metilr.models.pooling import CLS, Pooling, PoolingName, build_pooling
+from metilr.models import SCALES, PatchRounding, PoolingName
+from metilr.models.backbone import Backbone, Features, build_backbone
+from metilr.models.pooling import Pooling, build_pooling
 from metilr.models.weights import tensors_sha256
-from metilr.models.zoo import build_backbone
 
-SCALES = (1.0, 2**-0.5, 0.5)  # the Met paper's
 MAX_SCALES, MAX_SCALE = 32, 8  # of an image: more is a mistake, and takes gigabytes
 # oneDNN's bfloat16 convolutions with stride 2 give random values on AMX where a map is 1 or 2 px wide (seen with
 # PyTorch 2.7 and 2.15). No common backbone makes so narrow a map of an image with sides of 128 px or more.
@@ -23,11 +25,7 @@ BFLOAT16_LEAST_SIDE = 128
 
 
 class Projector(nn.Module):
-    """A linear map with bias of the pooled vector: a 1×1 convolution on a map of one position.
-
-    Attributes:
-        linear: Weight ``(out_dim, in_dim)`` and bias ``(out_dim,)``.
-    """
+    """A linear map with bias of the pooled vector: a 1×1 convolution on a map of one position."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -35,13 +33,7 @@ class Projector(nn.Module):
 
     @classmethod
     def from_whitening(cls, mean: Tensor, projection: Tensor) -> "Projector":
-        """Return the projector that whitens: x ↦ (x − mean) · projection.
-
-        Args:
-            mean: ``(D,)``.
-            projection: ``(D, dim)``.
-        """
-        assert mean.shape == projection.shape[:1], (mean.shape, projection.shape)
+        """Return the projector that whitens, x ↦ (x − mean) · projection, of ``(D,)`` and ``(D, dim)``."""
         projector = cls(*projection.shape)
         with torch.no_grad():
             projector.linear.weight.copy_(projection.T)
@@ -53,34 +45,27 @@ class Projector(nn.Module):
         mapped: Tensor = self.linear(pooled)
         return mapped
 
-    def settings(self) -> dict[str, Any]:
-        """Return what determines the output."""
-        return {
-            "in_dim": self.linear.in_features,
-            "out_dim": self.linear.out_features,
-            "sha256": tensors_sha256(self.state_dict()),
-        }
-
 
 class Embedder(nn.Module):
     """Images to descriptors: f(x) = L2(projector(L2(pooling(backbone(x))))), summed over scales, L2 again.
 
     The backbone runs in whatever precision the caller's autocast sets, by whatever engine, but by PyTorch in float32 on
-    the CPU where a scaled image has a side below ``BFLOAT16_LEAST_SIDE``; all else runs in float32. L2
-    normalisation leaves a zero vector zero: an image without any activation is similar to nothing.
+    the CPU where a scaled image has a side below ``BFLOAT16_LEAST_SIDE``; all else runs in float32. L2 normalisation
+    leaves a zero vector zero: an image without any activation is similar to nothing.
 
     Args:
         backbone: Images to features.
         pooling: Features to one vector.
         projector: Left out if None, with the normalisation after it.
         scales: Relative image sizes for ``describe``.
+        image_size: Length in px of the longest side of the images that it was trained with, to which ``embed`` resizes
+            them; None: as they are.
 
     Attributes:
         engine: Computes the features in the backbone's place; None: the backbone itself, by PyTorch.
 
     Raises:
-        UserError: If the pooling needs a class token that the backbone does not give, or a scale is not a
-            finite number above 0.
+        UserError: If the pooling needs a class token that the backbone does not give, or a scale is out of range.
     """
 
     mean: Tensor
@@ -92,19 +77,20 @@ class Embedder(nn.Module):
         pooling: Pooling,
         projector: Projector | None = None,
         scales: Sequence[float] = SCALES,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(pooling, CLS) and not backbone.has_cls:
-            raise UserError(f"--pooling cls: {backbone.name} gives no class token here; use --pooling gem")
+        if pooling.settings()["kind"] == "cls" and not backbone.has_cls:
+            raise UserError(f"cls: {backbone.name} gives no class token here; take gem", "pooling")
         if not 0 < len(scales) <= MAX_SCALES or not all(0 < scale <= MAX_SCALE for scale in scales):
             raise UserError(
-                f"--scales {shown(list(scales))}: give 1 to {MAX_SCALES} numbers above 0, none above {MAX_SCALE}"
+                f"{shown(list(scales))}: give 1 to {MAX_SCALES} numbers above 0, none above {MAX_SCALE}", "scales"
             )
-        assert projector is None or projector.linear.in_features == backbone.width
         self.backbone = backbone
         self.pooling = pooling
         self.projector = projector
         self.scales = tuple(float(scale) for scale in scales)
+        self.image_size = image_size
         self.engine: Callable[[Tensor], Features] | None = None
         self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(backbone.std).view(3, 1, 1))
@@ -114,61 +100,49 @@ class Embedder(nn.Module):
         """Length of an embedding."""
         return self.backbone.width if self.projector is None else self.projector.linear.out_features
 
+    @torch.inference_mode()
+    def embed(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Describe images of any size and mode; float32 ``(N, dim)``, unit length."""
+        descriptors = np.empty((len(images), self.dim), dtype=np.float32)
+        for descriptor, image in zip(descriptors, images, strict=True):
+            pixels = to_tensor(image, self.image_size)[None].to(self.mean.device)
+            descriptor[:] = self.describe(self.normalise(pixels))[0].cpu().numpy()
+        return descriptors
+
     def normalise(self, images: Tensor) -> Tensor:
-        """Turn 8-bit images into the backbone's input: (x/255 − mean)/std.
-
-        Args:
-            images: ``(B, 3, H, W)``, uint8.
-
-        Returns:
-            ``(B, 3, H, W)``, float32.
-        """
+        """Turn uint8 images ``(B, 3, H, W)`` into the backbone's input, float32: (x/255 − mean)/std."""
         return (images.float() / 255 - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embed normalised images at their own size.
-
-        Args:
-            images: ``(B, 3, H, W)``.
-
-        Returns:
-            Embeddings ``(B, D)``, unit length, float32.
-        """
+        """Embed normalised images ``(B, 3, H, W)`` at their own size: ``(B, dim)``, unit length, float32."""
         return self._embed(self._resize(images, 1.0))
 
     def describe(self, images: Tensor) -> Tensor:
-        """Describe normalised images: the sum of their embeddings over the scales, L2-normalised.
-
-        Args:
-            images: ``(B, 3, H, W)``.
+        """Describe normalised images ``(B, 3, H, W)``: the sum of their embeddings over the scales, L2-normalised.
 
         Returns:
-            Descriptors ``(B, D)``, unit length, float32.
+            Descriptors ``(B, dim)``, unit length, float32.
         """
         embeddings = [self._embed(self._resize(images, scale)) for scale in self.scales]
         return F.normalize(torch.stack(embeddings).sum(dim=0), dim=1)
 
     def _embed(self, images: Tensor) -> Tensor:
-        features = self._features(images)
+        if images.device.type != "cpu" or min(images.shape[-2:]) >= BFLOAT16_LEAST_SIDE:
+            features = (self.engine or self.backbone)(images)
+        else:  # other engines are not safe there either: OpenVINO averages wrongly a map smaller than the window
+            with torch.autocast("cpu", enabled=False):
+                features = self.backbone(images)
         with torch.autocast(images.device.type, enabled=False):
             return self.project(F.normalize(self.pooling(features), dim=1))
 
-    def _features(self, images: Tensor) -> Features:
-        if images.device.type != "cpu" or min(images.shape[-2:]) >= BFLOAT16_LEAST_SIDE:
-            return (self.engine or self.backbone)(images)
-        # Other engines are not safe there either: OpenVINO averages wrongly where a map is smaller than the window.
-        with torch.autocast("cpu", enabled=False):
-            return self.backbone(images)
-
     def project(self, pooled: Tensor) -> Tensor:
-        """Turn unit-length pooled vectors ``(B, width)`` into embeddings ``(B, D)``: what follows the pooling."""
+        """Turn unit-length pooled vectors ``(B, width)`` into embeddings ``(B, dim)``: what follows the pooling."""
         return pooled if self.projector is None else F.normalize(self.projector(pooled), dim=1)
 
     def _resize(self, images: Tensor, scale: float) -> Tensor:
         """Scale images to ⌊side · scale⌋, at least 1 px; for a ViT, on to the size that fits its patches."""
         height, width = images.shape[-2:]
-        scaled = max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
-        size = self.backbone.fit_size(*scaled)
+        size = self.backbone.fit_size(max(1, math.floor(height * scale)), max(1, math.floor(width * scale)))
         if scale == 1 and size == (height, width):
             return images
         if self.backbone.patch == 1 and min(height, width) * scale >= 1:
@@ -180,22 +154,30 @@ class Embedder(nn.Module):
     def describe_settings(self) -> dict[str, Any]:
         """Return everything that determines a descriptor besides the image, as JSON types.
 
-        The digests are taken from the tensors as they are now: after training, ``weights_sha256`` differs
-        from that of ``provenance``, which stands for the weights that training started from.
+        The digests are taken from the tensors as they are now: after training, ``weights_sha256`` differs from that of
+        ``provenance``, which stands for the weights that training started from.
         """
+        backbone, projector = self.backbone, None
+        if self.projector is not None:
+            linear = self.projector.linear
+            projector = {
+                "in_dim": linear.in_features,
+                "out_dim": linear.out_features,
+                "sha256": tensors_sha256(self.projector.state_dict()),
+            }
         return {
-            "backbone": self.backbone.name,
-            "weights_sha256": tensors_sha256(self.backbone.model.state_dict()),
-            "stage": self.backbone.stage,
-            "width": self.backbone.width,
-            "patch": self.backbone.patch,
-            "patch_rounding": self.backbone.patch_rounding if self.backbone.patch > 1 else None,
+            "backbone": backbone.name,
+            "weights_sha256": tensors_sha256(backbone.model.state_dict()),
+            "stage": backbone.stage,
+            "width": backbone.width,
+            "patch": backbone.patch,
+            "patch_rounding": backbone.patch_rounding if backbone.patch > 1 else None,
             "pooling": self.pooling.settings(),
-            "projector": None if self.projector is None else self.projector.settings(),
+            "projector": projector,
             "scales": list(self.scales),
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
-            "provenance": asdict(self.backbone.provenance),
+            "provenance": asdict(backbone.provenance),
         }
 
 
@@ -209,10 +191,10 @@ def build_embedder(
     patch_rounding: PatchRounding = "nearest",
     seed: int = 0,
 ) -> Embedder:
-    """Build a model by the names of its parts; None for scales: the paper's.
+    """Build a model by the names of its parts, see ``ModelOptions``; None for scales: the paper's.
 
     Raises:
         UserError: If a part is unknown or its weights cannot be had.
     """
     network = build_backbone(backbone, weights, stage, patch_rounding, seed)
-    return Embedder(network, build_pooling(pooling, network.width, p), scales=scales or SCALES)
+    return Embedder(network, build_pooling(pooling, p), scales=SCALES if scales is None else scales).eval()

@@ -5,27 +5,46 @@ import copy
 import queue
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 from unittest import mock
 
 import numpy as np
-import openvino
-import openvino.opset13 as opset
 import torch
-from openvino.frontend import FrontEndManager
-from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from timm.layers import padding
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
-from torch._dynamo import config as compiler_config
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-from torch.fx.experimental import _config as shape_config
 from torch.nn import functional as F
 
-from metilr.errors import UserError
+from metilr.errors import UserError, one_line
+from metilr.models import Engine
 from metilr.models.backbone import Backbone, Features
 
 MOST_GRAPHS = 16  # see CompiledEngine
+PROBE_SHAPE = (1, 3, 301, 267)  # odd, and beyond 256: bfloat16 cannot count further in steps of 1
+# Cosine to PyTorch in float32 that the probe's map must have: noise is the worst of images for bfloat16.
+LEAST_AGREEMENT = {"32": 0.9999, "bf16-mixed": 0.98}
+
+
+def start_engine(
+    engine: Engine, backbone: Backbone, precision: str, n_streams: int = 1
+) -> Callable[[Tensor], Features] | None:
+    """Make an engine ready to compute a backbone's features, in this process.
+
+    Args:
+        engine: Which; `metilr.models.check_engine` says whether it runs here.
+        backbone: In its place on its device, in eval mode.
+        precision: ``32`` or ``bf16-mixed``, for OpenVINO; the others take it from autocast.
+        n_streams: Threads that may call the engine at a time, for OpenVINO; the cores are divided among them.
+
+    Returns:
+        Images to features, for ``Embedder.engine``; None for PyTorch as it is.
+
+    Raises:
+        UserError: If the engine cannot run this backbone so.
+    """
+    if engine == "torch":
+        return None
+    return CompiledEngine(backbone) if engine == "compile" else OpenVINOEngine(backbone, precision, n_streams)
 
 
 class CompiledEngine:
@@ -38,9 +57,6 @@ class CompiledEngine:
     compiled when it is first needed.
 
     What cannot be compiled whole, or needs more graphs, is refused: PyTorch's own answer is to go on uncompiled.
-
-    Args:
-        backbone: In its place on its device, in eval mode.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -53,6 +69,11 @@ class CompiledEngine:
         Raises:
             UserError: If PyTorch cannot compile the backbone, or not for all shapes at once.
         """
+        from torch._dynamo import config as compiler_config  # seconds to import
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+        from torch.fx.experimental import _config as shape_config
+
+        name = self.backbone.name
         with contextlib.ExitStack() as stack:
             stack.enter_context(compiler_config.patch(recompile_limit=MOST_GRAPHS))
             # Or a first image that is square makes a graph of squares.
@@ -63,15 +84,11 @@ class CompiledEngine:
             try:
                 features: Features = self.compiled(images)
             except FailOnRecompileLimitHit as error:
-                raise UserError(
-                    f"--engine compile: {self.backbone.name} would be compiled anew for most image shapes; "
-                    "take --engine torch"
-                ) from error
+                reason = f"compile: {name} would be compiled anew for most image shapes; take torch"
+                raise UserError(reason, "engine") from error
             except TorchDynamoException as error:
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                raise UserError(
-                    f"--engine compile: PyTorch cannot compile {self.backbone.name} ({reason}); take --engine torch"
-                ) from error
+                reason = f"compile: PyTorch cannot compile {name} ({one_line(error)}); take torch"
+                raise UserError(reason, "engine") from error
         return features
 
 
@@ -86,20 +103,11 @@ def _same_padding(side: int, kernel_size: int, stride: int, dilation: int) -> in
     return added if extent >= stride else max(added, 0)
 
 
-PROBE_SHAPE = (1, 3, 301, 267)  # odd, and beyond 256: bfloat16 cannot count further in steps of 1
-# Cosine to PyTorch in float32 that the probe's map must have: noise is the worst of images for bfloat16.
-LEAST_AGREEMENT = {"32": 0.9999, "bf16-mixed": 0.98}
-
-
 class OpenVINOEngine:
-    """Images to features, as ``Backbone.forward``; the rows of ``bf16-mixed`` accumulate in float32.
+    """Images to features, as ``Backbone.forward``, of convolutional networks on the CPU, ``n_streams`` calls at a time.
 
-    A new image shape takes some tens of milliseconds once. The first use compares one random image with PyTorch.
-
-    Args:
-        backbone: A convolutional network without class token, on the CPU, in eval mode.
-        precision: ``32`` or ``bf16-mixed``.
-        n_streams: Threads that may call at a time; the cores are divided among them.
+    A new image shape takes some tens of milliseconds once. In ``bf16-mixed``, sums are of float32. The first use
+    compares one random image with PyTorch.
 
     Raises:
         UserError: If the backbone is of another kind, cannot be converted or disagrees with PyTorch, or the CPU has no
@@ -107,11 +115,13 @@ class OpenVINOEngine:
     """
 
     def __init__(self, backbone: Backbone, precision: str, n_streams: int = 1) -> None:
+        import openvino
+
         if backbone.patch > 1 or backbone.has_cls:
-            raise UserError(f"--engine openvino: takes no network of patches ({backbone.name}); take --engine torch")
+            raise UserError(f"openvino: takes no network of patches ({backbone.name}); take torch", "engine")
         core = openvino.Core()
         if precision == "bf16-mixed" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise UserError("--engine openvino --precision bf16-mixed: this CPU has no bfloat16 arithmetic; take 32")
+            raise UserError("bf16-mixed: this CPU has no bfloat16 arithmetic for engine openvino; take 32", "precision")
         parts: list[tuple[nn.Module, str]] = [(_MapOf(backbone), precision)]
         if precision != "32" and backbone.sensitive is not None:
             parts = [(backbone.sensitive, "32"), (backbone.rest, precision)]
@@ -120,8 +130,13 @@ class OpenVINOEngine:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
             example = probe.clone()
             for part, part_precision in parts:
-                model = _converted(part, example, backbone.name)
-                compiled.append(core.compile_model(model, "CPU", _options(part_precision, n_streams)))
+                options = {
+                    "INFERENCE_PRECISION_HINT": "f32" if part_precision == "32" else "bf16",
+                    "NUM_STREAMS": n_streams,
+                    "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                    "ENABLE_CPU_PINNING": False,  # several processes would be pinned to the same cores
+                }
+                compiled.append(core.compile_model(_converted(part, example, backbone.name), "CPU", options))
                 example = part(example)
         self.free: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()  # a request to each part, for each stream
         for _ in range(n_streams):
@@ -136,10 +151,10 @@ class OpenVINOEngine:
             for request in requests:
                 request.infer({0: values})
                 values = request.get_output_tensor()
-            found = np.array(values.data, dtype=np.float32)  # a copy: the request's own is overwritten
+            features = np.array(values.data, dtype=np.float32)  # a copy: the request's own is overwritten
         finally:
             self.free.put(requests)
-        return Features(torch.from_numpy(found), None)
+        return Features(torch.from_numpy(features), None)
 
 
 class _MapOf(nn.Module):
@@ -167,6 +182,10 @@ def _same_padding_openvino(side: int | Tensor, kernel_size: int, stride: int, di
 
 def _converted(module: nn.Module, example: Tensor, name: str) -> Any:
     """Turn a module into an OpenVINO model that takes images of any shape."""
+    import openvino
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
     module = copy.deepcopy(module)
     try:
         with warnings.catch_warnings(), mock.patch.object(padding, "get_same_padding", _same_padding_openvino):
@@ -176,8 +195,7 @@ def _converted(module: nn.Module, example: Tensor, name: str) -> Any:
             frontend = FrontEndManager().load_by_framework("pytorch")
             model = frontend.convert(frontend.load(decoder))
     except Exception as error:  # whatever the converter meets in an unknown network
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--engine openvino: cannot convert {name} ({reason}); take --engine torch") from error
+        raise UserError(f"openvino: cannot convert {name} ({one_line(error)}); take torch", "engine") from error
     _let_convolutions_pad(model, {path for path, part in module.named_modules() if isinstance(part, Conv2dSame)})
     model.reshape({model.inputs[0]: openvino.PartialShape([-1, example.shape[1], -1, -1])})
     return model
@@ -188,15 +206,17 @@ def _let_convolutions_pad(model: Any, padded: set[str]) -> None:
 
     OpenVINO's own padding layer runs on one core alone, and takes longer than all else to get ready for a new shape.
     """
+    from openvino import opset13 as opset
+
+    makers = {"Convolution": opset.convolution, "GroupConvolution": opset.group_convolution}
     for node in model.get_ordered_ops():
-        make = {"Convolution": opset.convolution, "GroupConvolution": opset.group_convolution}.get(node.get_type_name())
-        if make is None or _module_of(node) not in padded:
+        if node.get_type_name() not in makers or _module_of(node) not in padded:
             continue
         pad = node.input_value(0).get_node()
         if pad.get_type_name() != "Pad" or _module_of(pad) != _module_of(node):
             continue
         given = node.get_attributes()
-        joined = make(
+        joined = makers[node.get_type_name()](
             pad.input_value(0), node.input_value(1), given["strides"], [0, 0], [0, 0], given["dilations"],
             auto_pad="same_upper",
         )  # fmt: skip
@@ -206,79 +226,17 @@ def _let_convolutions_pad(model: Any, padded: set[str]) -> None:
 
 def _module_of(node: Any) -> str:
     """Path of the PyTorch module that a node was made from."""
-    path: str = node.get_friendly_name().removeprefix("__module.").partition("/")[0]
-    return path
+    return str(node.get_friendly_name()).removeprefix("__module.").partition("/")[0]
 
 
-def _options(precision: str, n_streams: int) -> dict[str, Any]:
-    return {
-        "INFERENCE_PRECISION_HINT": "f32" if precision == "32" else "bf16",
-        "NUM_STREAMS": n_streams,
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "ENABLE_CPU_PINNING": False,  # several processes would be pinned to the same cores
-    }
-
-
-def _check_agreement(found: Tensor, expected: Tensor, name: str, precision: str) -> None:
+def _check_agreement(features: Tensor, expected: Tensor, name: str, precision: str) -> None:
     """Refuse an engine that computes something else than PyTorch."""
-    wrong = f"shape {tuple(found.shape)} in place of {tuple(expected.shape)}"
-    if found.shape == expected.shape:
-        agreement = F.cosine_similarity(found.flatten(), expected.flatten(), dim=0).item()
+    wrong = f"shape {tuple(features.shape)} in place of {tuple(expected.shape)}"
+    if features.shape == expected.shape:
+        agreement = F.cosine_similarity(features.flatten(), expected.flatten(), dim=0).item()
         if agreement >= LEAST_AGREEMENT[precision]:
             return
         wrong = f"cosine {agreement:.4f}"
     raise UserError(
-        f"--engine openvino --precision {precision}: computes {name} otherwise than PyTorch ({wrong}); "
-        "take --engine torch"
+        f"openvino: computes {name} in precision {precision} otherwise than PyTorch ({wrong}); take torch", "engine"
     )
-
-
-Engine = Literal["torch", "compile", "openvino"]
-
-
-def check_engine(engine: Engine, device: str) -> None:
-    """Refuse an engine that does not run on a device, before any work.
-
-    Raises:
-        UserError: If it does not, or is not installed.
-    """
-    if engine not in ("torch", "compile", "openvino"):
-        raise UserError(f"--engine {engine}: unknown; choose torch, compile or openvino")
-    if engine != "openvino":
-        return
-    if device != "cpu":
-        raise UserError("--engine openvino: runs on the CPU; add --accelerator cpu, or take --engine torch or compile")
-    try:
-        import openvino  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "--engine openvino: OpenVINO is not installed; pip install openvino, or describe with --engine torch"
-        ) from None
-
-
-def start_engine(
-    engine: Engine, backbone: Backbone, precision: str, n_streams: int = 1
-) -> Callable[[Tensor], Features] | None:
-    """Make an engine ready to compute a backbone's features, in this process.
-
-    Args:
-        engine: Which.
-        backbone: In its place on its device, in eval mode.
-        precision: ``32`` or ``bf16-mixed``, for OpenVINO; the others take it from autocast.
-        n_streams: Threads that may call the engine at a time, for OpenVINO; the cores are divided among them.
-
-    Returns:
-        Images to features, for ``Embedder.engine``; None for PyTorch as it is.
-
-    Raises:
-        UserError: If the engine cannot run this backbone so.
-    """
-    if engine == "torch":
-        return None
-    if engine == "compile":
-        from metilr.models.engines import CompiledEngine  # seconds to import
-
-        return CompiledEngine(backbone)
-    from metilr.models.engines import OpenVINOEngine
-
-    return OpenVINOEngine(backbone, precision, n_streams)

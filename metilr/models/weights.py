@@ -7,9 +7,10 @@ import re
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import huggingface_hub
+import numpy as np
 import safetensors.torch
 import torch
 from rich.console import Console
@@ -17,6 +18,7 @@ from torch import nn
 
 from metilr.errors import UserError
 from metilr.files import file_sha256, refuse_compressed, rename_on_disk
+from metilr.models.zoo import BackboneSpec
 from metilr.progress import byte_progress
 from metilr.transfer import MOST, FetchError, content_length, copy_body, open_url
 
@@ -27,33 +29,22 @@ StateDict = dict[str, torch.Tensor]
 COUNTER = "num_batches_tracked"
 
 
-class PackagedFile(NamedTuple):
-    """A weights file inside an installed Python package.
-
-    Attributes:
-        module: Name that the package is imported by.
-        path: Of the file, relative to the package's folder.
-        install: The command that brings the package.
-    """
-
-    module: str
-    path: str
-    install: str
-
-
-def find_packaged_file(package: PackagedFile, sha256: str) -> Path:
-    """Return the path of a weights file that came with a Python package, verified.
+def official_file(spec: BackboneSpec) -> Path:
+    """Return the path of a backbone's official weights, verified: downloaded, or from a Python package.
 
     Raises:
-        UserError: If the package is missing, or its file is not the published one.
+        UserError: If they cannot be had, the package is missing, or the file is not the published one.
     """
-    module = importlib.util.find_spec(package.module)
-    if module is None or module.origin is None:
-        raise UserError(f"the package {package.module} is not installed; run: {package.install}")
-    path = Path(module.origin).parent / package.path
-    if not path.is_file() or not file_sha256(path).startswith(sha256):
-        raise UserError(f"{path}: missing or not the published file; reinstall it: {package.install} --force-reinstall")
-    return path
+    if spec.package is None:
+        return fetch_official_file(spec.url, spec.sha256)
+    module, path, install = spec.package
+    found = importlib.util.find_spec(module)
+    if found is None or found.origin is None:
+        raise UserError(f"the package {module} is not installed; run: {install}")
+    file = Path(found.origin).parent / path
+    if not file.is_file() or file_sha256(file) != spec.sha256:
+        raise UserError(f"{file}: missing or not the published file; reinstall it: {install} --force-reinstall")
+    return file
 
 
 def fetch_official_file(url: str, sha256: str | None) -> Path:
@@ -121,16 +112,13 @@ def _copy_from_network(url: str, target: Path) -> tuple[int, int | None]:
 
 
 def verify_hub_file(hub_id: str, filename: str | None = None) -> str | None:
-    """Check a weights file in Hugging Face's cache against the sha256 that the hub names it by.
+    """Check a weights file in Hugging Face's cache against the sha256 that the hub names it by, and return that.
 
-    The hub's own client compares sizes only.
+    The hub's own client compares sizes only. None if the file is not in that cache.
 
     Args:
         hub_id: As in timm's configurations: ``owner/name``, or ``owner/name@revision``.
         filename: The file; None for the names that timm looks for.
-
-    Returns:
-        The file's sha256; None if it is not in that cache.
 
     Raises:
         UserError: If the file is damaged.
@@ -147,84 +135,60 @@ def verify_hub_file(hub_id: str, filename: str | None = None) -> str | None:
     return None
 
 
-def read_state_dict(path: Path) -> StateDict:
-    """Read a state dict from a PyTorch or safetensors file.
-
-    Takes the state dict itself or a checkpoint that holds it under ``state_dict``, and drops the ``module.``
-    that DataParallel puts before every key. Never executes pickle code (``weights_only=True``).
+def read_file(path: Path) -> Any:
+    """Read a PyTorch or safetensors file to the CPU, without executing pickle code.
 
     Raises:
-        UserError: If the file is missing, damaged, holds more than tensors and containers, or no state dict.
+        UserError: If the file is missing, damaged, or holds more than tensors, plain values and NumPy scalars.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; check --weights")
+        raise UserError(f"{path}: no such file")
     try:
         refuse_compressed(path)
         if path.suffix == ".safetensors":
-            content: object = safetensors.torch.load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as its format has parts
         raise UserError(
-            f"{path}: cannot be read as weights ({type(error).__name__}): it is damaged or holds more than "
-            "tensors; get the file again, or save the state dict alone with torch.save(model.state_dict(), FILE)"
+            f"{path}: cannot be read ({type(error).__name__}): it is damaged, or holds more than tensors and plain "
+            "values; get the file again, or save the state dict alone with torch.save(model.state_dict(), FILE)"
         ) from error
+
+
+def _numpy_scalars() -> list[Any]:
+    """What a pickled NumPy number consists of, under its name of NumPy 1 and of NumPy 2; none of it runs code."""
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "?")]
+    return [*((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")), np.dtype, *kinds]
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """Read a state dict from a file, which may be a checkpoint that holds it under ``state_dict``.
+
+    The ``module.`` that DataParallel puts before every key is dropped.
+
+    Raises:
+        UserError: As ``read_file``, or if it holds no state dict.
+    """
+    content = read_file(path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    if not isinstance(content, Mapping) or not content or not all(_is_weight(item) for item in content.items()):
-        raise UserError(f"{path}: holds no state dict (a mapping of names to tensors); check --weights")
-    if all(key.startswith("module.") for key in content):
-        return {key.removeprefix("module."): value for key, value in content.items()}
-    return dict(content)
+    if not isinstance(content, Mapping) or not content or not is_state_dict(content):
+        raise UserError(f"{path}: holds no state dict, a mapping of names to tensors; get the file again")
+    prefix = "module." if all(key.startswith("module.") for key in content) else ""
+    return {key.removeprefix(prefix): value for key, value in content.items()}
 
 
-def _is_weight(item: tuple[object, object]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
-
-
-def rename_efficientnet_lite0(state_dict: StateDict) -> StateDict:
-    """Turn EfficientNet-PyTorch's keys for Lite0 into timm's.
-
-    The blocks come in the same order, there numbered through and here by stage. A block's layers are named by
-    position here, so the first block, which has no expansion, shifts them by one. Keys that are in timm's
-    form already stay as they are.
-    """
-    blocks_per_stage = (1, 2, 2, 3, 3, 4, 1)  # EfficientNet-B0's depths, Tan and Le 2019, table 1
-    blocks = [f"{stage}.{block}" for stage, depth in enumerate(blocks_per_stage) for block in range(depth)]
-    expanded = {
-        "_expand_conv": "conv_pw",
-        "_bn0": "bn1",
-        "_depthwise_conv": "conv_dw",
-        "_bn1": "bn2",
-        "_project_conv": "conv_pwl",
-        "_bn2": "bn3",
-    }
-    unexpanded = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-    outer = {
-        "_conv_stem": "conv_stem",
-        "_bn0": "bn1",
-        "_conv_head": "conv_head",
-        "_bn1": "bn2",
-        "_fc": "classifier",
-    }
-    renamed = {}
-    for key, value in state_dict.items():
-        inner = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
-        if inner and int(inner[1]) < len(blocks):
-            layers = unexpanded if inner[1] == "0" else expanded
-            key = f"blocks.{blocks[int(inner[1])]}.{layers.get(inner[2], inner[2])}.{inner[3]}"
-        else:
-            layer, _, rest = key.partition(".")
-            key = f"{outer.get(layer, layer)}.{rest}"
-        renamed[key] = value
-    return renamed
+def is_state_dict(content: Mapping[Any, Any]) -> bool:
+    """Whether it maps names to tensors."""
+    return all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items())
 
 
 def load_strictly(model: nn.Module, state_dict: StateDict, ignored: Iterable[str], source: str) -> None:
     """Load weights into a model without its classifier, and let no key or shape pass that does not fit.
 
-    BatchNorm's step counters may be missing (files older than torch 0.4.1): they keep the model's zeros,
-    which nothing reads in eval mode.
+    BatchNorm's step counters may be missing: they keep the model's zeros, which nothing reads in eval mode.
 
     Args:
         model: Loaded in place.
@@ -237,45 +201,39 @@ def load_strictly(model: nn.Module, state_dict: StateDict, ignored: Iterable[str
     """
     wanted = model.state_dict()
     refuse_unfit({key: value.shape for key, value in wanted.items()}, state_dict, ignored, source)
-    given = {**{key: value for key, value in wanted.items() if key.endswith(COUNTER)}, **state_dict}
-    model.load_state_dict({key: given[key] for key in wanted})
+    model.load_state_dict({key: state_dict.get(key, value) for key, value in wanted.items()})
 
 
 def refuse_unfit(wanted: Mapping[str, torch.Size], state_dict: StateDict, ignored: Iterable[str], source: str) -> None:
     """Compare weights with the names and shapes that a model has; raises as ``load_strictly``, and loads nothing."""
     given = {key: value.shape for key, value in state_dict.items() if not key.startswith(tuple(ignored))}
-    given = {**{key: shape for key, shape in wanted.items() if key.endswith(COUNTER)}, **given}
     problems = {
-        "missing": sorted(wanted.keys() - given.keys()),
-        "unexpected": sorted(given.keys() - wanted.keys()),
+        "missing": [key for key in wanted.keys() - given.keys() if not key.endswith(COUNTER)],
+        "unexpected": list(given.keys() - wanted.keys()),
         "of another shape": [
             f"{key} {tuple(given[key])} for {tuple(wanted[key])}"
             for key in wanted.keys() & given.keys()
             if given[key] != wanted[key]
         ],
     }
-    if any(problems.values()):
-        listed = "; ".join(f"{kind}: {_first_few(keys)}" for kind, keys in problems.items() if keys)
-        raise UserError(f"{source}: the weights do not fit ({listed}); check --backbone and --weights")
-
-
-def _first_few(keys: list[str], shown: int = 3) -> str:
-    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
-    return ", ".join(sorted(keys)[:shown]) + more
+    listed = []
+    for problem, keys in problems.items():
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        listed += [f"{problem}: {', '.join(sorted(keys)[:3])}{more}"] if keys else []
+    if listed:
+        raise UserError(f"{source}: the weights do not fit ({'; '.join(listed)}); check backbone and weights")
 
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     """Return the sha256 of named tensors: names in order, dtypes, shapes and bytes.
 
-    The same for the same values whatever the file, order or device they came from. BatchNorm's step
-    counters are left out: some files of the same weights carry them, some do not, and no descriptor depends
-    on them.
+    The same for the same values whatever the file, order or device they came from. BatchNorm's step counters are left
+    out: some files of the same weights carry them, some do not, and no descriptor depends on them.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        if name.endswith(COUNTER):
-            continue
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        if not name.endswith(COUNTER):
+            tensor = tensors[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from metilr.data.ground_truth import DatabaseName
-from metilr.models.embedder import SCALES
+from metilr.models import SCALES
 from metilr.models.zoo import BACKBONES
 
 Split = Literal["val", "test"]

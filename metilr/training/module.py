@@ -19,10 +19,11 @@ from metilr.errors import UserError
 from metilr.evaluation.options import VISITS
 from metilr.evaluation.whitening import exhibit_differences, visit_differences
 from metilr.extraction.store import row_chunks
+from metilr.models import SCALES, PatchRounding, PoolingName
+from metilr.models.backbone import build_backbone
 from metilr.models.checkpoints import FORMAT, model_entry
-from metilr.models.embedder import SCALES, Embedder, Projector
-from metilr.models.pooling import GeM, PoolingName, build_pooling
-from metilr.models.zoo import PatchRounding, build_backbone
+from metilr.models.embedder import Embedder, Projector
+from metilr.models.pooling import GeM, build_pooling
 from metilr.provenance import commit, library_versions, machine
 from metilr.retrieval.whitening import fit_learned_whitening, fit_pca_whitening
 from metilr.training.descriptors import single_scale
@@ -106,7 +107,7 @@ class FineTuning(pl.LightningModule):
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"--model.{name} {value}: must be a finite number, 0 or above")
         network = build_backbone(backbone, weights, stage, patch_rounding, seed)
-        pool = build_pooling(pooling, network.width, p, learnable=learn_p)
+        pool = build_pooling(pooling, p, learnable=learn_p)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             projector = None if projector_dim is None else Projector(network.width, projector_dim)
@@ -318,7 +319,7 @@ class FineTuning(pl.LightningModule):
         provenance = self.embedder.backbone.provenance
         checkpoint["metilr"] = {
             "format": FORMAT,
-            "model": model_entry(self.embedder, self.pooling, self._data.image_size),
+            "model": model_entry(self.embedder, self._data.image_size),
             "provenance": {"source": provenance.source, "licence": provenance.licence},
             "data": {
                 "root": truth.root.resolve().name,

@@ -258,7 +258,7 @@ def test_a_checkpoint_that_was_moved_or_exchanged(museum, tmp_path, identify):
     def write(file: Path, seed: int) -> None:
         embedder = build_embedder("r18_in", "random", seed=seed)
         state = {f"embedder.{name}": value for name, value in embedder.state_dict().items()}
-        entry = {"format": FORMAT, "model": model_entry(embedder, "gem", None), "provenance": {"licence": None}}
+        entry = {"format": FORMAT, "model": model_entry(embedder, None), "provenance": {"licence": None}}
         torch.save({"state_dict": state, "metilr": entry}, file)
 
     write(tmp_path / "a.ckpt", seed=3)

@@ -13,9 +13,9 @@ from metilr.errors import UserError
 from metilr.evaluation.geometric_check import check_settings, count_inliers
 from metilr.geometry.features import FeatureCache, LocalFeatureExtractor
 from metilr.geometry.verify import LocalFeatures, verify
+from metilr.models.backbone import build_backbone
 from metilr.models.embedder import Embedder
 from metilr.models.pooling import build_pooling
-from metilr.models.zoo import build_backbone
 from metilr.retrieval.knn import NO_ROW
 
 SIZE = MuseumSize(exhibits=6, mini_exhibits=5, val=(6, 2, 1), test=(2, 1, 1), longest_side=200)
@@ -32,7 +32,7 @@ def extractor() -> LocalFeatureExtractor:
         backbone = build_backbone("lite0_in")
     except UserError:  # its package is not installed
         backbone = build_backbone("r18_in", "random")
-    return LocalFeatureExtractor(Embedder(backbone, build_pooling("gem", backbone.width)).eval())
+    return LocalFeatureExtractor(Embedder(backbone, build_pooling("gem")).eval())
 
 
 def files(museum: GroundTruth, split: str) -> list[Path]:

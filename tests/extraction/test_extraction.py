@@ -24,9 +24,9 @@ from metilr.extraction.describe import describe_images, describe_views
 from metilr.extraction.descriptors import open_descriptors
 from metilr.extraction.options import ExtractionOptions
 from metilr.extraction.store import SPLITS, DescriptorStore
+from metilr.models.backbone import build_backbone
 from metilr.models.embedder import Embedder
 from metilr.models.pooling import build_pooling
-from metilr.models.zoo import build_backbone
 from tests.test_launch import state_of_process
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def museum(drawn, tmp_path) -> GroundTruth:
 @pytest.fixture(scope="module")
 def embedder() -> Embedder:
     backbone = build_backbone("r18_in", "random")
-    return Embedder(backbone, build_pooling("gem", backbone.width)).eval()
+    return Embedder(backbone, build_pooling("gem")).eval()
 
 
 def describe(embedder, museum, path, options=ON_CPU) -> DescriptorStore:
@@ -352,7 +352,7 @@ def test_other_settings_make_another_store(embedder, museum, tmp_path, monkeypat
 
 def test_a_descriptor_that_is_not_finite_stops_the_run_and_names_the_image(museum, tmp_path):
     backbone = build_backbone("r18_in", "random")
-    broken = Embedder(backbone, build_pooling("gem", backbone.width)).eval()
+    broken = Embedder(backbone, build_pooling("gem")).eval()
     with torch.no_grad():
         broken.backbone.model.conv1.weight.fill_(float("nan"))
     with pytest.raises(UserError, match=r"\.jpg: its descriptor is not finite"):

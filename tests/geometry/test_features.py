@@ -4,14 +4,14 @@ import torch
 from torch.nn import functional as F
 
 from metilr.geometry.features import LocalFeatureExtractor, cell_centres
+from metilr.models.backbone import build_backbone
 from metilr.models.embedder import Embedder
 from metilr.models.pooling import build_pooling
-from metilr.models.zoo import build_backbone
 
 
 def embedder_of(name: str, stage: int | None = None) -> Embedder:
     backbone = build_backbone(name, "random", stage)
-    return Embedder(backbone, build_pooling("gem", backbone.width)).eval()
+    return Embedder(backbone, build_pooling("gem")).eval()
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_settings_tell_what_changes_features(embedder: Embedder) -> None:
         LocalFeatureExtractor(embedder, stride=16),
         LocalFeatureExtractor(embedder, scales=(1.0,)),
         LocalFeatureExtractor(embedder, n_features=5),
-        LocalFeatureExtractor(Embedder(build_backbone("r18_in", "random", seed=1), build_pooling("gem", 512))),
+        LocalFeatureExtractor(Embedder(build_backbone("r18_in", "random", seed=1), build_pooling("gem"))),
     ]
     assert all(other.settings() != settings for other in others)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -3,8 +3,7 @@ import torch
 from torch import nn
 
 from metilr.errors import UserError
-from metilr.models.backbone import Features
-from metilr.models.zoo import build_backbone
+from metilr.models.backbone import Features, build_backbone
 
 
 @pytest.fixture
@@ -109,7 +108,7 @@ def test_a_vits_stages_are_its_blocks_with_the_class_token() -> None:
 def test_stages_out_of_range_are_refused_with_the_range(name: str, last: int) -> None:
     build_backbone(name, weights="random", stage=last)
     for stage in (0, last + 1, -1):
-        with pytest.raises(UserError, match=f"--stage {stage}: {name} has stages 1 to {last}"):
+        with pytest.raises(UserError, match=f"stage {stage}: {name} has stages 1 to {last}"):
             build_backbone(name, weights="random", stage=stage)
 
 
@@ -130,7 +129,7 @@ def test_sizes_are_fitted_to_the_patch() -> None:
 def test_rounding_off_refuses_sizes_that_do_not_fit() -> None:
     backbone = build_backbone("timm/test_vit", weights="random", patch_rounding="off")
     assert backbone.fit_size(32, 48) == (32, 48)
-    with pytest.raises(UserError, match=r"--patch_rounding off: .*50 px.*16 px; use --patch_rounding nearest"):
+    with pytest.raises(UserError, match=r"patch_rounding off: .*50 px.*16 px; take nearest"):
         backbone.fit_size(32, 50)
 
 
@@ -155,5 +154,5 @@ def test_a_family_without_intermediates_still_gives_its_last_map() -> None:
 
     older = type(backbone)(Older(backbone.model), "old", (0.0,) * 3, (1.0,) * 3, backbone.provenance)
     torch.testing.assert_close(run(older, images(64, 64)).map, expected)
-    with pytest.raises(UserError, match="--stage 2: timm gives only the last stage of old"):
+    with pytest.raises(UserError, match="stage 2: timm gives only the last stage of old"):
         type(backbone)(Older(backbone.model), "old", (0.0,) * 3, (1.0,) * 3, backbone.provenance, stage=2)

@@ -48,8 +48,8 @@ def plain_descriptors(network, images, projector=None):
 @pytest.mark.parametrize("with_projector", [True, False])
 def test_a_reference_checkpoint(tmp_path, with_projector, sequential):
     network, weight, bias = reference_checkpoint(tmp_path / "a.ckpt", projector=with_projector, sequential=sequential)
-    embedder, image_size = load_embedder(tmp_path / "a.ckpt")
-    assert image_size is None and embedder.scales == (1.0, 2**-0.5, 0.5)
+    embedder = load_embedder(tmp_path / "a.ckpt")
+    assert embedder.image_size is None and embedder.scales == (1.0, 2**-0.5, 0.5)
     images = torch.randn(2, 3, 48, 64)
     with torch.no_grad():
         expected = plain_descriptors(network, images, (weight, bias) if with_projector else None)
@@ -59,7 +59,7 @@ def test_a_reference_checkpoint(tmp_path, with_projector, sequential):
 @pytest.mark.parametrize("architecture", ["resnet34", "resnet50", "resnext50_32x4d"])
 def test_the_architecture_is_read_from_the_shapes(tmp_path, architecture):
     reference_checkpoint(tmp_path / "a.ckpt", architecture)
-    assert load_embedder(tmp_path / "a.ckpt")[0].backbone.name == f"timm/{architecture}"
+    assert load_embedder(tmp_path / "a.ckpt").backbone.name == f"timm/{architecture}"
 
 
 def test_evaluation_takes_it_and_refuses_idle_options(tiny_museum, tmp_path, monkeypatch):
@@ -88,7 +88,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no 'state_dict'"):
         read_checkpoint(file)
     torch.save({"state_dict": {"a": torch.zeros(2)}}, file)
-    with pytest.raises(UserError, match="no ResNet that is known"):
+    with pytest.raises(UserError, match="no ResNet known"):
         load_embedder(file)
 
 
@@ -114,7 +114,7 @@ class Evil:
 def test_pickle_code_is_not_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {"a": torch.zeros(1)}, "extra": Evil()}, "a.ckpt")
-    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_checkpoint(Path("a.ckpt"))
     Path("b.ckpt").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(UserError):

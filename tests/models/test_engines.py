@@ -25,12 +25,10 @@ from metilr.errors import UserError
 from metilr.extraction.describe import describe_images, store_settings
 from metilr.extraction.module import DescriptorModule
 from metilr.extraction.options import ExtractionOptions
-from metilr.models import engines as compiled_engine
-from metilr.models import engines as openvino_engine
-from metilr.models.backbone import Features
+from metilr.models import check_engine, engines
+from metilr.models.backbone import Features, build_backbone
 from metilr.models.embedder import build_embedder
-from metilr.models.engines import check_engine, start_engine
-from metilr.models.zoo import build_backbone
+from metilr.models.engines import start_engine
 from tests.conftest import SHARED
 
 NEW_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)  # 2.10 makes more graphs; between is untried
@@ -131,7 +129,7 @@ class Padded(nn.Module):
 def test_layers_that_pad_by_the_image_s_side_in_bfloat16(layer):
     """OpenVINO rounds what timm computes of a side; the probe at 301 px does not meet it here."""
     padded = Padded(layer()).eval()
-    engine = openvino_engine.OpenVINOEngine(padded, "bf16-mixed")
+    engine = engines.OpenVINOEngine(padded, "bf16-mixed")
     for side in (517, 601):
         found, expected = engine(images(side, side, 1)).map, padded(images(side, side, 1)).map
         assert found.shape == expected.shape
@@ -139,7 +137,7 @@ def test_layers_that_pad_by_the_image_s_side_in_bfloat16(layer):
 
 
 def layer_kinds(module, example):
-    return [node.get_type_name() for node in openvino_engine._converted(module, example, "network").get_ops()]
+    return [node.get_type_name() for node in engines._converted(module, example, "network").get_ops()]
 
 
 @pytest.mark.parametrize("groups", [1, 8])
@@ -148,8 +146,8 @@ def layer_kinds(module, example):
 def test_convolutions_pad_as_timm_s_do(kernel, stride, dilation, groups):
     padded = Padded(Conv2dSame(8, 8, kernel, stride, dilation=dilation, groups=groups, bias=True)).eval()
     with torch.inference_mode(False), torch.no_grad():
-        assert "Pad" not in layer_kinds(openvino_engine._MapOf(padded), images(60, 80, 1))
-    engine = openvino_engine.OpenVINOEngine(padded, "32")
+        assert "Pad" not in layer_kinds(engines._MapOf(padded), images(60, 80, 1))
+    engine = engines.OpenVINOEngine(padded, "32")
     for height in range(33, 46):
         shape = height, 50 - height // 3
         found, expected = engine(images(*shape)).map, padded(images(*shape)).map
@@ -159,7 +157,7 @@ def test_convolutions_pad_as_timm_s_do(kernel, stride, dilation, groups):
 def test_no_layer_of_the_network_pads():
     backbone = build_backbone("lite0_in", "random")
     with torch.no_grad():
-        kinds = layer_kinds(openvino_engine._MapOf(backbone), images(100, 90, 1))
+        kinds = layer_kinds(engines._MapOf(backbone), images(100, 90, 1))
     assert "GroupConvolution" in kinds and "Pad" not in kinds
 
 
@@ -202,23 +200,23 @@ def test_an_engine_that_computes_something_else_is_refused(monkeypatch, fault):
             return found[..., 1:, :] if fault == "shape" else found.flip(1)
 
     backbone = build_backbone("timm/test_resnet", "random")
-    monkeypatch.setattr(openvino_engine, "_converted", lambda part, *others: converted(Wrong(backbone), *others))
+    monkeypatch.setattr(engines, "_converted", lambda part, *others: converted(Wrong(backbone), *others))
     converted = CONVERTED
     with pytest.raises(UserError, match=r"otherwise than PyTorch \((shape|cosine)"):
         start_engine("openvino", backbone, "32")
 
 
-CONVERTED = openvino_engine._converted
+CONVERTED = engines._converted
 
 
 def test_what_cannot_run_is_refused(monkeypatch):
     with pytest.raises(UserError, match="runs on the CPU"):
         check_engine("openvino", "cuda")
-    with pytest.raises(UserError, match="--engine fast: unknown"):
+    with pytest.raises(UserError, match="engine fast: unknown"):
         check_engine("fast", "cpu")
     with pytest.raises(UserError, match="no network of patches"):
         start_engine("openvino", build_backbone("timm/test_vit", "random"), "32")
-    monkeypatch.setattr(openvino_engine.openvino, "Core", lambda: type("", (), {"get_property": lambda *a: ["FP32"]})())
+    monkeypatch.setattr(openvino, "Core", lambda: type("", (), {"get_property": lambda *a: ["FP32"]})())
     with pytest.raises(UserError, match="no bfloat16 arithmetic"):
         start_engine("openvino", build_backbone("timm/test_resnet", "random"), "bf16-mixed")
     monkeypatch.setitem(sys.modules, "openvino", None)
@@ -342,7 +340,7 @@ def test_gradient_checkpointing_of_an_efficientnet_changes_no_gradient():
 def test_a_refused_engine_leaves_no_store_behind(tiny_museum, tmp_path):
     truth, embedder = load_ground_truth(tiny_museum), build_embedder("timm/test_vit", "random")
     options = ExtractionOptions(accelerator="cpu", engine="openvino", num_workers=0, quiet=True)
-    with pytest.raises(UserError, match="take --engine torch"):
+    with pytest.raises(UserError, match="take torch"):
         describe_images(embedder, truth, tmp_path / "store", options, Console(quiet=True))
     assert not (tmp_path / "store").exists()
 
@@ -412,7 +410,7 @@ def test_a_few_graphs_serve_all_shapes_and_batches(name, batches, most, graphs):
 
 @torch.inference_mode()
 def test_a_compiled_backbone_never_goes_on_uncompiled(graphs, monkeypatch):
-    monkeypatch.setattr(compiled_engine, "MOST_GRAPHS", 1)
+    monkeypatch.setattr(engines, "MOST_GRAPHS", 1)
     compiled = start_engine("compile", build_backbone("timm/test_resnet", "random"), "32")
     compiled(images(64, 50, 2))
     with pytest.raises(UserError, match="timm/test_resnet would be compiled anew for most image shapes"):
@@ -423,7 +421,7 @@ def test_a_compiled_backbone_never_goes_on_uncompiled(graphs, monkeypatch):
 def test_what_cannot_be_compiled_whole_is_refused(graphs):
     backbone = build_backbone("timm/test_resnet", "random")
     backbone.model.maxpool = Unknown()
-    with pytest.raises(UserError, match=r"cannot compile timm/test_resnet \(.+\); take --engine torch"):
+    with pytest.raises(UserError, match=r"cannot compile timm/test_resnet \(.+\); take torch"):
         start_engine("compile", backbone, "32")(images(64, 50))
 
 
@@ -437,4 +435,4 @@ class Unknown(nn.Module):
 def test_the_padding_of_compiled_layers_is_timms(kernel_size):
     for side, stride, dilation in itertools.product(range(1, 40), range(1, 5), range(1, 4)):
         expected = padding.get_same_padding(side, kernel_size, stride, dilation)
-        assert compiled_engine._same_padding(side, kernel_size, stride, dilation) == expected
+        assert engines._same_padding(side, kernel_size, stride, dilation) == expected

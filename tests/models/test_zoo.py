@@ -11,8 +11,9 @@ import torchvision
 from torch import nn
 
 from metilr.errors import UserError
+from metilr.models.backbone import backbone_shapes, build_backbone
 from metilr.models.weights import StateDict
-from metilr.models.zoo import BACKBONES, backbone_shapes, build_backbone
+from metilr.models.zoo import BACKBONES
 from tests.server import Server
 
 REPORT = [
@@ -182,7 +183,7 @@ def test_the_largest_files_are_loaded_whole(name: str, tmp_path: Path, monkeypat
     generator = torch.Generator().manual_seed(0)
     weights = {key: torch.rand((1,) * len(shape), generator=generator).expand(shape) for key, shape in shapes.items()}
     torch.save(weights, tmp_path / "net.pth")
-    monkeypatch.setattr("metilr.models.zoo.tensors_sha256", lambda tensors: "")
+    monkeypatch.setattr("metilr.models.backbone.tensors_sha256", lambda tensors: "")
     original = timm.create_model
 
     def without_initial_values(*args: object, **kwargs: object) -> nn.Module:
@@ -243,7 +244,7 @@ def test_official_weights_come_from_the_specs_url(
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save(random_weights("resnet18"), tmp_path / "resnet18.pth")
-    with pytest.raises(UserError, match=r"resnet18\.pth for r50_in: .*missing: layer1.*--weights"):
+    with pytest.raises(UserError, match=r"resnet18\.pth for r50_in: .*missing: layer1.*weights"):
         build_backbone("r50_in", weights=str(tmp_path / "resnet18.pth"))
 
 
@@ -271,7 +272,7 @@ def test_shapes_are_those_of_the_built_backbone(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["r19", "timm/resnet19"])
 def test_shapes_of_an_unknown_network(name: str) -> None:
-    with pytest.raises(UserError, match=f"--backbone {name}"):
+    with pytest.raises(UserError, match=f"backbone {name}"):
         backbone_shapes(name)
 
 
@@ -324,13 +325,13 @@ def test_a_failed_hub_download_names_source_and_remedy(monkeypatch: pytest.Monke
         raise OSError("no network\nmore lines")
 
     monkeypatch.setattr(timm, "create_model", no_network)
-    with pytest.raises(UserError, match=r"huggingface\.co/timm/test_vit.*no network\).*--weights FILE") as error:
+    with pytest.raises(UserError, match=r"huggingface\.co/timm/test_vit.*no network.*give it as weights") as error:
         build_backbone("timm/test_vit.r160_in1k")
     assert "\n" not in str(error.value)
 
 
 def test_a_timm_model_without_published_weights_is_refused() -> None:
-    with pytest.raises(UserError, match=r"no weights.*--weights FILE"):
+    with pytest.raises(UserError, match=r"no weights.*give a file as weights"):
         build_backbone("timm/efficientnet_b6")
 
 
