@@ -20,10 +20,9 @@ from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.distributed import default_workers
 from metilr.evaluation.recognition import Recognition, figures_of
 from metilr.extraction.callbacks import keep_float32_exact
-from metilr.geometry.check import matching_picture
 from metilr.geometry.evidence import OFF, Checked, Gate, apply_evidence, tune_evidence
 from metilr.geometry.features import FeatureCache, LocalFeatureExtractor
-from metilr.geometry.verify import NOTHING_IN_COMMON, LocalFeatures, Verification, verify
+from metilr.geometry.verify import NOTHING_IN_COMMON, LocalFeatures, Verification, matching_picture, verify
 from metilr.models.embedder import Embedder
 from metilr.progress import tracked
 from metilr.retrieval.knn import NO_LABEL, NO_ROW

@@ -1,10 +1,9 @@
 """What inliers do to answers: the confidence of those with few falls, and they can decide between candidates.
 
-Knows arrays alone; the parameters are chosen by GAP on val.
+Knows arrays alone, of Q queries with M candidates each; the parameters are chosen by GAP on val.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,27 +21,15 @@ ENOUGH_GRID = (10.0, 30.0, 100.0)  # wrong matches of 1200 features have 0 to 20
 class Gate:
     """How inliers change the confidence of an answer: confidence · ((1 + n) / (1 + n + enough)) ^ weight.
 
-    n is the number of inliers by which the answer leads. Many leave the confidence as it is, few lower it, and it
-    stays below 1.
-
-    Attributes:
-        weight: 0 or more; 0 leaves every confidence as it is.
-        enough: Inliers from about which on more make little difference, above 0.
+    n is the number of inliers by which the answer leads. Many leave the confidence as it is, few lower it, and it stays
+    below 1. A weight of 0 leaves every confidence as it is; ``enough``, above 0, is about how many inliers do.
     """
 
     weight: float
     enough: float
 
     def apply(self, log_confidence: np.ndarray, inliers: np.ndarray) -> np.ndarray:
-        """Return the gated logarithm of the confidence, log_confidence − weight · log1p(enough / (1 + n)).
-
-        Args:
-            log_confidence: ``(Q,)``; -inf stays.
-            inliers: How many more than others, see ``inlier_lead``, ``(Q,)``.
-
-        Returns:
-            float64 ``(Q,)``, nowhere larger than before.
-        """
+        """Return log_confidence − weight · log1p(enough / (1 + n)), ``(Q,)``, never larger than before; -inf stays."""
         return log_confidence - self.weight * np.log1p(self.enough / (1 + inliers))
 
 
@@ -51,19 +38,11 @@ OFF = Gate(0.0, ENOUGH_GRID[0])
 
 @dataclass(frozen=True, eq=False)
 class Checked:
-    """What was checked of the answers to Q queries.
+    """What was checked of the answers to Q queries."""
 
-    Attributes:
-        matches: Candidates of each query, the first M of which were checked; rows of the database.
-        inliers: Of those, int64 ``(Q, M)``.
-        database_labels: Class of each database row, ``(N,)``.
-        n_classes: Number of classes.
-        tau: Inverse temperature.
-    """
-
-    matches: Matches
-    inliers: np.ndarray
-    database_labels: np.ndarray
+    matches: Matches  # candidates of each query, the first M of which were checked; rows of the database
+    inliers: np.ndarray  # of those, int64 (Q, M)
+    database_labels: np.ndarray  # class of each database row, (N,)
     n_classes: int
     tau: float
 
@@ -79,16 +58,10 @@ class Checked:
 
 
 def tune_evidence(answers: Predictions, checked: Checked, target: np.ndarray, reorder: bool) -> tuple[float, Gate]:
-    """Choose the boost (0 without ``reorder``) and the gate by GAP on val.
+    """Choose the boost (0 without ``reorder``) and the gate by GAP on val, whose true labels are ``target``, ``(Q,)``.
 
     Nothing is among the choices, so GAP on val is never lower with them than without. Equal GAPs: the smaller boost,
     then as ``tune_gate``.
-
-    Args:
-        answers: To the Q queries of val.
-        checked: Their candidates.
-        target: True labels, ``(Q,)``.
-        reorder: Whether labels may change.
     """
     best, highest = (0.0, OFF), -1.0
     for boost in BOOST_GRID if reorder else (0.0,):
@@ -98,6 +71,21 @@ def tune_evidence(answers: Predictions, checked: Checked, target: np.ndarray, re
         reached = gap(gate.apply(changed.log_confidence, lead), changed.labels, target)
         if reached > highest:
             best, highest = (boost, gate), reached
+    return best
+
+
+def tune_gate(log_confidence: np.ndarray, predicted: np.ndarray, target: np.ndarray, inliers: np.ndarray) -> Gate:
+    """Choose a gate by GAP on val, of answers ``(Q,)`` and their ``inlier_lead``.
+
+    Equal GAPs: no gate, then the smaller weight, then the smaller ``enough``.
+    """
+    best, highest = OFF, gap(log_confidence, predicted, target)
+    for weight in WEIGHT_GRID:
+        for enough in ENOUGH_GRID:
+            gate = Gate(weight, enough)
+            reached = gap(gate.apply(log_confidence, inliers), predicted, target)
+            if reached > highest:
+                best, highest = gate, reached
     return best
 
 
@@ -114,12 +102,7 @@ def reordered(answers: Predictions, checked: Checked, boost: float) -> Predictio
 
     The first of equal ones. The log-confidence is that of the classifier with these numbers in place of similarities:
     -log1p of the other candidates' summed odds, classes that are no candidate having 0. Unlike a gate this changes
-    labels, so ACC as well.
-
-    Args:
-        answers: To Q queries.
-        checked: Their candidates.
-        boost: 0 leaves the answers as they are.
+    labels, so ACC as well. A boost of 0 leaves the answers as they are.
     """
     rows = checked.rows
     if boost == 0 or not rows.shape[1]:
@@ -162,34 +145,3 @@ def _speaks(answers: Predictions, checked: Checked) -> np.ndarray:
     """Which candidates are of the answered class, bool ``(Q, M)``."""
     rows = checked.rows
     return (checked.database_labels[rows] == answers.labels[:, None]) & (rows != NO_ROW)
-
-
-def tune_gate(
-    log_confidence: np.ndarray,
-    predicted: np.ndarray,
-    target: np.ndarray,
-    inliers: np.ndarray,
-    weight_grid: Sequence[float] = WEIGHT_GRID,
-    enough_grid: Sequence[float] = ENOUGH_GRID,
-) -> Gate:
-    """Choose a gate by GAP on val.
-
-    No gate is among the choices, so GAP on val is never lower with the result than without. Equal GAPs: no gate,
-    then the smaller weight, then the smaller ``enough``.
-
-    Args:
-        log_confidence: Of each answer, ``(Q,)``.
-        predicted: Predicted labels, ``(Q,)``.
-        target: True labels, ``(Q,)``; DISTRACTOR where no exhibit is shown.
-        inliers: See ``inlier_lead``, ``(Q,)``.
-        weight_grid: Weights to try.
-        enough_grid: Values of ``enough`` to try with each.
-    """
-    best, highest = OFF, gap(log_confidence, predicted, target)
-    for weight in sorted(weight_grid):
-        for enough in sorted(enough_grid):
-            gate = Gate(weight, enough)
-            reached = gap(gate.apply(log_confidence, inliers), predicted, target)
-            if reached > highest:
-                best, highest = gate, reached
-    return best

@@ -1,14 +1,8 @@
-"""Local features on disk, within a limit: computed when first needed, the least recently used thrown away.
-
-One small file an image, named by a digest of everything that determines its features. Several processes may share a
-folder: files appear whole, and one that another process removes meanwhile is computed again.
-"""
+"""Local features of images, and the folder that keeps them: computed when first needed, read by later runs."""
 
 import contextlib
 import hashlib
 import math
-import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +14,7 @@ from torch.nn import functional as F
 
 from metilr.errors import UserError
 from metilr.extraction.store import settings_fingerprint
-from metilr.files import read_npz, replaced_file
+from metilr.files import replaced_file
 from metilr.geometry.verify import LocalFeatures
 from metilr.models import SCALES
 from metilr.models.embedder import BFLOAT16_LEAST_SIDE, Embedder
@@ -34,22 +28,20 @@ RECIPE = 2  # to be raised with any change here that changes features
 
 
 class LocalFeatureExtractor:
-    """Turns images into local features with an embedder's weights, and no others.
+    """Turns images into local features with an embedder's weights, and no others, on its device.
 
     The map is that of the stage with the wanted stride. Where no stage has it, as in ViTs, it is the one that the
-    embedder pools.
-
-    Each channel is standardised over the image's positions at all scales, (x − mean)/std, so that descriptors tell
-    what differs from place to place. The strongest by their norm are kept, and L2-normalised.
+    embedder pools. Each channel is standardised over the image's positions at all scales, (x − mean)/std, so that
+    descriptors tell what differs from place to place. The strongest by their norm are kept, and L2-normalised.
 
     Args:
-        embedder: Has the backbone. The work is done on its device.
+        embedder: Has the backbone.
         stride: Wanted distance in px between neighbouring positions at scale 1.
         scales: Relative image sizes; features of all are put together.
         n_features: Most features of an image.
 
     Attributes:
-        stride: Distance in px between neighbouring positions at scale 1, as it is.
+        stride: That distance as it is.
         tolerance: What ``verify`` is to be given, in px.
     """
 
@@ -68,18 +60,14 @@ class LocalFeatureExtractor:
 
     @torch.inference_mode()
     def extract(self, image: Tensor) -> LocalFeatures:
-        """Compute the features of one image.
+        """Compute the features of one image, uint8 ``(3, H, W)``.
 
         The backbone runs in whatever precision the caller's autocast sets, with ``Embedder``'s exception for small
         images; all else runs in float32.
 
-        Args:
-            image: uint8 ``(3, H, W)``.
-
         Returns:
-            At most ``n_features``, in order of scales and rows, positions in px of this image. None where the map
-            is the same everywhere or not finite. Descriptors are rounded to what float16 can say, so that a cache
-            keeps them as they are.
+            At most ``n_features``, in order of scales and rows, positions in px of this image. None where the map is
+            the same everywhere or not finite. Descriptors are rounded to what float16 can say, as they are kept.
         """
         height, width = image.shape[1:]
         normalised = self.embedder.normalise(image[None].to(self.embedder.mean.device))
@@ -156,117 +144,39 @@ def _strongest(positions: np.ndarray, features: np.ndarray, n: int) -> LocalFeat
     return LocalFeatures(positions[kept], descriptors.astype(np.float32))
 
 
-LIMIT = 4 << 30  # bytes: 40,000 images by lite0_in, 3,000 by a ResNet-50
-SUFFIX = ".local.npz"  # of entries; nothing else in the folder is touched
-ROOM = 0.9  # of the limit is left after throwing away, so that not every new entry looks through the folder
-
-
 class FeatureCache:
-    """Gives an image's features from disk, or computes and keeps them.
+    """Keeps the features of image files: a folder for each model and settings, in it a file for each image.
 
-    Descriptors are kept in float16 and returned as kept even when they are new, so figures do not depend on what was
-    there. Those of ``LocalFeatureExtractor`` lose nothing by it.
-
-    Args:
-        folder: Where the files lie; made if missing.
-        settings: Everything besides the image file that determines features; others are never mixed up.
-        limit: Most bytes of all entries in the folder. With several processes at work, each may pass it by a
-            hundredth.
-
-    Raises:
-        UserError: If the folder cannot be made or read.
+    An image takes from 0.1 MB of the disk (lite0_in) to 1.2 MB (a ResNet-50), until somebody deletes the folder.
+    Descriptors are kept in float16 and returned as kept even when they are new, so that figures do not depend on what
+    was there.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], limit: int = LIMIT) -> None:
-        self.folder = folder
-        self.limit = limit
-        self._fingerprint = settings_fingerprint(settings)
-        self._new_bytes = 0  # written since the folder was looked through
-        self._lock = threading.Lock()  # of the two counts
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._old_bytes = sum(size for _, size, _ in self._entries())
-        except OSError as error:
-            raise UserError(
-                f"{folder}: cannot be used as a cache ({error.strerror}); make it writable, or start in another folder"
-            ) from None
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = folder / settings_fingerprint(settings)
 
     def features(self, image: Path, compute: Callable[[], LocalFeatures]) -> LocalFeatures:
-        """Return the features of an image file.
+        """Return the features of an image file, computed where they are not there or damaged.
 
-        Args:
-            image: The file. One of another size or time of change counts as another image.
-            compute: Called where they are not on disk, or damaged there.
+        Of another size or time of change it counts as another image.
 
         Raises:
             UserError: If they cannot be written.
             OSError: If the image file is missing.
         """
-        entry = self._entry(image)
-        kept = _read(entry)
-        if kept is not None:
-            return kept
-        computed = compute()
-        features = LocalFeatures(computed.positions, computed.descriptors.astype(np.float16))
-        try:
-            with replaced_file(entry) as stream:
-                np.savez(stream, **features._asdict())
-            with self._lock:
-                self._make_room(entry.stat().st_size)
-        except FileNotFoundError:
-            pass  # another process has thrown it away already
-        except OSError as error:
-            raise UserError(f"{entry}: cannot be written ({error.strerror}); free some space") from None
-        return _in_float32(features)
-
-    def _entry(self, image: Path) -> Path:
         status = image.stat()
-        name = f"{self._fingerprint}\n{image.resolve()}\n{status.st_size}\n{status.st_mtime_ns}"
-        return self.folder / (hashlib.sha256(name.encode()).hexdigest()[:32] + SUFFIX)
-
-    def _make_room(self, n_bytes: int) -> None:
-        self._new_bytes += n_bytes
-        # Others write as well: look again before that can be much.
-        if self._old_bytes + self._new_bytes <= self.limit and self._new_bytes <= self.limit / 100:
-            return
-        entries = sorted(self._entries())
-        total = sum(size for _, size, _ in entries)
-        if total > self.limit:
-            for _, size, file in entries:
-                if total <= ROOM * self.limit:
-                    break
-                file.unlink(missing_ok=True)
-                total -= size
-        self._old_bytes, self._new_bytes = total, 0
-
-    def _entries(self) -> list[tuple[int, int, Path]]:
-        """Time of last use, bytes and path of each entry, those included that a killed process left half written."""
-        entries = []
-        for file in self.folder.glob(f"*{SUFFIX}*"):
-            with contextlib.suppress(FileNotFoundError):  # another process throws away as well
-                status = file.stat()
-                entries.append((status.st_mtime_ns, status.st_size, file))
-        return entries
-
-
-def _read(entry: Path) -> LocalFeatures | None:
-    """Return what an entry holds, and note the use; None if it is missing or damaged."""
-    try:
-        arrays = read_npz(entry)
-        features = LocalFeatures(arrays["positions"], arrays["descriptors"])
-    except Exception:  # NumPy and zipfile raise many types on damaged files; each means the same here
-        return None
-    positions, descriptors = features
-    if positions.dtype != np.float32 or positions.ndim != 2 or positions.shape[1] != 2:
-        return None
-    if descriptors.dtype != np.float16 or descriptors.ndim != 2 or len(descriptors) != len(positions):
-        return None
-    if not np.isfinite(positions).all() or not np.isfinite(descriptors).all():
-        return None
-    with contextlib.suppress(OSError):  # thrown away by another process just now, or a folder to read from alone
-        os.utime(entry)
-    return _in_float32(features)
-
-
-def _in_float32(features: LocalFeatures) -> LocalFeatures:
-    return LocalFeatures(features.positions, features.descriptors.astype(np.float32))
+        name = hashlib.sha256(f"{image.resolve()}\n{status.st_size}\n{status.st_mtime_ns}".encode()).hexdigest()[:32]
+        file = self.folder / f"{name}.npz"
+        with contextlib.suppress(Exception), np.load(file) as arrays:  # NumPy and zipfile raise many types on damage
+            return LocalFeatures(arrays["positions"], arrays["descriptors"].astype(np.float32))
+        positions, descriptors = compute()
+        descriptors = descriptors.astype(np.float16)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replaced_file(file) as stream:
+                np.savez(stream, positions=positions, descriptors=descriptors)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or file}: cannot be written ({error.strerror}); free some space"
+            ) from None
+        return LocalFeatures(positions, descriptors.astype(np.float32))

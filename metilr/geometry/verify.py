@@ -1,13 +1,16 @@
 """Geometric verification: do the local features of two images lie as if one surface was seen twice?
 
-Knows arrays alone. Descriptors propose matches, a robust fit says how many of them agree about one transform.
+Descriptors propose matches, a robust fit says how many of them agree about one transform.
 """
 
+import io
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+from PIL import Image, ImageDraw
+from torch import Tensor
 
 MIN_INLIERS = 5  # an affine map goes through any three matches: two more must agree
 MAX_SCALE = 6.0  # a catalogue image of 500 px against an exhibit 80 px wide
@@ -16,17 +19,17 @@ NEAR = 3.0  # tolerances: how far a steep view may bend what one affine map expl
 ITERATIONS = 2000  # find a share of 15 % inliers with 99.9 % certainty
 CERTAINTY = 0.999  # stop earlier at this
 
+SIDE = 260  # px of each of the two in a picture
+GAP = 6  # px between them
+LINES = 30  # matches drawn: more hide the images
+COLOUR = (255, 190, 0)
+
 
 class LocalFeatures(NamedTuple):
-    """Where one image has local features, and what each looks like.
+    """Where one image has local features, and what each looks like."""
 
-    Attributes:
-        positions: x and y in px, float32 ``(n, 2)``; 0 is the image's left or upper edge.
-        descriptors: float32 ``(n, C)``, unit length.
-    """
-
-    positions: np.ndarray
-    descriptors: np.ndarray
+    positions: np.ndarray  # x and y in px, float32 (n, 2); 0 is the image's left or upper edge
+    descriptors: np.ndarray  # float32 (n, C), unit length
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +37,9 @@ class Verification:
     """What two images have in common.
 
     Attributes:
-        matches: Features of the first and the second image that match and agree with the transform, int64
-            ``(m, 2)``; none where no plausible transform was found.
-        transform: Homography from the first image to the second, on positions ``(x, y, 1)``, float64 ``(3, 3)``;
-            None where ``matches`` is empty.
+        matches: Features of the first and the second image that agree with the transform, int64 ``(m, 2)``.
+        transform: Homography from the first image to the second, on positions ``(x, y, 1)``, float64 ``(3, 3)``; None
+            where no plausible one was found, so ``matches`` is empty.
     """
 
     matches: np.ndarray
@@ -53,14 +55,10 @@ NOTHING_IN_COMMON = Verification(np.empty((0, 2), dtype=np.int64), None)
 
 
 def mutual_nearest(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Match descriptors that are each other's nearest.
+    """Match unit-length descriptors, ``(n, C)`` and ``(m, C)``, that are each other's nearest.
 
-    Of equally near ones the one of smaller index counts. Descriptors that point away from each other (inner
-    product of 0 or less) do not match, so a zero vector never does.
-
-    Args:
-        first: ``(n, C)``, unit length.
-        second: ``(m, C)``, unit length.
+    Of equally near ones the one of smaller index counts. Descriptors that point away from each other (inner product of
+    0 or less) do not match, so a zero vector never does.
 
     Returns:
         Index into ``first`` and into ``second``, int64 ``(matches, 2)``, ascending.
@@ -83,12 +81,8 @@ def verify(first: LocalFeatures, second: LocalFeatures, tolerance: float) -> Ver
     those that agree lie in fewer than ``MIN_INLIERS`` squares of the tolerance's size, in either image, or the
     transform is not one of a surface seen twice, see ``is_plausible``.
 
-    OpenCV's RANSAC starts from a fixed seed at each call, so equal features give equal results.
-
-    Args:
-        first: Of one image.
-        second: Of the other.
-        tolerance: In px of the second image; about what a feature's position is uncertain by.
+    OpenCV's RANSAC starts from a fixed seed at each call, so equal features give equal results. The tolerance is in px
+    of the second image, about what a feature's position is uncertain by.
 
     Source: Fischler and Bolles, Random Sample Consensus, 1981; as a check of retrieved images: Philbin et al.,
     Object Retrieval with Large Vocabularies and Fast Spatial Matching, CVPR 2007, whose hypotheses come from
@@ -120,32 +114,58 @@ def apply_transform(transform: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return homogeneous[:, :2] / homogeneous[:, 2:]
 
 
-def matching_regions(first: LocalFeatures, found: Verification) -> tuple[np.ndarray, np.ndarray]:
+def matching_regions(first: LocalFeatures, verified: Verification) -> tuple[np.ndarray, np.ndarray]:
     """Outline what two images have in common: the convex hull of the matches.
-
-    Args:
-        first: Of the first image.
-        found: What ``verify`` found.
 
     Returns:
         Corners in px of the first image, ``(k, 2)``, and where the transform puts them in the second; k is 0 where
-        nothing was found.
+        nothing agrees.
     """
-    if found.transform is None:
+    if verified.transform is None:
         return np.empty((0, 2)), np.empty((0, 2))
-    hull = cv2.convexHull(first.positions[found.matches[:, 0]])[:, 0].astype(np.float64)
-    return hull, apply_transform(found.transform, hull)
+    hull = cv2.convexHull(first.positions[verified.matches[:, 0]])[:, 0].astype(np.float64)
+    return hull, apply_transform(verified.transform, hull)
+
+
+def matching_picture(
+    photo: Tensor, image: Tensor, first: LocalFeatures, second: LocalFeatures, verified: Verification
+) -> bytes:
+    """Draw two images, uint8 ``(3, H, W)``, with the outline of the matching region and lines between matches; a JPEG.
+
+    ``first`` are the photo's features, ``second`` the image's.
+    """
+    left, left_zoom = _thumbnail(photo)
+    right, right_zoom = _thumbnail(image)
+    offset = np.array([left.width + GAP, 0])
+    canvas = Image.new("RGB", (left.width + GAP + right.width, max(left.height, right.height)), "white")
+    canvas.paste(left, (0, 0))
+    canvas.paste(right, (int(offset[0]), 0))
+    draw = ImageDraw.Draw(canvas)
+    for place in np.linspace(0, verified.n_inliers - 1, min(LINES, verified.n_inliers)).astype(int):
+        i, j = verified.matches[place]
+        ends = [first.positions[i] * left_zoom, second.positions[j] * right_zoom + offset]
+        draw.line([tuple(end.tolist()) for end in ends], fill=COLOUR, width=1)
+    here, there = matching_regions(first, verified)
+    for outline in (here * left_zoom, there * right_zoom + offset):
+        if len(outline):
+            draw.line([tuple(corner) for corner in [*outline.tolist(), outline[0].tolist()]], fill=COLOUR, width=3)
+    stream = io.BytesIO()
+    canvas.save(stream, "JPEG", quality=80, optimize=True)
+    return stream.getvalue()
+
+
+def _thumbnail(image: Tensor) -> tuple[Image.Image, float]:
+    """A small picture and its size relative to the image."""
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    zoom = min(1.0, SIDE / max(picture.size))
+    return picture.resize((max(1, round(picture.width * zoom)), max(1, round(picture.height * zoom)))), zoom
 
 
 def is_plausible(transform: np.ndarray, positions: np.ndarray) -> bool:
-    """Say whether a transform can be that of a surface seen twice, as near the given positions.
+    """Say whether a homography can be that of a surface seen twice, near positions ``(n, 2)`` in the first image.
 
-    There it must neither mirror nor pass the horizon, nor scale any direction by more than ``MAX_SCALE`` or less
-    than its inverse, nor one direction ``MAX_STRETCH`` times as much as another.
-
-    Args:
-        transform: Homography, ``(3, 3)``.
-        positions: In the first image, ``(n, 2)``, at least one.
+    There it must neither mirror nor pass the horizon, nor scale any direction by more than ``MAX_SCALE`` or less than
+    its inverse, nor one direction ``MAX_STRETCH`` times as much as another.
     """
     depth = positions @ transform[2, :2] + transform[2, 2]
     if not np.isfinite(transform).all() or (depth * depth[0] <= 0).any():
@@ -164,12 +184,7 @@ def is_plausible(transform: np.ndarray, positions: np.ndarray) -> bool:
 
 def _fit_affine(here: np.ndarray, there: np.ndarray, tolerance: float) -> np.ndarray | None:
     affine, _ = cv2.estimateAffine2D(
-        here,
-        there,
-        method=cv2.RANSAC,
-        ransacReprojThreshold=tolerance,
-        maxIters=ITERATIONS,
-        confidence=CERTAINTY,
+        here, there, method=cv2.RANSAC, ransacReprojThreshold=tolerance, maxIters=ITERATIONS, confidence=CERTAINTY
     )
     return None if affine is None else np.vstack([affine, [0.0, 0.0, 1.0]])
 

@@ -1,4 +1,4 @@
-"""Whitenings and local features on disk: .npz files."""
+"""Whitenings on disk: .npz files."""
 
 import io
 import zipfile
@@ -6,8 +6,6 @@ import zipfile
 import numpy as np
 import pytest
 
-from metilr.geometry.features import FeatureCache
-from metilr.geometry.verify import LocalFeatures
 from metilr.retrieval.whitening import LearnedWhitening, PCAWhitening
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import cases, mutated
@@ -85,34 +83,3 @@ def test_archives_that_take_memory(tmp_path, kind):
                 content = npy_of((2**22,)) + bytes(8 * 2**22)
             new.writestr(name, content)
     assert REASONS[kind] in read(file)[0]
-
-
-def test_features_that_are_damaged_are_computed_again(tmp_path):
-    image = tmp_path / "a.jpg"
-    image.write_bytes(b"x")
-    cache = FeatureCache(tmp_path / "cache", {"a": 1})
-    rng = np.random.default_rng(0)
-    wanted = LocalFeatures(rng.random((5, 2), dtype=np.float32), rng.random((5, 8), dtype=np.float32))
-    cache.features(image, lambda: wanted)
-    (entry,) = (tmp_path / "cache").iterdir()
-    whole, n_computed, good = entry.read_bytes(), 0, parts(entry)
-    hostile = (
-        *HOSTILE,
-        *good.values(),
-        np.zeros((5, 2), np.float64),
-        np.zeros((4, 8), np.float16),
-        np.zeros(5, np.float16),
-    )
-    for random in cases(400):
-        entry.write_bytes(mutated(whole, random, TOKENS))
-        if random.random() < 0.4:
-            with entry.open("wb") as stream:
-                np.savez(stream, **{**good, random.choice([*good]): random.choice(hostile)})
-        computed = []
-        with refusal(entry):
-            found = cache.features(image, lambda computed=computed: computed.append(1) or wanted)
-            assert found.positions.ndim == found.descriptors.ndim == 2 and found.positions.shape[1] == 2
-            assert len(found.positions) == len(found.descriptors) and found.descriptors.dtype == np.float32
-            assert found.positions.dtype == np.float32 and np.isfinite(found.positions).all()
-        n_computed += len(computed)
-    assert n_computed > 100

@@ -1,9 +1,13 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from metilr.geometry.features import LocalFeatureExtractor, cell_centres
+from metilr.errors import UserError
+from metilr.geometry.features import FeatureCache, LocalFeatureExtractor, cell_centres
+from metilr.geometry.verify import LocalFeatures
 from metilr.models.backbone import build_backbone
 from metilr.models.embedder import Embedder
 from metilr.models.pooling import build_pooling
@@ -144,3 +148,65 @@ def test_autocast_is_the_callers(embedder: Embedder) -> None:
 
 def test_cells_tile_the_image() -> None:
     np.testing.assert_allclose(cell_centres(2, 3, 20, 60), [[10, 5], [30, 5], [50, 5], [10, 15], [30, 15], [50, 15]])
+
+
+def random_features(n: int = 40) -> LocalFeatures:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(n, 16)).astype(np.float32)
+    positions = rng.uniform(0, 300, (n, 2)).astype(np.float32)
+    return LocalFeatures(positions, rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+def refuse() -> LocalFeatures:
+    raise AssertionError("computed again")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    (tmp_path / "a.jpg").write_bytes(b"an image")
+    return tmp_path / "a.jpg"
+
+
+@pytest.mark.parametrize("n", [40, 0])
+def test_new_and_kept_features_are_the_same(image: Path, tmp_path: Path, n: int) -> None:
+    computed = random_features(n)
+    new = FeatureCache(tmp_path / "cache", {}).features(image, lambda: computed)
+    kept = FeatureCache(tmp_path / "cache", {}).features(image, refuse)
+    for one, two in zip(new, kept, strict=True):
+        assert one.dtype == two.dtype == np.float32
+        np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(new.positions, computed.positions)
+    np.testing.assert_allclose(new.descriptors, computed.descriptors, atol=5e-4)  # float16
+
+
+def test_other_settings_images_and_contents_are_computed(image: Path, tmp_path: Path) -> None:
+    folder, other = tmp_path / "cache", tmp_path / "b.jpg"
+    other.write_bytes(b"an image")
+    FeatureCache(folder, {"stride": 8}).features(image, random_features)
+    for settings, file in (({"stride": 16}, image), ({"stride": 8}, other)):
+        with pytest.raises(AssertionError, match="computed again"):
+            FeatureCache(folder, settings).features(file, refuse)
+    image.write_bytes(b"a longer image")
+    with pytest.raises(AssertionError, match="computed again"):
+        FeatureCache(folder, {"stride": 8}).features(image, refuse)
+
+
+@pytest.mark.parametrize("damage", ["short", "bit", "empty", "text"])
+def test_a_damaged_entry_is_computed_again(image: Path, tmp_path: Path, damage: str) -> None:
+    cache = FeatureCache(tmp_path / "cache", {})
+    whole = cache.features(image, random_features)
+    [entry] = cache.folder.iterdir()
+    content = entry.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    entry.write_bytes({"short": content[:-100], "bit": flipped, "empty": b"", "text": b"no features"}[damage])
+    with pytest.raises(AssertionError, match="computed again"):
+        cache.features(image, refuse)
+    cache.features(image, random_features)
+    np.testing.assert_array_equal(cache.features(image, refuse).descriptors, whole.descriptors)
+
+
+def test_a_folder_that_cannot_be_made_is_a_users_error(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file.*: cannot be written"):
+        FeatureCache(tmp_path / "file", {}).features(image, random_features)
