@@ -3,4 +3,4 @@
 from metilr.cli import run_main
 
 if __name__ == "__main__":
-    run_main("metilr.training.train:train")
+    run_main("metilr.training.cli:train")

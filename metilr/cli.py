@@ -27,7 +27,7 @@ WITHOUT_VALUE = ("-h", "--help", "--print_config")
 
 SUBCOMMANDS = {
     "evaluate": "metilr.commands.evaluate:evaluate",
-    "train": "metilr.training.train:train",
+    "train": "metilr.training.cli:train",
     "identify": "metilr.collection.identify:identify",
     "index": "metilr.collection.index:index",
     "serve": "metilr.collection.serve.app:serve",

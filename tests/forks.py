@@ -156,7 +156,7 @@ def _run(job: dict[str, Any]) -> int:
         exec(job["setup"], {})
         name, *options = job["command"]
         if name == "train":
-            run_main("metilr.training.train:train", options, prog="train.py")
+            run_main("metilr.training.cli:train", options, prog="train.py")
         else:
             run_command("metilr.commands.evaluate:evaluate", options, prog="evaluate.py")
     except SystemExit as stop:

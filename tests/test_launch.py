@@ -77,7 +77,7 @@ def test_a_training_leaves_nothing_to_the_next_command(tiny_museum, tmp_path, mo
     options = ["--data.root", tiny_museum, "--trainer.max_epochs", 1, "--trainer.deterministic", "true"]
     before = state_of_process()
     try:
-        run_main("metilr.training.train:train", [str(part) for part in [*TRAIN[1:], *options]], "train.py")
+        run_main("metilr.training.cli:train", [str(part) for part in [*TRAIN[1:], *options]], "train.py")
     except SystemExit as stop:
         assert interrupted and stop.code == 2
     assert Path("out/finished").exists() is not interrupted

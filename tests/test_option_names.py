@@ -165,8 +165,6 @@ def test_provoked_faults(known, tiny_museum, tmp_path, monkeypatch, capsys, faul
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     fault(monkeypatch)
     with pytest.raises(SystemExit) as stop:
-        run_main(
-            "metilr.training.train:train", [*map(str, [*TRAIN[1:], "--data.root", "museum", *options])], "train.py"
-        )
+        run_main("metilr.training.cli:train", [*map(str, [*TRAIN[1:], "--data.root", "museum", *options])], "train.py")
     line = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and said in line and names_in(line) <= known, line

@@ -81,7 +81,7 @@ def test_the_readme_shows_the_commands():
 def test_evaluate_command(workplace, line, capsys):
     arguments = shlex.split(line)[2:]
     if "--ckpt" in arguments:
-        run_main("metilr.training.train:train", ["--data.root", "DIR", "--output", "RUN", *UNTRAINED], prog="train.py")
+        run_main("metilr.training.cli:train", ["--data.root", "DIR", "--output", "RUN", *UNTRAINED], prog="train.py")
     elif "--descriptors" in arguments:
         make_store()
         for name in ("a.pkl", "b.pkl"):
@@ -106,7 +106,7 @@ def test_evaluate_command(workplace, line, capsys):
 @pytest.mark.parametrize("line", TRAIN)
 def test_train_command(workplace, line):
     arguments = shlex.split(line)[2:]
-    run_main("metilr.training.train:train", [*arguments, *UNTRAINED], prog="train.py")
+    run_main("metilr.training.cli:train", [*arguments, *UNTRAINED], prog="train.py")
     assert list(Path.cwd().glob("**/best.ckpt"))
 
 
@@ -160,7 +160,7 @@ OTHERS_COMMANDS = {  # of pip, torchrun, srun and benchmarks
 
 def test_every_option_that_readme_and_docs_name_exists(capsys):
     commands = [lambda: run_command(evaluation.evaluate, ["--help"])]
-    commands += [lambda: run_main("metilr.training.train:train", ["--help"], prog="train.py")]
+    commands += [lambda: run_main("metilr.training.cli:train", ["--help"], prog="train.py")]
     commands += [lambda name=name: main([name, "--help"]) for name in SUBCOMMANDS]
     for command in commands:
         with pytest.raises(SystemExit):

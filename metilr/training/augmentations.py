@@ -8,13 +8,16 @@ import abc
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from metilr.data.decode import load_image, max_pixels
 from metilr.data.visits import PRESETS, RECIPE, derive_seed, simulate_visit, strengths_between
 from metilr.errors import UserError
 
@@ -26,7 +29,7 @@ class Augmentation(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, image: Tensor, seed: int) -> Tensor:
-        """Return a view, uint8 ``(3, size, size)``, of an image, uint8 ``(3, H, W)``."""
+        """Return a view of an image."""
 
     @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -46,17 +49,16 @@ class RandomCrop(Augmentation):
     """
 
     def __init__(
-        self,
-        size: int = 320,
-        scale: Sequence[float] = (0.7, 1.0),
-        ratio: Sequence[float] = (0.9, 1 / 0.9),
+        self, size: int = 320, scale: Sequence[float] = (0.7, 1.0), ratio: Sequence[float] = (0.9, 1 / 0.9)
     ) -> None:
-        if len(scale) != 2 or len(ratio) != 2:
-            raise UserError(f"RandomCrop: scale {list(scale)} and ratio {list(ratio)} need two numbers each")
-        if size < 1 or not 0 < scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
-            raise UserError(f"RandomCrop: size {size}, scale {list(scale)} or ratio {list(ratio)} is out of range")
+        if size < 1:
+            raise UserError(f"{size}: choose 1 px or more", "size")
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+            raise UserError(f"{list(scale)}: give two numbers, ascending, above 0 and at most 1", "scale")
+        if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1]:
+            raise UserError(f"{list(ratio)}: give two numbers, ascending, above 0", "ratio")
         self.size, self.scale, self.ratio = size, tuple(scale), tuple(ratio)
-        self.crop = v2.RandomResizedCrop(size, scale=self.scale, ratio=self.ratio, antialias=True)
+        self.transform: Any = v2.RandomResizedCrop(size, scale=self.scale, ratio=self.ratio, antialias=True)
 
     def __call__(self, image: Tensor, seed: int) -> Tensor:
         """Crop with torchvision, whose transforms draw from the global generator: a forked one here."""
@@ -64,11 +66,6 @@ class RandomCrop(Augmentation):
             torch.default_generator.manual_seed(seed)
             view: Tensor = self.transform(image)
         return view
-
-    def transform(self, image: Tensor) -> Tensor:
-        """Apply the random transform."""
-        cropped: Tensor = self.crop(image)
-        return cropped
 
     def settings(self) -> dict[str, Any]:
         """Return what determines a view."""
@@ -91,20 +88,11 @@ class PublishedAugmentation(RandomCrop):
     """
 
     def __init__(
-        self,
-        size: int = 500,
-        scale: Sequence[float] = (0.7, 1.0),
-        ratio: Sequence[float] = (0.99, 1 / 0.99),
+        self, size: int = 500, scale: Sequence[float] = (0.7, 1.0), ratio: Sequence[float] = (0.99, 1 / 0.99)
     ) -> None:
         super().__init__(size, scale, ratio)
-        self.colour = v2.Compose(
-            [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2)]
-        )
-
-    def transform(self, image: Tensor) -> Tensor:
-        """Apply the random transform."""
-        view: Tensor = self.colour(self.crop(image))
-        return view
+        jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+        self.transform = v2.Compose([self.transform, jitter, v2.RandomGrayscale(p=0.2)])
 
 
 class SimulatedVisit(Augmentation):
@@ -120,18 +108,22 @@ class SimulatedVisit(Augmentation):
     """
 
     def __init__(self, size: int = 320, weakest: Preset = "mild", strongest: Preset = "severe") -> None:
-        for name in (weakest, strongest):
-            if name not in PRESETS:
-                raise UserError(f"SimulatedVisit: no preset {name!r}; choose one of {', '.join(PRESETS)}")
+        for name, preset in (("weakest", weakest), ("strongest", strongest)):
+            if preset not in PRESETS:
+                raise UserError(f"{preset}: no such preset; choose one of {', '.join(PRESETS)}", name)
         if size < 1:
-            raise UserError(f"SimulatedVisit: size {size} is out of range; choose 1 px or more")
+            raise UserError(f"{size}: choose 1 px or more", "size")
         self.size, self.weakest, self.strongest = size, weakest, strongest
 
     def __call__(self, image: Tensor, seed: int) -> Tensor:
         """Simulate a visit."""
         share = derive_seed(seed, "strength", 0) / 2**63
         strengths = strengths_between(self.weakest, self.strongest, share)
-        photograph = simulate_visit(_at_most(image, 2 * self.size), strengths, seed, longest_side=self.size)
+        height, width = image.shape[1:]
+        zoom = 2 * self.size / max(height, width)
+        if zoom < 1:  # the view cannot show all its pixels, and a visit's cost goes with them
+            image = F.resize(image, [math.ceil(height * zoom), math.ceil(width * zoom)], antialias=True)
+        photograph = simulate_visit(image, strengths, seed, longest_side=self.size)
         return F.resize(photograph, [self.size, self.size], antialias=True)
 
     def settings(self) -> dict[str, Any]:
@@ -140,10 +132,25 @@ class SimulatedVisit(Augmentation):
         return {"kind": "SimulatedVisit", "recipe": RECIPE, "size": self.size, **presets}
 
 
-def _at_most(image: Tensor, longest: int) -> Tensor:
-    """Shrink an image whose pixels the view cannot show: a visit's cost goes with its picture's size."""
-    height, width = image.shape[1:]
-    if max(height, width) <= longest:
-        return image
-    zoom = longest / max(height, width)
-    return F.resize(image, [math.ceil(height * zoom), math.ceil(width * zoom)], antialias=True)
+class Views:
+    """Views of database images by one augmentation: by row and number, the same in any process.
+
+    Args:
+        files: Image file of every database row.
+        names: Path of every row in the ground truth: with seed and number it decides the view.
+        seed: The run's.
+        augmentation: Makes a view of an image.
+    """
+
+    def __init__(self, files: Sequence[Path], names: Sequence[str], seed: int, augmentation: Augmentation) -> None:
+        self.files, self.names, self.seed, self.augmentation = files, names, seed, augmentation
+        self.max_pixels = max_pixels()  # of this process, taken along to its workers
+
+    def __call__(self, rows: np.ndarray, numbers: np.ndarray) -> Tensor:
+        """View ``numbers[i]`` of ``rows[i]``, uint8 ``(B, 3, size, size)``."""
+        return torch.stack([self.view(row, n) for row, n in zip(rows.tolist(), numbers.tolist(), strict=True)])
+
+    def view(self, row: int, number: int) -> Tensor:
+        """View ``number`` of a row, uint8 ``(3, size, size)``."""
+        image = load_image(self.files[row], limit=self.max_pixels)
+        return self.augmentation(image, derive_seed(self.seed, self.names[row], number))

@@ -1,4 +1,4 @@
-"""Lightning callbacks of the training: validation by kNN, and pictures of the pairs."""
+"""Lightning callbacks of the training: what is printed, pictures of the pairs, and checkpoints that appear whole."""
 
 import time
 from pathlib import Path
@@ -6,48 +6,40 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from torchmetrics import MetricCollection
 from torchvision.transforms.v2 import functional as F
 from typing_extensions import override
 
-from metilr.distributed import agree
-from metilr.metrics import ACC, GAP, GAPMinus
 from metilr.models.checkpoints import read_checkpoint, write_checkpoint
-from metilr.retrieval.knn import classify
-from metilr.retrieval.search import search
-
-METRICS = {"val/gap": GAP, "val/gap_minus": GAPMinus, "val/acc": ACC}
 
 
-class KNNValidation(Callback):
-    """Validate after each epoch: nearest neighbour on val, single-scale, k = 1, tau = 1, no whitening.
+class TrainingProgress(TQDMProgressBar):
+    """Lightning's bar, without the loggers' names."""
 
-    The processes share out the queries.
+    @override
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """Return what the bar shows beside the progress."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+
+class TrainingLines(Callback):
+    """Say what is trained on and, where no bar does, how each epoch went; log how good the starting weights are.
+
+    Those are validated by Lightning's sanity check, where ``num_sanity_val_steps`` asks for one.
 
     Args:
-        before_training: Validate the starting weights too.
+        each_epoch: Print a line an epoch: a bar would fill a log file.
+
+    Attributes:
+        before: Figures of the starting weights, those of a continued run too; None if they were not validated.
     """
 
-    def __init__(self, before_training: bool) -> None:
-        self.before_training = before_training
+    def __init__(self, each_epoch: bool) -> None:
+        self.each_epoch = each_epoch
         self.before: dict[str, float] | None = None
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Validate the starting weights, where that is asked for."""
-        if self.before_training and trainer.current_epoch == 0:
-            self.before = {name: value.item() for name, value in self._validate(trainer, pl_module).items()}
-            for logger in trainer.loggers:
-                logger.log_metrics(self.before, step=0)
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log ``val/gap``, ``val/gap_minus`` and ``val/acc``, each in [0, 1]."""
-        pl_module.log_dict(self._validate(trainer, pl_module), prog_bar=True)
+        self.started = 0.0
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -58,34 +50,6 @@ class KNNValidation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the figures of the starting weights."""
         self.before = state_dict["before"]
-
-    @torch.no_grad()
-    def _validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, torch.Tensor]:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        truth = data.ground_truth
-        store = data.current.describe(trainer, pl_module.embedder)
-        rows, mine = np.flatnonzero(store.made("database")), np.flatnonzero(store.made("val"))
-        mine = mine[trainer.global_rank :: trainer.world_size]
-        metrics = MetricCollection({name: metric(no_met="nan") for name, metric in METRICS.items()})
-        metrics.to(trainer.strategy.root_device)
-        with agree(trainer):
-            database = store.rows("database")
-            database = database if len(rows) == len(database) else database[rows]
-            if len(mine):
-                neighbours = search(database, store.rows("val")[mine], 1)
-                answers = classify(neighbours, truth.labels["database"][rows], truth.n_classes, k=1, tau=1.0)
-                found = (answers.log_confidence, answers.labels, truth.labels["val"][mine], mine)
-                metrics.update(*(torch.from_numpy(values) for values in found))
-            if trainer.is_global_zero:  # a query whose image is bad counts as wrong
-                left_out = np.flatnonzero(~store.made("val"))
-                target = torch.from_numpy(truth.labels["val"][left_out])
-                none = torch.full(target.shape, -1)
-                metrics.update(torch.full(target.shape, -torch.inf), none, target, torch.from_numpy(left_out))
-        return dict(metrics.compute())
-
-
-class Announcement(Callback):
-    """Say what is trained on."""
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -101,21 +65,12 @@ class Announcement(Callback):
             flush=True,
         )
 
-
-class TrainingProgress(TQDMProgressBar):
-    """Lightning's bar, without the loggers' names."""
-
     @override
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Return what the bar shows beside the progress."""
-        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
-
-
-class EpochLines(Callback):
-    """A line an epoch, where the output is no terminal: a bar would fill a log file."""
-
-    def __init__(self) -> None:
-        self.started = 0.0
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the figures of the starting weights, at step 0: Lightning logs nothing of a sanity check."""
+        self.before = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(self.before, step=0)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -125,11 +80,11 @@ class EpochLines(Callback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the epoch's loss and figures, in the first process."""
-        if not trainer.is_global_zero:
+        if not self.each_epoch or not trainer.is_global_zero:
             return
         figures = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        shown = ", ".join(f"{name} {100 * figures[name]:.2f}" for name in METRICS if name in figures)
         loss = f"loss {figures['train/epoch_loss']:.4g}, " if "train/epoch_loss" in figures else ""
+        shown = ", ".join(f"{name} {100 * figures[name]:.2f}" for name in figures if name.startswith("val/"))
         seconds = time.perf_counter() - self.started
         print(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}: {loss}{shown} ({seconds:.0f} s)", flush=True)
 
@@ -159,10 +114,10 @@ class PairPictures(Callback):
         rows = []
         for i in range(len(pairs)):
             pictures = [
-                wandb.Image(F.to_pil_image(data.views.view(int(row[i]), int(number[i]), augmentation)))
-                for row, number, augmentation in (
-                    (pairs.first, pairs.first_view, data.first_view),
-                    (pairs.second, pairs.second_view, data.second_view),
+                wandb.Image(F.to_pil_image(views.view(int(row[i]), int(number[i]))))
+                for row, number, views in (
+                    (pairs.first, pairs.first_view, data.first_views),
+                    (pairs.second, pairs.second_view, data.second_views),
                 )
             ]
             rows.append([*pictures, bool(pairs.positive[i]), paths[pairs.first[i]], paths[pairs.second[i]]])

@@ -1,15 +1,15 @@
 """The training data: database images in pairs that are drawn anew for each epoch, and val to validate on."""
 
-import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 import faiss
 import numpy as np
+import torch
 from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from pytorch_lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from metilr.data.decode import MAX_MEGAPIXELS, limit_images
@@ -26,11 +26,9 @@ from metilr.distributed import agree, default_workers, leave_signals_to_the_pare
 from metilr.errors import UserError
 from metilr.evaluation.run_folder import RUNS
 from metilr.extraction.datamodule import BadImages
-from metilr.models.embedder import Embedder
-from metilr.training.augmentations import Augmentation, RandomCrop, SimulatedVisit
-from metilr.training.descriptors import CurrentDescriptors, ViewCache
-from metilr.training.pair_dataset import CachedPairDataset, PairBatch, PairDataset, ViewMaker
-from metilr.training.pairs import Pairing, Pairs, deal_batches, draw_pairs, needs_descriptors
+from metilr.extraction.store import DescriptorStore
+from metilr.training.augmentations import Augmentation, RandomCrop, SimulatedVisit, Views
+from metilr.training.pairs import PairBatch, PairDataset, Pairing, Pairs, ViewsOf, deal_batches, draw_pairs
 
 
 class PairDataModule(LightningDataModule):
@@ -59,9 +57,19 @@ class PairDataModule(LightningDataModule):
         max_megapixels: An image of more is bad; its header tells, before anything is decoded.
         seed: Set by --seed_everything.
 
+    Attributes:
+        descriptors: Of database and val by the weights as they are now; the model puts them here before an epoch
+            whose pairs need them.
+        cached_views: Pooled vectors of the first and the second view, ``(N * n_views, width)``: view v of row r at
+            ``r * n_views + v``; the model puts them here.
+
     Raises:
         UserError: If an option is out of range or does not go with another.
     """
+
+    ground_truth: GroundTruth
+    descriptors: DescriptorStore
+    cached_views: tuple[np.ndarray, np.ndarray]
 
     def __init__(
         self,
@@ -82,33 +90,29 @@ class PairDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name in ("batch_pairs", "anchors_per_epoch", "n_views", "image_size", "extraction_batch_size"):
-            value = locals()[name]
+        at_least_1 = {
+            "batch_pairs": batch_pairs, "anchors_per_epoch": anchors_per_epoch, "n_views": n_views,
+            "image_size": image_size, "extraction_batch_size": extraction_batch_size,
+        }  # fmt: skip
+        for name, value in at_least_1.items():
             if value is not None and value < 1:
-                raise UserError(f"--data.{name} {value}: must be at least 1")
+                raise UserError(f"{value}: must be at least 1", name)
         if cache_views and n_views is None:
-            raise UserError("--data.cache_views: needs --data.n_views, the number of views to keep of each image")
+            raise UserError("true: needs n_views, the number of views to keep of each image", "cache_views")
         if cache_views and bad_images == "skip":
-            raise UserError("--data.bad_images skip: not with --data.cache_views; mend the images or leave one out")
-        self.root = root
-        self.database = database
-        self.pairing = pairing
-        self.first_view = first_view
-        self.second_view = second_view
-        self.batch_pairs = batch_pairs
-        self.anchors_per_epoch = anchors_per_epoch
-        self.n_views = n_views
-        self.cache_views = cache_views
-        self.image_size = image_size
-        self.extraction_batch_size = extraction_batch_size
-        self.num_workers = num_workers
-        self.bad_images = bad_images
-        self.max_megapixels = max_megapixels
-        self.seed = seed
+            raise UserError("skip: not with cache_views; mend the images or leave one of the two out", "bad_images")
+        self.root, self.database, self.seed = root, database, seed
+        self.pairing, self.batch_pairs, self.anchors_per_epoch = pairing, batch_pairs, anchors_per_epoch
+        self.first_view, self.second_view, self.n_views, self.cache_views = (
+            first_view,
+            second_view,
+            n_views,
+            cache_views,
+        )
+        self.image_size, self.extraction_batch_size = image_size, extraction_batch_size
+        self.num_workers, self.bad_images, self.max_megapixels = num_workers, bad_images, max_megapixels
         self.folder = RUNS / "training"  # of the descriptors of the day; the command names the run's own
-        self.ground_truth: GroundTruth | None = None
-        self.pairs: Pairs | None = None
-        self._vectors: list[np.ndarray] | None = None
+        self.needs_descriptors = pairing != "syn" or bad_images == "skip"  # which say what is bad
 
     @override
     def prepare_data(self) -> None:
@@ -124,83 +128,56 @@ class PairDataModule(LightningDataModule):
             UserError: If the data is missing, malformed or too small for the options.
         """
         assert self.trainer is not None
-        if self.ground_truth is not None:
-            return
         limit_images(self.max_megapixels)
         root = DEMO if self.root is None else self.root
-        truth = load_ground_truth(root, self.database, queries=("val",))
-        sizes = image_sizes(truth)
-        (require_images if self.bad_images == "stop" else require_some_images)(truth, sizes)
-        if needs_descriptors(self.pairing) and truth.n_classes < 2:
-            raise UserError(
-                f"--data.pairing {self.pairing}: negatives need at least two exhibits, {root} has one; use syn"
-            )
-        if self.cache_views and not self.trainer.lightning_module.freeze_backbone:
-            raise UserError("--data.cache_views: needs a frozen backbone; give --model.freeze_backbone true")
-        workers = default_workers(self.trainer.num_devices) if self.num_workers is None else self.num_workers
-        self.workers = workers
-        self.ground_truth = truth
-        files = [truth.image(path) for path in truth.paths["database"]]
-        self.views = ViewMaker(files, truth.paths["database"], self.seed)
-        self.current = CurrentDescriptors(
-            truth,
-            sizes,
-            self.folder / "descriptors",
-            self.image_size,
-            self.extraction_batch_size,
-            workers,
-            self.bad_images,
-            keep_pooled=self.cache_views,
-        )
-        self.n_usable = int((sizes["database"] > 0).sum())
-        deal_batches(self.n_pairs, self.batch_pairs, 0, self.trainer.world_size)
+        truth = self.ground_truth = load_ground_truth(root, self.database, queries=("val",))
+        self.sizes = image_sizes(truth)
+        (require_images if self.bad_images == "stop" else require_some_images)(truth, self.sizes)
+        if self.pairing != "syn" and truth.n_classes < 2:
+            raise UserError(f"{self.pairing}: negatives need at least two exhibits, {root} has one; use syn", "pairing")
+        self.workers = default_workers(self.trainer.num_devices) if self.num_workers is None else self.num_workers
+        self.first_views, self.second_views = self.views(self.first_view), self.views(self.second_view)
+        n_anchors = self.anchors_per_epoch or int((self.sizes["database"] > 0).sum())
+        self.n_pairs = n_anchors * (2 if self.pairing.endswith("+neg") else 1)  # fewer where images turn out to be bad
+        self.n_batches = len(deal_batches(self.n_pairs, self.batch_pairs, 0, self.trainer.world_size))
 
-    @property
-    def n_pairs(self) -> int:
-        """Pairs of an epoch (fewer where images turn out to be bad)."""
-        return (self.anchors_per_epoch or self.n_usable) * (2 if self.pairing.endswith("+neg") else 1)
-
-    @property
-    def n_batches(self) -> int:
-        """Batches of an epoch."""
-        return -(-self.n_pairs // self.batch_pairs)
+    def views(self, augmentation: Augmentation) -> Views:
+        """Views of the database images by an augmentation."""
+        paths = self.ground_truth.paths["database"]
+        return Views([self.ground_truth.image(path) for path in paths], paths, self.seed, augmentation)
 
     @override
     def train_dataloader(self) -> Iterable[PairBatch]:
         """Draw the epoch's pairs in the first process, tell them to the others, and give this one its part."""
-        assert self.trainer is not None and self.ground_truth is not None
+        assert self.trainer is not None
+        pairs = None
         with agree(self.trainer):
-            pairs = self._draw() if not self._mines else None
-        if self._mines:
-            store = self.current.describe(self.trainer, self._embedder)
-            with agree(self.trainer):
-                if self.trainer.is_global_zero:
-                    pairs = self._draw(np.asarray(store.rows("database")), store.made("database"))
-        self.pairs = pairs = typing.cast(Pairs, self.trainer.strategy.broadcast(pairs))
+            if self.trainer.is_global_zero:
+                pairs = self._draw_pairs()
+        pairs = self.trainer.strategy.broadcast(pairs)
+        assert pairs is not None
+        self.pairs = pairs
         batches = deal_batches(len(pairs), self.batch_pairs, self.trainer.global_rank, self.trainer.world_size)
-        dataset = self._dataset(pairs, batches)
-        workers = 0 if self.cache_views else min(self.workers, len(batches))
+        first: ViewsOf = self.first_views
+        second: ViewsOf = self.second_views
+        if self.cache_views:
+            first, second = map(self._cached, self.cached_views)
         return DataLoader(
-            dataset,
+            PairDataset(pairs, batches, self.ground_truth.labels["database"], first, second),
             batch_size=None,
-            num_workers=workers,
+            num_workers=0 if self.cache_views else min(self.workers, len(batches)),
             worker_init_fn=leave_signals_to_the_parent,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
 
-    @property
-    def _embedder(self) -> Embedder:
+    def _draw_pairs(self) -> Pairs:
         assert self.trainer is not None
-        return typing.cast(Embedder, self.trainer.lightning_module.embedder)
-
-    @property
-    def _mines(self) -> bool:
-        return needs_descriptors(self.pairing) or self.bad_images == "skip"
-
-    def _draw(self, descriptors: np.ndarray | None = None, made: np.ndarray | None = None) -> Pairs:
-        assert self.trainer is not None and self.ground_truth is not None
         labels = self.ground_truth.labels["database"]
-        rows = np.arange(len(labels)) if made is None else np.flatnonzero(made)
+        rows, descriptors = np.arange(len(labels)), None
+        if self.needs_descriptors:
+            rows = np.flatnonzero(self.descriptors.made("database"))
+            descriptors = np.asarray(self.descriptors.rows("database"))
+        on_gpu = self.trainer.strategy.root_device.type == "cuda" and faiss.get_num_gpus() > 0
         return draw_pairs(
             rows,
             labels,
@@ -210,32 +187,21 @@ class PairDataModule(LightningDataModule):
             n_views=self.n_views,
             epoch=self.trainer.current_epoch,
             seed=self.seed,
-            device=self._search_device,
+            device="gpu" if on_gpu else "cpu",
         )
 
-    @property
-    def _search_device(self) -> Literal["cpu", "gpu"]:
+    def _cached(self, vectors: np.ndarray) -> ViewsOf:
+        n_views = self.n_views
+        assert n_views is not None
+
+        def of(rows: np.ndarray, numbers: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.array(vectors[rows * n_views + numbers]))
+
+        return of
+
+    @override
+    def val_dataloader(self) -> Iterable[Tensor]:
+        """This process's share of the val queries, in one batch: their positions, int64 ``(Q,)``."""
         assert self.trainer is not None
-        on_gpu = self.trainer.strategy.root_device.type == "cuda" and faiss.get_num_gpus() > 0
-        return "gpu" if on_gpu else "cpu"
-
-    def visits(self, n: int) -> np.ndarray:
-        """Pooled vectors of n simulated visits of each database image, ``(N * n, width)``; all processes must call it.
-
-        Of the strength and size of ``second_view``, if that simulates visits.
-        """
-        assert self.trainer is not None
-        visit = self.second_view if isinstance(self.second_view, SimulatedVisit) else SimulatedVisit()
-        return ViewCache(self.views, n, self.batch_pairs, self.workers).vectors(self.trainer, self._embedder, visit)
-
-    def _dataset(self, pairs: Pairs, batches: list[np.ndarray]) -> Dataset[PairBatch]:
-        assert self.trainer is not None and self.ground_truth is not None
-        labels = self.ground_truth.labels["database"]
-        if not self.cache_views:
-            return PairDataset(pairs, batches, labels, self.views, self.first_view, self.second_view)
-        assert self.n_views is not None
-        if self._vectors is None:  # behind a frozen backbone they stay the same in all epochs
-            cache = ViewCache(self.views, self.n_views, self.batch_pairs, self.workers)
-            views = (self.first_view, self.second_view)
-            self._vectors = [cache.vectors(self.trainer, self._embedder, augmentation) for augmentation in views]
-        return CachedPairDataset(pairs, batches, labels, self._vectors[0], self._vectors[1], self.n_views)
+        positions = np.arange(len(self.ground_truth.paths["val"]))
+        return DataLoader([positions[self.trainer.global_rank :: self.trainer.world_size]], batch_size=None)

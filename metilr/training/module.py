@@ -1,36 +1,30 @@
 """Contrastive fine-tuning: the LightningModule around backbone, pooling and projector."""
 
-import copy
-import itertools
 import math
-import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_metric_learning.losses import NTXentLoss
 from torch import Tensor, nn
+from torchmetrics import MetricCollection
 from typing_extensions import override
 
-from metilr.distributed import agree, gather_rows
+from metilr.distributed import gather_rows
 from metilr.errors import UserError
-from metilr.evaluation.options import VISITS
-from metilr.evaluation.whitening import exhibit_differences, visit_differences
-from metilr.extraction.store import row_chunks
-from metilr.models import SCALES, PatchRounding, PoolingName
-from metilr.models.backbone import build_backbone
+from metilr.metrics import ACC, GAP, GAPMinus
 from metilr.models.checkpoints import FORMAT, model_entry
-from metilr.models.embedder import Embedder, Projector
-from metilr.models.pooling import GeM, build_pooling
+from metilr.models.embedder import SCALES, Embedder, Projector
+from metilr.models.pooling import GeM, PoolingName, build_pooling
+from metilr.models.zoo import PatchRounding, build_backbone
 from metilr.provenance import commit, library_versions, machine
-from metilr.retrieval.whitening import fit_learned_whitening, fit_pca_whitening
-from metilr.training.descriptors import single_scale
-from metilr.training.losses import ContrastiveLoss
-from metilr.training.pair_dataset import PairBatch
+from metilr.training.descriptors import answer_val, cached_views, describe_current, whitening_start
+from metilr.training.losses import ContrastiveLoss, check_loss, pair_figures
+from metilr.training.pairs import PairBatch
 
 P_BOUNDS = (1.0, 10.0)  # 1 is the mean; beyond 10 GeM is next to the maximum and its gradient next to nothing
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 class FineTuning(pl.LightningModule):
@@ -52,8 +46,7 @@ class FineTuning(pl.LightningModule):
         scales: Written to the checkpoint, for evaluation; training and its validation use the image's own size.
         freeze_backbone: Train the projector alone.
         loss: metilr.training.losses.ContrastiveLoss, or any loss of pytorch_metric_learning.losses by class_path: that
-            gets the embeddings of all images of a batch with their exhibits. Without it NTXentLoss, temperature 0.05. A
-            class of your own is named on the command line, which an options file may not do.
+            gets the embeddings of all images of a batch with their exhibits. Without it NTXentLoss, temperature 0.05.
         optimizer: adam or adamw.
         lr: Learning rate of the backbone.
         lr_projector: Of the projector and of a loss's own weights; without it the backbone's.
@@ -96,28 +89,29 @@ class FineTuning(pl.LightningModule):
     ) -> None:
         super().__init__()
         if freeze_backbone and projector_dim is None:
-            raise UserError("--model.freeze_backbone: nothing is left to train; give --model.projector_dim")
+            raise UserError("true: nothing is left to train; give projector_dim", "freeze_backbone")
         if freeze_backbone and learn_p:
-            raise UserError("--model.learn_p: p cannot be learned behind a frozen backbone; leave out one of the two")
-        if projector_dim is not None and projector_dim < 1:
-            raise UserError(f"--model.projector_dim {projector_dim}: must be at least 1")
-        if step_epochs < 1 or warmup_steps < 0:
-            raise UserError("--model.step_epochs must be at least 1, --model.warmup_steps at least 0")
-        for name, value in (("lr", lr), ("lr_projector", lr_projector), ("lr_p", lr_p)):
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UserError(f"--model.{name} {value}: must be a finite number, 0 or above")
+            raise UserError("true: p cannot be learned behind a frozen backbone; leave out one of the two", "learn_p")
+        self.lr = lr
+        self.lr_projector = lr if lr_projector is None else lr_projector
+        self.lr_p = lr if lr_p is None else lr_p
+        for name, value, least in (
+            ("projector_dim", projector_dim, 1), ("step_epochs", step_epochs, 1), ("warmup_steps", warmup_steps, 0),
+            ("lr", lr, 0), ("lr_projector", self.lr_projector, 0), ("lr_p", self.lr_p, 0),
+        ):  # fmt: skip
+            if value is not None and not least <= value < math.inf:  # nor NaN
+                raise UserError(f"{value}: must be a finite number, at least {least}", name)
         network = build_backbone(backbone, weights, stage, patch_rounding, seed)
-        pool = build_pooling(pooling, p, learnable=learn_p)
+        pool = build_pooling(pooling, network.width, p, learnable=learn_p)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             projector = None if projector_dim is None else Projector(network.width, projector_dim)
         self.embedder = Embedder(network, pool, projector, scales)
         self.loss = NTXentLoss(temperature=0.05) if loss is None else loss
+        self.metrics = MetricCollection({"val/gap": GAP(), "val/gap_minus": GAPMinus(), "val/acc": ACC()})
         self.pooling, self.projector_start, self.freeze_backbone = pooling, projector_start, freeze_backbone
         self.optimizer, self.weight_decay = optimizer, weight_decay
-        self.lr, self.schedule, self.step_epochs, self.warmup_steps = lr, schedule, step_epochs, warmup_steps
-        self.lr_projector = lr if lr_projector is None else lr_projector
-        self.lr_p = lr if lr_p is None else lr_p
+        self.schedule, self.step_epochs, self.warmup_steps = schedule, step_epochs, warmup_steps
         self.resumed = False
         self.run_config: dict[str, Any] = {}  # the command's, for the checkpoint
         if freeze_backbone:
@@ -128,7 +122,12 @@ class FineTuning(pl.LightningModule):
             try:
                 network.model.set_grad_checkpointing(True)
             except (AssertionError, AttributeError):
-                raise UserError(f"--model.gradient_checkpointing: {backbone} has none; leave it out") from None
+                raise UserError(f"true: {backbone} has none; leave it out", "gradient_checkpointing") from None
+
+    @property
+    def data(self) -> Any:
+        """The trainer's data module."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
 
     @override
     def train(self, mode: bool = True) -> "FineTuning":
@@ -139,74 +138,35 @@ class FineTuning(pl.LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Lay the weights out as convolutions run fastest."""
-        # Before DDP looks at the strides of the weights.
-        if self.trainer.strategy.root_device.type == "cpu":  # there convolutions run faster with channels last
+        """Lay the weights out as convolutions run fastest on a CPU, before DDP looks at their strides."""
+        if self.trainer.strategy.root_device.type == "cpu":
             self.embedder.to(memory_format=torch.channels_last)
 
     @override
     def on_fit_start(self) -> None:
-        """Check that the loss takes these embeddings, and start the projector.
+        """Check that the loss takes these embeddings, start the projector, and describe what the first pairs need.
 
         Raises:
-            UserError: If it does not, or the projector cannot be started so.
+            UserError: If the loss or the data does not go with the model, or the projector cannot be started so.
         """
-        self._check_loss()
-        if self.embedder.projector is not None and self.projector_start != "random" and not self.resumed:
-            self._start_projector(self.embedder.projector)
-
-    def _check_loss(self) -> None:
-        """Refuse a loss whose own weights fit neither the embeddings nor the data."""
-        if isinstance(self.loss, ContrastiveLoss):
-            return
-        dim, n_classes = self.embedder.dim, self._data.ground_truth.n_classes
-        labels = torch.tensor([0, 0, n_classes - 1, n_classes - 1], device=self.device)
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                copy.deepcopy(self.loss)(torch.eye(4, dim, device=self.device), labels)
-        except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
-            name = type(self.loss).__name__
-            raise UserError(
-                f"--model.loss {name}: does not take this model's embeddings of size {dim} and labels of {n_classes} "
-                f"classes ({' '.join(str(error).split())}); check its embedding_size and num_classes, if it has them"
-            ) from None
-
-    def _start_projector(self, projector: Projector) -> None:
-        """Let the projector be a whitening of the database's descriptors as they are now."""
-        if self.projector_start == "learned" and self._data.bad_images == "skip":
-            raise UserError(
-                "--model.projector_start learned: not with --data.bad_images skip; mend the images, or take pca"
-            )
-        plain = single_scale(self.embedder, projector=False)
-        store = self._data.current.describe(self.trainer, plain)
-        visits = self._data.visits(VISITS) if self.projector_start == "learned" else None
-        start: list[Tensor] | None = None
-        with agree(self.trainer):
-            if self.trainer.is_global_zero:
-                database, made, dim = [store.rows("database")], store.made("database"), projector.linear.out_features
-                chunks = row_chunks(database, made)
-                try:
-                    if visits is None:
-                        whitening = fit_pca_whitening(chunks, dim)
-                    else:
-                        labels = np.where(made, self._data.ground_truth.labels["database"], -1)
-                        pairs = itertools.chain(
-                            visit_differences(database, [visits], made), exhibit_differences(database, labels)
-                        )
-                        whitening = fit_learned_whitening(chunks, pairs, dim)
-                except UserError as error:
-                    here = "--model.projector_dim " if error.parameter == "dim" else ""
-                    raise UserError(here + error.message) from None
-                mean, projection = torch.from_numpy(whitening.mean), torch.from_numpy(whitening.projection)
-                start = [projection.T.contiguous(), -mean @ projection]
-        weight, bias = typing.cast(list[Tensor], self.trainer.strategy.broadcast(start))
-        with torch.no_grad():
-            projector.linear.weight.copy_(weight)
-            projector.linear.bias.copy_(bias)
-
-    @property
-    def _data(self) -> Any:
-        return self.trainer.datamodule  # type: ignore[attr-defined]
+        data, projector = self.data, self.embedder.projector
+        if data.cache_views and not self.freeze_backbone:
+            raise UserError("true: needs a frozen backbone; give freeze_backbone true", "cache_views")
+        check_loss(self.loss, self.embedder.dim, data.ground_truth.n_classes)
+        if projector is not None and self.projector_start != "random" and not self.resumed:
+            is_learned = self.projector_start == "learned"
+            if is_learned and data.bad_images == "skip":
+                raise UserError("learned: not with bad_images skip; mend the images, or take pca", "projector_start")
+            dim = projector.linear.out_features
+            weight, bias = whitening_start(self.trainer, self.embedder, data, dim, is_learned)
+            projector.load_state_dict({"linear.weight": weight, "linear.bias": bias})
+        if data.cache_views:  # behind a frozen backbone they stay the same in all epochs
+            data.cached_views = [
+                cached_views(self.trainer, self.embedder, views, data.n_views, data.batch_pairs, data.workers)
+                for views in (data.first_views, data.second_views)
+            ]
+        if data.needs_descriptors:
+            data.descriptors = describe_current(self.trainer, self.embedder, data)
 
     def embed(self, images: Tensor) -> Tensor:
         """Embed a batch's images, uint8 ``(B, 3, H, W)``, or pooled vectors ``(B, width)``: unit length, float32."""
@@ -238,43 +198,44 @@ class FineTuning(pl.LightningModule):
                 loss = self.loss(first, second, positive)
             else:
                 loss = self.loss(torch.cat([first, second]), torch.cat(labels))
-            if not torch.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss.item()} in epoch {self.current_epoch}: lower --model.lr, or use "
-                    "--trainer.precision 32; finished epochs are kept"
-                )
-            self._log_pairs(loss.detach(), first.detach(), second.detach(), positive, labels)
-        return loss
-
-    def _log_pairs(
-        self, loss: Tensor, first: Tensor, second: Tensor, positive: Tensor, labels: tuple[Tensor, Tensor]
-    ) -> None:
-        figures = {"loss": loss}
-        if isinstance(self.loss, ContrastiveLoss):
-            similarities = (first * second).sum(dim=1)
-            same, other = similarities[positive], similarities[~positive]
-            if len(other):
-                figures["active_hinges"] = self.loss.active(first, second, positive)
-        else:
-            similarities = first @ second.T
-            shared = labels[0][:, None] == labels[1][None, :]
-            same, other = similarities[shared], similarities[~shared]
-        if len(same):
-            figures["positive_similarity"] = same.mean()
-        if len(other):
-            figures["negative_similarity"] = other.mean()
+            similarities = pair_figures(self.loss, first.detach(), second.detach(), positive, labels)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss.item()} in epoch {self.current_epoch}: lower lr, or take precision 32; finished "
+                "epochs are kept"
+            )
+        figures = {"loss": loss.detach(), **similarities}
         if isinstance(self.embedder.pooling, GeM):
             figures["p"] = self.embedder.pooling.p.detach().mean()
         self.log_dict({f"train/{name}": value for name, value in figures.items()}, batch_size=len(first))
-        self.log("train/epoch_loss", loss, on_step=False, on_epoch=True, batch_size=len(first), prog_bar=True)
+        self.log("train/epoch_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(first), prog_bar=True)
+        return loss
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
         """Keep GeM's p within ``P_BOUNDS``."""
-        if isinstance(self.embedder.pooling, GeM):
+        if isinstance(self.embedder.pooling, GeM) and isinstance(self.embedder.pooling.p, nn.Parameter):
             with torch.no_grad():
-                if isinstance(self.embedder.pooling.p, nn.Parameter):
-                    self.embedder.pooling.p.clamp_(*P_BOUNDS)
+                self.embedder.pooling.p.clamp_(*P_BOUNDS)
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        """Describe database and val as the weights are now; the next epoch's pairs are mined in them too."""
+        self.data.descriptors = describe_current(self.trainer, self.embedder, self.data)
+
+    @override
+    def validation_step(self, positions: Tensor, batch_idx: int) -> None:
+        """Answer val queries, by position ``(Q,)``; one whose image is bad counts as wrong."""
+        truth, rows = self.data.ground_truth, positions.cpu().numpy()
+        answers = answer_val(self.data.descriptors, truth, rows)
+        columns = (answers.log_confidence, answers.labels, truth.labels["val"][rows])
+        self.metrics.update(*map(torch.from_numpy, columns), positions)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/gap``, ``val/gap_minus`` and ``val/acc`` over the queries of all processes, each in [0, 1]."""
+        self.log_dict(self.metrics.compute(), prog_bar=True)
+        self.metrics.reset()
 
     @override
     def configure_optimizers(self) -> Any:
@@ -286,17 +247,14 @@ class FineTuning(pl.LightningModule):
             {"name": "p", "params": list(_trainable(pooling)), "lr": self.lr_p, "weight_decay": 0.0},
             {"name": "projector", "params": heads, "lr": self.lr_projector},
         ]
-        kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-        optimizer = kinds[self.optimizer](
-            [group for group in groups if group["params"]], lr=self.lr, weight_decay=self.weight_decay
-        )
+        used = [group for group in groups if group["params"]]
+        optimizer = OPTIMIZERS[self.optimizer](used, lr=self.lr, weight_decay=self.weight_decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _factor(self, step: int) -> float:
         """What the learning rates are multiplied by at an optimizer step."""
-        limit = self.trainer.limit_train_batches  # a share if a float
-        n_batches = self._data.n_batches
+        limit, n_batches = self.trainer.limit_train_batches, self.data.n_batches  # a share if a float
         n_batches = min(n_batches, limit) if isinstance(limit, int) else int(n_batches * limit)
         steps_per_epoch = max(1, -(-n_batches // self.trainer.accumulate_grad_batches))
         if step < self.warmup_steps:
@@ -315,11 +273,10 @@ class FineTuning(pl.LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what evaluation needs besides the weights, see `metilr.models.checkpoints`."""
-        truth = self._data.ground_truth
-        provenance = self.embedder.backbone.provenance
+        truth, provenance = self.data.ground_truth, self.embedder.backbone.provenance
         checkpoint["metilr"] = {
             "format": FORMAT,
-            "model": model_entry(self.embedder, self._data.image_size),
+            "model": model_entry(self.embedder, self.pooling, self.data.image_size),
             "provenance": {"source": provenance.source, "licence": provenance.licence},
             "data": {
                 "root": truth.root.resolve().name,
@@ -340,9 +297,8 @@ class FineTuning(pl.LightningModule):
             UserError: If the data is other.
         """
         self.resumed = True
-        entry = checkpoint.get("metilr", {})
-        if entry.get("data", {}).get("fingerprint") != self._data.ground_truth.fingerprint():
-            raise UserError("--output: its data changed (database or valset.json); name another folder")
+        if checkpoint.get("metilr", {}).get("data", {}).get("fingerprint") != self.data.ground_truth.fingerprint():
+            raise UserError("its data changed since (database or valset.json); name another folder", "output")
 
 
 def _trainable(module: nn.Module | None) -> Iterator[nn.Parameter]:
@@ -351,9 +307,7 @@ def _trainable(module: nn.Module | None) -> Iterator[nn.Parameter]:
 
 def _freeze_unused(embedder: Embedder) -> None:
     """Freeze what no embedding depends on, such as the stages after ``stage``: DDP waits for its gradients."""
-    side = embedder.backbone.fit_size(64, 64)
-    embedder(torch.zeros(1, 3, *side)).sum().backward()
+    embedder(torch.zeros(1, 3, *embedder.backbone.fit_size(64, 64))).sum().backward()
     for parameter in embedder.backbone.parameters():
         parameter.requires_grad_(parameter.grad is not None)
-        parameter.grad = None
     embedder.zero_grad(set_to_none=True)

@@ -1,16 +1,23 @@
-"""Training pairs of one epoch: which images, which of their views, and whether they show the same exhibit."""
+"""Training pairs of an epoch (which images, which of their views, one exhibit or two), and their batches.
 
+Rows are rows of the database. ``rows`` are those that can be trained on, ascending; ``labels`` are of all, ``(N,)``, and
+so are ``descriptors``, ``(N, D)`` of unit length.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from metilr.errors import UserError
-from metilr.retrieval.search import GPU_MAX_K, search
+from metilr.retrieval.search import GPU_MAX_K, SearchDevice, search
 
 Pairing = Literal["syn", "syn+neg", "syn+real+neg", "syn+real-closest+neg"]
 N_NEGATIVES = 10  # an anchor's negative is drawn from so many most similar images of other classes
-N_CLOSEST = 2  # of syn+real-closest: the image itself and its most similar fellow
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,22 +46,8 @@ class Pairs:
         return Pairs(*(getattr(self, name)[indices] for name in self.__dataclass_fields__))
 
 
-def needs_descriptors(pairing: Pairing) -> bool:
-    """Whether the pairs depend on the current descriptors; positives alone need none."""
-    return pairing != "syn"
-
-
 def choose_anchors(rows: np.ndarray, n_anchors: int | None, rng: np.random.Generator) -> np.ndarray:
-    """Draw an epoch's anchors: every row once, or a given number of them.
-
-    Args:
-        rows: Database rows that can be trained on, ``(N,)``.
-        n_anchors: None for each row once; else so many: a random part, or several rounds over all.
-        rng: Draws the order.
-
-    Returns:
-        Rows in random order; no row comes again before all have come.
-    """
+    """Draw an epoch's anchors in random order: every row once, or so many, none again before all have come."""
     n_anchors = len(rows) if n_anchors is None else n_anchors
     rounds = -(-n_anchors // len(rows))
     return np.concatenate([rng.permutation(rows) for _ in range(rounds)])[:n_anchors]
@@ -68,21 +61,10 @@ def positives(
     descriptors: np.ndarray | None,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Draw each anchor's positive: the anchor itself, or another image of its class.
+    """Draw each anchor's positive, rows ``(A,)``: the anchor itself, or another image of its class.
 
     ``syn``: always itself, under another view. ``syn+real``: any **other** image of the class at random, itself
-    in a class of one. ``syn+real-closest``: at random itself or its most similar fellow.
-
-    Args:
-        anchors: Rows, ``(A,)``.
-        rows: Database rows that can be trained on.
-        labels: Class of every database row, ``(N,)``.
-        pairing: Where positives come from.
-        descriptors: Of every database row, ``(N, D)``; used by ``syn+real-closest`` alone.
-        rng: Draws.
-
-    Returns:
-        Rows, ``(A,)``.
+    in a class of one. ``syn+real-closest``, which alone needs descriptors: at random itself or its most similar fellow.
     """
     chosen = anchors.copy()
     if "real" not in pairing:
@@ -98,8 +80,7 @@ def positives(
             continue
         assert descriptors is not None
         similarities = np.asarray(descriptors[fellows], np.float64) @ np.asarray(descriptors[anchors[i]], np.float64)
-        closest = fellows[np.argsort(-similarities, kind="stable")[: N_CLOSEST - 1]]
-        chosen[i] = rng.choice(np.concatenate([[anchors[i]], closest]))
+        chosen[i] = rng.choice([anchors[i], fellows[np.argmax(similarities)]])
     return chosen
 
 
@@ -109,43 +90,29 @@ def hard_negatives(
     labels: np.ndarray,
     descriptors: np.ndarray,
     rng: np.random.Generator,
-    device: Literal["cpu", "gpu"] = "cpu",
+    device: SearchDevice = "cpu",
 ) -> np.ndarray:
-    """Draw each anchor's negative at random among the 10 most similar images of other classes.
+    """Draw each anchor's negative, rows ``(A,)``, at random among the 10 most similar images of other classes.
 
     The search is exact and is widened for an anchor until 10 (or all there are) images of other classes are
     found, however many images its own class has.
 
-    Args:
-        anchors: Rows, ``(A,)``.
-        rows: Database rows that can be trained on, ascending.
-        labels: Class of every database row, ``(N,)``.
-        descriptors: Of every database row, unit length, ``(N, D)``.
-        rng: Draws.
-        device: Where FAISS searches.
-
-    Returns:
-        Rows, ``(A,)``.
-
     Raises:
         UserError: If there is only one class.
     """
-    n_classes = len(np.unique(labels[rows]))
-    if n_classes < 2:
-        raise UserError("--data.pairing: negatives need images of at least two exhibits, here is one; use syn")
-    asked = np.unique(anchors)
+    if len(np.unique(labels[rows])) < 2:
+        raise UserError("negatives need images of at least two exhibits, here is one; use syn", "pairing")
     database = _rows_of(descriptors, rows)
     candidates: dict[int, np.ndarray] = {}
-    k = min(len(rows), 3 * N_NEGATIVES)
-    unsettled = asked
+    unsettled, k = np.unique(anchors), min(len(rows), 3 * N_NEGATIVES)
     while len(unsettled):
-        found = search(database, _rows_of(descriptors, unsettled), k, device if k <= GPU_MAX_K // 2 else "cpu").rows
-        others = labels[rows[found]] != labels[unsettled][:, None]
-        settled = (others.sum(axis=1) >= N_NEGATIVES) | (k == len(rows))
-        for i in np.flatnonzero(settled):
-            candidates[int(unsettled[i])] = rows[found[i][others[i]][:N_NEGATIVES]]
-        unsettled = unsettled[~settled]
-        k = min(len(rows), 4 * k)
+        on = device if k <= GPU_MAX_K // 2 else "cpu"
+        neighbours = search(database, _rows_of(descriptors, unsettled), k, on).rows
+        is_other = labels[rows[neighbours]] != labels[unsettled][:, None]
+        is_settled = (is_other.sum(axis=1) >= N_NEGATIVES) | (k == len(rows))
+        for i in np.flatnonzero(is_settled):
+            candidates[int(unsettled[i])] = rows[neighbours[i][is_other[i]][:N_NEGATIVES]]
+        unsettled, k = unsettled[~is_settled], min(len(rows), 4 * k)
     return np.array([rng.choice(candidates[anchor]) for anchor in anchors.tolist()], dtype=np.int64)
 
 
@@ -164,16 +131,16 @@ def draw_pairs(
     n_views: int | None,
     epoch: int,
     seed: int,
-    device: Literal["cpu", "gpu"] = "cpu",
+    device: SearchDevice = "cpu",
 ) -> Pairs:
     """Draw the pairs of an epoch: for each anchor a positive and, with ``+neg``, a negative, all shuffled.
 
     Args:
-        rows: Database rows that can be trained on, ascending.
-        labels: Class of every database row, ``(N,)``.
+        rows: Of the database, that can be trained on.
+        labels: Of the whole database.
         pairing: Where positives come from, and whether negatives are mined.
-        descriptors: Current single-scale descriptors of every database row, ``(N, D)``; None where unused.
-        n_anchors: As in ``choose_anchors``.
+        descriptors: Of the weights as they are now, at one scale; None for ``syn``.
+        n_anchors: None for each row once; else so many: a random part, or several rounds over all.
         n_views: Views are drawn from so many fixed ones per image; None: every view of the run is a new one.
         epoch: Of the run, from 0.
         seed: The run's.
@@ -204,25 +171,71 @@ def draw_pairs(
 
 
 def deal_batches(n_pairs: int, batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:
-    """Cut an epoch into batches and give each process its part: every pair once, no padding.
+    """Cut an epoch into batches and give a process its part of each: every pair once, no padding.
 
     All processes get the same number of batches; batches differ in size by at most one pair, and so do the
     processes' parts of a batch.
 
-    Args:
-        n_pairs: Pairs of the epoch.
-        batch_size: Most pairs in a batch over all processes together.
-        rank: This process.
-        world_size: All processes.
-
     Raises:
-        UserError: If a batch has fewer pairs than there are processes.
+        UserError: If a batch of at most ``batch_size`` pairs, over all processes, has fewer pairs than processes.
     """
     n_batches = max(1, -(-n_pairs // batch_size))
     if n_pairs // n_batches < world_size:
         raise UserError(
-            f"data.batch_pairs {batch_size}: {n_pairs} pairs in {n_batches} batches leave a process of {world_size} "
-            "without a pair; use fewer processes or larger batches"
-        )
+            f"{batch_size}: {n_pairs} pairs in {n_batches} batches leave a process of {world_size} without a pair; "
+            "use fewer processes or larger batches", "batch_pairs"
+        )  # fmt: skip
     batches = np.array_split(np.arange(n_pairs), n_batches)
     return [np.array_split(batch, world_size)[rank] for batch in batches]
+
+
+class PairBatch(NamedTuple):
+    """Pairs of views.
+
+    Attributes:
+        first: uint8 ``(B, 3, H, W)``; or pooled vectors, float32 ``(B, width)``, where the backbone is frozen.
+        second: The same form.
+        positive: Whether both show the same exhibit, bool ``(B,)``.
+        first_labels: Class of ``first``, int64 ``(B,)``.
+        second_labels: Class of ``second``, int64 ``(B,)``.
+    """
+
+    first: Tensor
+    second: Tensor
+    positive: Tensor
+    first_labels: Tensor
+    second_labels: Tensor
+
+
+ViewsOf = Callable[[np.ndarray, np.ndarray], Tensor]  # rows and numbers of views, each (B,), to what stands for them
+
+
+class PairDataset(Dataset[PairBatch]):
+    """An item is a whole batch, so the loader must not batch again (``batch_size=None``).
+
+    Args:
+        pairs: The epoch's.
+        batches: This process's part: positions in ``pairs``.
+        labels: Class of every database row.
+        first: Gives the views of the first of each pair.
+        second: Gives those of the second.
+    """
+
+    def __init__(
+        self, pairs: Pairs, batches: Sequence[np.ndarray], labels: np.ndarray, first: ViewsOf, second: ViewsOf
+    ) -> None:
+        self.pairs, self.batches, self.labels = pairs, batches, labels
+        self.first, self.second = first, second
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, i: int) -> PairBatch:
+        pairs = self.pairs.take(self.batches[i])
+        return PairBatch(
+            self.first(pairs.first, pairs.first_view),
+            self.second(pairs.second, pairs.second_view),
+            torch.from_numpy(pairs.positive),
+            torch.from_numpy(self.labels[pairs.first]),
+            torch.from_numpy(self.labels[pairs.second]),
+        )

@@ -40,7 +40,7 @@ def train(capsys, *options: object) -> str:
     """The error that a command line ends in; empty if there is none."""
     capsys.readouterr()
     try:
-        run_main("metilr.training.train:train", [str(option) for option in options], prog="train.py")
+        run_main("metilr.training.cli:train", [str(option) for option in options], prog="train.py")
     except SystemExit as stop:
         error = capsys.readouterr().err
         assert stop.code == 2 and error.count("\n") == 1, error

@@ -46,7 +46,7 @@ def museum(tiny_museum, tmp_path, monkeypatch) -> Path:
 
 
 def run(*options: object) -> None:
-    run_main("metilr.training.train:train", [*TINY, *(str(option) for option in options)], prog="train.py")
+    run_main("metilr.training.cli:train", [*TINY, *(str(option) for option in options)], prog="train.py")
 
 
 def command(*options: object) -> list[str]:
@@ -329,7 +329,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
         "    write(content, stream)\n"
         "checkpoints.torch.save = save\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from metilr.cli import run_main; run_main('metilr.training.train:train', sys.argv[1:], prog='train.py')\n"
+        "from metilr.cli import run_main; run_main('metilr.training.cli:train', sys.argv[1:], prog='train.py')\n"
     )
     arguments = command("--output", "out", "--data.pairing", "syn+neg")[2:]
     run_ = subprocess.run(
@@ -458,14 +458,14 @@ def test_every_config_trains(config):
         "--trainer.accelerator", "cpu", "--trainer.limit_train_batches", "1", "--data.batch_pairs", "4",
     ]  # fmt: skip
     small += ["--model.projector_dim", "4"] if config.stem == "projector_only" else []
-    run_main("metilr.training.train:train", ["--config", str(config), *small, "--output", "out"], prog="train.py")
+    run_main("metilr.training.cli:train", ["--config", str(config), *small, "--output", "out"], prog="train.py")
     assert Path("out/best.ckpt").exists()
 
 
 def test_without_options_is_the_demo_config(capsys):
     def resolved(*options: str) -> dict:
         with pytest.raises(SystemExit):
-            run_main("metilr.training.train:train", [*options, "--print_config"], prog="train.py")
+            run_main("metilr.training.cli:train", [*options, "--print_config"], prog="train.py")
         return yaml.safe_load(capsys.readouterr().out)
 
     assert resolved("--config", str(REPOSITORY / "configs" / "train" / "demo.yaml")) == resolved()
