@@ -127,7 +127,7 @@ WORKER_DIES = """
 import os, signal
 from torch.utils.data import get_worker_info
 from metilr.data import views as images
-from metilr.training import pair_dataset
+from metilr.training import augmentations
 load = images.load_image
 
 def die(path, *arguments, **options):
@@ -136,7 +136,7 @@ def die(path, *arguments, **options):
         {how}
     return load(path, *arguments, **options)
 
-images.load_image = pair_dataset.load_image = die
+images.load_image = augmentations.load_image = die
 """
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -55,6 +55,7 @@ from metilr.training.callbacks import (
 from metilr.training.datamodule import PairDataModule
 from metilr.training.module import FineTuning
 
+OWN = ("config", "output", "seed_everything", "wandb", "pictures_every")  # options that no group has
 OUTPUT_VARIABLE = "METILR_TRAINING_OUTPUT"  # tells the processes that Lightning starts which folder the first chose
 BEST, LAST = "best", "last"
 PRECISIONS = ("32", "32-true", "bf16-mixed", "16-mixed")  # mining and validation are float32 in any case
@@ -68,6 +69,10 @@ SET_HERE = (
 
 class TrainingParser(OneLineErrors, LightningArgumentParser):
     """Lightning's parser, whose errors are one line."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(" ".join(message.split()))
 
 
 class TrainingCLI(LightningCLI):
@@ -142,12 +147,34 @@ class TrainingCLI(LightningCLI):
         refuse_what_breaks_promises(self.config.trainer)
 
     @override
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer.
+
+        Raises:
+            UserError: If one of them, or a class that an option names, does not take its parameters.
+        """
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"a class that an option names cannot be built: {_words(error)} (a loss with weights of its own needs "
+                "num_classes and embedding_size)"
+            ) from error
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Open the run's folder, and make the trainer with its callbacks and loggers."""
         self.options = _plain(self.parser, self.config)
         self.output, self.resume_from = open_run(self.config.output, self.options, self.held)
         with self.kept_if_of_use():
-            return self._trainer(**kwargs)
+            try:
+                return self._trainer(**kwargs)
+            except UserError:
+                raise
+            except (MisconfigurationException, ValueError) as error:
+                raise UserError(_words(error)) from error
 
     @contextlib.contextmanager
     def kept_if_of_use(self) -> Iterator[None]:
@@ -211,6 +238,11 @@ class TrainingCLI(LightningCLI):
             return [*loggers, WandbLogger(project=config.wandb_project, offline=True, save_dir=self.output)]
         run = open_wandb(config.wandb, config.wandb_project, self.output, self.options)
         return loggers if run is None else [*loggers, WandbLogger(experiment=run)]
+
+
+def _words(error: Exception) -> str:
+    """What Lightning or jsonargparse say, in a line."""
+    return " ".join(str(error).split())
 
 
 def _plain(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
@@ -332,23 +364,21 @@ def train(args: Sequence[str] | None = None, prog: str = "metilr train") -> None
     quieten_lightning()
     if not is_first_process() and not has_launcher():
         end_with_parent()
-    try:
-        with process_as_before(), contextlib.ExitStack() as held:
+    with process_as_before(), contextlib.ExitStack() as held:
+        try:
             _train(TrainingCLI(sys.argv[1:] if args is None else args, prog, held))
-    except UserError as error:
-        raise UserError(error.message, option_of(error.parameter)) from error
-    except (MisconfigurationException, ValueError, TypeError) as error:  # Lightning's words, or a class's that is named
-        raise UserError(one_line(error)) from error
+        except UserError as error:
+            raise _with_option(error) from error
 
 
-def option_of(parameter: str | None) -> str | None:
-    """The option that sets a parameter of the model, the data or the trainer: ``model.lr`` for ``lr``."""
-    if parameter == "seed":
-        return "seed_everything"
+def _with_option(error: UserError) -> UserError:
+    """The error with the option that sets its parameter in place of that: ``model.lr`` for ``lr``."""
+    if error.parameter == "seed":
+        return UserError(error.message, "seed_everything")
     for group, of in (("model", FineTuning), ("data", PairDataModule), ("trainer", Trainer)):
-        if parameter in inspect.signature(of).parameters:
-            return f"{group}.{parameter}"
-    return parameter
+        if error.parameter in inspect.signature(of).parameters:
+            return UserError(error.message, f"{group}.{error.parameter}")
+    return error if error.parameter in OWN else UserError(str(error))  # such as a loss's, below another option
 
 
 def _train(cli: TrainingCLI) -> None:
@@ -371,6 +401,8 @@ def _train(cli: TrainingCLI) -> None:
         raise UserError(
             f"interrupted; {kept if cli.has_epochs else 'no epoch was finished, so nothing is kept'}"
         ) from None
+    except MisconfigurationException as error:
+        raise UserError(_words(error)) from error
     except UserError as error:
         kept = f" (to continue, add --output {cli.output})" if needs_its_name and cli.has_epochs else ""
         raise UserError(error.message + kept, error.parameter) from error

@@ -1,7 +1,7 @@
 """Training pairs of an epoch (which images, which of their views, one exhibit or two), and their batches.
 
-Rows are rows of the database. ``rows`` are those that can be trained on, ascending; ``labels`` are of all, ``(N,)``, and
-so are ``descriptors``, ``(N, D)`` of unit length.
+Rows are rows of the database. ``rows`` are those that can be trained on, ascending; ``labels`` are of all, ``(N,)``,
+and so are ``descriptors``, ``(N, D)`` of unit length.
 """
 
 from collections.abc import Callable, Sequence
