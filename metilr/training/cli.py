@@ -201,7 +201,8 @@ class TrainingCLI(LightningCLI):
             auto_insert_metric_name=False, enable_version_counter=False,
         )  # fmt: skip
         callbacks: list[Callback] = [
-            self.lines, PairPictures(self.config.pictures_every), LearningRateMonitor("step"), ExactFloat32(), self.best,
+            self.lines, PairPictures(self.config.pictures_every), LearningRateMonitor("step"), ExactFloat32(),
+            self.best,
             # After the best: it is what a killed run continues from, and has the best's state in it.
             MovableModelCheckpoint(
                 self.output, filename=LAST, save_on_train_epoch_end=True, enable_version_counter=False

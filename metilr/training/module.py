@@ -14,10 +14,11 @@ from typing_extensions import override
 from metilr.distributed import gather_rows
 from metilr.errors import UserError
 from metilr.metrics import ACC, GAP, GAPMinus
+from metilr.models import SCALES, PatchRounding, PoolingName
+from metilr.models.backbone import build_backbone
 from metilr.models.checkpoints import FORMAT, model_entry
-from metilr.models.embedder import SCALES, Embedder, Projector
-from metilr.models.pooling import GeM, PoolingName, build_pooling
-from metilr.models.zoo import PatchRounding, build_backbone
+from metilr.models.embedder import Embedder, Projector
+from metilr.models.pooling import GeM, build_pooling
 from metilr.provenance import commit, library_versions, machine
 from metilr.training.descriptors import answer_val, cached_views, describe_current, whitening_start
 from metilr.training.losses import ContrastiveLoss, check_loss, pair_figures
@@ -102,14 +103,14 @@ class FineTuning(pl.LightningModule):
             if value is not None and not least <= value < math.inf:  # nor NaN
                 raise UserError(f"{value}: must be a finite number, at least {least}", name)
         network = build_backbone(backbone, weights, stage, patch_rounding, seed)
-        pool = build_pooling(pooling, network.width, p, learnable=learn_p)
+        pool = build_pooling(pooling, p, learnable=learn_p)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             projector = None if projector_dim is None else Projector(network.width, projector_dim)
         self.embedder = Embedder(network, pool, projector, scales)
         self.loss = NTXentLoss(temperature=0.05) if loss is None else loss
         self.metrics = MetricCollection({"val/gap": GAP(), "val/gap_minus": GAPMinus(), "val/acc": ACC()})
-        self.pooling, self.projector_start, self.freeze_backbone = pooling, projector_start, freeze_backbone
+        self.projector_start, self.freeze_backbone = projector_start, freeze_backbone
         self.optimizer, self.weight_decay = optimizer, weight_decay
         self.schedule, self.step_epochs, self.warmup_steps = schedule, step_epochs, warmup_steps
         self.resumed = False
@@ -276,7 +277,7 @@ class FineTuning(pl.LightningModule):
         truth, provenance = self.data.ground_truth, self.embedder.backbone.provenance
         checkpoint["metilr"] = {
             "format": FORMAT,
-            "model": model_entry(self.embedder, self.pooling, self.data.image_size),
+            "model": model_entry(self.embedder, self.data.image_size),
             "provenance": {"source": provenance.source, "licence": provenance.licence},
             "data": {
                 "root": truth.root.resolve().name,
