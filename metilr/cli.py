@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser
 
 from metilr import __version__
 from metilr.errors import UserError
-from metilr.files import parser_mode, read_yaml
+from metilr.files import read_yaml
 
 EXIT_USER_ERROR = 2
 KINDS = r"(?:Expected (?:an? )?|Not of type )(.*?)(?:\. Got value.*|: expected .*)?$"  # in jsonargparse's errors
@@ -35,7 +35,7 @@ SUBCOMMANDS = {
     "rerun": "metilr.commands.rerun:rerun",
     "sweep": "metilr.commands.sweep:sweep",
     "describe": "metilr.commands.describe:describe",
-    "download": "metilr.download:download",
+    "download": "metilr.commands.download:download",
     "verify": "metilr.commands.verify:verify",
     "pack": "metilr.commands.pack:pack",
     "export-descriptors": "metilr.extraction.reference_pickle:export_descriptors",
@@ -120,7 +120,7 @@ class _Parser(OneLineErrors, ArgumentParser):
 
 def _parser(function: Callable[..., Any], prog: str | None = None) -> _Parser:
     description = (function.__doc__ or "").split("\n\n")[0]
-    parser = _Parser(prog=prog, description=description, default_env=False, parser_mode=parser_mode())
+    parser = _Parser(prog=prog, description=description, default_env=False)
     parser.allow_abbrev = False  # a config or a script with half a name would break with the next option
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; later ones win.")
     parser.add_function_arguments(function, as_positional=True)

@@ -1,4 +1,4 @@
-"""YAML from anywhere: plain values, and one kind of error."""
+"""Files that appear whole or not at all, folders for one process at a time; what others wrote, read within limits."""
 
 import contextlib
 import errno
@@ -15,10 +15,10 @@ from typing import IO, Any
 
 import numpy as np
 import yaml
-from jsonargparse import get_loader, set_loader
 
 from metilr.errors import UserError, one_line
 
+LOCK = ".lock"
 CHUNK = 1 << 20  # bytes hashed at a time
 
 
@@ -66,15 +66,7 @@ def replaced_file(file: Path) -> Iterator[IO[bytes]]:
 
 
 def write_picture(file: Path, save: Callable[[IO[bytes]], object]) -> None:
-    """Write a picture whole or not at all.
-
-    Args:
-        file: Where to.
-        save: Writes the picture to a stream. Not to the file: encoders overlook that a full disk took a part only.
-
-    Raises:
-        OSError: If it cannot be written; names it.
-    """
+    """Write a picture whole or not at all: by way of memory, since encoders overlook that a disk is full."""
     content = io.BytesIO()
     save(content)
     with replaced_file(file) as stream:
@@ -139,12 +131,6 @@ def flush(folder: Path) -> None:
         else:
             with path.open("rb") as stream, named(path):
                 os.fsync(stream.fileno())
-
-
-def flush_all() -> None:
-    """Have everything on disk that this machine has written: for many small files far quicker than each by itself."""
-    if hasattr(os, "sync"):
-        os.sync()
 
 
 def map_array(file: Path, remedy: str | Callable[[Exception], str]) -> np.memmap:
@@ -253,20 +239,17 @@ def _array(content: bytes) -> np.ndarray:
     return flat.reshape(shape, order="F" if is_fortran else "C")
 
 
-REPEATED = 100_000  # characters that aliases may stand for; of options, with all that repeats, some hundreds
-
-
 def read_yaml(file: Path) -> Any:
-    """Read a YAML file; tags that would make objects are refused.
+    """Read a YAML file of plain values; aliases, a few of which can stand for gigabytes, are refused.
 
     Raises:
-        ValueError: If it is no YAML in UTF-8, nested too deeply, much longer without its aliases, or a tag does not
-            fit its value.
+        ValueError: If it is no such file.
         OSError: If it cannot be read.
     """
     try:
         text = file.read_text(encoding="utf-8")
-        refuse_aliases_of_aliases(text)
+        if "*" in text and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it has aliases; write out what they stand for")
         return yaml.safe_load(text)
     except (OSError, MemoryError):
         raise
@@ -274,34 +257,28 @@ def read_yaml(file: Path) -> Any:
         raise ValueError(one_line(error)) from error
 
 
-def parser_mode() -> str:
-    """Jsonargparse's name for reading values and files as it does by default, without aliases of aliases."""
-    set_loader("metilr", _load, (yaml.YAMLError,))
-    return "metilr"
+@contextlib.contextmanager
+def alone_in(folder: Path, holder: str, remedy: str) -> Iterator[None]:
+    """Hold a folder during the block, or refuse at once if another process does; the lock ends with its holder.
 
+    Of the processes of one run the first one alone must ask.
 
-def _load(text: str) -> Any:
-    refuse_aliases_of_aliases(text)
-    return get_loader("yaml")(text)
-
-
-def refuse_aliases_of_aliases(text: str) -> None:
-    """Refuse a few lines that stand for gigabytes: read, they share their parts; shown or compared, they do not.
+    Args:
+        folder: Is there already.
+        holder: Who else would hold it, such as "another run".
+        remedy: What to do about it, besides waiting.
 
     Raises:
-        yaml.YAMLError: If aliases stand for too much.
+        UserError: If another process holds it.
     """
-    if "*" in text and _length(yaml.compose(text, yaml.SafeLoader), {}) > 2 * len(text) + REPEATED:
-        raise yaml.YAMLError("its aliases stand for too much; write out what they stand for")
+    import filelock
 
-
-def _length(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """Characters and parts with all that aliases repeat; infinite where a part holds itself."""
-    if not isinstance(node, yaml.CollectionNode):
-        return 1 if node is None else 1 + len(node.value)
-    if id(node) not in known:
-        known[id(node)] = math.inf  # until it is known: who meets it before that is in it
-        pairs = isinstance(node, yaml.MappingNode)
-        parts = [part for pair in node.value for part in pair] if pairs else node.value
-        known[id(node)] = 1 + sum(_length(part, known) for part in parts)
-    return known[id(node)]
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise UserError(f"{folder}: {holder} is at work there; wait for it, or {remedy}") from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from metilr.data.archives import ARCHIVES
+from metilr.download.archives import ARCHIVES
 from tests.server import Server
 from tests.tarballs import header, tarball, tree
 

@@ -1,7 +1,5 @@
 """One run at a time in a store or an output folder, and no trace of one that was killed."""
 
-import errno
-import fcntl
 import multiprocessing
 import os
 import shutil
@@ -15,13 +13,13 @@ import pytest
 import yaml
 
 from metilr.errors import UserError
-from metilr.locks import LOCK, alone_in
+from metilr.files import alone_in
 from tests.small_runs import assert_same_evaluation, assert_same_training
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from metilr.locks import alone_in
+from metilr.files import alone_in
 with alone_in(Path(sys.argv[1]), "another run", "stop it"):
     print("held", flush=True)
     time.sleep(600)
@@ -40,12 +38,11 @@ def test_the_second_process_is_told_of_the_first_and_a_killed_one_holds_nothing(
             assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
             with pytest.raises(UserError) as refused, lock(tmp_path):
                 pass
-            assert f"{tmp_path}: another run is at work there (process {holder.pid} on " in str(refused.value)
-            assert str(refused.value).endswith("; wait for it, or stop it")
+            assert str(refused.value) == f"{tmp_path}: another run is at work there; wait for it, or stop it"
         finally:
             holder.kill()
     with lock(tmp_path):
-        assert f"process {os.getpid()} on" in (tmp_path / LOCK).read_text()
+        pass
 
 
 def test_it_ends_with_the_block_and_with_an_error_in_it(tmp_path):
@@ -82,31 +79,6 @@ def test_a_fork_that_ends_leaves_it_held(tmp_path):
             pass
 
 
-def test_a_disk_without_locks_is_worked_on_without(tmp_path, monkeypatch):
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    with lock(tmp_path), lock(tmp_path):
-        pass
-
-
-@pytest.mark.parametrize("kind", ["link", "link to nothing", "hard link", "pipe"])
-def test_no_other_file_under_the_lock_s_name_is_written(tmp_path, kind):
-    """A folder of somebody else's may hold one."""
-    folder, file = tmp_path / "store", tmp_path / "precious"
-    folder.mkdir()
-    if kind == "pipe":
-        os.mkfifo(folder / LOCK)
-    else:
-        if kind != "link to nothing":
-            file.write_text("precious")
-        (os.link if kind == "hard link" else os.symlink)(file, folder / LOCK)
-    with pytest.raises(UserError, match=r"store/\.lock: is .*; delete it"), lock(folder):
-        pass
-    assert file.read_text() == "precious" if file.exists() else kind in ("link to nothing", "pipe")
-
-
 WAITS = """
 import time
 from pathlib import Path
@@ -136,7 +108,7 @@ def test_two_evaluations_that_want_one_store(place):
     folder = place.folder / "two"
     first = started(place, "evaluate", folder)
     second = place.forks.run(folder, [*place.commands["evaluate"], "--output", "other"])
-    assert f"store: another run is at work there (process {first[0]} on " in second.error
+    assert "store: another run is at work there" in second.error
     (folder / "go").touch()
     assert place.forks.wait(first).status == 0
     after = place.forks.run(folder, [*place.commands["evaluate"], "--output", "other"])
@@ -149,7 +121,7 @@ def test_two_evaluations_into_one_folder(place):
     folder = place.folder / "two"
     first = started(place, "evaluate", folder)
     second = place.forks.run(folder, [*place.commands["evaluate"], "--store", "other", "--k", 3])
-    assert f"out: another run is at work there (process {first[0]} on " in second.error
+    assert "out: another run is at work there" in second.error
     assert "name another --output" in second.error and not (folder / "other").exists()
     (folder / "go").touch()
     assert place.forks.wait(first).status == 0
@@ -161,7 +133,7 @@ def test_another_training_does_not_touch_one_in_its_first_epoch(place):
     folder = place.folder / "two"
     first = started(place, "train", folder)
     second = place.forks.run(folder, [*place.commands["train"], "--model.lr", "0.5"])
-    assert f"out: another run is at work there (process {first[0]} on " in second.error
+    assert "out: another run is at work there" in second.error
     assert yaml.safe_load((folder / "out/config.yaml").read_text())["model"]["lr"] != 0.5
     (folder / "go").touch()
     assert place.forks.wait(first).status == 0

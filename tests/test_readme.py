@@ -127,7 +127,7 @@ def test_metilr_command(workplace, line, monkeypatch, capsys, server):
         arguments += ["--root", "DIR", "--options", "backbone=r18_in", "weights=random", "accelerator=cpu"]
     if arguments[0] == "download":
         serve(Path("DIR"), server)
-        monkeypatch.setattr("metilr.download.ARCHIVES", UNKNOWN)
+        monkeypatch.setattr("metilr.commands.download.ARCHIVES", UNKNOWN)
         arguments += ["--mirror", server.url]
     monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
     before = set(Path.cwd().rglob("*"))

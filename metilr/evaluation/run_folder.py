@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 
 from metilr.errors import UserError
-from metilr.files import remove_leftovers, write_atomically
-from metilr.locks import alone_in
+from metilr.files import alone_in, remove_leftovers, write_atomically
 
 RUNS = Path("runs")
 LEFT_BEHIND = ("predictions/val.csv", "predictions/test.csv", "whitening.npz", "report/index.html")

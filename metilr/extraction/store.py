@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 
 from metilr.errors import UserError, one_line
-from metilr.files import map_array, named, remove_leftovers, reserve_array, write_atomically
-from metilr.locks import LOCK, alone_in
+from metilr.files import LOCK, alone_in, map_array, named, remove_leftovers, reserve_array, write_atomically
 
 SCHEMA = "metilr.descriptors/1"
 SPLITS = ("database", "val", "test")

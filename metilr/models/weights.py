@@ -4,8 +4,8 @@ import contextlib
 import hashlib
 import importlib.util
 import re
-import uuid
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from metilr.download.fetch import fetch
 from metilr.errors import UserError
-from metilr.files import file_sha256, refuse_compressed, rename_on_disk
+from metilr.files import file_sha256, refuse_compressed
 from metilr.models.zoo import BackboneSpec
 from metilr.progress import byte_progress
-from metilr.transfer import MOST, FetchError, content_length, copy_body, open_url
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which timm looks for them
 StateDict = dict[str, torch.Tensor]
@@ -80,35 +80,15 @@ def fetch_official_file(url: str, sha256: str | None) -> Path:
 
 
 def _download(url: str, path: Path, sha256: str | None) -> None:
-    """Download to a temporary file beside the target, which appears whole and verified or not at all."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    elsewhere = "get the file by other means and pass it as --weights FILE"
+    remedy = "run again, or get the file by other means and pass it as weights"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        size, announced = _copy_from_network(url, partial)
-        if announced is not None and size != announced:
-            raise UserError(f"{url}: the download broke off at {size} of {announced} bytes; run again, or {elsewhere}")
-        digest = file_sha256(partial)
-        if sha256 is not None and not digest.startswith(sha256):
-            raise UserError(
-                f"{url}: the download's sha256 starts with {digest[:8]}, not {sha256[:8]}; run again, or {elsewhere}"
-            )
-        rename_on_disk(partial, path)
-    except (OSError, FetchError) as error:
-        raise UserError(f"{url}: cannot be downloaded to {path.parent} ({error}); {elsewhere}") from error
-    finally:
-        with contextlib.suppress(OSError):  # nothing to remove, or the folder itself is the trouble
-            partial.unlink()
-
-
-def _copy_from_network(url: str, target: Path) -> tuple[int, int | None]:
-    """Copy a URL's content to a file; return the bytes written and those announced, None if not announced."""
-    with open_url(url) as response, target.open("wb") as file, byte_progress(console=Console(stderr=True)) as progress:
-        announced = content_length(response)
-        bar = progress.add_task(url.rpartition("/")[2], total=announced)
-        most = MOST if announced is None else announced
-        size = copy_body(response, file, most, lambda n: progress.update(bar, completed=n))
-    return size, announced
+        with byte_progress(console=Console(stderr=True)) as progress:
+            bar = progress.add_task(path.name, total=None)
+            report = partial(progress.update, bar)
+            fetch(url, path, remedy, sha256=sha256, tries=3, report=lambda n, total: report(completed=n, total=total))
+    except OSError as error:
+        raise UserError(f"{url}: cannot be downloaded to {path.parent} ({error}); {remedy}") from error
 
 
 def verify_hub_file(hub_id: str, filename: str | None = None) -> str | None:

@@ -41,8 +41,7 @@ from metilr.errors import UserError, one_line
 from metilr.evaluation.run_folder import RUNS, make_new_folder
 from metilr.extraction.callbacks import ExactFloat32
 from metilr.extraction.describe import PLAN_TIMEOUT
-from metilr.files import parser_mode, read_yaml, remove_leftovers, write_atomically
-from metilr.locks import LOCK, alone_in
+from metilr.files import LOCK, alone_in, read_yaml, remove_leftovers, write_atomically
 from metilr.models.checkpoints import read_checkpoint
 from metilr.report.wandb import PROJECT, WandbMode, open_wandb, staged_in, unharmed, where_logged
 from metilr.training.callbacks import (
@@ -94,7 +93,6 @@ class TrainingCLI(LightningCLI):
             seed_everything_default=0,
             parser_kwargs={
                 "prog": prog,
-                "parser_mode": parser_mode(),
                 "description": (FineTuning.__doc__ or "").splitlines()[0] + " Without options: on the demo museum.",
             },
             parser_class=TrainingParser,

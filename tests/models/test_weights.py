@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from metilr.download import fetch
 from metilr.errors import UserError
-from metilr.models import weights
 from metilr.models.weights import (
     fetch_official_file,
     load_strictly,
@@ -87,9 +87,9 @@ def test_a_download_is_verified_and_used_again_with_the_server_down(
 
 
 def test_a_download_with_another_digest_is_refused(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"net\.pth\.tar: .*sha256.*--weights FILE"):
+    with pytest.raises(UserError, match=r"net\.pth\.tar: .*sha256.*as weights"):
         fetch_official_file(server.url, "0" * 8)
-    assert not list((tmp_path / "checkpoints").iterdir())
+    assert not list((tmp_path / "checkpoints").glob("*.tar"))
 
 
 @pytest.mark.parametrize("digest_known", [True, False])
@@ -97,27 +97,27 @@ def test_a_truncated_download_is_refused(server: Server, tmp_path: Path, digest_
     digest = sha256(server.content) if digest_known else None
     server.announced = len(server.content)
     server.content = server.content[:100]
-    with pytest.raises(UserError, match=r"net\.pth\.tar: .*--weights FILE"):
+    with pytest.raises(UserError, match=r"net\.pth\.tar: .*as weights"):
         fetch_official_file(server.url, digest)
-    assert not list((tmp_path / "checkpoints").iterdir())
+    assert not list((tmp_path / "checkpoints").glob("*.tar"))
 
 
 def test_a_download_that_never_ends_is_left(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "MOST", 10**6)
+    monkeypatch.setattr(fetch, "MOST", 10**6)
     network = Network()
     network.always = Fault(raw=PLAIN, endless=bytes(1 << 16))
-    with pytest.raises(UserError, match=r"sends more bytes than the file can have.*--weights FILE"):
+    with pytest.raises(UserError, match=r"sends more bytes than the file can have.*as weights"):
         fetch_official_file(f"{network.url}net.pth", None)
     network.stop()
-    assert not list((tmp_path / "checkpoints").iterdir())
+    assert not list((tmp_path / "checkpoints").glob("*.pth"))
 
 
 def test_a_missing_page_and_a_dead_server_name_url_and_remedy(server: Server) -> None:
     server.status = 404
-    with pytest.raises(UserError, match=r"http://127.*404.*--weights FILE"):
+    with pytest.raises(UserError, match=r"http://127.*404.*as weights"):
         fetch_official_file(server.url, None)
     server.stop()
-    with pytest.raises(UserError, match=r"http://127.*cannot be downloaded.*--weights FILE"):
+    with pytest.raises(UserError, match=r"http://127.*3 times in a row.*as weights"):
         fetch_official_file(server.url, None)
 
 

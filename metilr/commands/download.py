@@ -1,0 +1,277 @@
+"""``metilr download``: the Met dataset from its official place into a data root, checked."""
+
+import datetime
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pydantic
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+
+from metilr.commands.verify import FILES, PartName, Verification, check, print_verification
+from metilr.download.archives import ARCHIVES, OFFICIAL, PUBLISHED_IMAGES, Archive, DataSet, unpack
+from metilr.download.fetch import fetch, remote_size
+from metilr.errors import UserError, one_line
+from metilr.files import alone_in, file_sha256, write_atomically
+from metilr.progress import byte_progress
+
+PARTS_OF: dict[DataSet, tuple[PartName, ...]] = {
+    "queries": ("val", "test"),
+    "mini": ("mini", "val", "test"),
+    "full": ("full", "mini", "val", "test"),
+}
+ALL = -1  # of an archive's members are unpacked
+GZIP = b"\x1f\x8b"  # how all such files begin
+REMEDY = "run the same command again, or name a copy of the archives as mirror"
+
+
+def download(
+    root: Path = Path("data/met"),
+    queries: bool = False,
+    mini: bool = False,
+    full: bool = False,
+    mirror: str | None = None,
+    keep_archives: bool = True,
+    quiet: bool = False,
+) -> None:
+    """Download the Met dataset, check it and unpack it; interrupted, the same command continues.
+
+    One of three sets: --queries, --mini (what is downloaded without any of them) or --full, each with the ground
+    truth and the queries of val and test.
+
+    Args:
+        root: Data root to fill: ground_truth/, images/, and archives/ with the archives and downloads.json.
+        queries: No database images.
+        mini: With the mini database: a download of 3 GB and the queries' archives.
+        full: With the full database: a download of 28 GB and the queries' archives.
+        mirror: Address of a folder with a copy of the archives, in place of the official one. What was begun
+            elsewhere begins anew; digests are checked all the same.
+        keep_archives: Keep the archives when all is unpacked and verified; else they are deleted.
+        quiet: Show no progress.
+
+    Raises:
+        UserError: If an archive cannot be had or is not what it should be, or the disk is too small.
+    """
+    chosen = _chosen(queries, mini, full)
+    base = OFFICIAL if mirror is None else mirror if mirror.endswith("/") else mirror + "/"
+    if not base.startswith(("http://", "https://")):
+        raise UserError(f"{mirror}: must be an address such as http://host/folder/", "mirror")
+    console, root = Console(highlight=False), Path(root)
+    folder = root / "archives"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (root / "images").mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{root}: cannot be written ({error.strerror}); name another folder", "root") from error
+    with alone_in(folder, "another download", "stop it"):
+        records = Records(folder / "downloads.json")
+        pending = [archive for archive in ARCHIVES[chosen] if not records.is_done(archive)]
+        if pending:
+            need = _require_space(pending, root, folder, base)
+            names = ", ".join(archive.name for archive in pending)
+            console.print(f"[bold]{chosen}[/] from {escape(base)}: {names}; {need}", soft_wrap=True)
+            with byte_progress(quiet, console) as progress:
+                Obtaining(root, base, records, progress).obtain_all(pending)
+        found = check(root, PARTS_OF[chosen], quiet=quiet)
+        print_verification(console, found)
+        _note_other_counts(console, found)
+        if found.faults:
+            _unpack_again(root, records, found, chosen)
+            console.print("the same command unpacks these again")
+            sys.exit(1)
+        if not keep_archives:
+            for archive in ARCHIVES[chosen]:
+                (folder / archive.name).unlink(missing_ok=True)
+    if chosen != "queries":
+        console.print(f"now: metilr evaluate --root {escape(str(root))} --database {chosen}", soft_wrap=True)
+
+
+class Record(pydantic.BaseModel, extra="forbid"):
+    """What is known of an archive that was downloaded whole; ``unpacked`` is ``ALL`` when all of it is."""
+
+    url: str
+    bytes: int = pydantic.Field(ge=0)
+    sha256: str
+    date: str
+    unpacked: int = pydantic.Field(default=0, ge=ALL)
+
+
+class Records:
+    """downloads.json of a folder of archives; several threads may use it, each for an archive of its own."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self._lock = file, threading.Lock()
+        self._type = pydantic.TypeAdapter(dict[str, Record])
+        try:
+            self._records = self._type.validate_json(file.read_bytes()) if file.exists() else {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: not readable ({one_line(error)}); delete it, then all is checked anew") from None
+
+    def get(self, name: str) -> Record | None:
+        """The record of an archive; None if there is none."""
+        return self._records.get(name)
+
+    def is_done(self, archive: Archive) -> bool:
+        """Whether an archive is unpacked, all of it, and was the published one."""
+        record = self.get(archive.name)
+        return record is not None and record.unpacked == ALL and archive.sha256 in (None, record.sha256)
+
+    def put(self, name: str, record: Record) -> None:
+        """Write the record of an archive."""
+        with self._lock:
+            self._records[name] = record
+            write_atomically(self.file, self._type.dump_json(self._records, indent=1).decode() + "\n")
+
+
+class _Stopped(Exception):
+    """The command ends early."""
+
+
+@dataclass(frozen=True)
+class Obtaining:
+    """What the threads that obtain archives share."""
+
+    root: Path
+    base: str
+    records: Records
+    progress: Progress
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def obtain_all(self, archives: Sequence[Archive]) -> None:
+        """Obtain several archives at once; if one fails, the others go on, and all failures are told at the end."""
+        failures: list[Exception] = []
+
+        def run(archive: Archive) -> None:
+            try:
+                self.obtain(archive)
+            except Exception as error:  # for the thread that waits below
+                failures.append(error)
+
+        # Not an executor's threads: Python waits for those at its end, also for one that the network keeps waiting.
+        threads = [threading.Thread(target=run, args=(archive,), daemon=True) for archive in archives]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.2)  # without a limit Ctrl-C would wait too
+        except KeyboardInterrupt:
+            self.stop.set()
+            raise
+        for error in failures:
+            if not isinstance(error, UserError):
+                raise error
+        if failures:
+            raise UserError("; and ".join(str(error) for error in failures))
+
+    def obtain(self, archive: Archive) -> None:
+        """Download an archive, check its digest and unpack it, as far as that is not done."""
+        path = self.records.file.parent / archive.name
+        task = self.progress.add_task(archive.name, total=None)
+
+        def show(what: str, done: int, total: int | None) -> None:
+            if self.stop.is_set():
+                raise _Stopped
+            self.progress.update(task, description=f"{what} {archive.name}", completed=done, total=total)
+
+        url = self.base + archive.name
+        try:
+            if not path.is_file():
+                published = {"size": archive.size, "sha256": archive.sha256}
+                fetch(url, path, REMEDY, **published, report=lambda done, total: show("downloading", done, total))
+            with path.open("rb") as file:
+                is_gzip = file.read(2) == GZIP
+            if not is_gzip:  # networks that want a log-in send a page in its place
+                path.unlink()
+                raise UserError(f"{url}: what came is no .tar.gz and was thrown away; {REMEDY}")
+            size = path.stat().st_size
+            record = self._checked(archive, path, url, file_sha256(path, lambda done: show("checking", done, size)))
+            folder = self.root / archive.folder
+            n = unpack(path, archive, folder, lambda done: show("unpacking", done, size))
+            os.sync()  # a record on disk before its files would have them passed over after a power cut
+            self.records.put(archive.name, record.model_copy(update={"unpacked": ALL}))
+            self.progress.console.print(f"{archive.name}: {n:,} files in {escape(str(folder))}", soft_wrap=True)
+        except OSError as error:
+            if error.errno is None:
+                raise
+            where = error.filename or path
+            raise UserError(
+                f"{where}: {error.strerror}; mend that and run the same command: what is there is kept"
+            ) from error
+
+    def _checked(self, archive: Archive, path: Path, url: str, digest: str) -> Record:
+        """Refuse what is not the published archive or not the one that was here before; record a new one."""
+        record = self.records.get(archive.name)
+        if archive.sha256 not in (None, digest):
+            raise UserError(
+                f"{path}: its sha256 is {digest}, the published archive's {archive.sha256}; delete it, and the same "
+                "command downloads it again"
+            )
+        if record is None or (archive.sha256 is not None and record.sha256 != digest):
+            date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+            record = Record(url=url, bytes=path.stat().st_size, sha256=digest, date=date)
+            self.records.put(archive.name, record)
+        if record.sha256 != digest:
+            raise UserError(
+                f"{path}: its sha256 is {digest}, but {record.sha256} was recorded on {record.date}; delete it to "
+                f"download it again, or, if the publisher has changed it, its entry in {self.records.file}"
+            )
+        return record
+
+
+def _chosen(queries: bool, mini: bool, full: bool) -> DataSet:
+    sets: dict[DataSet, bool] = {"queries": queries, "mini": mini, "full": full}
+    chosen = [name for name, wanted in sets.items() if wanted]
+    if len(chosen) > 1:
+        raise UserError(f"and {chosen[1]} exclude each other; choose one", chosen[0])
+    return chosen[0] if chosen else "mini"
+
+
+def _require_space(archives: Sequence[Archive], root: Path, folder: Path, base: str) -> str:
+    """Say what will be written, asking the server where no size is published; refuse it where there is no room."""
+    to_load = to_unpack = 0
+    unknown = []
+    for archive in archives:
+        path = folder / archive.name
+        known = path.stat().st_size if path.is_file() else archive.size or remote_size(base + archive.name)
+        if known is None and not archive.about:
+            unknown.append(archive.name)
+        size = known or archive.about
+        part = path if path.is_file() else path.with_name(path.name + ".part")
+        to_load += max(0, size - (part.stat().st_size if part.is_file() else 0))
+        there = sum(file.lstat().st_size for file in (root / archive.folder).rglob("*") if file.is_file())
+        to_unpack += max(0, int(size * archive.growth) - there)
+    need = f"{to_load / 1e9:.1f} GB of archives, about {to_unpack / 1e9:.1f} GB of files"
+    need += f", {' and '.join(unknown)} of unknown size and not counted" if unknown else ""
+    free = shutil.disk_usage(folder).free
+    if to_load + to_unpack > free:
+        raise UserError(
+            f"{root}: {free / 1e9:.1f} GB free on its disk, needed are {need}; free some, or name another", "root"
+        )
+    return need
+
+
+def _note_other_counts(console: Console, found: Verification) -> None:
+    for part, paths in found.paths.items():
+        if len(paths) != PUBLISHED_IMAGES[part]:
+            console.print(
+                f"[bold yellow]note:[/] {FILES[part]} names {len(paths):,} images, {PUBLISHED_IMAGES[part]:,} were "
+                "published: figures measured on it are not comparable",
+                soft_wrap=True,
+            )
+
+
+def _unpack_again(root: Path, records: Records, found: Verification, chosen: DataSet) -> None:
+    """Remove what is broken, and have the archives unpacked anew from which something is missing or broken."""
+    for path in found.faults:
+        (root / "images" / path).unlink(missing_ok=True)
+    for archive in ARCHIVES[chosen]:
+        folder, record = archive.folder.removeprefix("images/") + "/", records.get(archive.name)
+        if record is not None and any(path.startswith(folder) for path in found.faults):
+            records.put(archive.name, record.model_copy(update={"unpacked": 0}))

@@ -1,0 +1,152 @@
+"""Files over HTTP that arrive whole: continued where they broke off, retried, never mixed from two versions."""
+
+import contextlib
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import filelock
+import requests
+
+from metilr.errors import UserError, one_line
+from metilr.files import file_sha256, named, rename_on_disk
+from metilr.progress import printable
+
+MOST = 10_000_000_000  # bytes of a download of which nobody tells the size
+TRIES = 6  # attempts in a row that bring nothing new; the waits between them add up to a minute
+TIMEOUT, LONGEST_WAIT = 30, 60  # seconds without a byte; between attempts, also where the server asks for more
+PASSING = frozenset({408, 416, 425, 429, 500, 502, 503, 504})  # HTTP statuses that another attempt may mend
+HEADERS = {"User-Agent": "metilr", "Accept-Encoding": "identity"}
+
+
+def fetch(
+    url: str,
+    path: Path,
+    remedy: str,
+    *,
+    size: int | None = None,
+    sha256: str | None = None,
+    tries: int = TRIES,
+    report: Callable[[int, int | None], None] = lambda done, total: None,
+    sleep: Callable[[float], object] = time.sleep,
+) -> None:
+    """Download to a file that appears whole or not at all; what an earlier call left in ``PATH.part`` is continued.
+
+    A part is continued only by the same version of the file, by the server's own word (``If-Range``); a server that
+    names no version sends the file anew.
+
+    Args:
+        url: Where the file is.
+        path: Where it goes; its folder exists.
+        remedy: What a message tells the user to do if the download fails.
+        size: The published size in bytes; another announced size is refused at once.
+        sha256: The published digest, or its first digits; another file is refused and thrown away.
+        tries: Attempts in a row that bring nothing new, before it gives up.
+        report: Called with the bytes that are there and those that there will be, None if nobody tells.
+        sleep: Waits before another attempt.
+
+    Raises:
+        UserError: If the server refuses, several attempts in a row bring nothing new, or the file is another.
+        OSError: If the file cannot be written; names it.
+    """
+    part = path.with_name(path.name + ".part")
+    with filelock.FileLock(f"{part}.lock"), named(part):
+        longest = fruitless = 0
+        while not path.exists():  # another process may have fetched it meanwhile
+            wait = None
+            try:
+                wait = _receive(url, part, size, report)
+                reason = "the connection broke off"
+                if wait is None:
+                    break
+            except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, ValueError) as error:
+                raise UserError(
+                    f"{printable(url)}: an address that cannot be asked ({one_line(error)}); {remedy}"
+                ) from None
+            except requests.RequestException as error:
+                reason = one_line(error)
+            except _Refused as error:
+                raise UserError(f"{url}: {printable(str(error))}; {remedy}") from None
+            there = part.stat().st_size if part.exists() else 0
+            longest, fruitless = (there, 0) if there > longest else (longest, fruitless + 1)
+            if fruitless >= tries:
+                what = f"{printable(reason)}, {tries} times in a row; what is there is kept"
+                raise UserError(f"{url}: {what}: {remedy}") from None
+            sleep(min(LONGEST_WAIT, wait or 2**fruitless))
+        else:
+            return
+        digest = file_sha256(part)
+        if sha256 is not None and not digest.startswith(sha256):
+            part.unlink()
+            _version_of(part).unlink(missing_ok=True)
+            raise UserError(f"{url}: its sha256 is {digest}, the published file's {sha256}; {remedy}")
+        rename_on_disk(part, path)
+        for file in (_version_of(part), Path(f"{part}.lock")):  # who waits for the lock finds the file there
+            file.unlink(missing_ok=True)
+
+
+class _Refused(Exception):
+    """What another attempt will not mend."""
+
+
+def _receive(url: str, part: Path, size: int | None, report: Callable[[int, int | None], None]) -> float | None:
+    """One attempt; returns None when the file is whole, else the seconds that the server asks to wait, 0 for any."""
+    version_file = _version_of(part)
+    begun = json.loads(version_file.read_text()) if version_file.exists() and part.exists() else {}
+    have = part.stat().st_size if begun.get("url") == url and begun.get("version") else 0
+    headers = {**HEADERS, "Range": f"bytes={have}-", "If-Range": begun["version"]} if have else HEADERS
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        if response.status_code in PASSING:
+            if response.status_code == 416:  # the part is as long as the file, or longer: begin anew
+                part.unlink(missing_ok=True)
+            after = response.headers.get("Retry-After", "")
+            return float(after) if after.isdecimal() else 0.0
+        if not response.ok:
+            raise _Refused(f"the server answers {response.status_code} {response.reason}")
+        etag = response.headers.get("ETag", "")
+        version = etag if etag.startswith('"') else response.headers.get("Last-Modified")
+        place = response.headers.get("Content-Range", "")
+        continued = (
+            response.status_code == 206 and place.startswith(f"bytes {have}-") and version == begun.get("version")
+        )
+        if response.status_code == 206 and not continued:
+            part.unlink(missing_ok=True)
+            return 0.0
+        have = have if continued else 0
+        length = _length(response)
+        total = None if length is None else have + length
+        if size is not None and total not in (None, size):
+            raise _Refused(f"the server announces {total:,} bytes, the published file has {size:,}")
+        most = size or total or MOST
+        version_file.write_text(json.dumps({"url": url, "version": version}))
+        with part.open("ab" if continued else "wb") as file:
+            for chunk in response.iter_content(1 << 16):
+                have += len(chunk)
+                if have > most:
+                    raise _Refused("the server sends more bytes than the file can have")
+                file.write(chunk)
+                report(have, total if total is not None else size)
+    return None if have == (total or have) and size in (None, have) else 0.0
+
+
+def _version_of(part: Path) -> Path:
+    return part.with_name(part.name + ".json")
+
+
+def remote_size(url: str) -> int | None:
+    """Bytes that a server announces for a file; None if it does not tell, or cannot be asked now."""
+    with contextlib.suppress(requests.RequestException, _Refused):
+        length = requests.head(url, headers=HEADERS, timeout=TIMEOUT, allow_redirects=True).headers.get(
+            "Content-Length", ""
+        )
+        return int(length) if re.fullmatch("[0-9]{1,18}", length) else None
+    return None
+
+
+def _length(response: requests.Response) -> int | None:
+    text = response.headers.get("Content-Length")
+    if text is not None and not re.fullmatch("[0-9]{1,18}", text):
+        raise _Refused(f"the server announces a length that is none ({text[:20]})")
+    return None if text is None else int(text)
