@@ -34,7 +34,7 @@ from metilr.data.decode import image_shape, load_image
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.demo import DEMO, make_demo
 from metilr.distributed import quieten_lightning
-from metilr.evaluation.options import Method
+from metilr.evaluation.options import MethodOptions
 from metilr.evaluation.recognition import recognise
 from metilr.evaluation.run_folder import RUNS
 from metilr.extraction.describe import describe_images
@@ -178,7 +178,7 @@ def main() -> None:
                 made = {split: np.ones(len(rows), dtype=bool) for split, [rows] in parts.items()}
                 opened = {"plain": Descriptors(parts, made, []), "fast": open_descriptors([store.path], ground_truth)}
                 for way, descriptors in opened.items():
-                    figures = recognise(descriptors, ground_truth, Method()).figures
+                    figures = recognise(descriptors, ground_truth, MethodOptions()).figures
                     gaps[way] = {split: 100 * figures[split]["gap"] for split in ("val", "test")}
             work = multiply_adds(embedder, shapes) / len(files)
             show(

@@ -24,7 +24,7 @@ from measuring import Clock, PeakMemory, show
 from met_sizes import CLASSES_PER_ROW, QUERIES, ROWS
 
 from metilr.data.ground_truth import GroundTruth
-from metilr.evaluation.options import Method
+from metilr.evaluation.options import MethodOptions
 from metilr.evaluation.recognition import recognise
 from metilr.extraction.descriptors import Descriptors
 from metilr.retrieval.knn import K_GRID, TAU_GRID, tune
@@ -125,7 +125,7 @@ def main() -> None:
         parts = {**{split: [part] for split, part in rows.items()}, "database": [database]}
         with PeakMemory() as memory:
             clock = Clock()
-            recognition = recognise(Descriptors(parts, made, []), cast(GroundTruth, truth), Method("none"))
+            recognition = recognise(Descriptors(parts, made, []), cast(GroundTruth, truth), MethodOptions("none"))
             seconds = clock()
         widths = {"val": K_GRID[-1], "test": max(20, recognition.k)}
         with PeakMemory() as plain_memory:

@@ -1,10 +1,13 @@
-"""Turn typed functions into commands: options from signatures, help from docstrings, errors in one line."""
+"""Turn typed functions into commands: options from signatures, help from docstrings, errors in one line.
 
-import argparse
+A parameter that is a dataclass is a group of options: its fields, under their own names.
+"""
+
 import contextlib
+import dataclasses
 import difflib
 import importlib
-import json
+import inspect
 import os
 import re
 import signal
@@ -18,30 +21,42 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 
 from metilr import __version__
-from metilr.errors import UserError
+from metilr.errors import UserError, shown
 from metilr.files import read_yaml
 
 EXIT_USER_ERROR = 2
-KINDS = r"(?:Expected (?:an? )?|Not of type )(.*?)(?:\. Got value.*|: expected .*)?$"  # in jsonargparse's errors
-WITHOUT_VALUE = ("-h", "--help", "--print_config")
-
-SUBCOMMANDS = {
-    "evaluate": "metilr.commands.evaluate:evaluate",
-    "train": "metilr.training.cli:train",
-    "identify": "metilr.collection.identify:identify",
-    "index": "metilr.collection.index:index",
-    "serve": "metilr.collection.serve.app:serve",
-    "compare": "metilr.commands.compare:compare",
-    "rerun": "metilr.commands.rerun:rerun",
-    "sweep": "metilr.commands.sweep:sweep",
-    "describe": "metilr.commands.describe:describe",
-    "download": "metilr.commands.download:download",
-    "verify": "metilr.commands.verify:verify",
-    "pack": "metilr.commands.pack:pack",
-    "export-descriptors": "metilr.extraction.reference_pickle:export_descriptors",
-    "visits": "metilr.commands.visits:write_contact_sheet",
-    "demo": "metilr.demo:draw_demo",
-}
+SUBCOMMANDS = {  # where each is, and the first line of its docstring: --help prints it without importing anything
+    "evaluate": ("metilr.commands.evaluate:evaluate",
+        "Measure how well a model recognises exhibits: images and ground truth in, GAP, GAP⁻ and ACC out."),
+    "train": ("metilr.training.cli:train",
+        "Fine-tune a model, also on a museum's own catalogue images alone."),
+    "identify": ("metilr.collection.identify:identify",
+        "Say which exhibit each photo shows, or that it shows none of the collection."),
+    "index": ("metilr.collection.index:index",
+        "Describe a folder of a museum's own images, so that photos of its exhibits can be identified."),
+    "serve": ("metilr.collection.serve.app:serve",
+        "Serve a page on which a photo is dropped, chosen or taken, and that says which exhibit it shows."),
+    "compare": ("metilr.commands.compare:compare",
+        "Compare evaluations: figures on val and on test beside published ones, and paired differences."),
+    "rerun": ("metilr.commands.rerun:rerun",
+        "Repeat an evaluation from its results.json alone, and say whether the figures agree; exit status 1 if not."),
+    "sweep": ("metilr.commands.sweep:sweep",
+        "Evaluate many configurations, or one option over several values, and compare them."),
+    "describe": ("metilr.commands.describe:describe",
+        "Show what a data root holds: counts by split and kind, class sizes, sample images."),
+    "download": ("metilr.commands.download:download",
+        "Download the Met dataset, check it and unpack it; interrupted, the same command continues."),
+    "verify": ("metilr.commands.verify:verify",
+        "Check that every image that the ground truth names is there and readable; exit status 1 if one is not."),
+    "pack": ("metilr.commands.pack:pack",
+        "Write the model of an evaluation and the whitening that it learned into one checkpoint, to pass on."),
+    "export-descriptors": ("metilr.extraction.reference_pickle:export_descriptors",
+        "Write a descriptor store as the reference code's descriptors.pkl."),
+    "visits": ("metilr.commands.visits:write_contact_sheet",
+        "Draw simulated visits to the images of a folder on one sheet."),
+    "demo": ("metilr.demo:draw_demo",
+        "Draw the synthetic museum of the demo, in the layout of the Met dataset."),
+}  # fmt: skip
 
 
 def run_command(function: Callable[..., Any] | str, args: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -57,11 +72,11 @@ def run_command(function: Callable[..., Any] | str, args: Sequence[str] | None =
     """
     prog = prog or Path(sys.argv[0]).name
 
-    def call() -> None:
+    def run() -> None:
         loaded = _load(function) if isinstance(function, str) else function
-        loaded(**parse_options(loaded, args, prog))
+        call(loaded, parse_options(loaded, args, prog))
 
-    _run(call, prog)
+    _run(run, prog)
 
 
 def run_main(function: str, args: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -72,23 +87,16 @@ def run_main(function: str, args: Sequence[str] | None = None, prog: str | None 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``metilr SUBCOMMAND``: ``evaluate`` and ``train`` are the scripts of the repository by another name."""
-    args = list(sys.argv[1:] if args is None else args)
-    if not args or args[0] in ("-h", "--help"):
-        _run(_print_subcommands, "metilr")
-    elif args[0] == "--version":
+    name, *rest = list(sys.argv[1:] if args is None else args) or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: metilr SUBCOMMAND [options] | metilr --version\n\nsubcommands (each has a --help of its own):")
+        print("\n".join(f"  {name:<20} {summary}" for name, (_, summary) in SUBCOMMANDS.items()))
+    elif name == "--version":
         print(f"metilr {__version__}")
-    elif args[0] == "train":
-        run_main(SUBCOMMANDS["train"], args[1:], prog="metilr train")
-    elif args[0] in SUBCOMMANDS:
-        run_command(SUBCOMMANDS[args[0]], args[1:], prog=f"metilr {args[0]}")
+    elif name in SUBCOMMANDS:
+        (run_main if name == "train" else run_command)(SUBCOMMANDS[name][0], rest, prog=f"metilr {name}")
     else:
-        _fail("metilr", f"no subcommand {args[0]!r}{did_you_mean(args[0], SUBCOMMANDS)}; metilr --help lists them")
-
-
-def _print_subcommands() -> None:
-    print("usage: metilr SUBCOMMAND [options] | metilr --version\n\nsubcommands (metilr SUBCOMMAND --help tells more):")
-    for name, function in SUBCOMMANDS.items():
-        print(f"  {name:<20} {(_load(function).__doc__ or '').strip().splitlines()[0]}")
+        _fail("metilr", f"no subcommand {name!r}{did_you_mean(name, SUBCOMMANDS)}; metilr --help lists them")
 
 
 def _load(function: str) -> Callable[..., Any]:
@@ -97,21 +105,16 @@ def _load(function: str) -> Callable[..., Any]:
 
 
 class OneLineErrors:
-    """For a parser of jsonargparse: errors in one line."""
-
-    prog: str
-    _actions: list[argparse.Action]
+    """For a parser of jsonargparse: what it says about a wrong value, as one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong in one line.
+        """Raise what is wrong.
 
         Raises:
             UserError: In any case.
         """
-        raise UserError(_one_line(message, self._option_names()))
-
-    def _option_names(self) -> list[str]:
-        return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        line = " ".join(message.split())
+        raise UserError(f"{line if len(line) <= 600 else line[:597] + '...'}; see --help")
 
 
 class _Parser(OneLineErrors, ArgumentParser):
@@ -122,65 +125,132 @@ def _parser(function: Callable[..., Any], prog: str | None = None) -> _Parser:
     description = (function.__doc__ or "").split("\n\n")[0]
     parser = _Parser(prog=prog, description=description, default_env=False)
     parser.allow_abbrev = False  # a config or a script with half a name would break with the next option
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -1e-5 for an option
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; later ones win.")
-    parser.add_function_arguments(function, as_positional=True)
-    for action in _list_actions(parser):
-        action.metavar = f"{action.dest.upper()} [...]"  # one or more, as _join_lists takes them
+    groups = _groups(function)
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=set(groups))
+    for options in groups.values():
+        parser.add_class_arguments(options, None)
+    for action in parser._actions:
+        item = _item_type(getattr(action, "_typehint", None))
+        if item is not None:  # --scales 1 0.5, as argparse has it
+            action.default = list(action.default) if action.default is not None and action.option_strings else None
+            action.nargs, action._typehint, action.metavar = "+", item, action.dest.upper()  # type: ignore[attr-defined]
     return parser
+
+
+def _groups(function: Callable[..., Any]) -> dict[str, type]:
+    """The dataclasses among a function's parameters, by the parameter's name."""
+    kinds = {name: (kind, *typing.get_args(kind)) for name, kind in typing.get_type_hints(function).items()}
+    found = {name: [part for part in parts if dataclasses.is_dataclass(part)] for name, parts in kinds.items()}
+    return {name: parts[0] for name, parts in found.items() if parts and name != "return"}
+
+
+def _item_type(kind: Any) -> Any:
+    """Of what a list, or a list that may be null, is one; None for all other types."""
+    for part in (kind, *typing.get_args(kind)):
+        if typing.get_origin(part) in (list, tuple, Sequence):
+            return typing.get_args(part)[0]
+    return None
 
 
 def parse_options(
     function: Callable[..., Any], args: Sequence[str] | None = None, prog: str | None = None
 ) -> dict[str, Any]:
-    """Read a command line into the arguments that ``run_command`` calls the function with, defaults included.
+    """Read a command line into the options of a function, flat, defaults included; ``call`` calls it with them.
 
     Raises:
         UserError: If an option is unknown, lacks a value or has one of a wrong type.
     """
     parser = _parser(function, prog)
-    args = _join_lists(parser, list(sys.argv[1:] if args is None else args))
+    args = list(sys.argv[1:] if args is None else args)
+    refuse_unknown(parser, args)
     for i, arg in enumerate(args):
         option, _, file = arg.partition("=")
         if option == "--config" and (file or i + 1 < len(args)):
-            check_config(parser, file or args[i + 1])
-    return _without_nulls(function, parser.parse_args(args).as_dict())
+            content = check_config(file or args[i + 1])
+            _check_names(parser, content)
+    return _checked(function, parser.parse_args(_spelt_out(parser, args)).as_dict())
 
 
 def options_of(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Read recorded options into the arguments that a command's function is called with, defaults included.
+    """Read recorded options as ``parse_options`` reads a command line.
 
     Raises:
         UserError: If the command has no such option, or not with such a value.
     """
-    return _without_nulls(function, _parser(function).parse_object(dict(options)).as_dict())
+    parser = _parser(function)
+    _check_names(parser, options)
+    return _checked(function, parser.parse_object(dict(options)).as_dict())
 
 
-def _without_nulls(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Refuse null, which jsonargparse takes for any kind, where the function does not take it."""
-    options.pop("config", None)
-    for name, kind in typing.get_type_hints(function).items():
-        if name in options and options[name] is None and type(None) not in typing.get_args(kind):
-            raise UserError(f"--{name} null: expected {_readable_type(str(kind))}; leave it out for the default")
-    refuse_null_characters(options)
-    return options
+def call(function: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    """Call a function with flat options: those of its dataclasses are put together."""
+    given = dict(options)
+    arguments: dict[str, Any] = {}
+    for name, kind in _groups(function).items():
+        fields = {field.name for field in dataclasses.fields(kind)}
+        arguments[name] = kind(**{field: given.pop(field) for field in fields & given.keys()})
+    return function(**arguments, **given)
 
 
-def refuse_null_characters(options: Mapping[str, Any], before: str = "--") -> None:
-    """Refuse what no file's name can hold, which a YAML file can say; names the option.
+def flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A function's arguments as flat options, with the fields of dataclasses in place of them."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        found |= vars(value) if dataclasses.is_dataclass(value) else {name: value}
+    return found
+
+
+def flat_defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """Every option of a function's command that has a default, with it."""
+    parameters = list(inspect.signature(function).parameters.values())
+    groups = _groups(function)
+    found = {each.name: each.default for each in parameters if each.name not in groups}
+    for kind in groups.values():
+        found |= {field.name: field.default for field in dataclasses.fields(kind)}
+    return {name: default for name, default in found.items() if default is not inspect.Parameter.empty}
+
+
+def _spelt_out(parser: _Parser, args: list[str]) -> list[str]:
+    """Write out a switch without a value, ``--json``, and a list as YAML has it, ``--scales=[1,0.5]``."""
+    actions, spelt = parser._option_string_actions, []
+    for arg, following in zip(args, [*args, ""][1:], strict=True):
+        option, equals, value = arg.partition("=")
+        action = actions.get(option)
+        is_switch = getattr(action, "_typehint", None) is bool and not equals and following not in ("true", "false")
+        if is_switch:
+            spelt.append(f"{arg}=true")
+        elif action is not None and action.nargs == "+" and value.startswith("[") and value.endswith("]"):
+            spelt += [option, *(part.strip() for part in value[1:-1].split(","))]
+        else:
+            spelt.append(arg)
+    return spelt
+
+
+def refuse_unknown(parser: ArgumentParser, args: Sequence[str]) -> None:
+    """Refuse options that a parser does not have, with the nearest that it has; and names that are no text.
 
     Raises:
-        UserError: If there is such a character in a value.
+        UserError: At the first such.
     """
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            refuse_null_characters(value, f"{before}{name}.")
-        for part in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(part, (str, Path)) and "\0" in str(part):
-                raise UserError(f"{before}{name}: holds a null character, which no file's name can")
+    for arg in args:
+        name = arg.partition("=")[0]
+        parts = name.split(".")
+        known = [parser._option_string_actions.get(".".join(parts[:n])) for n in range(1, len(parts) + 1)]
+        # An option that takes a class has the class's parameters below it.
+        if name.startswith("--") and known[-1] is None and not any(hasattr(action, "_typehint") for action in known):
+            raise _unknown(name, parser._option_string_actions)
+        if any("\ud800" <= letter <= "\udfff" for letter in arg):  # how Python holds bytes that are no letters
+            raise UserError(f"{arg}: its name is not in UTF-8; rename it")
 
 
-def check_config(parser: ArgumentParser, file: str) -> None:
-    """Refuse what is no YAML file of options, by the file's name.
+def _unknown(option: str, known: Iterable[str]) -> UserError:
+    return UserError(f"unknown option {option[:60]}{did_you_mean(option, known)}; --help lists them")
+
+
+def check_config(file: str) -> Mapping[str, Any]:
+    """Read a YAML file of options, refusing by its name what is none.
 
     Raises:
         UserError: If it is none, or cannot be read.
@@ -188,75 +258,48 @@ def check_config(parser: ArgumentParser, file: str) -> None:
     try:
         content = read_yaml(Path(file))
     except OSError as error:
-        parser.error(f"--config {file}: cannot be read ({error.strerror})")
+        raise UserError(f"{file}: cannot be read ({error.strerror})", "config") from None
     except ValueError as error:
-        parser.error(f"--config {file}: not valid YAML ({error})")
+        raise UserError(f"{file}: not valid YAML ({error})", "config") from None
     if not isinstance(content, dict):
-        parser.error(f"--config {file}: must hold options, one a line, each as NAME: VALUE")
+        raise UserError(f"{file}: must hold options, one a line, each as NAME: VALUE", "config")
     if "config" in content:
-        parser.error(f"--config {file}: config: is no option of a file; name the other file in a second --config")
+        raise UserError(f"{file}: config: is no option of a file; name the other file in a second --config", "config")
+    return content
 
 
-def _join_lists(parser: _Parser, args: list[str]) -> list[str]:
-    """Let ``--scales 1 0.5`` mean ``--scales [1,0.5]``, and ``a.jpg b.jpg`` ``[a.jpg,b.jpg]`` where a list is due."""
-    lists = {option: action for action in _list_actions(parser) for option in action.option_strings}
-    are_flags = [action for action in parser._actions if getattr(action, "_typehint", None) is bool]
-    flags = {option for action in are_flags for option in action.option_strings}  # --json means --json true
-    joined: list[str] = []
-    bare: list[str] = []  # what belongs to no option
-    rest = list(args)
-    while rest:
-        option = rest.pop(0)
-        if not option.startswith("-"):
-            bare.append(option)
-            continue
-        if not option.startswith("--") and option[:2] not in parser._option_string_actions:
-            raise UserError(f"{option}: no such option; a file of that name is given as ./{option}")
-        joined.append(option)
-        if option in lists:
-            values = []
-            while rest and not rest[0].startswith("--"):
-                values.append(rest.pop(0))
-            joined += [_joined(lists[option], values)] if values else []
-        elif option in flags:
-            joined.append(rest.pop(0) if rest and rest[0] in ("true", "false") else "true")
-        elif rest and "=" not in option and option not in WITHOUT_VALUE and not rest[0].startswith("--"):
-            joined[-1] += f"={rest.pop(0)}"  # apart, argparse takes -1e-5 for an option
-    return _join_bare(parser, bare) + joined
+def _check_names(parser: _Parser, options: Mapping[str, Any]) -> None:
+    """Refuse unknown options of a file, and what is no list where one is due."""
+    known = {action.dest: action for action in parser._actions if hasattr(action, "_typehint")}
+    for name, value in options.items():
+        if name not in known:
+            raise _unknown(f"--{name}", [f"--{each}" for each in known])
+        if known[name].nargs == "+" and not isinstance(value, (list, tuple, type(None))):
+            raise UserError(f"{shown(value)}: expected a list like [A, B]", name)
 
 
-def _join_bare(parser: _Parser, bare: list[str]) -> list[str]:
-    """Join for a list among the arguments without a name: it takes what the others leave."""
-    positionals = [action for action in parser._actions if not action.option_strings]
-    places = [i for i, action in enumerate(positionals) if action in _list_actions(parser)]
-    if not places or len(bare) <= places[0]:
-        return bare  # nothing for the list: the parser says what is missing
-    first = places[0]
-    end = max(first + 1, len(bare) - (len(positionals) - first - 1))
-    return [*bare[:first], _joined(positionals[first], bare[first:end]), *bare[end:]]
+def _checked(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Refuse null, which jsonargparse takes for any type, where none is due."""
+    options.pop("config", None)
+    refuse_null_characters(options)
+    for of in (function, *_groups(function).values()):
+        for name, kind in typing.get_type_hints(of).items():
+            if name in options and options[name] is None and type(None) not in typing.get_args(kind):
+                raise UserError("null: give a value, or leave it out for the default", name)
+    return options
 
 
-def _joined(action: argparse.Action, values: list[str]) -> str:
-    if len(values) == 1 and (re.fullmatch(r"\[.*\]", values[0]) or values[0] == "null"):
-        return values[0]
-    for value in values:
-        if any("\ud800" <= letter <= "\udfff" for letter in value):  # how Python holds bytes that are no letters
-            raise UserError(f"{value}: its name is not in UTF-8; rename it")
-    holds_text = re.search(r"\b(Path|str)\b", str(getattr(action, "_typehint", "")))  # a folder may be called 2024
-    text = json.dumps(values if holds_text else [_number_or_text(value) for value in values], ensure_ascii=False)
-    return re.sub(r"[^ -~]", lambda letter: f"\\U{ord(letter[0]):08x}", text)  # YAML's: any letter of a file name
+def refuse_null_characters(options: Mapping[str, Any], before: str = "") -> None:
+    """Refuse what no file's name can hold, which a YAML file can say.
 
-
-def _list_actions(parser: _Parser) -> list[argparse.Action]:
-    kinds = {action: str(getattr(action, "_typehint", "")) for action in parser._actions}
-    return [action for action, kind in kinds.items() if re.search(r"(list|tuple|Sequence)\[", kind)]
-
-
-def _number_or_text(value: str) -> float | str:
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(value)
-    return value
+    Raises:
+        UserError: If there is such a character in a value.
+    """
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            refuse_null_characters(value, f"{before}{name}.")
+        elif "\0" in str(value):
+            raise UserError("holds a null character, which no file's name can", f"{before}{name}")
 
 
 def _run(call: Callable[[], Any], prog: str) -> None:
@@ -301,34 +344,6 @@ def _fail(prog: str, message: str) -> NoReturn:
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
     print(f"{prog}: error: {line}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
-
-
-def _one_line(message: str, options: list[str]) -> str:
-    """Jsonargparse's explanation of a bad option, in one line that names the option, the value and the remedy."""
-    unknown = re.search(r"[Uu]nrecognized arguments: (--[\w.-]+)", message) or re.search(
-        r"(?:Key|key|Option) ['\"]([\w.-]+)['\"] is not (?:expected|accepted)", message
-    )
-    if unknown:
-        name = "--" + unknown[1].lstrip("-")[:60]
-        return f"unknown option {name}{did_you_mean(name, options)}; --help lists them"
-    bad_value = re.search(r"Parser key [\"']([\w.-]+)[\"']:", message)
-    if bad_value:
-        expected = dict.fromkeys(re.findall(KINDS, message, re.MULTILINE))
-        kinds = " or ".join(_readable_type(kind) for kind in expected)
-        value = re.search(r"(?:Given value|Got value): (.*)$", message, re.MULTILINE)
-        if kinds and value:
-            text = value[1] if len(value[1]) <= 200 else value[1][:197] + "..."
-            return f"--{bad_value[1]} {text}: expected {kinds}; see --help"
-    line = " ".join(message.split())
-    return line if len(line) <= 1000 else line[:997] + "..."
-
-
-def _readable_type(kind: str) -> str:
-    literal = re.search(r"Literal\[(.*)\]", kind)
-    if literal:
-        return "one of " + literal[1].replace("'", "")
-    kind = kind.replace("<class 'collections.abc.Sequence'>", "a list like [A, B]")
-    return re.sub(r"<class '(?:pathlib\.)?(\w+)'>", r"\1", kind).replace("NoneType", "null").replace("typing.", "")
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

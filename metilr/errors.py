@@ -1,6 +1,7 @@
 """The one exception that stands for a user's mistake, and how its text quotes what a file says."""
 
 import reprlib
+import typing
 from typing import Any
 
 
@@ -95,3 +96,18 @@ def is_writable(value: Any, deepest: int = DEEPEST) -> bool:
         parts = [*value, *value.values()] if isinstance(value, dict) else value
         return deepest > 0 and all(is_writable(part, deepest - 1) for part in parts)
     return value is None or type(value) is bool or is_text(value) or is_number(value)
+
+
+def check_choices(options: Any) -> None:
+    """Refuse, in a dataclass, a value that is none of those that the type of its field lists.
+
+    Raises:
+        UserError: At the first such field.
+    """
+    for name, kind in typing.get_type_hints(type(options)).items():
+        literals = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is typing.Literal]
+        choices = [choice for literal in literals for choice in typing.get_args(literal)]
+        value = getattr(options, name)
+        is_other = value is None or (int in typing.get_args(kind) and type(value) is int)  # beside the choices
+        if choices and not is_other and value not in choices:
+            raise UserError(f"{value}: choose one of {', '.join(map(str, choices))}", name)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from metilr.cli import call
+from metilr.commands import evaluate as command
 from tests.forks import Forks, Outcome
 from tests.museum import write_museum
 
@@ -24,6 +26,11 @@ TRAIN = [
     "--data.num_workers", 0, "--trainer.accelerator", "cpu", "--trainer.precision", 32, "--trainer.max_epochs", 2,
     "--trainer.enable_progress_bar", "false", "--validate_first", "false", "--wandb", "off", "--output", "out",
 ]  # fmt: skip
+
+
+def evaluate(root: Path | None = None, **options: Any) -> dict[str, Any] | None:
+    """An evaluation with options as the command line has them."""
+    return call(command.evaluate, {"root": root, **options})
 
 
 class Place:

@@ -14,6 +14,7 @@ from metilr.cli import SUBCOMMANDS, main, run_command, run_main
 from metilr.commands import evaluate as evaluation
 from metilr.demo import MuseumSize, make_demo
 from metilr.training import datamodule as pair_datamodule
+from tests import small_runs
 from tests.mirror import UNKNOWN, serve
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -51,7 +52,7 @@ def has_bfloat16() -> bool:
 
 
 def make_store() -> None:
-    evaluation.evaluate("DIR", backbone="r18_in", weights="random", store="STORE", accelerator="cpu", num_workers=0)
+    small_runs.evaluate("DIR", backbone="r18_in", weights="random", store="STORE", accelerator="cpu", num_workers=0)
 
 
 def make_what_is_named(arguments: list[str]) -> None:
@@ -59,7 +60,7 @@ def make_what_is_named(arguments: list[str]) -> None:
     if "STORE" in arguments:
         make_store()
     for run in {"RUN", "RUN2"} & set(arguments):
-        evaluation.evaluate(
+        small_runs.evaluate(
             "DIR", backbone="r18_in", weights="random", store="store", accelerator="cpu", num_workers=0,
             output=run, report=False,
         )  # fmt: skip

@@ -18,9 +18,9 @@ from metilr.data.decode import TooManyPixels, max_pixels, open_image, to_tensor,
 from metilr.data.ground_truth import GroundTruth
 from metilr.data.views import CentreCrops
 from metilr.errors import UserError
-from metilr.evaluation.database import Searchable, as_compared, build_searchable
+from metilr.evaluation.database import Searchable, as_compared, build_searchable, views_of
 from metilr.evaluation.geometric_check import GeometricCheck, check_photo
-from metilr.evaluation.options import Method
+from metilr.evaluation.options import MethodOptions
 from metilr.extraction.callbacks import keep_float32_exact
 from metilr.extraction.datamodule import ImageBatch
 from metilr.extraction.describe import store_settings
@@ -187,7 +187,7 @@ class Collection:
     exhibits: Sequence[str]
     describer: Describer
     image_size: int | None
-    method: Method
+    method: MethodOptions
     whitening: PCAWhitening | None
     database: Searchable
     k: int
@@ -292,7 +292,7 @@ def open_collection(
     store: DescriptorStore,
     embedder: Embedder,
     options: ExtractionOptions,
-    method: Method,
+    method: MethodOptions,
     seed: int,
     whitening: PCAWhitening | None,
     k: int,
@@ -324,7 +324,7 @@ def open_collection(
     wanted = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
     refuse_another_model(store.path, store.manifest()["settings"], wanted)
     if approximate is None:
-        used = [view for view in method.views(seed) if method.database_views != "none" and "visits" in view.of]
+        used = [view for view in views_of(method, seed) if method.database_views != "none" and "visits" in view.of]
         opened = open_descriptors([store.path], ground_truth, used)
         database = build_searchable(opened, ground_truth, method, whitening)
     else:
@@ -381,13 +381,13 @@ def load_searchable(folder: Path, made_from: str) -> Searchable:
     return Searchable(index.rows, *np.array(columns), approximate=index)
 
 
-def digest_of_database(store: DescriptorStore, method: Method, seed: int, whitening: PCAWhitening | None) -> str:
+def digest_of_database(store: DescriptorStore, method: MethodOptions, seed: int, whitening: PCAWhitening | None) -> str:
     """A digest of all that decides the searched rows: the store, its images, the visits, the whitening."""
     settings = {
         "store": store.manifest()["settings"],
         "files": hashlib.sha256(store.files("database").tobytes()).hexdigest(),
         "whitening": None if whitening is None else whitening.sha256(),
-        "visits": [method.visits, method.database_views, seed],
+        "visits": [method.rows_per_image - 1, method.database_views, seed],
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

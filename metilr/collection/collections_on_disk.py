@@ -12,7 +12,7 @@ from metilr.data.ground_truth import load_ground_truth
 from metilr.demo import DEMO
 from metilr.errors import UserError
 from metilr.evaluation.geometric_check import GeometricCheck, geometric_check_of
-from metilr.evaluation.options import Method, without_deleted
+from metilr.evaluation.options import MethodOptions, method_of_elements
 from metilr.evaluation.results import MIN_PRECISION
 from metilr.evaluation.runs import Run, read_run
 from metilr.extraction.describe import store_settings
@@ -157,9 +157,9 @@ def embedder_of_run(run: Run, ckpt: Path | None) -> Embedder:
         raise UserError(f"{run.path}: was described with {error}") from None
 
 
-def _method(run: Run) -> Method:
+def _method(run: Run) -> MethodOptions:
     """How the run compared descriptors; a run older than ``elements`` had none on."""
-    return Method("none", **without_deleted(run.results.get("elements") or {}))
+    return method_of_elements(run.results.get("elements") or {})
 
 
 def _check(run: Run, embedder: Embedder, options: ExtractionOptions) -> GeometricCheck | None:

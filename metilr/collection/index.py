@@ -14,14 +14,13 @@ from metilr.data.decode import MAX_MEGAPIXELS, limit_images
 from metilr.data.folder import Catalogue, read_catalogue
 from metilr.distributed import launched_as_first, quieten_lightning
 from metilr.errors import UserError, is_text, one_line, shown
-from metilr.evaluation.database import build_searchable
-from metilr.evaluation.options import DatabaseViews, Method, method_of, without_deleted
-from metilr.evaluation.recognition import check_search, whitening_of
+from metilr.evaluation.database import build_searchable, views_of, whitening_of
+from metilr.evaluation.options import DatabaseViews, MethodOptions, method_of_elements
+from metilr.evaluation.recognition import check_method
 from metilr.evaluation.runs import check_index
-from metilr.extraction.datamodule import BadImages
 from metilr.extraction.describe import describe_images, describe_views
 from metilr.extraction.descriptors import open_descriptors
-from metilr.extraction.options import Accelerator, ExtractionOptions, Precision
+from metilr.extraction.options import Accelerator, BadImages, ExtractionOptions, Precision
 from metilr.files import write_atomically
 from metilr.models import RANDOM, Engine, PoolingName
 from metilr.models.checkpoints import load_embedder
@@ -35,7 +34,6 @@ SCHEMA = "metilr.index/2"
 IMAGE_SIZE = 500  # px, as the Met's own images
 USUAL_K = 10  # with k = 1 every photo is answered with a confidence near 100%, whatever it shows
 SEED = 0
-ELEMENTS = ("visits", "database_views", "query_crops")
 OF_THE_MODEL = ("backbone", "weights", "pooling", "p", "scales")
 
 
@@ -137,9 +135,9 @@ def index(
     embedder = build_model(model)
     if image_size is None:
         image_size = embedder.image_size or IMAGE_SIZE
-    method = method_of(arguments)
-    method.check(n_images, embedder.dim, n_exhibits)
-    check_search(n_images, k, tau, "cpu", method.rows_per_image)
+    method = MethodOptions(whitening, whitening_dim, visits=visits, database_views=database_views,
+                           query_crops=query_crops, k=k, tau=tau)  # fmt: skip
+    check_method(method, n_images, embedder.dim, n_exhibits)
     if approximate:
         check_size(n_images * method.rows_per_image)
     options = ExtractionOptions(
@@ -153,7 +151,7 @@ def index(
         num_workers=num_workers,
     )
     store = describe_images(embedder, ground_truth, output / "store", options, console)
-    visits_of = [view for view in method.views(SEED) if "visits" in view.of]  # crops are those of photos to come
+    visits_of = [view for view in views_of(method, SEED) if "visits" in view.of]  # crops are those of photos to come
     for view in visits_of:
         describe_views(embedder, ground_truth, view, store, options, console)
     if not launched_as_first():
@@ -202,7 +200,7 @@ class Index:
     model: Mapping[str, Any]
     image_size: int | None
     is_whitened: bool
-    method: Method
+    method: MethodOptions
     seed: int
     k: int
     tau: float
@@ -219,7 +217,12 @@ class Index:
             "model": dict(self.model),
             "image_size": self.image_size,
             "whitening": self.is_whitened,
-            "elements": {**{name: getattr(self.method, name) for name in ELEMENTS}, "seed": self.seed},
+            "elements": {
+                "visits": self.method.n_visits,
+                "database_views": self.method.database_views,
+                "query_crops": list(self.method.query_crops),
+                "seed": self.seed,
+            },
             "knn": {"k": self.k, "tau": self.tau},
             "versions": library_versions(),
         }
@@ -245,14 +248,14 @@ class Index:
                 tuple(image["exhibit"] for image in images),
             )
             knn = content["knn"]
-            elements = without_deleted(content["elements"])
+            elements = dict(content["elements"])
             seed = elements.pop("seed")
             return cls(
                 catalogue,
                 content["model"],
                 content["image_size"],
                 content["whitening"],
-                Method("none", **elements),
+                method_of_elements(elements),
                 seed,
                 knn["k"],
                 knn["tau"],

@@ -6,6 +6,7 @@ import shutil
 import sys
 import typing
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +16,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from metilr.cli import options_of
+from metilr.cli import call, options_of
 from metilr.commands.evaluate import evaluate
 from metilr.data.ground_truth import QUERY_FILES, image_sizes, load_ground_truth
 from metilr.demo import DEMO
 from metilr.errors import UserError
-from metilr.evaluation.options import method_of, without_deleted
+from metilr.evaluation.database import views_of
+from metilr.evaluation.options import MethodOptions, without_deleted
 from metilr.evaluation.results import SCHEMA_VERSION
 from metilr.evaluation.run_folder import make_output
 from metilr.evaluation.runs import COUNTS, FIGURES, read_results
@@ -99,7 +101,7 @@ def rerun(
         places = [] if describe_again or not named else [Path(recorded.get("directory", ".")) / named, Path(named)]
         options["store"] = next((place for place in places if _is_current(place, options)), folder / "store")
     with _kept_if_of_use(folder, output):
-        now = evaluate(**options)
+        now = call(evaluate, options)
     if now is None:
         return None
     comparison = compare_results(recorded, now)
@@ -117,7 +119,8 @@ def _is_current(path: Path, options: Mapping[str, Any]) -> bool:
         ground_truth = load_ground_truth(options["root"] or DEMO, options["database"])
         sizes = image_sizes(ground_truth)
         parts = [(store, sizes)]
-        for view in method_of(options).views(options["seed"]):
+        method = MethodOptions(**{field.name: options[field.name] for field in fields(MethodOptions)})
+        for view in views_of(method, options["seed"]):
             of_view = {split: np.repeat(sizes[source], view.n) for split, source in view.of.items()}
             parts.append((views_store(store, view)[0], of_view))
         return all(_is_made(part, of_part, options["bad_images"] == "stop") for part, of_part in parts)

@@ -1,7 +1,6 @@
 """``metilr sweep CONFIG...``: many evaluations one after another, and their comparison."""
 
 import contextlib
-import inspect
 import os
 import re
 import shlex
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from metilr.cli import did_you_mean, parse_options
+from metilr.cli import did_you_mean, flat_defaults, parse_options
 from metilr.commands.compare import compare
 from metilr.commands.evaluate import evaluate
 from metilr.data.ground_truth import DatabaseName
@@ -179,7 +178,7 @@ def _shared_options(root: Path | None, database: str | None, options: Sequence[s
 
 
 def _check_option(where: str, name: str) -> None:
-    known = set(inspect.signature(evaluate).parameters) - {"output"}
+    known = set(flat_defaults(evaluate)) - {"output"}
     if name == "output":
         raise UserError(f"{where} output: every row has a folder of its own; leave it out")
     if name not in known:
@@ -190,7 +189,7 @@ def _check_option(where: str, name: str) -> None:
 
 def _refuse_other_options(row: Row) -> None:
     """Refuse a finished row that stands for something else than what is asked for now."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(evaluate).parameters.items()}
+    defaults = flat_defaults(evaluate)
     before = {**plain_options(defaults), **read_run(row.folder).config}
     for name, value in row.options.items():
         if name not in CHANGE_NO_FIGURE and before[name] != value:

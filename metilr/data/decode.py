@@ -1,5 +1,7 @@
 """From an image file to a uint8 RGB tensor, within limits, whatever its mode, orientation or depth."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import os
@@ -7,15 +9,16 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from metilr.errors import UserError
 from metilr.files import named
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 OTHER_SUFFIXES = frozenset({
@@ -252,6 +255,8 @@ def to_tensor(image: Image.Image, image_size: int | None = None) -> Tensor:
     height, width = resized_shape(rgb.height, rgb.width, image_size)
     if (height, width) != (rgb.height, rgb.width):
         rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
+    import torch  # takes a second, and most of this module does without
+
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()  # HxWxC to CxHxW
 
 

@@ -1,19 +1,154 @@
-"""The database as it is searched: unit rows, what each shows, and the search with all that the method asks for."""
+"""The database as it is searched: whitening, unit rows, what each shows, and the search with all views of a query."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from metilr.data.ground_truth import GroundTruth
-from metilr.evaluation.options import Method
+from metilr.data.views import CentreCrops, SimulatedVisits, View
+from metilr.errors import UserError, one_line, require
+from metilr.evaluation.options import MethodOptions
 from metilr.extraction.descriptors import Descriptors
-from metilr.extraction.store import row_chunks
+from metilr.extraction.store import CHUNK_ROWS, row_chunks
+from metilr.models.checkpoints import read_checkpoint
 from metilr.progress import counted
 from metilr.retrieval.approximate import ApproximateIndex
 from metilr.retrieval.knn import NO_ROW, Matches, top_matches
 from metilr.retrieval.search import Neighbours, SearchDevice, device_for, search
-from metilr.retrieval.whitening import PCAWhitening
+from metilr.retrieval.whitening import (
+    PCAWhitening,
+    fit_learned_whitening,
+    fit_pca_whitening,
+    whitening_from_parts,
+)
+
+
+def views_of(method: MethodOptions, seed: int) -> list[View]:
+    """The views that must be described besides the images."""
+    views: list[View] = [SimulatedVisits(method.n_visits, seed)] if method.n_visits else []
+    return [*views, CentreCrops(tuple(method.query_crops))] if method.query_crops else views
+
+
+def whitening_of(
+    descriptors: Descriptors, ground_truth: GroundTruth, method: MethodOptions, quiet: bool = True
+) -> PCAWhitening | None:
+    """Learn or load the whitening that the method asks for; None for none.
+
+    Raises:
+        UserError: If it cannot be learned on this data, or its file cannot be read.
+    """
+    if method.whitening == "none":
+        return None
+    if method.whitening not in ("pca", "learned"):
+        return load_whitening(method.whitening)
+    made = descriptors.made["database"]
+    with counted("learning whitening", int(made.sum()), "rows", quiet) as done:
+
+        def database() -> Iterator[np.ndarray]:
+            for chunk in row_chunks(descriptors.parts["database"], made):
+                yield chunk
+                done(len(chunk))
+
+        try:
+            if not method.is_learned:
+                return fit_pca_whitening(database(), method.whitening_dim, method.whitening_shrinkage)
+            pairs = pair_differences(descriptors, ground_truth)
+            return fit_learned_whitening(database(), pairs, method.whitening_dim, method.pair_shrinkage)
+        except UserError as error:
+            raise UserError(error.message, "whitening_dim" if error.parameter == "dim" else error.parameter) from None
+
+
+def load_whitening(path: str | Path) -> PCAWhitening:
+    """Read a whitening that was saved, or the one in a checkpoint that ``metilr pack`` wrote.
+
+    Raises:
+        UserError: If there is none in the file, or it cannot be read.
+    """
+    path = Path(path)
+    if path.suffix != ".ckpt":
+        return PCAWhitening.load(path)
+    content = read_checkpoint(path).get("metilr")
+    entry = content.get("whitening") if isinstance(content, Mapping) else None
+    if entry is None:
+        raise UserError(f"{path}: this checkpoint holds no whitening; metilr pack writes one that does", "whitening")
+    try:
+        parts = {name: _array(part) for name, part in entry.items() if isinstance(part, torch.Tensor)}
+        kind = entry.get("kind")
+        require(isinstance(kind, str), "kind", kind)
+        return whitening_from_parts(kind, parts)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = one_line(error)
+        raise UserError(f"{path}: its whitening cannot be read ({reason}); pack it anew", "whitening") from error
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.nelement() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError("a tensor claims more numbers than the file has")
+    return np.array(tensor.numpy())
+
+
+def pair_differences(descriptors: Descriptors, ground_truth: GroundTruth) -> Iterator[np.ndarray]:
+    """Differences of descriptors that show one exhibit: of images and their visits, and of its images.
+
+    Yields:
+        float32 ``(m, D)``, a row a pair.
+    """
+    images, made = descriptors.parts["database"], descriptors.made["database"]
+    if "visits" in descriptors.parts:
+        yield from visit_differences(images, descriptors.parts["visits"], made)
+    yield from exhibit_differences(images, np.where(made, ground_truth.labels["database"], -1))
+
+
+def visit_differences(
+    images: Sequence[np.ndarray], visits: Sequence[np.ndarray], made: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Differences of each image and each of its visits, float32 ``(m, D)``, some at a time.
+
+    Args:
+        images: Side by side, each ``(n, D_i)``.
+        visits: Of n visits an image, row ``i * n_visits + v``, each ``(n * n_visits, D_i)``.
+        made: Which images count, ``(n,)``.
+    """
+    n_visits = len(visits[0]) // len(made)
+    size = CHUNK_ROWS // n_visits + 1
+    for start in range(0, len(made), size):
+        of_images = _side_by_side([part[start : start + size] for part in images])
+        of_visits = _side_by_side([part[start * n_visits : (start + size) * n_visits] for part in visits])
+        differences = of_images[:, None] - of_visits.reshape(len(of_images), n_visits, -1)
+        yield differences[made[start : start + size]].reshape(-1, of_images.shape[1])
+
+
+def exhibit_differences(images: Sequence[np.ndarray], labels: np.ndarray) -> Iterator[np.ndarray]:
+    """Differences of each image and the next one of its exhibit, in a ring; labels below 0 are left out."""
+    first, second = ring_pairs(labels)
+    for start in range(0, len(first), CHUNK_ROWS):
+        pairs = slice(start, start + CHUNK_ROWS)
+        yield _side_by_side([part[first[pairs]] - part[second[pairs]] for part in images])
+
+
+def ring_pairs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pair each row with the next one of its label, and the last with the first; labels < 0 are left out.
+
+    Returns:
+        First and second row of each pair, int64 ``(P,)``: none for a label with one row, one for two, else as many as
+        it has rows.
+    """
+    order = np.argsort(labels, kind="stable")
+    order = order[labels[order] >= 0]
+    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    following = np.arange(1, len(order) + 1)
+    following[starts + counts - 1] = starts
+    place_in_label = np.arange(len(order)) - np.repeat(starts, counts)
+    n_pairs = np.where(counts > 2, counts, counts - 1)
+    is_pair = place_in_label < np.repeat(n_pairs, counts)
+    return order[is_pair], order[following[is_pair]]
+
+
+def _side_by_side(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.asarray(part, dtype=np.float32) for part in parts], axis=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,114 +174,41 @@ class Searchable:
         device: SearchDevice = "cpu",
         done: Callable[[int], None] = lambda n: None,
     ) -> Neighbours:
-        """Find the k rows most similar to each query, exactly unless ``approximate`` says otherwise.
+        """Find the k rows most similar to each query, ``(Q, V, D)``: as similar as its most similar view.
 
-        A query is as similar to a row as its most similar view.
-
-        Args:
-            queries: All views of each query, float32 ``(Q, V, D)``.
-            k: Neighbours of a query.
-            device: See ``search``.
-            done: Told the number of views that were searched since the last time.
-
-        Returns:
-            Similarities and rows, ``(Q, k)``; equal similarities: smaller row first.
+        ``done`` is told the number of views that were searched since the last time. Of equal similarities the smaller
+        row comes first.
         """
         n_views, width = queries.shape[1:]
         views = queries.reshape(-1, width)
         if self.approximate is None:
-            found = search(self.rows, views, k, device_for(device, k), done)
+            neighbours = search(self.rows, views, k, device_for(device, k), done)
         else:
-            found = self.approximate.search(views, k, done)
-        if n_views == 1:
-            return found
-        return _best_of_views(found, n_views, k)
+            neighbours = self.approximate.search(views, k, done)
+        return neighbours if n_views == 1 else _best_of_views(neighbours, n_views, k)
 
     def matches(self, queries: np.ndarray, neighbours: Neighbours, n: int, device: SearchDevice = "cpu") -> Matches:
-        """The nearest row of each of the n nearest exhibits, or of all; looks further where neighbours show fewer.
+        """The nearest row of each of the n nearest exhibits, or of all; looks further where ``neighbours`` show fewer.
 
-        Args:
-            queries: As for ``nearest``.
-            neighbours: What that found for them.
-            n: Exhibits of each query.
-            device: See ``search``.
+        ``queries`` as for ``nearest``, and ``neighbours`` what that returned for them.
         """
         n = min(n, len(np.unique(self.labels)))
-        found = top_matches(neighbours, self.labels, n)
+        matches = top_matches(neighbours, self.labels, n)
         width = neighbours.rows.shape[1]
-        while len(short := np.flatnonzero((found.rows == NO_ROW).any(axis=1))):
+        while len(short := np.flatnonzero((matches.rows == NO_ROW).any(axis=1))):
             width = min(len(self.rows), 4 * width)
             wider = top_matches(self.nearest(queries[short], width, device), self.labels, n)
-            found.rows[short], found.similarities[short] = wider.rows, wider.similarities
-        return found
+            matches.rows[short], matches.similarities[short] = wider.rows, wider.similarities
+        return matches
 
 
-def build_searchable(
-    descriptors: Descriptors,
-    ground_truth: GroundTruth,
-    method: Method,
-    transform: PCAWhitening | None,
-    quiet: bool = True,
-) -> Searchable:
-    """Put the database together: whitened rows, with their visits.
-
-    Args:
-        descriptors: Rows of the database, and of its visits if the method has them.
-        ground_truth: Labels of the database.
-        method: Which elements are on.
-        transform: The whitening; None for none.
-        quiet: Show no progress.
-    """
-    made = descriptors.made["database"]
-    images = np.flatnonzero(made)
-    splits = ["database", "visits"] if method.database_views == "rows" else ["database"]
-    rows = _unit_rows(descriptors, splits, transform, quiet)
-    if method.database_views == "rows":
-        images = np.concatenate([images, np.repeat(images, method.visits)])
-    return Searchable(rows, ground_truth.labels["database"][images], images)
-
-
-def query_views(
-    descriptors: Descriptors, split: str, method: Method, transform: PCAWhitening | None, quiet: bool = True
-) -> np.ndarray:
-    """Descriptors of the queries that have one and of their crops, as they are searched: ``(n made, V, D)``."""
-    whole = _unit_rows(descriptors, [split], transform, quiet)[:, None]
-    if not method.query_crops:
-        return whole
-    crops = _unit_rows(descriptors, [f"{split}_crops"], transform, quiet)
-    return np.concatenate([whole, crops.reshape(len(whole), len(method.query_crops), whole.shape[2])], axis=1)
-
-
-def _unit_rows(
-    descriptors: Descriptors, splits: Sequence[str], transform: PCAWhitening | None, quiet: bool
-) -> np.ndarray:
-    """Rows of splits under each other as they are compared, float32 ``(n made, D)``, of unit length."""
-    width = descriptors.width if transform is None else transform.dim
-    ready = np.empty((sum(int(descriptors.made[split].sum()) for split in splits), width), dtype=np.float32)
-    start = 0
-    with counted(f"whitening {' and '.join(splits)}", len(ready), "rows", quiet) as done:
-        for split in splits:
-            for chunk in row_chunks(descriptors.parts[split], descriptors.made[split]):
-                ready[start : start + len(chunk)] = as_compared(chunk, transform)
-                start += len(chunk)
-                done(len(chunk))
-    return ready
-
-
-def as_compared(rows: np.ndarray, transform: PCAWhitening | None) -> np.ndarray:
-    """Whiten rows ``(n, D)`` if asked for, and give them unit length."""
-    if transform is None:
-        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    return transform.transform(rows)
-
-
-def _best_of_views(found: Neighbours, n_views: int, k: int) -> Neighbours:
+def _best_of_views(neighbours: Neighbours, n_views: int, k: int) -> Neighbours:
     """Of the k nearest rows of each view, ``(Q * V, k)``, the k nearest of each query by its most similar view.
 
     A row among those is among the k nearest of the view that it is most similar to, so none is missed.
     """
-    rows = found.rows.reshape(-1, n_views * k)
-    similarities = found.similarities.reshape(-1, n_views * k)
+    rows = neighbours.rows.reshape(-1, n_views * k)
+    similarities = neighbours.similarities.reshape(-1, n_views * k)
     order = np.lexsort((-similarities, rows), axis=1)  # each row's greatest similarity first
     rows, similarities = (np.take_along_axis(values, order, axis=1) for values in (rows, similarities))
     is_repeated = np.zeros(rows.shape, dtype=bool)
@@ -154,3 +216,52 @@ def _best_of_views(found: Neighbours, n_views: int, k: int) -> Neighbours:
     similarities = np.where(is_repeated, -np.inf, similarities)
     order = np.lexsort((rows, -similarities), axis=1)[:, :k]
     return Neighbours(np.take_along_axis(similarities, order, axis=1), np.take_along_axis(rows, order, axis=1))
+
+
+def build_searchable(
+    descriptors: Descriptors,
+    ground_truth: GroundTruth,
+    method: MethodOptions,
+    whitening: PCAWhitening | None,
+    quiet: bool = True,
+) -> Searchable:
+    """Whiten the database's descriptors, and those of its visits where the method searches them too."""
+    images, splits = np.flatnonzero(descriptors.made["database"]), ["database"]
+    if method.database_views == "rows":
+        images, splits = np.concatenate([images, np.repeat(images, method.n_visits)]), ["database", "visits"]
+    rows = _unit_rows(descriptors, splits, whitening, quiet)
+    return Searchable(rows, ground_truth.labels["database"][images], images)
+
+
+def query_views(
+    descriptors: Descriptors, split: str, method: MethodOptions, whitening: PCAWhitening | None, quiet: bool = True
+) -> np.ndarray:
+    """Descriptors of the queries that have one and of their crops, as they are searched: ``(n made, V, D)``."""
+    whole = _unit_rows(descriptors, [split], whitening, quiet)[:, None]
+    if not method.query_crops:
+        return whole
+    crops = _unit_rows(descriptors, [f"{split}_crops"], whitening, quiet)
+    return np.concatenate([whole, crops.reshape(len(whole), len(method.query_crops), whole.shape[2])], axis=1)
+
+
+def _unit_rows(
+    descriptors: Descriptors, splits: Sequence[str], whitening: PCAWhitening | None, quiet: bool
+) -> np.ndarray:
+    """Rows of splits under each other as they are compared, float32 ``(n made, D)``, of unit length."""
+    width = descriptors.width if whitening is None else whitening.dim
+    ready = np.empty((sum(int(descriptors.made[split].sum()) for split in splits), width), dtype=np.float32)
+    start = 0
+    with counted(f"whitening {' and '.join(splits)}", len(ready), "rows", quiet) as done:
+        for split in splits:
+            for chunk in row_chunks(descriptors.parts[split], descriptors.made[split]):
+                ready[start : start + len(chunk)] = as_compared(chunk, whitening)
+                start += len(chunk)
+                done(len(chunk))
+    return ready
+
+
+def as_compared(rows: np.ndarray, whitening: PCAWhitening | None) -> np.ndarray:
+    """Whiten rows ``(n, D)`` if asked for, and give them unit length."""
+    if whitening is None:
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return whitening.transform(rows)

@@ -25,7 +25,7 @@ from metilr.geometry.features import FeatureCache, LocalFeatureExtractor
 from metilr.geometry.verify import NOTHING_IN_COMMON, LocalFeatures, Verification, matching_picture, verify
 from metilr.models.embedder import Embedder
 from metilr.progress import tracked
-from metilr.retrieval.knn import NO_LABEL, NO_ROW
+from metilr.retrieval.knn import NO_ROW
 
 THREADS = default_workers(1)
 FEATURES = Path("runs/local_features")
@@ -94,9 +94,7 @@ def check_recognition(
     }
     boost, gate = tune_evidence(recognition.answers["val"], evidence["val"], ground_truth.labels["val"], check.reorder)
     answers = {split: apply_evidence(recognition.answers[split], evidence[split], boost, gate) for split in QUERY_FILES}
-    figures = {
-        split: figures_of(of, ground_truth.labels[split], of.labels != NO_LABEL) for split, of in answers.items()
-    }
+    figures = {split: figures_of(of, ground_truth.labels[split]) for split, of in answers.items()}
     checked = dataclasses.replace(recognition, answers=answers, figures=figures, checked=evidence)
     return checked, dataclasses.replace(check, boost=boost, gate=gate)
 

@@ -1,7 +1,8 @@
 """From descriptors to answers and figures: whitening, search, kNN, metrics. Knows no images."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,8 @@ from rich.markup import escape
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.errors import UserError
-from metilr.evaluation.database import Searchable, build_searchable, query_views
-from metilr.evaluation.options import Method, load_whitening
-from metilr.evaluation.whitening import learn_whitening
+from metilr.evaluation.database import Searchable, build_searchable, load_whitening, query_views, whitening_of
+from metilr.evaluation.options import MethodOptions
 from metilr.extraction.descriptors import Descriptors
 from metilr.geometry.evidence import Checked
 from metilr.metrics.functional import acc, gap, gap_bounds, gap_minus
@@ -20,17 +20,17 @@ from metilr.retrieval.knn import (
     K_GRID,
     N_MATCHES,
     N_NEIGHBOURS,
+    NO_LABEL,
     NO_ROW,
     TAU_GRID,
     Matches,
     Predictions,
     Tuning,
-    check_tau,
     classify,
     tune,
     with_skipped,
 )
-from metilr.retrieval.search import Neighbours, SearchDevice, check_device
+from metilr.retrieval.search import Neighbours, check_device
 from metilr.retrieval.whitening import PCAWhitening
 
 
@@ -59,15 +59,50 @@ class Recognition:
     checked: Mapping[str, Checked] | None = None
 
 
+def check_method(method: MethodOptions, n_database: int, width: int, n_classes: int) -> None:
+    """Refuse what cannot work with such a database, before hours go into describing it.
+
+    Args:
+        method: How descriptors will be compared.
+        n_database: Images in the database.
+        width: Dimensions of the descriptors.
+        n_classes: Exhibits in the database.
+
+    Raises:
+        UserError: If an option is not usable; names it.
+    """
+    if method.is_learned and not method.n_visits and n_database <= n_classes:
+        raise UserError(
+            "0: with one image an exhibit whitening learned has no pairs to learn from; leave it out", "visits"
+        )
+    largest = min(n_database - 1, width)
+    if method.whitening_dim is not None and not 1 <= method.whitening_dim <= largest:
+        raise UserError(
+            f"{method.whitening_dim}: {n_database:,} database images of width {width} support 1 to {largest}; choose "
+            "one of these, or leave it out for the default",
+            "whitening_dim",
+        )
+    if method.whitening not in ("pca", "learned", "none"):
+        if not Path(method.whitening).is_file():
+            raise UserError(
+                f"{method.whitening}: no such file; choose pca, learned, none or a saved whitening", "whitening"
+            )
+        learned_on = len(load_whitening(method.whitening).mean)
+        if learned_on != width:
+            raise UserError(
+                f"{method.whitening}: is for descriptors of width {learned_on}, these have {width}", "whitening"
+            )
+    n_rows = n_database * method.rows_per_image
+    if method.k is not None and not 1 <= method.k <= n_rows:
+        rows = f" and {n_rows:,} rows" if method.rows_per_image > 1 else ""
+        raise UserError(f"{method.k}: the database has {n_database:,} images{rows}; choose k from 1 to {n_rows}", "k")
+    check_device(method.search_device or "cpu", method.k or max(K_GRID))
+
+
 def recognise(
     descriptors: Descriptors,
     ground_truth: GroundTruth,
-    method: Method = Method(),  # noqa: B008  (it cannot be changed)
-    *,
-    k: int | None = None,
-    tau: float | None = None,
-    n_matches: int = N_MATCHES,
-    search_device: SearchDevice = "cpu",
+    method: MethodOptions | None = None,
     say: Callable[[str], None] = lambda step: None,
     quiet: bool = True,
 ) -> Recognition:
@@ -79,116 +114,60 @@ def recognise(
         descriptors: Rows of all splits, and of the views that the method needs.
         ground_truth: Labels of all splits.
         method: How descriptors are compared.
-        k: Number of neighbours; None: chosen on val.
-        tau: Inverse temperature; None: chosen on val.
-        n_matches: Exhibits in each query's matches.
-        search_device: Where FAISS searches.
         say: Told what is done, a line a step; at full size some take minutes.
         quiet: Show no progress.
 
     Raises:
         UserError: If an option does not fit the data.
     """
-    made = descriptors.made
+    method = method or MethodOptions()
+    made, device, n_classes = descriptors.made, method.search_device or "cpu", ground_truth.n_classes
     n_database = int(made["database"].sum())
     if n_database == 0:
         raise UserError("no database image has a descriptor: there is nothing to search; mend the images")
-    method.check(n_database, descriptors.width, ground_truth.n_classes)
-    check_search(n_database, k, tau, search_device, method.rows_per_image)
+    check_method(method, n_database, descriptors.width, n_classes)
     say(f"[bold]whitening[/]    {escape(method.whitening)}, database {n_database:,} x {descriptors.width}")
-    transform = whitening_of(descriptors, ground_truth, method, quiet)
-    database = build_searchable(descriptors, ground_truth, method, transform, quiet)
+    whitening = whitening_of(descriptors, ground_truth, method, quiet)
+    database = build_searchable(descriptors, ground_truth, method, whitening, quiet)
+    queries = {split: query_views(descriptors, split, method, whitening, quiet) for split in QUERY_FILES}
 
-    n_rows = len(database.rows)
-    n_neighbours = min(max(N_NEIGHBOURS, 2 * n_matches) * method.rows_per_image, n_rows)
-
-    def searched(split: str, queries: np.ndarray, k: int) -> Neighbours:
-        with counted(f"searching {split}", queries.shape[0] * queries.shape[1], "queries", quiet) as done:
-            return database.nearest(queries, k, search_device, done)
+    def nearest(split: str, k: int) -> Neighbours:
+        n_queries, n_views, _ = queries[split].shape
+        with counted(f"searching {split}", n_queries * n_views, "queries", quiet) as done:
+            return database.nearest(queries[split], k, device, done)
 
     # k counts rows: where an image has several, the grid reaches as many images as without.
-    k_grid = sorted({*K_GRID, *(i * method.rows_per_image for i in K_GRID)}) if k is None else [k]
-    tau_grid = TAU_GRID if tau is None else (tau,)
+    k_grid = [method.k] if method.k is not None else sorted({*K_GRID, *(i * method.rows_per_image for i in K_GRID)})
+    tau_grid = TAU_GRID if method.tau is None else (method.tau,)
+    n_rows, n_matches = len(database.rows), max(N_MATCHES, method.geometric_check)
+    n_neighbours = min(max(N_NEIGHBOURS, 2 * n_matches) * method.rows_per_image, n_rows)
     k_search = max(n_neighbours, *(i for i in k_grid if i <= n_rows))
-    say(f"[bold]search[/]       exact, {search_device}: val, {k_search} neighbours among {n_rows:,} rows")
-    queries = {split: query_views(descriptors, split, method, transform, quiet) for split in QUERY_FILES}
-    neighbours = {"val": searched("val", queries["val"], k_search)}
+    say(f"[bold]search[/]       exact, {device}: val, {k_search} neighbours among {n_rows:,} rows")
+    neighbours = {"val": nearest("val", k_search)}
     target = ground_truth.labels["val"]
-    tuning = tune(
-        neighbours["val"], database.labels, ground_truth.n_classes, target, k_grid, tau_grid, skipped=~made["val"]
-    )
-    was_tuned = k is None or tau is None
-    k, tau = tuning.k, tuning.tau
-    k_search = max(n_neighbours, k)
+    tuning = tune(neighbours["val"], database.labels, n_classes, target, k_grid, tau_grid, skipped=~made["val"])
+    k_search = max(n_neighbours, tuning.k)
     say(f"[bold]search[/]       test, {k_search} neighbours")
-    neighbours["test"] = searched("test", queries["test"], k_search)
+    neighbours["test"] = nearest("test", k_search)
 
-    answers = {
-        split: _answer(neighbours[split], database, ground_truth.n_classes, k, tau, made[split])
-        for split in QUERY_FILES
-    }
-    figures = {split: figures_of(answers[split], ground_truth.labels[split], made[split]) for split in QUERY_FILES}
-    matches = {}
-    for split in QUERY_FILES:
-        found_matches = database.matches(queries[split], neighbours[split], n_matches, search_device)
-        matches[split] = _matches(found_matches, database, made[split])
-    return Recognition(answers, figures, transform, k, tau, tuning if was_tuned else None, matches)
-
-
-def check_search(
-    n_database: int, k: int | None, tau: float | None, search_device: SearchDevice, rows_per_image: int = 1
-) -> None:
-    """Refuse numbers out of range, before hours go into describing images.
-
-    Args:
-        n_database: Images in the database.
-        k: Refused beyond their rows.
-        tau: Refused out of range.
-        search_device: Refused where FAISS does not see it.
-        rows_per_image: Searched rows of each image.
-
-    Raises:
-        UserError: If one is not usable; names it.
-    """
-    check_device(search_device, k or max(K_GRID))
-    n_rows = n_database * rows_per_image
-    if k is not None and not 1 <= k <= n_rows:
-        rows = f" and {n_rows:,} rows" if rows_per_image > 1 else ""
-        raise UserError(f"--k {k}: the database has {n_database:,} images{rows}; choose k from 1 to {n_rows}")
-    if tau is not None:
-        check_tau(tau)
+    answers, matches = {}, {}
+    for split, of_split in neighbours.items():
+        predictions = with_skipped(classify(of_split, database.labels, n_classes, tuning.k, tuning.tau), ~made[split])
+        answers[split] = replace(predictions, nearest=_as_images(predictions.nearest, database))
+        of_made = database.matches(queries[split], of_split, n_matches, device)
+        matches[split] = _of_all_queries(of_made, database, made[split])
+    figures = {split: figures_of(of_split, ground_truth.labels[split]) for split, of_split in answers.items()}
+    was_tuned = method.k is None or method.tau is None
+    return Recognition(answers, figures, whitening, tuning.k, tuning.tau, tuning if was_tuned else None, matches)
 
 
-def whitening_of(
-    descriptors: Descriptors, ground_truth: GroundTruth, method: Method, quiet: bool = True
-) -> PCAWhitening | None:
-    """Learn or load the whitening that the method asks for; None for none.
-
-    Raises:
-        UserError: If it cannot be learned on this data, or its file cannot be read.
-    """
-    if method.whitening == "none":
-        return None
-    if method.whitening in ("pca", "learned"):
-        return learn_whitening(descriptors, ground_truth, method, quiet)
-    return load_whitening(method.whitening)
-
-
-def _answer(
-    neighbours: Neighbours, database: Searchable, n_classes: int, k: int, tau: float, made: np.ndarray
-) -> Predictions:
-    answers = with_skipped(classify(neighbours, database.labels, n_classes, k, tau), ~made)
-    nearest = _as_images(answers.nearest, database)
-    return Predictions(answers.labels, answers.log_confidence, answers.similarity, nearest)
-
-
-def _matches(found: Matches, database: Searchable, made: np.ndarray) -> Matches:
+def _of_all_queries(matches: Matches, database: Searchable, is_made: np.ndarray) -> Matches:
     """The same for all queries, made or not, and in rows of the ground truth's database."""
-    shape = (len(made), found.rows.shape[1])
-    matches = Matches(np.full(shape, NO_ROW, dtype=np.int64), np.full(shape, np.nan))
-    matches.rows[made] = _as_images(found.rows, database)
-    matches.similarities[made] = found.similarities
-    return matches
+    shape = (len(is_made), matches.rows.shape[1])
+    of_all = Matches(np.full(shape, NO_ROW, dtype=np.int64), np.full(shape, np.nan))
+    of_all.rows[is_made] = _as_images(matches.rows, database)
+    of_all.similarities[is_made] = matches.similarities
+    return of_all
 
 
 def _as_images(rows: np.ndarray, database: Searchable) -> np.ndarray:
@@ -196,13 +175,12 @@ def _as_images(rows: np.ndarray, database: Searchable) -> np.ndarray:
     return np.where(rows == NO_ROW, NO_ROW, database.images[rows])
 
 
-def figures_of(answers: Predictions, labels: np.ndarray, made: np.ndarray) -> dict[str, Any]:
+def figures_of(answers: Predictions, labels: np.ndarray) -> dict[str, Any]:
     """GAP, GAP⁻, ACC in [0, 1], bounds of GAP, and counts, of one split.
 
     Args:
-        answers: To all queries.
+        answers: To all queries; NO_LABEL to those without a descriptor.
         labels: What each shows, ``(Q,)``.
-        made: Whether each has a descriptor, ``(Q,)``.
 
     Raises:
         UserError: If no query shows an exhibit.
@@ -217,5 +195,5 @@ def figures_of(answers: Predictions, labels: np.ndarray, made: np.ndarray) -> di
         "gap_greatest": greatest,
         "n_queries": len(labels),
         "n_met": int((labels >= 0).sum()),
-        "n_skipped": int((~made).sum()),
+        "n_skipped": int((answers.labels == NO_LABEL).sum()),
     }

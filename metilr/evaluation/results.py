@@ -14,7 +14,7 @@ import numpy as np
 from metilr.data.decode import BadImageError, load_image
 from metilr.data.ground_truth import NOT_NAMED, QUERY_FILES, GroundTruth
 from metilr.evaluation.geometric_check import GeometricCheck
-from metilr.evaluation.options import Method
+from metilr.evaluation.options import MethodOptions
 from metilr.evaluation.recognition import Recognition
 from metilr.evaluation.run_folder import plain_options
 from metilr.extraction.descriptors import Descriptors
@@ -181,8 +181,7 @@ def results_of(
     *,
     options: Mapping[str, Any],
     synthetic: bool,
-    search_device: str,
-    method: Method,
+    method: MethodOptions,
     check: GeometricCheck | None,
     skipped_images: list[dict[str, str]],
     notes: list[str],
@@ -220,7 +219,7 @@ def results_of(
             "supported_dim": applied.supported_dim,
         },
         "elements": {
-            "visits": method.visits,
+            "visits": method.n_visits,
             "database_views": method.database_views,
             "query_crops": list(method.query_crops),
         },
@@ -234,7 +233,7 @@ def results_of(
             "tuned_on": "val",
             "features": check.extractor.settings(),
         },
-        "search": {"device": search_device, "exact": True},
+        "search": {"device": method.search_device or "cpu", "exact": True},
         "knn": {
             "k": recognition.k,
             "tau": recognition.tau,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from metilr.data.decode import BadImageError
 from metilr.data.views import ImageRows, Images
 from metilr.distributed import leave_signals_to_the_parent
 from metilr.errors import UserError
+from metilr.extraction.options import BadImages
 from metilr.extraction.store import DescriptorStore, RowWriter
 from metilr.progress import tracked
 
@@ -235,9 +236,6 @@ class BatchDataset(Dataset[ImageBatch]):
                 images.append(image)
         stacked = torch.stack(images) if images else torch.empty((0, 3, *planned.shape), dtype=torch.uint8)
         return ImageBatch(np.array(rows, dtype=np.int64), stacked, bad, time.perf_counter() - start)
-
-
-BadImages = Literal["stop", "skip"]
 
 
 NOTHING = PlannedBatch(np.empty(0, dtype=np.int64), (1, 1))

@@ -1,17 +1,14 @@
-"""How images are read and where the backbone runs."""
+"""How images are read and where the backbone runs. Imports nothing heavy, so that help is quick."""
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from metilr.data.decode import MAX_IMAGE_SIZE
-from metilr.distributed import has_launcher
-from metilr.errors import UserError
-from metilr.extraction.datamodule import BadImages
+from metilr.data.decode import MAX_IMAGE_SIZE, MAX_MEGAPIXELS
+from metilr.errors import UserError, check_choices
 from metilr.models import Engine, check_engine
 
+BadImages = Literal["stop", "skip"]
 Accelerator = Literal["auto", "cpu", "gpu", "mps"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
 MAX_BATCH = 4096  # images; beyond some tens nothing gets faster
@@ -24,17 +21,26 @@ class ExtractionOptions:
     """How images are read and where the backbone runs.
 
     Attributes:
-        image_size: Length in px that the longest side is resized to; ``None`` keeps the size.
-        bad_images: ``"stop"`` at a file that cannot be decoded, or ``"skip"`` it.
-        accelerator: As in Lightning.
-        devices: Processes on this machine, one GPU each.
-        num_nodes: Machines, each started with the same command by torchrun or SLURM; they share the store.
-        precision: Of the backbone; pooling and normalisation are float32 in any case.
-        engine: What computes the backbone.
-        batch_size: Most images in a batch; with the engine ``openvino`` it is 1.
-        num_workers: Decoding processes beside each process; ``None``: the cores, at most 8.
-        quiet: Show no progress.
-        profile: Print where the time went.
+        image_size: Resize each image so that its longest side has this many px; without it as they are, or as the
+            checkpoint was trained.
+        bad_images: Stop at an image that cannot be decoded, or skip it: it is left out of the database, and a
+            query counts as wrong.
+        accelerator: Where the backbone runs; auto takes GPUs if there are any, and says so.
+        devices: Number of processes, one GPU each (on the CPU: processes that share it).
+        num_nodes: Machines, each started with this command by torchrun or SLURM, with a shared store.
+        precision: Arithmetic of the backbone: 32 is exact float32 (no TF32). On the CPU, bf16-mixed runs what has a
+            side below 128 px in float32, since bfloat16 convolutions are unreliable there. An EfficientNet's first
+            four stages are float32 in any case: they suffer from rounding.
+        engine: What computes the backbone: torch; compile, PyTorch compiled (for GPUs and long runs: it stops for about
+            a minute at the first batch, at the first of a single image, and seldom later); openvino, for convolutional
+            networks on CPUs, several times as fast (pip install openvino). On CPUs PyTorch computes what has a side
+            below 128 px.
+        batch_size: Most images in a batch, fewer of images beyond 500 x 500 px; images in a batch have one shape. With
+            the engine openvino it is 1.
+        num_workers: Image decoding processes beside each process; without it as many as cores are free, at most 8.
+        quiet: Print the table and the paths alone.
+        profile: Print how long decoding, transfer, network and writing took.
+        max_megapixels: An image of more is bad; its header tells, before anything is decoded.
     """
 
     image_size: int | None = None
@@ -42,16 +48,22 @@ class ExtractionOptions:
     accelerator: Accelerator = "auto"
     devices: int | Literal["auto"] = "auto"
     num_nodes: int = 1
-    precision: Precision = "32"
+    if TYPE_CHECKING:
+        precision: Precision = "32"
+    else:  # 32 is a number in Python and YAML, and means the same
+        precision: Precision | Literal[32] = "32"
     engine: Engine = "torch"
     batch_size: int = 32
     num_workers: int | None = None
     quiet: bool = False
     profile: bool = False
+    max_megapixels: float = MAX_MEGAPIXELS
 
     @property
     def device(self) -> Literal["cuda", "mps", "cpu"]:
         """What ``accelerator`` comes to on this machine."""
+        import torch
+
         if self.accelerator in ("auto", "gpu") and torch.cuda.is_available():
             return "cuda"
         if self.accelerator in ("auto", "mps") and torch.backends.mps.is_available():
@@ -62,6 +74,8 @@ class ExtractionOptions:
     def n_processes(self) -> int:
         """Processes on this machine."""
         if self.devices == "auto":
+            import torch
+
             return torch.cuda.device_count() if self.device == "cuda" else 1
         return self.devices
 
@@ -70,39 +84,46 @@ class ExtractionOptions:
         """Batches that each process describes side by side."""
         if self.engine != "openvino":
             return 1
+        import torch
+
         n_threads = max(1, torch.get_num_threads() // self.n_processes)
         return max(n for n in range(1, MAX_STREAMS + 1) if n_threads % n == 0)  # else threads would be left over
 
     def __post_init__(self) -> None:
         """Refuse before any work what is out of range or what Lightning would replace by something else."""
+        import torch
+
+        from metilr.distributed import has_launcher
+
+        object.__setattr__(self, "precision", str(self.precision))
+        check_choices(self)
         for name, least, most in (
-            ("image_size", 1, MAX_IMAGE_SIZE),
-            ("devices", 1, None),
-            ("num_nodes", 1, None),
-            ("batch_size", 1, MAX_BATCH),
-            ("num_workers", 0, None),
-        ):
+            ("image_size", 1, MAX_IMAGE_SIZE), ("devices", 1, None), ("num_nodes", 1, None),
+            ("batch_size", 1, MAX_BATCH), ("num_workers", 0, None),
+        ):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, int) and value < least:
-                raise UserError(f"--{name} {value}: must be at least {least}")
+                raise UserError(f"{value}: must be at least {least}", name)
             if isinstance(value, int) and most is not None and value > most:
-                raise UserError(f"--{name} {value}: must be at most {most:,}")
+                raise UserError(f"{value}: must be at most {most:,}", name)
         if self.accelerator == "gpu" and self.device != "cuda":
-            raise UserError("--accelerator gpu: PyTorch sees no GPU here; use cpu, or check nvidia-smi and the driver")
+            raise UserError("gpu: PyTorch sees no GPU here; use cpu, or check nvidia-smi and the driver", "accelerator")
         if self.accelerator == "mps" and self.device != "mps":
-            raise UserError("--accelerator mps: PyTorch sees no Apple GPU here; use cpu")
+            raise UserError("mps: PyTorch sees no Apple GPU here; use cpu", "accelerator")
         check_engine(self.engine, self.device)
         if self.precision == "16-mixed" and self.device != "cuda":
-            raise UserError("--precision 16-mixed: needs an NVIDIA GPU; elsewhere use 32 or bf16-mixed")
+            raise UserError("16-mixed: needs an NVIDIA GPU; elsewhere use 32 or bf16-mixed", "precision")
         cores = os.cpu_count() or 1
         there = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": cores}[self.device]
         if self.n_processes > there:
             kind = "cores" if self.device == "cpu" else "GPUs"
-            raise UserError(f"--devices {self.devices}: this machine has {there} {kind}; choose {there} or fewer")
+            raise UserError(f"{self.devices}: this machine has {there} {kind}; choose {there} or fewer", "devices")
         most = WORKERS_A_CORE * cores // self.n_processes
         if (self.num_workers or 0) > most:
-            raise UserError(f"--num_workers {self.num_workers}: choose {most} or fewer on this machine's {cores} cores")
+            raise UserError(
+                f"{self.num_workers}: choose {most} or fewer on this machine's {cores} cores", "num_workers"
+            )
         if self.num_nodes > 1 and not has_launcher():
             raise UserError(
-                f"--num_nodes {self.num_nodes}: start this command on each machine with torchrun or in a SLURM job"
+                f"{self.num_nodes}: start this command on each machine with torchrun or in a SLURM job", "num_nodes"
             )

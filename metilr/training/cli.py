@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 from typing_extensions import override
 
-from metilr.cli import OneLineErrors, check_config, refuse_null_characters
+from metilr.cli import OneLineErrors, check_config, refuse_null_characters, refuse_unknown
 from metilr.distributed import (
     end_with_parent,
     faults_in_one_line,
@@ -134,7 +134,8 @@ class TrainingCLI(LightningCLI):
         for i, arg in enumerate(args):
             option, _, file = arg.partition("=")
             if option in ("--config", "-c") and (file or i + 1 < len(args)):
-                check_config(parser, file or args[i + 1])
+                check_config(file or args[i + 1])
+        refuse_unknown(parser, args)
         self.config = parser.parse_args(args)
         refuse_null_characters(self.config.as_dict())
         seed = self.config.seed_everything

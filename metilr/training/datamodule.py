@@ -25,7 +25,7 @@ from metilr.demo import DEMO, make_demo
 from metilr.distributed import agree, default_workers, leave_signals_to_the_parent
 from metilr.errors import UserError
 from metilr.evaluation.run_folder import RUNS
-from metilr.extraction.datamodule import BadImages
+from metilr.extraction.options import BadImages
 from metilr.extraction.store import DescriptorStore
 from metilr.training.augmentations import Augmentation, RandomCrop, SimulatedVisit, Views
 from metilr.training.pairs import PairBatch, PairDataset, Pairing, Pairs, ViewsOf, deal_batches, draw_pairs

@@ -14,7 +14,6 @@ from PIL import Image
 from metilr.cli import main
 from metilr.collection.collection import load_photo
 from metilr.collection.collections_on_disk import open_with_threshold
-from metilr.commands.evaluate import evaluate
 from metilr.data.decode import load_image
 from metilr.errors import UserError
 from metilr.evaluation.runs import read_run
@@ -25,6 +24,7 @@ from tests.conftest import SHARED
 from tests.hostile import NAME, REASONS, write_hostile_files
 from tests.museum import write_museum
 from tests.report.test_page import open_page
+from tests.small_runs import evaluate
 
 OPTIONS = {"accelerator": "cpu", "num_workers": 0, "wandb": "off", "report": False}
 UNTRAINED = {"backbone": "r18_in", "weights": "random", **OPTIONS}

@@ -20,10 +20,10 @@ from metilr.cli import main
 from metilr.collection.collections_on_disk import open_with_threshold
 from metilr.collection.index import index
 from metilr.collection.serve.app import is_loopback
-from metilr.commands.evaluate import evaluate
 from tests.browser import browser as browser  # a fixture
 from tests.hostile import NAME, REASONS, write_hostile_files
 from tests.museum import write_museum
+from tests.small_runs import evaluate
 
 pytest.importorskip("fastapi", reason="needs metilr[serve]")
 uvicorn = pytest.importorskip("uvicorn", reason="needs metilr[serve]")

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from metilr.cli import main
-from metilr.commands.evaluate import evaluate
 from metilr.errors import UserError
-from metilr.evaluation.options import load_whitening
+from metilr.evaluation.database import load_whitening
 from metilr.retrieval.whitening import LearnedWhitening, PCAWhitening
+from tests.small_runs import evaluate
 
 OPTIONS = {"accelerator": "cpu", "num_workers": 0, "report": False}
 UNTRAINED = {"backbone": "r18_in", "weights": "random", **OPTIONS}

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from metilr.cli import main
-from metilr.commands.evaluate import evaluate
 from metilr.commands.rerun import TOLERANCE
 from metilr.errors import UserError
+from tests.small_runs import evaluate
 
 
 @pytest.fixture

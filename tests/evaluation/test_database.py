@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 
 from metilr.data.ground_truth import GroundTruth
-from metilr.evaluation.database import Searchable, build_searchable, query_views
-from metilr.evaluation.options import Method
-from metilr.evaluation.whitening import learn_whitening, pair_differences, ring_pairs
+from metilr.evaluation.database import (
+    Searchable,
+    build_searchable,
+    pair_differences,
+    query_views,
+    ring_pairs,
+    whitening_of,
+)
+from metilr.evaluation.options import MethodOptions
 from metilr.extraction.descriptors import Descriptors
 
 
@@ -40,7 +46,7 @@ def museum(n=12, width=6, n_visits=3, n_crops=2, n_queries=5, parts=1):
 
 def test_visits_as_rows_are_found_as_by_brute_force():
     descriptors, truth, rows = museum()
-    method = Method("none", visits=3, database_views="rows")
+    method = MethodOptions("none", visits=3, database_views="rows")
     database = build_searchable(descriptors, truth, method, None)
     made = [i for i in range(12) if i != 4]
     expected = [(rows["database"][i], i) for i in made]
@@ -49,7 +55,7 @@ def test_visits_as_rows_are_found_as_by_brute_force():
     assert database.images.tolist() == [image for _, image in expected]
     assert database.labels.tolist() == [int(truth.labels["database"][image]) for _, image in expected]
 
-    queries = query_views(descriptors, "val", Method("none"), None)
+    queries = query_views(descriptors, "val", MethodOptions("none"), None)
     assert queries.shape == (4, 1, 6)
     found = database.nearest(queries, 7)
     for query, similarities, places in zip(queries[:, 0], found.similarities, found.rows, strict=True):
@@ -62,7 +68,7 @@ def test_visits_as_rows_are_found_as_by_brute_force():
 @pytest.mark.parametrize("k", [1, 3, 11])
 def test_the_best_crop_counts_as_by_brute_force(k):
     descriptors, truth, rows = museum()
-    method = Method("none", query_crops=(0.8, 0.5))
+    method = MethodOptions("none", query_crops=(0.8, 0.5))
     database = build_searchable(descriptors, truth, method, None)
     queries = query_views(descriptors, "val", method, None)
     assert queries.shape == (4, 3, 6)
@@ -110,7 +116,7 @@ def test_differences_of_pairs(monkeypatch, parts):
         pairs = set() if len(members) < 2 else {tuple(sorted(p)) for p in itertools.pairwise([*members, members[0]])}
         expected += [rows["database"][a] - rows["database"][b] for a, b in pairs]
     for chunk_rows in (1, 5, 8192):
-        monkeypatch.setattr("metilr.evaluation.whitening.CHUNK_ROWS", chunk_rows)
+        monkeypatch.setattr("metilr.evaluation.database.CHUNK_ROWS", chunk_rows)
         found = np.concatenate(list(pair_differences(descriptors, truth)))
         assert found.shape == (len(expected), 6)
         scatter = found.T.astype(float) @ found  # neither order nor sign of a difference matters
@@ -119,7 +125,7 @@ def test_differences_of_pairs(monkeypatch, parts):
 
 def test_whitening_learned_from_the_visits_of_the_store():
     descriptors, truth, _ = museum()
-    learned = learn_whitening(descriptors, truth, Method("learned", visits=3, pair_shrinkage=1e-9), quiet=True)
+    learned = whitening_of(descriptors, truth, MethodOptions("learned", visits=3, pair_shrinkage=1e-9))
     differences = np.concatenate(list(pair_differences(descriptors, truth))) @ learned.projection
     np.testing.assert_allclose(differences.T @ differences / len(differences), np.eye(6), atol=1e-5)
     assert learned.n_pairs == len(differences) and learned.n == 11

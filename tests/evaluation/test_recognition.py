@@ -7,8 +7,8 @@ from sklearn.decomposition import PCA
 
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.errors import UserError
-from metilr.evaluation.options import Method
-from metilr.evaluation.recognition import check_search, recognise
+from metilr.evaluation.options import MethodOptions
+from metilr.evaluation.recognition import check_method, recognise
 from metilr.extraction.descriptors import Descriptors
 
 GRID_K = (1, 2, 3, 5, 7, 10, 15, 20, 50)  # the Met paper's
@@ -106,7 +106,7 @@ def check_against_loop(recognition, truth, ready, k, tau, kept=None):
 @pytest.mark.parametrize(("k", "tau"), [(1, 1.0), (3, 15.0), (10, 100.0), (50, 0.1), (7, 500.0)])
 def test_given_k_and_tau_without_whitening(k, tau):
     descriptors, truth, rows = synthetic()
-    recognition = recognise(descriptors, truth, Method(whitening="none"), k=k, tau=tau)
+    recognition = recognise(descriptors, truth, MethodOptions(whitening="none", k=k, tau=tau))
     assert recognition.tuning is None and recognition.whitening is None
     assert (recognition.k, recognition.tau) == (k, tau)
     check_against_loop(recognition, truth, {s: unit(x.astype(np.float64)) for s, x in rows.items()}, k, tau)
@@ -116,7 +116,9 @@ def test_descriptors_of_any_length_are_compared_at_unit_length():
     descriptors, truth, rows = synthetic(n_parts=3)
     lengths = {split: np.linspace(0.1, 9, len(x), dtype=np.float32)[:, None] for split, x in rows.items()}
     parts = {split: [part * lengths[split] for part in descriptors.parts[split]] for split in rows}
-    scaled = recognise(Descriptors(parts, descriptors.made, [{}] * 3), truth, Method(whitening="none"), k=3, tau=15.0)
+    scaled = recognise(
+        Descriptors(parts, descriptors.made, [{}] * 3), truth, MethodOptions(whitening="none", k=3, tau=15.0)
+    )
     check_against_loop(scaled, truth, {s: unit(x.astype(np.float64)) for s, x in rows.items()}, 3, 15.0)
 
 
@@ -124,7 +126,7 @@ def test_descriptors_of_any_length_are_compared_at_unit_length():
 @pytest.mark.parametrize("dim", [None, 5])
 def test_pca_whitening_of_the_concatenation_equals_scikit_learn(dim, n_parts):
     descriptors, truth, rows = synthetic(seed=1, n_parts=n_parts)
-    recognition = recognise(descriptors, truth, Method(whitening_dim=dim), k=3, tau=10.0)
+    recognition = recognise(descriptors, truth, MethodOptions(whitening_dim=dim, k=3, tau=10.0))
     pca = PCA(n_components=dim, whiten=True, svd_solver="full").fit(rows["database"].astype(np.float64))
     ready = {split: unit(pca.transform(x.astype(np.float64))) for split, x in rows.items()}
     assert recognition.whitening.dim == (dim or 12)
@@ -133,7 +135,7 @@ def test_pca_whitening_of_the_concatenation_equals_scikit_learn(dim, n_parts):
 
 def test_k_and_tau_are_the_best_of_the_grid_on_val():
     descriptors, truth, rows = synthetic(seed=2)
-    recognition = recognise(descriptors, truth, Method(whitening="none"))
+    recognition = recognise(descriptors, truth, MethodOptions(whitening="none"))
     ready = {split: unit(x.astype(np.float64)) for split, x in rows.items()}
     assert recognition.tuning.k_grid == GRID_K and recognition.tuning.tau_grid == GRID_TAU
     database, database_labels = ready["database"], truth.labels["database"]
@@ -152,13 +154,13 @@ def test_k_and_tau_are_the_best_of_the_grid_on_val():
 
 def test_only_what_is_not_given_is_tuned_and_test_has_no_say():
     descriptors, truth, _ = synthetic(seed=2)
-    given_k = recognise(descriptors, truth, Method(whitening="none"), k=4)
+    given_k = recognise(descriptors, truth, MethodOptions(whitening="none", k=4))
     assert given_k.k == 4 and given_k.tuning.k_grid == (4,) and given_k.tuning.tau_grid == GRID_TAU
-    given_tau = recognise(descriptors, truth, Method(whitening="none"), tau=33.0)
+    given_tau = recognise(descriptors, truth, MethodOptions(whitening="none", tau=33.0))
     assert given_tau.tau == 33.0 and given_tau.tuning.tau_grid == (33.0,) and given_tau.tuning.k_grid == GRID_K
     other_test = {**descriptors.parts, "test": [-part[::-1] for part in descriptors.parts["test"]]}
-    again = recognise(Descriptors(other_test, descriptors.made, [{}]), truth, Method(whitening="none"))
-    first = recognise(descriptors, truth, Method(whitening="none"))
+    again = recognise(Descriptors(other_test, descriptors.made, [{}]), truth, MethodOptions(whitening="none"))
+    first = recognise(descriptors, truth, MethodOptions(whitening="none"))
     np.testing.assert_array_equal(again.tuning.surface, first.tuning.surface)
     assert (again.k, again.tau) == (first.k, first.tau)
 
@@ -176,7 +178,7 @@ def test_images_left_out(whitening):
         x = x.copy()
         x[~made[split]] = 7.0  # must be read nowhere
         garbage[split] = [x]
-    recognition = recognise(Descriptors(garbage, made, [{}]), truth, Method(whitening=whitening), k=3, tau=10.0)
+    recognition = recognise(Descriptors(garbage, made, [{}]), truth, MethodOptions(whitening=whitening, k=3, tau=10.0))
     if whitening == "none":
         ready = {split: unit(x.astype(np.float64)) for split, x in rows.items()}
     else:
@@ -203,22 +205,19 @@ def test_a_database_smaller_than_the_grid():
 
 def refused(descriptors, truth, **options):
     with pytest.raises(UserError) as caught:
-        of_method = {name: options.pop(name) for name in list(options) if name.startswith("whitening")}
-        recognise(descriptors, truth, Method(**of_method), **options)
+        recognise(descriptors, truth, MethodOptions(**options))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_options_that_do_not_fit():
+def test_what_does_not_fit_the_descriptors():
     descriptors, truth, _ = synthetic()
-    assert "--k 51: the database has 50 images; choose k from 1 to 50" in refused(descriptors, truth, k=51)
-    assert "--k 0" in refused(descriptors, truth, k=0)
+    assert "k 51: the database has 50 images; choose k from 1 to 50" in refused(descriptors, truth, k=51)
     made = {**descriptors.made, "database": np.arange(50) < 20}
     assert "choose k from 1 to 20" in refused(Descriptors(descriptors.parts, made, [{}]), truth, k=21)
-    message = refused(descriptors, truth, whitening_dim=13)
-    assert "--whitening_dim 13" in message and "support 1 to 12" in message
-    assert "tau " in refused(descriptors, truth, k=1, tau=0.0)
-    assert "tau " in refused(descriptors, truth, tau=float("nan"))
+    assert "whitening_dim 13: 50 database images of width 12 support 1 to 12" in refused(
+        descriptors, truth, whitening_dim=13
+    )
     nothing = {**descriptors.made, "database": np.zeros(50, dtype=bool)}
     for whitening in ("none", "pca"):
         assert "no database image" in refused(Descriptors(descriptors.parts, nothing, [{}]), truth, whitening=whitening)
@@ -226,9 +225,9 @@ def test_options_that_do_not_fit():
 
 def test_a_saved_whitening_gives_the_same_answers(tmp_path):
     descriptors, truth, _ = synthetic()
-    first = recognise(descriptors, truth, Method(whitening_dim=6), k=2, tau=10.0)
+    first = recognise(descriptors, truth, MethodOptions(whitening_dim=6, k=2, tau=10.0))
     first.whitening.save(tmp_path / "w.npz")
-    again = recognise(descriptors, truth, Method(whitening=str(tmp_path / "w.npz")), k=2, tau=10.0)
+    again = recognise(descriptors, truth, MethodOptions(whitening=str(tmp_path / "w.npz"), k=2, tau=10.0))
     np.testing.assert_array_equal(again.answers["test"].log_confidence, first.answers["test"].log_confidence)
     assert again.figures == first.figures
 
@@ -236,33 +235,36 @@ def test_a_saved_whitening_gives_the_same_answers(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"k": 51}, "--k 51: the database has 50 images; choose k from 1 to 50"),
-        ({"k": 0}, "--k 0"),
+        ({"k": 51}, "k 51: the database has 50 images; choose k from 1 to 50"),
+        ({"k": 0}, "k 0"),
         ({"tau": 0.0}, "tau 0"),
         ({"tau": float("nan")}, "tau nan"),
-        ({"whitening": "nowhere.npz"}, "--whitening nowhere.npz: no such file"),
-        ({"whitening": "none", "whitening_dim": 5}, "--whitening_dim"),
-        ({"whitening_dim": 50}, "--whitening_dim 50: 50 database images of width 64 support 1 to 49"),
+        ({"whitening": "nowhere.npz"}, "whitening nowhere.npz: no such file"),
+        ({"whitening": "none", "whitening_dim": 5}, "whitening_dim has no effect without whitening pca or learned"),
+        ({"whitening_dim": 50}, "whitening_dim 50: 50 database images of width 64 support 1 to 49"),
+        ({"whitening_dim": 0}, "whitening_dim 0"),
         ({"whitening_dim": 33, "width": 32}, "support 1 to 32"),
-        ({"whitening_shrinkage": 1.5}, "--whitening_shrinkage 1.5"),
-        ({"whitening": "none", "whitening_shrinkage": 0.5}, "--whitening_shrinkage"),
-        ({"search_device": "gpu"}, "search_device gpu"),
-        ({"whitening_dim": 0}, "--whitening_dim 0"),
+        ({"whitening_shrinkage": 1.5}, "whitening_shrinkage 1.5: choose a number from 0"),
+        ({"whitening": "none", "whitening_shrinkage": 0.5}, "whitening_shrinkage has no effect"),
+        ({"whitening": "learned", "n_classes": 50, "visits": 0}, "visits 0: with one image an exhibit"),
+        ({"search_device": "gpu"}, "FAISS sees no GPU"),
+        ({"search_device": "tpu"}, "search_device tpu: choose one of cpu, gpu"),
+        ({"geometric_reorder": True}, "geometric_reorder has no effect without geometric_check"),
+        ({"visits": 3}, "visits has no effect without"),
+        ({"query_crops": (0.5, 1.5)}, "query_crops [0.5, 1.5]: choose shares between 0 and 1"),
     ],
 )
 def test_options_are_refused_before_any_image_is_read(options, said):
-    def check(options):
-        of_search = {"k": None, "tau": None, "search_device": "cpu"}
-        of_search |= {name: options.pop(name) for name in of_search if name in options}
-        width = options.pop("width", 64)
-        Method(**options).check(50, width, 25)
-        check_search(50, **of_search)
+    def check(width=64, n_classes=25, **options):
+        check_method(MethodOptions(**options), 50, width, n_classes)
 
     with pytest.raises(UserError) as caught:
-        check(dict(options))
-    assert said in str(caught.value) and "\n" not in str(caught.value)
-    check({})
-    check({"whitening_dim": 49, "k": 50, "tau": 500.0})
+        check(**options)
+    assert said in str(caught.value) and "--" not in str(caught.value) and "\n" not in str(caught.value)
+    check()
+    check(whitening_dim=49, k=50, tau=500.0)
+    check(whitening="learned", visits=0)  # pairs of images of one exhibit
+    check(whitening="learned", n_classes=50)
 
 
 def test_published_mini_set_at_its_real_scale(met_root):
@@ -281,10 +283,3 @@ def test_published_mini_set_at_its_real_scale(met_root):
         assert recognition.figures[split]["n_met"] == n_met
         assert recognition.figures[split]["acc"] == pytest.approx(40 / n_met, abs=2 / n_met)  # two more by chance
         assert recognition.figures[split]["gap"] == pytest.approx(40 / n_met, abs=2 / n_met)
-
-
-def test_a_whitening_without_pairs_is_refused_and_one_with_two_images_of_an_exhibit_is_not():
-    with pytest.raises(UserError, match="--visits 0: with one image an exhibit --whitening learned has no pairs"):
-        Method("learned").check(5, 8, n_classes=5)
-    Method("learned").check(6, 8, n_classes=5)
-    Method("learned", visits=1).check(5, 8, n_classes=5)

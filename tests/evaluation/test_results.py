@@ -14,7 +14,7 @@ from metilr.data.ground_truth import GroundTruth
 from metilr.errors import UserError
 from metilr.evaluation import results as results_module
 from metilr.evaluation import run_folder
-from metilr.evaluation.options import Method
+from metilr.evaluation.options import MethodOptions
 from metilr.evaluation.recognition import Recognition
 from metilr.evaluation.results import results_of, write_answers, write_results
 from metilr.evaluation.run_folder import output_folder
@@ -68,7 +68,7 @@ def results(recognition, origins=None, notes=(), synthetic=False):
     }  # fmt: skip
     opened = Descriptors({"database": [np.zeros((2, 3))]}, {}, origins or [origin])
     return results_of(
-        TRUTH, recognition, opened, options={}, synthetic=synthetic, search_device="cpu", method=Method(), check=None,
+        TRUTH, recognition, opened, options={}, synthetic=synthetic, method=MethodOptions(), check=None,
         skipped_images=[{"split": "test", "path": "t/3.jpg", "reason": "broken"}], notes=list(notes), seconds=1.25,
     )  # fmt: skip
 

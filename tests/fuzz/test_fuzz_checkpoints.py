@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metilr.evaluation.options import load_whitening
+from metilr.evaluation.database import load_whitening
 from metilr.models.backbone import backbone_shapes
 from metilr.models.checkpoints import FORMAT, load_embedder, model_entry, read_checkpoint
 from metilr.models.embedder import Embedder, build_embedder

@@ -17,6 +17,7 @@ from metilr.commands.pack import pack
 from metilr.commands.rerun import _options, compare_results
 from metilr.data.decode import load_image
 from metilr.evaluation.runs import read_results
+from tests import small_runs
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import HOSTILE_VALUES, cases, mutated_value
 from tests.museum import write_museum
@@ -28,7 +29,7 @@ YAML_VALUES = tuple(value for value in HOSTILE_VALUES if value != "\ud800")  # w
 def whole(tmp_path_factory) -> Path:
     """A run with all that a run can have."""
     folder = tmp_path_factory.mktemp("used")
-    evaluate(
+    small_runs.evaluate(
         write_museum(folder / "museum"), backbone="timm/test_resnet", weights="random", scales=[1.0], accelerator="cpu",
         num_workers=0, store=folder / "store", output=folder / "run", report=False, wandb="off", quiet=True,
         whitening="learned", visits=2, database_views="rows", query_crops=[0.8, 0.5],

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from metilr.commands.evaluate import evaluate
 from metilr.errors import UserError
 from metilr.models import ModelOptions
 from metilr.models.checkpoints import build_model, load, load_embedder, read_checkpoint
+from tests.small_runs import evaluate
 
 CHILDREN = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
 

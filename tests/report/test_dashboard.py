@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from metilr.commands.evaluate import evaluate
 from metilr.errors import UserError
+from tests.small_runs import evaluate
 
 CHEAP = {"backbone": "r18_in", "weights": "random", "accelerator": "cpu", "num_workers": 0, "report_pictures": 1}
 

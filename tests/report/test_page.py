@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metilr.commands.evaluate import evaluate
 from metilr.data.ground_truth import QUERY_FILES, load_ground_truth
-from metilr.evaluation.options import Method
+from metilr.evaluation.options import MethodOptions
 from metilr.evaluation.recognition import Recognition
 from metilr.evaluation.results import results_of
 from metilr.extraction.descriptors import Descriptors
@@ -17,6 +16,7 @@ from metilr.report import write_report
 from metilr.retrieval.knn import Matches, Predictions, Tuning
 from tests.browser import browser as browser  # a fixture
 from tests.museum import write_museum
+from tests.small_runs import evaluate
 
 HOSTILE = "<img src=x onerror=alert(1)>.jpg"
 
@@ -142,7 +142,7 @@ def test_nineteen_thousand_queries(browser, met_root, tmp_path):
     recognition = Recognition(answers, figures, None, 1, 50.0, tuning, matches)
     opened = Descriptors({}, {}, [{"model": {"backbone": "r18_in", "pooling": {"kind": "gem", "p": 3}, "scales": [1]}}])
     results = results_of(
-        truth, recognition, opened, options={}, synthetic=False, search_device="cpu", method=Method(), check=None,
+        truth, recognition, opened, options={}, synthetic=False, method=MethodOptions(), check=None,
         skipped_images=[], notes=[], seconds=1.0,
     )  # fmt: skip
     page = open_page(browser, write_report(tmp_path, results, truth, recognition, quiet=True))

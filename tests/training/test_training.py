@@ -16,7 +16,6 @@ import torch
 import yaml
 
 from metilr.cli import run_command, run_main
-from metilr.commands.evaluate import evaluate
 from metilr.data.decode import load_image
 from metilr.data.ground_truth import load_ground_truth
 from metilr.data.visits import derive_seed
@@ -26,6 +25,7 @@ from metilr.retrieval.whitening import fit_learned_whitening
 from metilr.training.augmentations import SimulatedVisit
 from metilr.training.module import P_BOUNDS, FineTuning
 from tests.museum import write_ground_truth
+from tests.small_runs import evaluate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NTXENT = ["--model.loss", "pytorch_metric_learning.losses.NTXentLoss", "--model.loss.temperature", "0.1"]
