@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from metilr.collection.collections_on_disk import embedder_of_run, whitening_of_run
 from metilr.errors import UserError
-from metilr.evaluation.options import CHECKPOINT
+from metilr.evaluation.database import CHECKPOINT
 from metilr.evaluation.runs import read_run
 from metilr.models.checkpoints import EMBEDDER, FORMAT, model_entry, write_checkpoint
 from metilr.retrieval.whitening import parts_of_whitening

@@ -25,6 +25,8 @@ from metilr.retrieval.whitening import (
     whitening_from_parts,
 )
 
+CHECKPOINT = ".ckpt"
+
 
 def views_of(method: MethodOptions, seed: int) -> list[View]:
     """The views that must be described besides the images."""
@@ -68,7 +70,7 @@ def load_whitening(path: str | Path) -> PCAWhitening:
         UserError: If there is none in the file, or it cannot be read.
     """
     path = Path(path)
-    if path.suffix != ".ckpt":
+    if path.suffix != CHECKPOINT:
         return PCAWhitening.load(path)
     content = read_checkpoint(path).get("metilr")
     entry = content.get("whitening") if isinstance(content, Mapping) else None

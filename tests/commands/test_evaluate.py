@@ -282,7 +282,7 @@ BAD_OPTIONS = [
     (["--k", "9"], "--k 9: the database has 8 images"),
     (["--k", "0"], "--k 0"),
     (["--tau", "0"], "--tau 0"),
-    (["--tau", "nan"], "--tau nan"),
+    (["--tau", "nan"], "nan"),
     (["--scales", "0"], "--scales"),
     (["--p", "-1"], "--p -1"),
     (["--stage", "9"], "--stage 9"),

@@ -202,7 +202,7 @@ def test_descriptors_of_a_dated_folder_are_kept_and_it_is_said_how_to_go_on(reco
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("metilr.commands.evaluate.recognise", lambda *_, **__: fail())
+        patch.setattr("metilr.evaluation.recognition.recognise", lambda *_, **__: fail())
         status, printed = rerun(capsys, recorded, "--describe_again")
     [folder] = Path("runs").glob("*_rerun")
     assert status == 2 and f"to continue, add --output {folder}" in printed and "the same command" not in printed

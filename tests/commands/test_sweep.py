@@ -1,6 +1,5 @@
 """``metilr sweep``: planning without running anything, and small sweeps as a user runs them."""
 
-import inspect
 import json
 import os
 import signal
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from metilr.cli import main
+from metilr.cli import flat_defaults, main
 from metilr.commands import sweep as sweep_module
 from metilr.commands.evaluate import evaluate
 from metilr.commands.sweep import CHANGE_NO_FIGURE, plan_rows, sweep
@@ -91,7 +90,7 @@ def test_a_wrong_option_is_refused_before_any_work(arguments, message):
 
 
 def test_options_that_change_no_figure_exist():
-    assert set(inspect.signature(evaluate).parameters) >= CHANGE_NO_FIGURE
+    assert set(flat_defaults(evaluate)) >= CHANGE_NO_FIGURE
     assert not {"root", "p", "precision", "bad_images", "seed", "descriptors"} & CHANGE_NO_FIGURE
 
 
