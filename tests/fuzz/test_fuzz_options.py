@@ -11,8 +11,7 @@ import yaml
 from metilr.cli import parse_options
 from metilr.commands.evaluate import evaluate
 from metilr.data.ground_truth import DatabaseName
-from metilr.extraction.datamodule import BadImages
-from metilr.extraction.options import Accelerator
+from metilr.extraction.options import Accelerator, BadImages
 from metilr.training.cli import TrainingCLI
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import HOSTILE_VALUES, SHARED, cases, mutated, mutated_value
