@@ -5,7 +5,6 @@ import functools
 import inspect
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -21,6 +20,7 @@ from metilr.errors import UserError, one_line
 from metilr.files import file_sha256
 from metilr.models import RANDOM, PatchRounding
 from metilr.models.weights import (
+    Provenance,
     StateDict,
     load_strictly,
     official_file,
@@ -41,24 +41,12 @@ class Features(NamedTuple):
     cls: Tensor | None  # (B, C); None without a class token
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Where a backbone's weights came from, for the results file."""
-
-    source: str  # URL, hub name, file name, or "random"
-    licence: str | None  # as the publisher states it; None if unstated or unknown
-    file_sha256: str | None  # None if there was no file
-    seed: int | None  # of random weights
-    weights_sha256: str  # of the loaded tensors, the same whatever file form they came in
-
-
 class Backbone(nn.Module):
     """A network without classifier that gives a map of local features, and the class token if it has one.
 
     The last stage's map is the output of timm's ``forward_features``: with ``conv_head`` for EfficientNets, after the
-    final norm for transformers. Earlier stages are numbered from 1: a ResNet's or RegNet's residual stages (stage 3 of
-    a ResNet is the output of ``layer3``), a ViT's blocks (without the final norm), and in other families the entries of
-    timm's ``feature_info``. What comes after the stage is not computed.
+    final norm for transformers. Earlier stages are numbered from 1: a ResNet's ``layer1`` and on, a ViT's blocks
+    (without the final norm), and in other families timm's ``feature_info``. What comes after the stage is not computed.
 
     Autocast does not reach the stem and the first four stages of an EfficientNet: they run in float32. In bfloat16 they
     would make most of what it changes in a descriptor, and save next to nothing on CPUs without AMX. (Not with gradient
@@ -112,32 +100,26 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Features:
         """Compute the features of normalised images ``(B, 3, H, W)``; for a ViT, H and W as ``fit_size`` gives them."""
         if self.stage is not None:
-            return self._earlier_stage(images)
+            options = {"return_prefix_tokens": True} if self.has_cls else {}
+            [features] = self.model.forward_intermediates(
+                images, indices=[self._index], stop_early=True, intermediates_only=True, **options
+            )
+            return Features(features[0], features[1][:, 0]) if self.has_cls else Features(features, None)
         if self.sensitive is not None and not self.model.grad_checkpointing:
             with torch.autocast(images.device.type, enabled=False):
                 early = self.sensitive(images)
             return Features(self.rest(early), None)
-        if not hasattr(self.model, "forward_intermediates"):  # some convolutional families of older timm
-            return Features(self._channels_first(self.model.forward_features(images)), None)
-        output, [last_map] = self.model.forward_intermediates(images, indices=1)
-        if output.ndim == 4:
-            return Features(self._channels_first(output), None)
+        if hasattr(self.model, "forward_intermediates"):
+            output, [last_map] = self.model.forward_intermediates(images, indices=1)
+        else:  # some convolutional families of older timm
+            output = self.model.forward_features(images)
+        if output.ndim == 4:  # Swin and a few others keep channels last
+            return Features(output if output.shape[1] == self.width else output.permute(0, 3, 1, 2), None)
         # Tokens BxNxC: class and register tokens first, then the grid row by row.
         height, width = last_map.shape[-2:]
         grid = output[:, output.shape[1] - height * width :]
         features = grid.transpose(1, 2).unflatten(2, (height, width))  # BxNxC to BxCxhxw
         return Features(features, output[:, 0] if self.has_cls else None)
-
-    def _earlier_stage(self, images: Tensor) -> Features:
-        options = {"return_prefix_tokens": True} if self.has_cls else {}
-        [features] = self.model.forward_intermediates(
-            images, indices=[self._index], stop_early=True, intermediates_only=True, **options
-        )
-        return Features(features[0], features[1][:, 0]) if self.has_cls else Features(features, None)
-
-    def _channels_first(self, features: Tensor) -> Tensor:
-        # Swin and a few others keep channels last.
-        return features if features.shape[1] == self.width else features.permute(0, 3, 1, 2)
 
     @property
     def sensitive(self) -> nn.Sequential | None:
@@ -160,19 +142,14 @@ class Backbone(nn.Module):
         Raises:
             UserError: If rounding is off and the size does not fit.
         """
-        return self._fit_side(height), self._fit_side(width)
-
-    def _fit_side(self, side: int) -> int:
-        if side % self.patch == 0 and side > 0:
-            return side
-        if self.patch_rounding == "off":
-            raise UserError(
-                f"off: an image side of {side} px is no multiple of the patch of {self.name}, {self.patch} px; take "
-                "nearest or down",
-                "patch_rounding",
-            )
-        raised = side + self.patch // 2 if self.patch_rounding == "nearest" else side
-        return max(1, raised // self.patch) * self.patch
+        sides = []
+        for side in (height, width):
+            if self.patch_rounding == "off" and side % self.patch:
+                reason = f"an image side of {side} px is no multiple of {self.name}'s patch of {self.patch} px"
+                raise UserError(f"off: {reason}; take nearest or down", "patch_rounding")
+            raised = side + self.patch // 2 if self.patch_rounding == "nearest" else side
+            sides.append(max(1, raised // self.patch) * self.patch)
+        return sides[0], sides[1]
 
 
 def build_backbone(
@@ -260,10 +237,9 @@ def _timm_config(name: str) -> dict[str, Any]:
 
 
 def _create(name: str, pretrained: bool = False) -> Any:
-    """Create a network without classifier that takes images of any size.
+    """Create a network without classifier that takes images of any size: Swin by one option, plain ViTs by another.
 
-    Swin does so by one option, plain ViTs by another, convolutional families by nature. A model cannot be asked before
-    it is built; one that does not know an option refuses it by name.
+    A model cannot be asked before it is built; one that does not know an option refuses it by name.
     """
     if name in BACKBONES:
         return timm.create_model(BACKBONES[name].architecture, num_classes=0)

@@ -17,10 +17,18 @@ from metilr.data.decode import MAX_IMAGE_SIZE
 from metilr.errors import UserError, one_line
 from metilr.files import file_sha256, replaced_file
 from metilr.models import RANDOM, SCALES, ModelOptions, PatchRounding, PoolingName
-from metilr.models.backbone import TIMM, Provenance, backbone_shapes, build_backbone
+from metilr.models.backbone import TIMM, backbone_shapes, build_backbone
 from metilr.models.embedder import Embedder, Projector, build_embedder
 from metilr.models.pooling import build_pooling
-from metilr.models.weights import StateDict, is_state_dict, load_strictly, read_file, refuse_unfit, tensors_sha256
+from metilr.models.weights import (
+    Provenance,
+    StateDict,
+    is_state_dict,
+    load_strictly,
+    read_file,
+    refuse_unfit,
+    tensors_sha256,
+)
 from metilr.models.zoo import BACKBONES, IMAGENET_MEAN, IMAGENET_STD
 
 FORMAT = "metilr.checkpoint/1"

@@ -28,16 +28,13 @@ LEAST_AGREEMENT = {"32": 0.9999, "bf16-mixed": 0.98}
 def start_engine(
     engine: Engine, backbone: Backbone, precision: str, n_streams: int = 1
 ) -> Callable[[Tensor], Features] | None:
-    """Make an engine ready to compute a backbone's features, in this process.
+    """Make an engine ready to compute a backbone's features, in this process; for ``Embedder.engine``.
 
     Args:
-        engine: Which; `metilr.models.check_engine` says whether it runs here.
+        engine: Which; `metilr.models.check_engine` says whether it runs here. ``torch`` makes None.
         backbone: In its place on its device, in eval mode.
         precision: ``32`` or ``bf16-mixed``, for OpenVINO; the others take it from autocast.
         n_streams: Threads that may call the engine at a time, for OpenVINO; the cores are divided among them.
-
-    Returns:
-        Images to features, for ``Embedder.engine``; None for PyTorch as it is.
 
     Raises:
         UserError: If the engine cannot run this backbone so.
@@ -141,7 +138,14 @@ class OpenVINOEngine:
         self.free: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()  # a request to each part, for each stream
         for _ in range(n_streams):
             self.free.put([part.create_infer_request() for part in compiled])
-        _check_agreement(self(probe).map, example, backbone.name, precision)
+        features = self(probe).map
+        wrong: str | None = f"shape {tuple(features.shape)} in place of {tuple(example.shape)}"
+        if features.shape == example.shape:
+            agreement = F.cosine_similarity(features.flatten(), example.flatten(), dim=0).item()
+            wrong = None if agreement >= LEAST_AGREEMENT[precision] else f"cosine {agreement:.4f}"
+        if wrong:
+            reason = f"computes {backbone.name} in precision {precision} otherwise than PyTorch ({wrong})"
+            raise UserError(f"openvino: {reason}; take torch", "engine")
 
     def __call__(self, images: Tensor) -> Features:
         """Compute the features of normalised images ``(B, 3, H, W)``: the map, float32."""
@@ -158,8 +162,6 @@ class OpenVINOEngine:
 
 
 class _MapOf(nn.Module):
-    """A backbone that returns its map alone."""
-
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
@@ -208,12 +210,15 @@ def _let_convolutions_pad(model: Any, padded: set[str]) -> None:
     """
     from openvino import opset13 as opset
 
+    def module_of(node: Any) -> str:
+        return str(node.get_friendly_name()).removeprefix("__module.").partition("/")[0]
+
     makers = {"Convolution": opset.convolution, "GroupConvolution": opset.group_convolution}
     for node in model.get_ordered_ops():
-        if node.get_type_name() not in makers or _module_of(node) not in padded:
+        if node.get_type_name() not in makers or module_of(node) not in padded:
             continue
         pad = node.input_value(0).get_node()
-        if pad.get_type_name() != "Pad" or _module_of(pad) != _module_of(node):
+        if pad.get_type_name() != "Pad" or module_of(pad) != module_of(node):
             continue
         given = node.get_attributes()
         joined = makers[node.get_type_name()](
@@ -222,21 +227,3 @@ def _let_convolutions_pad(model: Any, padded: set[str]) -> None:
         )  # fmt: skip
         joined.set_friendly_name(node.get_friendly_name())
         node.output(0).replace(joined.output(0))
-
-
-def _module_of(node: Any) -> str:
-    """Path of the PyTorch module that a node was made from."""
-    return str(node.get_friendly_name()).removeprefix("__module.").partition("/")[0]
-
-
-def _check_agreement(features: Tensor, expected: Tensor, name: str, precision: str) -> None:
-    """Refuse an engine that computes something else than PyTorch."""
-    wrong = f"shape {tuple(features.shape)} in place of {tuple(expected.shape)}"
-    if features.shape == expected.shape:
-        agreement = F.cosine_similarity(features.flatten(), expected.flatten(), dim=0).item()
-        if agreement >= LEAST_AGREEMENT[precision]:
-            return
-        wrong = f"cosine {agreement:.4f}"
-    raise UserError(
-        f"openvino: computes {name} in precision {precision} otherwise than PyTorch ({wrong}); take torch", "engine"
-    )

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,53 +30,46 @@ StateDict = dict[str, torch.Tensor]
 COUNTER = "num_batches_tracked"
 
 
+@dataclass(frozen=True)
+class Provenance:
+    """Where a backbone's weights came from, for the results file."""
+
+    source: str  # URL, hub name, file name, or "random"
+    licence: str | None  # as the publisher states it; None if unstated or unknown
+    file_sha256: str | None  # None if there was no file
+    seed: int | None  # of random weights
+    weights_sha256: str  # of the loaded tensors, the same whatever file form they came in
+
+
 def official_file(spec: BackboneSpec) -> Path:
-    """Return the path of a backbone's official weights, verified: downloaded, or from a Python package.
+    """Return the path of a backbone's official weights, verified: from a Python package or torch.hub's cache.
+
+    A file without a published digest is trusted once: the digest is recorded beside it (``FILE.sha256``) and a later
+    difference is refused.
 
     Raises:
         UserError: If they cannot be had, the package is missing, or the file is not the published one.
     """
-    if spec.package is None:
-        return fetch_official_file(spec.url, spec.sha256)
-    module, path, install = spec.package
-    found = importlib.util.find_spec(module)
-    if found is None or found.origin is None:
-        raise UserError(f"the package {module} is not installed; run: {install}")
-    file = Path(found.origin).parent / path
-    if not file.is_file() or file_sha256(file) != spec.sha256:
-        raise UserError(f"{file}: missing or not the published file; reinstall it: {install} --force-reinstall")
-    return file
-
-
-def fetch_official_file(url: str, sha256: str | None) -> Path:
-    """Return the path of an official weights file in torch.hub's cache: downloaded if need be, always verified.
-
-    A file without a published digest is trusted once: the digest is recorded beside it (``FILE.sha256``) and
-    a later difference is refused.
-
-    Args:
-        url: Where the file is published; the cache keeps its name.
-        sha256: The file's digest or its first digits; None if unknown.
-
-    Raises:
-        UserError: If the download fails, or the file, downloaded or cached, has another digest.
-    """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if spec.package is not None:
+        module, name, install = spec.package
+        found = importlib.util.find_spec(module)
+        if found is None or found.origin is None:
+            raise UserError(f"the package {module} is not installed; run: {install}")
+        path = Path(found.origin).parent / name
+        if not path.is_file() or file_sha256(path) != spec.sha256:
+            raise UserError(f"{path}: missing or not the published file; reinstall it: {install} --force-reinstall")
+        return path
+    path = Path(torch.hub.get_dir()) / "checkpoints" / spec.url.rpartition("/")[2]
     record = path.with_name(path.name + ".sha256")
     if not path.is_file():
-        _download(url, path, sha256)
+        _download(spec.url, path, spec.sha256)
     digest = file_sha256(path)
-    expected = sha256
-    if expected is None and record.is_file():
-        expected = record.read_text(encoding="ascii", errors="replace").strip()
-    if expected is None:
+    expected = record.read_text(encoding="ascii", errors="replace").strip() if record.is_file() else digest
+    if not digest.startswith(spec.sha256 or expected):
+        raise UserError(f"{path}: its sha256 is {digest}, so it is not the file of {spec.url}; delete it and run again")
+    if spec.sha256 is None and not record.is_file():
         with contextlib.suppress(OSError):  # a read-only cache: the results still name the digest
             record.write_text(digest + "\n", encoding="ascii")
-    elif not digest.startswith(expected):
-        raise UserError(
-            f"{path}: its sha256 starts with {digest[:8]}, not {expected[:8]}, so it is not the file of {url}; "
-            f"delete {path} and run again"
-        )
     return path
 
 
