@@ -1,8 +1,5 @@
 import hashlib
-import http.server
 import pickle
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,142 +8,67 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from metilr.download import fetch
 from metilr.errors import UserError
-from metilr.models.weights import (
-    fetch_official_file,
-    load_strictly,
-    official_file,
-    read_state_dict,
-    tensors_sha256,
-    verify_hub_file,
-)
-from metilr.models.zoo import BACKBONES, PackagedFile
-from tests.server import PLAIN, Fault
-from tests.server import Server as Network
+from metilr.models.weights import load_strictly, official_file, read_state_dict, tensors_sha256, verify_hub_file
+from metilr.models.zoo import BACKBONES, BackboneSpec, PackagedFile
+from tests.server import Server
 
-
-class Server:
-    """A weights publisher on this machine, which can lie about a file's length, and counts requests."""
-
-    def __init__(self) -> None:
-        self.content = b""
-        self.announced: int | None = None
-        self.status = 200
-        self.requests = 0
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                outer.requests += 1
-                self.send_response(outer.status)
-                length = len(outer.content) if outer.announced is None else outer.announced
-                self.send_header("Content-Length", str(length))
-                self.end_headers()
-                self.wfile.write(outer.content)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._http.server_port}/files/net.pth.tar"
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-
-    def stop(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+CONTENT = b"weights"
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def spec(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BackboneSpec:
+    """Weights on a server of this machine, and a cache of their own; how files are fetched has tests elsewhere."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    server = Server()
-    torch.manual_seed(0)
-    torch.save({"weight": torch.rand(100)}, tmp_path / "source.pth")
-    server.content = (tmp_path / "source.pth").read_bytes()
-    yield server
-    server.stop()
+    server.files["net.pth"] = CONTENT
+    return replace(BACKBONES["r18_in"], url=f"{server.url}net.pth", sha256=DIGEST[:8])
 
 
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def test_a_download_is_used_again_without_its_server(spec: BackboneSpec, server: Server, tmp_path: Path) -> None:
+    path = official_file(spec)
+    assert path == tmp_path / "checkpoints" / "net.pth" and path.read_bytes() == CONTENT
+    server.files.clear()
+    assert official_file(spec) == path
+    assert [file.name for file in path.parent.iterdir()] == ["net.pth"]  # nothing temporary stays
 
 
-@pytest.mark.parametrize("digits", [8, 64])
-def test_a_download_is_verified_and_used_again_with_the_server_down(
-    server: Server, tmp_path: Path, digits: int
-) -> None:
-    digest = sha256(server.content)[:digits]
-    path = fetch_official_file(server.url, digest)
-    assert path == tmp_path / "checkpoints" / "net.pth.tar"
-    assert path.read_bytes() == server.content
-    server.stop()
-    assert fetch_official_file(server.url, digest) == path
-    assert server.requests == 1
-    assert [file.name for file in path.parent.iterdir()] == ["net.pth.tar"]  # nothing temporary stays
-
-
-def test_a_download_with_another_digest_is_refused(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"net\.pth\.tar: .*sha256.*as weights"):
-        fetch_official_file(server.url, "0" * 8)
-    assert not list((tmp_path / "checkpoints").glob("*.tar"))
-
-
-@pytest.mark.parametrize("digest_known", [True, False])
-def test_a_truncated_download_is_refused(server: Server, tmp_path: Path, digest_known: bool) -> None:
-    digest = sha256(server.content) if digest_known else None
-    server.announced = len(server.content)
-    server.content = server.content[:100]
-    with pytest.raises(UserError, match=r"net\.pth\.tar: .*as weights"):
-        fetch_official_file(server.url, digest)
-    assert not list((tmp_path / "checkpoints").glob("*.tar"))
-
-
-def test_a_download_that_never_ends_is_left(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "MOST", 10**6)
-    network = Network()
-    network.always = Fault(raw=PLAIN, endless=bytes(1 << 16))
-    with pytest.raises(UserError, match=r"sends more bytes than the file can have.*as weights"):
-        fetch_official_file(f"{network.url}net.pth", None)
-    network.stop()
+def test_a_download_with_another_digest_is_refused(spec: BackboneSpec, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"net\.pth: .*sha256.*as weights"):
+        official_file(replace(spec, sha256="0" * 8))
     assert not list((tmp_path / "checkpoints").glob("*.pth"))
 
 
-def test_a_missing_page_and_a_dead_server_name_url_and_remedy(server: Server) -> None:
-    server.status = 404
+def test_a_missing_page_names_url_and_remedy(spec: BackboneSpec, server: Server) -> None:
+    server.files.clear()
     with pytest.raises(UserError, match=r"http://127.*404.*as weights"):
-        fetch_official_file(server.url, None)
-    server.stop()
-    with pytest.raises(UserError, match=r"http://127.*3 times in a row.*as weights"):
-        fetch_official_file(server.url, None)
+        official_file(spec)
 
 
-def test_a_damaged_cache_is_refused(server: Server) -> None:
-    digest = sha256(server.content)
-    path = fetch_official_file(server.url, digest)
-    path.write_bytes(server.content[:-1] + b"!")
-    with pytest.raises(UserError, match=f"delete {path}"):
-        fetch_official_file(server.url, digest)
+def test_a_damaged_cache_is_refused(spec: BackboneSpec) -> None:
+    official_file(spec).write_bytes(CONTENT[:-1] + b"!")
+    with pytest.raises(UserError, match=r"net\.pth: its sha256 is .*delete it"):
+        official_file(spec)
 
 
-def test_a_digest_that_nobody_published_is_recorded_and_kept(server: Server) -> None:
-    path = fetch_official_file(server.url, None)
-    record = path.with_name("net.pth.tar.sha256")
-    assert record.read_text().strip() == sha256(server.content)
-    assert fetch_official_file(server.url, None) == path
+def test_a_digest_that_nobody_published_is_recorded_and_kept(spec: BackboneSpec, server: Server) -> None:
+    spec = replace(spec, sha256=None)
+    path = official_file(spec)
+    assert path.with_name("net.pth.sha256").read_text().strip() == DIGEST
+    assert official_file(spec) == path
     path.write_bytes(b"other")
-    with pytest.raises(UserError, match=f"delete {path}"):
-        fetch_official_file(server.url, None)
+    with pytest.raises(UserError, match="delete it"):
+        official_file(spec)
     path.unlink()
-    server.content = b"the publisher changed the file"
+    server.files["net.pth"] = b"the publisher changed the file"
     with pytest.raises(UserError, match="sha256"):
-        fetch_official_file(server.url, None)
+        official_file(spec)
 
 
-def test_an_unwritable_cache_is_named(server: Server, tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_named(spec: BackboneSpec, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     with pytest.raises(UserError, match="checkpoints"):
-        fetch_official_file(server.url, None)
+        official_file(spec)
 
 
 def test_a_missing_package_names_the_command_that_brings_it() -> None:
