@@ -33,7 +33,8 @@ class Gate:
         return log_confidence - self.weight * np.log1p(self.enough / (1 + inliers))
 
 
-OFF = Gate(0.0, ENOUGH_GRID[0])
+GATES = [Gate(weight, enough) for weight in WEIGHT_GRID for enough in ENOUGH_GRID]
+OFF = GATES[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,31 +62,16 @@ def tune_evidence(answers: Predictions, checked: Checked, target: np.ndarray, re
     """Choose the boost (0 without ``reorder``) and the gate by GAP on val, whose true labels are ``target``, ``(Q,)``.
 
     Nothing is among the choices, so GAP on val is never lower with them than without. Equal GAPs: the smaller boost,
-    then as ``tune_gate``.
+    then no gate, then the smaller weight, then the smaller ``enough``.
     """
     best, highest = (0.0, OFF), -1.0
     for boost in BOOST_GRID if reorder else (0.0,):
         changed = reordered(answers, checked, boost)
         lead = inlier_lead(changed, checked)
-        gate = tune_gate(changed.log_confidence, changed.labels, target, lead)
-        reached = gap(gate.apply(changed.log_confidence, lead), changed.labels, target)
-        if reached > highest:
-            best, highest = (boost, gate), reached
-    return best
-
-
-def tune_gate(log_confidence: np.ndarray, predicted: np.ndarray, target: np.ndarray, inliers: np.ndarray) -> Gate:
-    """Choose a gate by GAP on val, of answers ``(Q,)`` and their ``inlier_lead``.
-
-    Equal GAPs: no gate, then the smaller weight, then the smaller ``enough``.
-    """
-    best, highest = OFF, gap(log_confidence, predicted, target)
-    for weight in WEIGHT_GRID:
-        for enough in ENOUGH_GRID:
-            gate = Gate(weight, enough)
-            reached = gap(gate.apply(log_confidence, inliers), predicted, target)
+        for gate in GATES:
+            reached = gap(gate.apply(changed.log_confidence, lead), changed.labels, target)
             if reached > highest:
-                best, highest = gate, reached
+                best, highest = (boost, gate), reached
     return best
 
 

@@ -34,29 +34,18 @@ class LocalFeatureExtractor:
     embedder pools. Each channel is standardised over the image's positions at all scales, (x − mean)/std, so that
     descriptors tell what differs from place to place. The strongest by their norm are kept, and L2-normalised.
 
-    Args:
-        embedder: Has the backbone.
-        stride: Wanted distance in px between neighbouring positions at scale 1.
-        scales: Relative image sizes; features of all are put together.
-        n_features: Most features of an image.
-
-    Attributes:
-        stride: That distance as it is.
-        tolerance: What ``verify`` is to be given, in px.
+    ``stride`` is the distance in px between neighbouring positions at scale 1, as it is wanted and then as it is;
+    features of all relative image sizes, ``scales``, are put together.
     """
 
     def __init__(
-        self,
-        embedder: Embedder,
-        stride: int = STRIDE,
-        scales: Sequence[float] = SCALES,
-        n_features: int = N_FEATURES,
+        self, embedder: Embedder, stride: int = STRIDE, scales: Sequence[float] = SCALES, n_features: int = N_FEATURES
     ) -> None:
         self.embedder = embedder
         self.scales = tuple(float(scale) for scale in scales)
         self.n_features = n_features
         self._index, self.stride = _find_map(embedder.backbone.model, stride)
-        self.tolerance = TOLERANCE * self.stride
+        self.tolerance = TOLERANCE * self.stride  # what ``verify`` is to be given, in px
 
     @torch.inference_mode()
     def extract(self, image: Tensor) -> LocalFeatures:

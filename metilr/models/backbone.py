@@ -180,10 +180,11 @@ def build_backbone(
     elif weights == RANDOM:
         source, licence, digest = RANDOM, None, None
     else:
-        if weights is None:
-            file, source, licence = official_file(spec), spec.url, spec.licence
-        else:
+        if weights is not None:
             file, source, licence = Path(weights), Path(weights).name, None
+        else:
+            assert spec is not None
+            file, source, licence = official_file(spec), spec.url, spec.licence
         state_dict, ignored = read_state_dict(file), classifier
         if spec is None:
             state_dict = _timm_keys(model, state_dict, classifier)
@@ -205,11 +206,7 @@ def build_backbone(
 
 
 def backbone_shapes(name: str) -> dict[str, torch.Size]:
-    """Names and shapes of a backbone's weights, without memory for them.
-
-    Raises:
-        UserError: If the name is unknown.
-    """
+    """Names and shapes of a backbone's weights, without memory for them."""
     if name not in BACKBONES:
         _timm_config(name)
     # Older timm asks for this function's values, of the layers' drop rates.

@@ -59,15 +59,11 @@ def model_entry(embedder: Embedder, image_size: int | None) -> dict[str, Any]:
     """Say what ``load_embedder`` needs besides the weights, as plain values."""
     settings = embedder.describe_settings()
     return {
-        "backbone": settings["backbone"],
-        "stage": settings["stage"],
+        **{name: settings[name] for name in ("backbone", "stage", "scales", "mean", "std")},
         "patch_rounding": embedder.backbone.patch_rounding,
         "pooling": settings["pooling"]["kind"],
         "p": settings["pooling"].get("p"),
         "projector_dim": None if embedder.projector is None else embedder.dim,
-        "scales": settings["scales"],
-        "mean": settings["mean"],
-        "std": settings["std"],
         "image_size": image_size,
     }
 
@@ -106,11 +102,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 
 
 def load(model: str | Path) -> Embedder:
-    """Open a model by a backbone's name, such as ``r18_swsl`` or ``timm/NAME``, or a checkpoint, for `Embedder.embed`.
-
-    Raises:
-        UserError: If there is none of that name, or its weights cannot be had.
-    """
+    """Open a backbone by name, such as ``r18_swsl`` or ``timm/NAME``, or a checkpoint, for `Embedder.embed`."""
     name = str(model)
     is_name = name in BACKBONES or name.startswith(TIMM)
     if not is_name and (Path(name).suffix or Path(name).exists()):
@@ -119,11 +111,7 @@ def load(model: str | Path) -> Embedder:
 
 
 def build_model(options: ModelOptions) -> Embedder:
-    """Build the model that options name, in eval mode.
-
-    Raises:
-        UserError: If its checkpoint or a part of it is unknown, or its weights cannot be had.
-    """
+    """Build the model that options name, in eval mode; raises as ``load_embedder`` and ``build_embedder``."""
     parts = {field.name: getattr(options, field.name) for field in fields(options)}
     ckpt = parts.pop("ckpt")
     return build_embedder(**parts) if ckpt is None else load_embedder(Path(ckpt), options.scales)
@@ -132,9 +120,7 @@ def build_model(options: ModelOptions) -> Embedder:
 def load_embedder(path: Path, scales: Sequence[float] | None = None) -> Embedder:
     """Build the model that a checkpoint holds, in eval mode: metilr's own, or the reference code's.
 
-    Args:
-        path: The file.
-        scales: In place of the checkpoint's (the reference's checkpoints have none: the paper's).
+    Its scales are the checkpoint's (the reference's have none: the paper's), if others are not given.
 
     Raises:
         UserError: If the file cannot be read or its weights fit no known architecture.

@@ -49,20 +49,13 @@ class Projector(nn.Module):
 class Embedder(nn.Module):
     """Images to descriptors: f(x) = L2(projector(L2(pooling(backbone(x))))), summed over scales, L2 again.
 
-    The backbone runs in whatever precision the caller's autocast sets, by whatever engine, but by PyTorch in float32 on
-    the CPU where a scaled image has a side below ``BFLOAT16_LEAST_SIDE``; all else runs in float32. L2 normalisation
-    leaves a zero vector zero: an image without any activation is similar to nothing.
+    Without a projector the normalisation after it is left out, too. The backbone runs in whatever precision the
+    caller's autocast sets, by ``engine`` if one is set, but by PyTorch in float32 on the CPU where a scaled image has a
+    side below ``BFLOAT16_LEAST_SIDE``; all else runs in float32. L2 normalisation leaves a zero vector zero: an image
+    without any activation is similar to nothing.
 
-    Args:
-        backbone: Images to features.
-        pooling: Features to one vector.
-        projector: Left out if None, with the normalisation after it.
-        scales: Relative image sizes for ``describe``.
-        image_size: Length in px of the longest side of the images that it was trained with, to which ``embed`` resizes
-            them; None: as they are.
-
-    Attributes:
-        engine: Computes the features in the backbone's place; None: the backbone itself, by PyTorch.
+    ``image_size`` is the length in px of the longest side of the images that it was trained with, to which ``embed``
+    resizes them; None: as they are.
 
     Raises:
         UserError: If the pooling needs a class token that the backbone does not give, or a scale is out of range.
@@ -91,7 +84,7 @@ class Embedder(nn.Module):
         self.projector = projector
         self.scales = tuple(float(scale) for scale in scales)
         self.image_size = image_size
-        self.engine: Callable[[Tensor], Features] | None = None
+        self.engine: Callable[[Tensor], Features] | None = None  # in the backbone's place
         self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(backbone.std).view(3, 1, 1))
 
@@ -118,11 +111,7 @@ class Embedder(nn.Module):
         return self._embed(self._resize(images, 1.0))
 
     def describe(self, images: Tensor) -> Tensor:
-        """Describe normalised images ``(B, 3, H, W)``: the sum of their embeddings over the scales, L2-normalised.
-
-        Returns:
-            Descriptors ``(B, dim)``, unit length, float32.
-        """
+        """Describe normalised images: the sum of their embeddings over the scales, L2-normalised, ``(B, dim)``."""
         embeddings = [self._embed(self._resize(images, scale)) for scale in self.scales]
         return F.normalize(torch.stack(embeddings).sum(dim=0), dim=1)
 
@@ -191,10 +180,6 @@ def build_embedder(
     patch_rounding: PatchRounding = "nearest",
     seed: int = 0,
 ) -> Embedder:
-    """Build a model by the names of its parts, see ``ModelOptions``; None for scales: the paper's.
-
-    Raises:
-        UserError: If a part is unknown or its weights cannot be had.
-    """
+    """Build a model by the names of its parts, see ``ModelOptions``; raises as ``build_backbone`` and ``Embedder``."""
     network = build_backbone(backbone, weights, stage, patch_rounding, seed)
     return Embedder(network, build_pooling(pooling, p), scales=SCALES if scales is None else scales).eval()

@@ -87,14 +87,10 @@ def rmac_regions(height: int, width: int, levels: int = LEVELS) -> list[tuple[in
             break
         rows = level if height == short else level + along - 1
         columns = level if width == short else level + along - 1
-        for top in _starts(height, side, rows):
-            regions.extend((top, left, side) for left in _starts(width, side, columns))
+        tops = [i * (height - side) // max(rows - 1, 1) for i in range(rows)]
+        lefts = [i * (width - side) // max(columns - 1, 1) for i in range(columns)]
+        regions += [(top, left, side) for top in tops for left in lefts]
     return regions
-
-
-def _starts(length: int, side: int, count: int) -> list[int]:
-    """Return where ``count`` squares start that are spread evenly over a length."""
-    return [0] if count == 1 else [math.floor(i * (length - side) / (count - 1)) for i in range(count)]
 
 
 def _full_precision(features: Tensor) -> Tensor:
@@ -148,11 +144,7 @@ Pooling = GeM | FixedPooling
 
 
 def build_pooling(name: PoolingName, p: float = 3.0, learnable: bool = False) -> Pooling:
-    """Build a pooling by name; ``p`` is GeM's exponent, its start if learnable.
-
-    Raises:
-        UserError: If the name is unknown, p is not above 0, or p is to be learned in another pooling than GeM.
-    """
+    """Build a pooling by name; ``p`` is GeM's exponent, its start if learnable."""
     if name not in get_args(PoolingName):
         raise UserError(f"{name}: unknown; choose {', '.join(get_args(PoolingName))}", "pooling")
     if name == "gem":

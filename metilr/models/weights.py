@@ -88,11 +88,8 @@ def _download(url: str, path: Path, sha256: str | None) -> None:
 def verify_hub_file(hub_id: str, filename: str | None = None) -> str | None:
     """Check a weights file in Hugging Face's cache against the sha256 that the hub names it by, and return that.
 
-    The hub's own client compares sizes only. None if the file is not in that cache.
-
-    Args:
-        hub_id: As in timm's configurations: ``owner/name``, or ``owner/name@revision``.
-        filename: The file; None for the names that timm looks for.
+    The hub's own client compares sizes only. The id is timm's, ``owner/name`` or ``owner/name@revision``; None for the
+    file is the names that timm looks for. Returns None if the file is not in that cache.
 
     Raises:
         UserError: If the file is damaged.
@@ -162,13 +159,9 @@ def is_state_dict(content: Mapping[Any, Any]) -> bool:
 def load_strictly(model: nn.Module, state_dict: StateDict, ignored: Iterable[str], source: str) -> None:
     """Load weights into a model without its classifier, and let no key or shape pass that does not fit.
 
-    BatchNorm's step counters may be missing: they keep the model's zeros, which nothing reads in eval mode.
-
-    Args:
-        model: Loaded in place.
-        state_dict: Weights by the model's own names.
-        ignored: Prefixes of keys that the model lacks by design, each with its final dot.
-        source: What the message calls the weights: file and backbone.
+    ``ignored`` are prefixes of keys that the model lacks by design, each with its final dot; ``source`` is what the
+    message calls the weights. BatchNorm's step counters may be missing: they keep the model's zeros, which nothing
+    reads in eval mode.
 
     Raises:
         UserError: If a key is missing or unexpected, or a shape differs; the message names the first few.

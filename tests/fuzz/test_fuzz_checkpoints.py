@@ -30,18 +30,11 @@ TOKENS = (
     b"PK\x05\x06", b".",
 )  # fmt: skip
 SAFE_TOKENS = (
-    b"[999999999999,3]",
-    b"F64",
-    b"BOOL",
-    b"I8",
-    b"-1",
-    b"[0,0]",
-    b"[3]",
-    b'"',
-    b"{" * 500,
-    b"F8_E4M3",
-    b"[]",
-)
+    b"[999999999999,3]", b"F64", b"BOOL", b"I8", b"-1", b"[0,0]", b"[3]", b'"', b"{" * 500, b"F8_E4M3", b"[]",
+)  # fmt: skip
+
+
+HOSTILE = (None, 3, "x", torch.zeros(0), torch.zeros(3, 3), torch.zeros(64, dtype=torch.bool), [1.0])
 
 
 class Program:
@@ -172,10 +165,9 @@ def test_entries_whose_parts_share_their_parts(tmp_path):
 
 def test_changed_tensors_of_checkpoints(tmp_path):
     file, whole = tmp_path / "a.ckpt", tiny_checkpoint()
-    hostile = (None, 3, "x", torch.zeros(0), torch.zeros(3, 3), torch.zeros(64, dtype=torch.bool), [1.0])
     for rng in cases(60):
         state = dict(whole["state_dict"])
-        state[rng.choice([*state, "embedder.new", "other", 3])] = rng.choice(hostile)
+        state[rng.choice([*state, "embedder.new", "other", 3])] = rng.choice(HOSTILE)
         if rng.random() < 0.3:
             del state[rng.choice([*state])]
         torch.save({**whole, "state_dict": state}, file)
@@ -241,26 +233,11 @@ def test_changed_reference_checkpoints(tmp_path):
     state = {f"backbone.backbone.{key}": value for key, value in small.items()} | {
         "backbone.pool.p": torch.tensor([2.5]), "backbone.projector.weight": torch.zeros(4, 512),
     }  # fmt: skip
-    hostile = (
-        None,
-        3,
-        "x",
-        torch.zeros(0),
-        torch.zeros(3, 3),
-        torch.zeros(64, 0, 3, 3),
-        torch.zeros(1, 1, 1, 1),
-        [1.0],
-    )
+    likely = ["backbone.backbone.layer1.0.conv2.weight", "backbone.pool.p", "backbone.projector.weight", "layer1", 3]
+    hostile = (*HOSTILE, torch.zeros(64, 0, 3, 3), torch.zeros(1, 1, 1, 1))
     for rng in cases(60):
         changed = dict(state)
         for _ in range(rng.choice((1, 2))):
-            likely = [
-                "backbone.backbone.layer1.0.conv2.weight",
-                "backbone.pool.p",
-                "backbone.projector.weight",
-                "layer1",
-                3,
-            ]
             changed[rng.choice([*likely, *changed])] = rng.choice(hostile)
         torch.save({"state_dict": changed}, file)
         with refusal(file) as said:
@@ -275,17 +252,7 @@ def test_changed_whitenings_in_checkpoints(tmp_path):
         "projection": torch.eye(3, 2, dtype=torch.float64), "eigenvalues": torch.ones(3, dtype=torch.float64),
         "shrinkage": torch.tensor(1.0), "supported_dim": torch.tensor(3),
     }  # fmt: skip
-    hostile = (
-        None,
-        3,
-        "x",
-        torch.zeros(0),
-        torch.zeros(3, 3),
-        torch.zeros(3, dtype=torch.bfloat16),
-        torch.tensor(-1),
-        {},
-        [],
-    )
+    hostile = (*HOSTILE, torch.zeros(3, dtype=torch.bfloat16), torch.tensor(-1), {}, [])
     expanded = torch.zeros((), dtype=torch.float64).expand(2**31)  # 16 GB of one number
     torch.save({"state_dict": {}, "metilr": {"whitening": {**whitening, "mean": expanded}}}, file)
     with refusal(file) as said:

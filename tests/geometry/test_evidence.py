@@ -1,5 +1,6 @@
 """What inliers do to answers, against loops; nothing that is tuned lowers GAP on val."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -17,7 +18,6 @@ from metilr.geometry.evidence import (
     inliers_of_answers,
     reordered,
     tune_evidence,
-    tune_gate,
 )
 from metilr.metrics.functional import acc, gap
 from metilr.retrieval.knn import NO_LABEL, NO_ROW, Matches, Predictions
@@ -30,43 +30,6 @@ def test_the_gate_is_its_formula() -> None:
         assert math.exp(after) == pytest.approx(math.exp(before) * ((1 + n) / (1 + n + 30)) ** 2)
         assert after <= before
     np.testing.assert_array_equal(OFF.apply(log_confidence, inliers), log_confidence)
-
-
-def random_answers(seed: int, informative: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Log-confidence, predicted, target and inliers of 60 queries, a third of them distractors."""
-    rng = np.random.default_rng(seed)
-    target = rng.integers(0, 5, 60)
-    target[40:] = -1
-    predicted = np.where(rng.random(60) < 0.6, np.maximum(target, 0), rng.integers(0, 5, 60))
-    right = predicted == target
-    inliers = np.where(right & informative, rng.integers(30, 300, 60), rng.integers(0, 15, 60))
-    return -rng.exponential(1, 60), predicted, target, inliers
-
-
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("informative", [True, False])
-def test_a_gate_never_lowers_gap_on_val_and_is_the_best_of_the_grid(seed: int, informative: bool) -> None:
-    log_confidence, predicted, target, inliers = random_answers(seed, informative)
-    gate = tune_gate(log_confidence, predicted, target, inliers)
-    reached = gap(gate.apply(log_confidence, inliers), predicted, target)
-    assert reached >= gap(log_confidence, predicted, target)
-    surface = {
-        (weight, enough): gap(Gate(weight, enough).apply(log_confidence, inliers), predicted, target)
-        for weight in WEIGHT_GRID
-        for enough in ENOUGH_GRID
-    }
-    assert reached == max(surface.values())
-    if gate != OFF:
-        assert (gate.weight, gate.enough) == min(point for point, value in surface.items() if value == reached)
-        assert reached > gap(log_confidence, predicted, target)
-
-
-def test_evidence_that_tells_right_from_wrong_is_used_and_other_is_not() -> None:
-    log_confidence, predicted, target, inliers = random_answers(0, informative=True)
-    gate = tune_gate(log_confidence, predicted, target, inliers)
-    assert gap(gate.apply(log_confidence, inliers), predicted, target) > gap(log_confidence, predicted, target) + 0.1
-    assert tune_gate(log_confidence, predicted, target, np.full(60, 20)) == OFF
-    assert tune_gate(np.where(predicted == target, -1.0, -2.0), predicted, target, inliers) == OFF  # is best already
 
 
 DATABASE_LABELS = np.array([3, 1, 2, 3, 5])  # rows 0 and 3 show the same
@@ -136,12 +99,20 @@ def test_what_is_tuned_is_the_best_of_the_grid_on_val(seed: int, informative: bo
 
     boost, gate = tune_evidence(given, found, target, reorder)
     assert boost == 0 or reorder
-    gates = [OFF, *(Gate(weight, enough) for weight in WEIGHT_GRID for enough in ENOUGH_GRID)]
-    everything = [reached(b, g) for b in (BOOST_GRID if reorder else (0.0,)) for g in gates]
-    assert reached(boost, gate) == max(everything) >= gap(given.log_confidence, given.labels, target)
+    gates = [Gate(weight, enough) for weight in WEIGHT_GRID for enough in ENOUGH_GRID]
+    everything = {(b, g): reached(b, g) for b in (BOOST_GRID if reorder else (0.0,)) for g in gates}
+    highest = max(everything.values())
+    assert highest >= gap(given.log_confidence, given.labels, target) + 0.05 * informative
+    assert (boost, gate) == next(choice for choice, value in everything.items() if value == highest)
     result = apply_evidence(given, found, boost, gate)
     before, after = (acc(a.log_confidence, a.labels, target) for a in (given, result))
     if reorder and informative:
         assert after > before
     if not reorder:
         np.testing.assert_array_equal(result.labels, given.labels)
+
+
+def test_inliers_that_tell_nothing_change_nothing() -> None:
+    given, found, target = checked_museum(0, informative=False)
+    alike = dataclasses.replace(found, inliers=np.full_like(found.inliers, 20))
+    assert tune_evidence(given, alike, target, reorder=False) == (0.0, OFF)

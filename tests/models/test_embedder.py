@@ -251,9 +251,3 @@ def test_settings_follow_training(resnet: Embedder) -> None:
     after = resnet.describe_settings()
     assert after["weights_sha256"] != before["weights_sha256"]
     assert after["provenance"] == before["provenance"]
-
-
-def test_the_state_carries_the_statistics_of_the_images(resnet: Embedder) -> None:
-    state = resnet.state_dict()
-    assert state["mean"].flatten().tolist() == pytest.approx(IMAGENET[0])
-    assert state["std"].flatten().tolist() == pytest.approx(IMAGENET[1])

@@ -154,13 +154,6 @@ def test_convolutions_pad_as_timm_s_do(kernel, stride, dilation, groups):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_no_layer_of_the_network_pads():
-    backbone = build_backbone("lite0_in", "random")
-    with torch.no_grad():
-        kinds = layer_kinds(engines._MapOf(backbone), images(100, 90, 1))
-    assert "GroupConvolution" in kinds and "Pad" not in kinds
-
-
 @torch.inference_mode()
 def test_a_result_is_not_overwritten_by_the_next(backbone):
     engine = start_engine("openvino", backbone, "32")
@@ -179,13 +172,6 @@ def test_conversion_reports_nothing_to_anybody(monkeypatch):
     for name in ("__init__", "send_event", "start_session"):
         monkeypatch.setattr(telemetry.Telemetry, name, refuse)
     start_engine("openvino", build_backbone("timm/test_resnet", "random"), "32")
-
-
-def test_the_model_itself_stays_as_it_is():
-    backbone = build_backbone("lite0_in", "random")
-    kinds = [type(module) for module in backbone.model.modules()]
-    start_engine("openvino", backbone, "32")
-    assert [type(module) for module in backbone.model.modules()] == kinds
 
 
 @pytest.mark.parametrize("fault", ["shape", "values"])
@@ -292,22 +278,6 @@ def test_a_fault_in_a_stream_is_told_and_finished_rows_are_kept(tiny_museum, tmp
     describe_images(embedder, truth, tmp_path / "store", options, Console(file=told, width=200))
     kept = int(re.search(r"continuing, (\d+) of ", told.getvalue())[1])
     assert 4 <= kept < len(batches)  # the four before; of those at work behind it, what was described by then
-
-
-def test_two_processes_with_openvino_give_the_rows_of_one(tiny_museum, tmp_path, capfd):
-    truth, embedder = load_ground_truth(enlarged(tiny_museum)), build_embedder("timm/test_resnet", "random")
-    stores = [
-        describe_images(
-            embedder,
-            truth,
-            tmp_path / str(devices),
-            ExtractionOptions(accelerator="cpu", devices=devices, engine="openvino", num_workers=0, quiet=True),
-            Console(quiet=True),
-        )
-        for devices in (1, 2)
-    ]
-    np.testing.assert_allclose(stores[0].rows("database"), stores[1].rows("database"), rtol=0, atol=2e-6)
-    assert "Warning" not in capfd.readouterr().err  # Lightning's, meant for training
 
 
 def test_an_efficientnet_starts_in_float32_under_autocast():
