@@ -76,7 +76,7 @@ def identify(
     page: Path | None = None,
     accelerator: Accelerator = "auto",
 ) -> None:
-    """Say which exhibit each photo shows, or that it shows none of the collection.
+    """Say which exhibit each photo shows, or that it shows none.
 
     A photo that cannot be read is reported and the others are answered; if none can be read, the command fails.
 

@@ -65,7 +65,7 @@ def index(
     batch_size: int = 32,
     num_workers: int | None = None,
 ) -> Path | None:
-    """Describe a folder of a museum's own images, so that photos of its exhibits can be identified.
+    """Describe a folder of a museum's own images, to identify photos.
 
     A sub-folder is an exhibit, with all images below it; an image beside the sub-folders is an exhibit of its own,
     named as the file without its ending. Interrupted, the same command continues.

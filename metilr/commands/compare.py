@@ -225,7 +225,7 @@ CSV_COLUMNS = ("run", "kind", "split", "gap", "gap_minus", "acc", "k", "tau", "d
 
 
 def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
-    """Compare evaluations: figures on val and on test beside published ones, and paired differences.
+    """Compare evaluations with each other and with published figures.
 
     Writes comparison.md, .csv, .tex, .json, .png and .svg. Runs on other data get a table of their own. Differences
     are to the first run, on the same queries and the same resamples.

@@ -32,7 +32,7 @@ SAMPLE_SIDE = 400  # px: a sheet shows less
 def describe(
     root: Path, database: DatabaseName = "full", output: Path | None = None, images: int = 6
 ) -> dict[str, Any]:
-    """Show what a data root holds: counts by split and kind, class sizes, sample images.
+    """Show what a data root holds: counts, class sizes, sample images.
 
     Writes counts.json, class_sizes.png and samples.jpg; without images there is no sheet, and the command says so.
 

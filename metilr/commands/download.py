@@ -40,10 +40,10 @@ def download(
     keep_archives: bool = True,
     quiet: bool = False,
 ) -> None:
-    """Download the Met dataset, check it and unpack it; interrupted, the same command continues.
+    """Download the Met dataset, check it and unpack it.
 
     One of three sets: --queries, --mini (what is downloaded without any of them) or --full, each with the ground
-    truth and the queries of val and test.
+    truth and the queries of val and test. Interrupted, the same command continues.
 
     Args:
         root: Data root to fill: ground_truth/, images/, and archives/ with the archives and downloads.json.

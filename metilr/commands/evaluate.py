@@ -42,7 +42,7 @@ def evaluate(
     store: Path | None = None,
     output: Path | None = None,
 ) -> dict[str, Any] | None:
-    """Measure how well a model recognises exhibits: images and ground truth in, GAP, GAP⁻ and ACC out.
+    """Measure how well a model recognises exhibits: GAP, GAP⁻ and ACC.
 
     Descriptors are computed once and kept in a store under runs/descriptors; a second run with the same
     settings reuses them, an interrupted one continues. k and tau are chosen by GAP on val; test is scored once.

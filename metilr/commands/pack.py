@@ -17,7 +17,7 @@ from metilr.retrieval.whitening import parts_of_whitening
 
 
 def pack(run: Path, output: Path) -> None:
-    """Write the model of an evaluation and the whitening that it learned into one checkpoint, to pass on.
+    """Write a run's model and whitening into one checkpoint, to pass on.
 
     To evaluate other data with it: metilr evaluate --ckpt FILE --whitening FILE. Crops, visits in the database and a
     geometric check are no part of it: they stay options.

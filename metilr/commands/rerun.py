@@ -55,11 +55,11 @@ def rerun(
     describe_again: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any] | None:
-    """Repeat an evaluation from its results.json alone, and say whether the figures agree; exit status 1 if not.
+    """Repeat an evaluation and say whether its figures come out again.
 
     Figures agree if each of GAP, GAP⁻ and ACC, on val and on test, is the recorded one within 0.1 points, of the same
     numbers of queries. Where they are not exactly the same, what else differs is named: data, weights, settings,
-    devices, library versions.
+    devices, library versions. The exit status is 1 if they do not agree.
 
     Args:
         results: The results.json, or the folder with it.

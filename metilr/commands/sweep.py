@@ -69,7 +69,7 @@ def sweep(
     options: Sequence[str] = (),
     output: Path = RUNS / "sweep",
 ) -> dict[str, str | None]:
-    """Evaluate many configurations, or one option over several values, and compare them.
+    """Evaluate many configurations, or one option over several values.
 
     Every evaluation is a row of its own process and folder. A row that fails is shown with its reason and does not stop
     the others. The same command continues an interrupted sweep and tries failed rows again; finished ones are kept.
@@ -155,7 +155,7 @@ def plan_rows(
             name = re.sub(r"[^\w.,=+-]+", "_", name)  # a value may be a path
             if name in rows:
                 raise UserError(f"two rows would be called {name}; name every configuration and value once")
-            given = [f"--{option}={value}" for option, value in {**shared, **changes}.items()]
+            given = [part for option in {**shared, **changes}.items() for part in _as_typed(*option)]
             arguments = ("--config", str(config), *given)
             resolved = parse_options(evaluate, arguments)
             resolved["precision"] = str(resolved["precision"])  # as evaluate records it
@@ -175,6 +175,12 @@ def _shared_options(root: Path | None, database: str | None, options: Sequence[s
             raise UserError(f"--options {option}: {name} is set already; leave one of the two out")
         found[name] = value
     return found
+
+
+def _as_typed(option: str, value: str) -> list[str]:
+    """An option on a command line; a list is written [A, B] here, and A B there."""
+    is_list = value[:1] + value[-1:] == "[]"
+    return [f"--{option}", *value[1:-1].replace(",", " ").split()] if is_list else [f"--{option}={value}"]
 
 
 def _check_option(where: str, name: str) -> None:

@@ -59,7 +59,9 @@ def verify(
     num_workers: int | None = None,
     quiet: bool = False,
 ) -> None:
-    """Check that every image that the ground truth names is there and readable; exit status 1 if one is not.
+    """Check that every image of a ground truth is there and readable.
+
+    The exit status is 1 if one is not.
 
     Args:
         root: Folder with ground_truth/ and images/ in the Met layout.

@@ -30,7 +30,7 @@ _SECONDS_UNTIL_ABANDONED = 3600
 
 
 def draw_demo(root: Path, seed: int = 0) -> None:
-    """Draw the synthetic museum of the demo, in the layout of the Met dataset.
+    """Draw the synthetic museum of the demo, in the Met's layout.
 
     It is what ``metilr evaluate`` draws for itself when no ``--root`` is given: a place to try every command without
     a download. No image in it is a photograph; figures measured on it say nothing about real museums.

@@ -269,7 +269,7 @@ def read_reference_descriptors(file: Path) -> dict[str, np.ndarray]:
 
 
 def export_descriptors(store: Path, output: Path) -> None:
-    """Write a descriptor store as the reference code's descriptors.pkl.
+    """Write a store as descriptors.pkl.
 
     Args:
         store: Folder of a finished descriptor store.

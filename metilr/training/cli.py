@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 from typing_extensions import override
 
-from metilr.cli import OneLineErrors, check_config, refuse_null_characters, refuse_unknown
+from metilr.cli import OneLineErrors, check_config, refuse_unknown
 from metilr.distributed import (
     end_with_parent,
     faults_in_one_line,
@@ -137,7 +137,6 @@ class TrainingCLI(LightningCLI):
                 check_config(file or args[i + 1])
         refuse_unknown(parser, args)
         self.config = parser.parse_args(args)
-        refuse_null_characters(self.config.as_dict())
         seed = self.config.seed_everything
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
             raise UserError(f"{seed}: give a number from 0 to 2**32 - 1", "seed_everything")

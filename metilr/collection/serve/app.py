@@ -31,7 +31,7 @@ def serve(
     max_megapixels: float = MAX_PHOTO_MEGAPIXELS,
     accelerator: Accelerator = "auto",
 ) -> None:
-    """Serve a page on which a photo is dropped, chosen or taken, and that says which exhibit it shows.
+    """Serve a page that says which exhibit a photo shows.
 
     The same answer as JSON: curl -F photo=@PHOTO http://127.0.0.1:8000/identify. Nothing is kept, and nothing is
     asked of the network. Ctrl-C ends it.
