@@ -155,7 +155,7 @@ def plan_rows(
             name = re.sub(r"[^\w.,=+-]+", "_", name)  # a value may be a path
             if name in rows:
                 raise UserError(f"two rows would be called {name}; name every configuration and value once")
-            given = [part for option in {**shared, **changes}.items() for part in _as_typed(*option)]
+            given = [part for option in {**shared, **changes}.items() for part in _written(*option)]
             arguments = ("--config", str(config), *given)
             resolved = parse_options(evaluate, arguments)
             resolved["precision"] = str(resolved["precision"])  # as evaluate records it
@@ -177,7 +177,7 @@ def _shared_options(root: Path | None, database: str | None, options: Sequence[s
     return found
 
 
-def _as_typed(option: str, value: str) -> list[str]:
+def _written(option: str, value: str) -> list[str]:
     """An option on a command line; a list is written [A, B] here, and A B there."""
     is_list = value[:1] + value[-1:] == "[]"
     return [f"--{option}", *value[1:-1].replace(",", " ").split()] if is_list else [f"--{option}={value}"]

@@ -70,7 +70,7 @@ def test_names_of_rows_are_folders_below_the_sweep():
         ({"vary": "output", "values": ["1"]}, "every row has a folder of its own"),
         ({"vary": "p"}, "--vary p: needs its values"),
         ({"values": ["1"]}, "--values: has no effect without --vary"),
-        ({"vary": "p", "values": ["1", "one"]}, "--p one: expected float"),
+        ({"vary": "p", "values": ["1", "one"]}, "p one: expected float"),
         ({"vary": "p", "values": ["3", "3"]}, "two rows would be called r18_in-p=3"),
         ({"configs": ["r18_in", "r18_in"]}, "two rows would be called r18_in"),
         ({"vary": "p", "values": ["3"], "options": ["p=4"]}, "--vary p: is set for all rows as well"),
@@ -79,7 +79,7 @@ def test_names_of_rows_are_folders_below_the_sweep():
         ({"options": ["accelerator"]}, "--options accelerator: write it as NAME=VALUE"),
         ({"options": ["acelerator=cpu"]}, "did you mean accelerator"),
         ({"options": ["output=x"]}, "every row has a folder of its own"),
-        ({"options": ["k=many"]}, "--k many: expected int"),
+        ({"options": ["k=many"]}, "k many: expected int"),
         ({"configs": ["nothing"]}, "nothing.yaml: cannot be read"),
     ],
 )
