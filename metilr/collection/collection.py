@@ -19,7 +19,6 @@ from metilr.data.ground_truth import GroundTruth
 from metilr.data.views import CentreCrops
 from metilr.errors import UserError
 from metilr.evaluation.database import Searchable, as_compared, build_searchable, views_of
-from metilr.evaluation.geometric_check import GeometricCheck, check_photo
 from metilr.evaluation.options import MethodOptions
 from metilr.extraction.callbacks import keep_float32_exact
 from metilr.extraction.datamodule import ImageBatch
@@ -29,6 +28,7 @@ from metilr.extraction.module import DescriptorModule
 from metilr.extraction.options import ExtractionOptions
 from metilr.extraction.store import UNIT_TOLERANCE, DescriptorStore, differing_settings
 from metilr.files import map_array, replaced_file
+from metilr.geometry.check import GeometricCheck, check_photo
 from metilr.geometry.evidence import Checked, apply_evidence
 from metilr.models.embedder import Embedder
 from metilr.retrieval.approximate import ApproximateIndex, build_approximate, check_size

@@ -11,13 +11,13 @@ from metilr.data.decode import MAX_MEGAPIXELS, limit_images
 from metilr.data.ground_truth import load_ground_truth
 from metilr.demo import DEMO
 from metilr.errors import UserError
-from metilr.evaluation.geometric_check import GeometricCheck, geometric_check_of
 from metilr.evaluation.options import MethodOptions, method_of_elements
 from metilr.evaluation.results import MIN_PRECISION
 from metilr.evaluation.runs import Run, read_run
 from metilr.extraction.describe import store_settings
 from metilr.extraction.options import Accelerator, ExtractionOptions
 from metilr.extraction.store import DescriptorStore
+from metilr.geometry.check import GeometricCheck, geometric_check_of
 from metilr.geometry.evidence import Gate
 from metilr.models import RANDOM
 from metilr.models.checkpoints import load_embedder

@@ -21,8 +21,8 @@ from metilr.models import ModelOptions
 from metilr.retrieval.search import SearchDevice
 
 if TYPE_CHECKING:
-    from metilr.evaluation.geometric_check import GeometricCheck
     from metilr.evaluation.recognition import Recognition
+    from metilr.geometry.check import GeometricCheck
 
 # Options that make descriptors from images.
 OF_THE_IMAGES = (
@@ -70,12 +70,13 @@ def evaluate(
     from metilr.demo import DEMO, make_demo
     from metilr.distributed import launched_as_first, quieten_lightning
     from metilr.evaluation.database import views_of
-    from metilr.evaluation.geometric_check import check_recognition, geometric_check_of
+    from metilr.evaluation.geometric_check import check_recognition
     from metilr.evaluation.recognition import check_method, recognise
     from metilr.evaluation.results import notes_of, results_of, skipped_images_of
     from metilr.evaluation.run_folder import output_folder
     from metilr.extraction.describe import describe_images, describe_views
     from metilr.extraction.descriptors import open_descriptors
+    from metilr.geometry.check import geometric_check_of
     from metilr.models.checkpoints import build_model
     from metilr.report.wandb import check_key
 

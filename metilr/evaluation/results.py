@@ -13,13 +13,13 @@ import numpy as np
 
 from metilr.data.decode import BadImageError, load_image
 from metilr.data.ground_truth import NOT_NAMED, QUERY_FILES, GroundTruth
-from metilr.evaluation.geometric_check import GeometricCheck
 from metilr.evaluation.options import MethodOptions
 from metilr.evaluation.recognition import Recognition
 from metilr.evaluation.run_folder import plain_options
 from metilr.extraction.descriptors import Descriptors
 from metilr.extraction.store import SPLITS
 from metilr.files import flush, named, write_atomically
+from metilr.geometry.check import GeometricCheck
 from metilr.geometry.evidence import Checked, inlier_lead, inliers_of_answers
 from metilr.metrics import DISTRACTOR
 from metilr.metrics.bootstrap import N_RESAMPLES, intervals, resampling_units

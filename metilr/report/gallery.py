@@ -15,9 +15,9 @@ from torchvision.transforms.v2 import functional as F
 
 from metilr.data.decode import BadImageError, load_image
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
-from metilr.evaluation.geometric_check import GeometricCheck, draw_matching
 from metilr.evaluation.recognition import Recognition
 from metilr.files import named
+from metilr.geometry.check import GeometricCheck, draw_matching
 from metilr.metrics import DISTRACTOR
 from metilr.progress import tracked
 from metilr.retrieval.knn import N_MATCHES, NO_LABEL, NO_ROW

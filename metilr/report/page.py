@@ -10,9 +10,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
-from metilr.evaluation.geometric_check import GeometricCheck
 from metilr.evaluation.recognition import Recognition
 from metilr.evaluation.results import FEW_ACCEPTED, headline_unit
+from metilr.geometry.check import GeometricCheck
 from metilr.metrics.open_set import precision_recall, risk_coverage
 from metilr.report.gallery import arrange, write_gallery
 from metilr.report.plots import as_svg, confidence_plot, precision_recall_plot, risk_coverage_plot, tuning_plot

@@ -55,7 +55,7 @@ def random_weights(architecture: str) -> StateDict:
 
 def test_the_table_holds_the_ten_of_the_report() -> None:
     resnexts = "rx50_32x4d_swsl rx101_32x4d_swsl rx101_32x8d_swsl rx101_32x16d_swsl"
-    assert REPORT == f"r18_in r50_in r50_swav r50_sin r18_swsl r50_swsl {resnexts}".split()
+    assert f"r18_in r50_in r50_swav r50_sin r18_swsl r50_swsl {resnexts}".split() == REPORT
 
 
 @pytest.mark.parametrize("name", REPORT)
