@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from metilr.cli import call
+from metilr.collection.index import index as index_command
 from metilr.commands import evaluate as command
 from tests.forks import Forks, Outcome
 from tests.museum import write_museum
@@ -26,6 +27,11 @@ TRAIN = [
     "--data.num_workers", 0, "--trainer.accelerator", "cpu", "--trainer.precision", 32, "--trainer.max_epochs", 2,
     "--trainer.enable_progress_bar", "false", "--validate_first", "false", "--wandb", "off", "--output", "out",
 ]  # fmt: skip
+
+
+def index(folder: Path, output: Path, **options: Any) -> Path | None:
+    """Index a folder with flat options, as the command takes them."""
+    return call(index_command, {"folder": folder, "output": output, **options})
 
 
 def evaluate(root: Path | None = None, **options: Any) -> dict[str, Any] | None:

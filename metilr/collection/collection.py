@@ -35,7 +35,6 @@ from metilr.retrieval.approximate import ApproximateIndex, build_approximate, ch
 from metilr.retrieval.knn import N_MATCHES, N_NEIGHBOURS, Matches, Predictions, classify
 from metilr.retrieval.whitening import PCAWhitening
 
-APPROXIMATE = "approximate"  # folder within that of an index
 MAX_PHOTO_MEGAPIXELS = 50.0  # phones take 12 to 50; decoded, that is 150 MB
 
 
@@ -75,7 +74,6 @@ def load_photo(
 
     Raises:
         BadPhotoError: If it cannot be decoded.
-        OSError: If the disk is at fault.
     """
     try:
         with open_image(file, max_pixels) as image:
@@ -226,6 +224,17 @@ class Collection:
         with ThreadPoolExecutor(8) as pool:
             return max(pool.map(_longest_side, chosen)) or SIDE_OF_LOST_IMAGES
 
+    def identify(self, photo: str | Path) -> Answer:
+        """Recognise what a photograph's file shows; as ``answer``, whatever its size.
+
+        Raises:
+            UserError: If it cannot be decoded; names it.
+        """
+        try:
+            return self.answer(load_photo(Path(photo), self.image_size, self.largest_side).image)
+        except BadPhotoError as error:
+            raise UserError(f"{photo}: {error}") from None
+
     def answer(self, image: Tensor, n_matches: int = N_MATCHES, draw: bool = False) -> Answer:
         """Recognise what a photo shows, as the evaluation does.
 
@@ -285,7 +294,7 @@ class Collection:
         return np.concatenate([whole, as_compared(np.concatenate(crops), self.whitening)[None]], axis=1)
 
 
-def open_collection(
+def assemble(
     name: str,
     ground_truth: GroundTruth,
     exhibits: Sequence[str],
@@ -302,20 +311,7 @@ def open_collection(
 ) -> Collection:
     """Put a collection together from a finished store, refusing a model that did not make it.
 
-    Args:
-        name: Of the data root.
-        ground_truth: Names the images of the store.
-        exhibits: Name of each label.
-        store: Holds the database's descriptors.
-        embedder: Shall describe photos.
-        options: Size of images, precision, and where the model runs.
-        method: How photos are compared with the database.
-        seed: Of its simulated visits.
-        whitening: Applied to descriptors; None for none.
-        k: Number of neighbours.
-        tau: Inverse temperature.
-        check: Geometric check of the best candidates; None for none.
-        approximate: Folder with the database as it is searched and its index; None: it is made now from the store.
+    ``approximate`` is the folder with the database as it is searched and its index; without it that is made now.
 
     Raises:
         UserError: If the store is missing or unfinished, or other settings made it, or ``approximate`` does not belong

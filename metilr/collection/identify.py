@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from metilr.collection.collection import MAX_PHOTO_MEGAPIXELS, BadPhotoError, Collection, TooManyPixelsError, load_photo
-from metilr.collection.collections_on_disk import open_with_threshold
+from metilr.collection.open_collection import open_with_threshold
 from metilr.collection.threshold import Identified, Threshold, answer_document, collection_document
 from metilr.data.decode import BadImageError, find_images, pixels_of
 from metilr.errors import UserError

@@ -1,107 +1,56 @@
 """``metilr index``: a museum's own images, made ready for ``metilr identify`` and ``metilr serve``."""
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pydantic
 from rich.console import Console
 from rich.markup import escape
 
-from metilr.collection.collection import APPROXIMATE, digest_of_database, save_searchable
-from metilr.data.decode import MAX_MEGAPIXELS, limit_images
-from metilr.data.folder import Catalogue, read_catalogue
-from metilr.distributed import launched_as_first, quieten_lightning
-from metilr.errors import UserError, is_text, one_line, shown
-from metilr.evaluation.database import build_searchable, views_of, whitening_of
-from metilr.evaluation.options import DatabaseViews, MethodOptions, method_of_elements
-from metilr.evaluation.recognition import check_method
-from metilr.evaluation.runs import check_index
-from metilr.extraction.describe import describe_images, describe_views
-from metilr.extraction.descriptors import open_descriptors
-from metilr.extraction.options import Accelerator, BadImages, ExtractionOptions, Precision
-from metilr.files import write_atomically
-from metilr.models import RANDOM, Engine, PoolingName
-from metilr.models.checkpoints import load_embedder
-from metilr.models.embedder import Embedder, build_embedder
-from metilr.provenance import library_versions
-from metilr.retrieval.approximate import check_size
-from metilr.retrieval.knn import USUAL_TAU
-from metilr.retrieval.whitening import DEFAULT_DIM, PCAWhitening
+from metilr.errors import UserError, one_line
+from metilr.evaluation.options import MethodOptions, without_deleted
+from metilr.extraction.options import ExtractionOptions, Precision
+from metilr.models import RANDOM, Engine, ModelOptions, PatchRounding, PoolingName
 
-SCHEMA = "metilr.index/2"
+if TYPE_CHECKING:
+    from metilr.data.folder import Catalogue
+    from metilr.models.embedder import Embedder
+    from metilr.retrieval.whitening import PCAWhitening
+
+APPROXIMATE = "approximate"  # folder of an index
 IMAGE_SIZE = 500  # px, as the Met's own images
 USUAL_K = 10  # with k = 1 every photo is answered with a confidence near 100%, whatever it shows
-SEED = 0
-OF_THE_MODEL = ("backbone", "weights", "pooling", "p", "scales")
+USUAL_TAU = 50.0  # what evaluations choose most often
 
 
 def index(
     folder: Path,
     output: Path,
     csv: Path | None = None,
-    ckpt: Path | None = None,
-    backbone: str = "lite0_in",
-    weights: str | None = None,
-    pooling: PoolingName = "gem",
-    p: float = 3.0,
-    scales: Sequence[float] | None = None,
-    image_size: int | None = None,
-    bad_images: BadImages = "stop",
-    max_megapixels: float = MAX_MEGAPIXELS,
-    whitening: str = "pca",
-    whitening_dim: int | None = None,
-    visits: int | None = None,
-    database_views: DatabaseViews = "none",
-    query_crops: Sequence[float] = (),
-    k: int | None = None,
-    tau: float = USUAL_TAU,
+    model: ModelOptions | None = None,
+    extraction: ExtractionOptions | None = None,
+    method: MethodOptions | None = None,
     approximate: bool = False,
-    accelerator: Accelerator = "auto",
-    devices: int | Literal["auto"] = "auto",
-    precision: Precision | Literal[32] = "32",
-    engine: Engine = "torch",
-    batch_size: int = 32,
-    num_workers: int | None = None,
 ) -> Path | None:
     """Describe a folder of a museum's own images, to identify photos.
 
     A sub-folder is an exhibit, with all images below it; an image beside the sub-folders is an exhibit of its own,
-    named as the file without its ending. Interrupted, the same command continues.
+    named as the file without its ending. Interrupted, the same command continues. An evaluation chooses k and tau on
+    val, which an index has not: without them they are 10 and 50. Images and photos are resized to 500 px, if nothing
+    else is said.
 
     Args:
         folder: Folder with the images.
         output: Folder for the index, to be given to metilr identify and metilr serve as --store.
         csv: Names images and exhibits instead of the sub-folders: columns path (relative to the folder) and exhibit.
-        ckpt: Checkpoint of metilr train in place of the model options below.
-        backbone: One of those that metilr evaluate --help lists.
-        weights: File with weights in the official file's form; "random" for seeded random weights; without it the
-            official ones, from their cache or downloaded.
-        pooling: Generalised mean, maximum, mean, regional maxima, or class token (ViTs).
-        p: Exponent of GeM.
-        scales: Relative sizes at which an image is described; without it 1, 1/√2 and 1/2, or the checkpoint's.
-        image_size: Images and photos are resized so that the longest side has this many px; without it as the
-            checkpoint was trained, else 500.
-        bad_images: Stop at an image that cannot be decoded, or skip it.
-        max_megapixels: An image of more is bad; its header tells, before anything is decoded.
-        whitening: pca learns it on the images; learned from pairs of an image and its simulated visits; none goes
-            without; else a whitening.npz of a run or an index.
-        whitening_dim: Dimensions after whitening; without it 512 (pca) or all (learned), or as many as the images
-            support.
-        visits: Simulated visitors' photographs of each image to describe; without it 6 where they are needed.
-        database_views: rows makes the visits further rows of their exhibit.
-        query_crops: Search these middle parts of each photo too, such as 0.8 0.65 0.5 of its height and width.
-        k: Number of neighbours that count; without it 10, or all images if they are fewer. An evaluation chooses k
-            and tau on val, which an index has not.
-        tau: Inverse temperature of the confidence; 50 is what evaluations choose most often.
+        model: What describes the images.
+        extraction: How images are read and where the model runs.
+        method: How photos are compared with the images.
         approximate: Also make an approximate search of 100,000 images or more, which identify and serve then use.
-        accelerator: Where the backbone runs; auto takes GPUs if there are any, and says so.
-        devices: Number of processes, one GPU each.
-        precision: Arithmetic of the backbone, see metilr evaluate --help.
-        engine: What computes the backbone, see metilr evaluate --help.
-        batch_size: Most images in a batch; with --engine openvino it is 1.
-        num_workers: Image decoding processes beside each process.
 
     Returns:
         The index's folder; None in the processes of a launcher other than the first.
@@ -109,127 +58,224 @@ def index(
     Raises:
         UserError: If an option, a file or the data is not usable; says which and what to do.
     """
-    arguments = dict(locals())
-    output, console = Path(output), Console(highlight=False)
-    _check(arguments)
-    limit_images(max_megapixels)
+    from metilr.data.decode import limit_images
+    from metilr.data.folder import read_catalogue
+    from metilr.distributed import launched_as_first, quieten_lightning
+    from metilr.evaluation.database import build_searchable, views_of, whitening_of
+    from metilr.evaluation.recognition import check_method
+    from metilr.extraction.describe import describe_images, describe_views
+    from metilr.extraction.descriptors import open_descriptors
+    from metilr.models.checkpoints import build_model
+    from metilr.retrieval.approximate import check_size
+
+    folder, output, console = Path(folder), Path(output), Console(highlight=False)
+    model, extraction, method = model or ModelOptions(), extraction or ExtractionOptions(), method or MethodOptions()
+    _check(folder, output, method, approximate)
+    limit_images(extraction.max_megapixels)
     quieten_lightning()
     catalogue = read_catalogue(folder, csv)
-    if Path(folder).resolve() in (output.resolve(), *output.resolve().parents):
-        raise UserError(f"--output {output}: lies among the images of {folder}; name a folder elsewhere")
-    ground_truth = catalogue.ground_truth()
-    n_images, n_exhibits = len(catalogue.paths), len(catalogue.names)
-    console.print(
-        f"[bold]data[/]         {escape(str(catalogue.folder))}: {n_images:,} images of {n_exhibits:,} exhibits",
-        soft_wrap=True,
-    )
+    ground_truth, n_images, n_exhibits = catalogue.ground_truth(), len(catalogue.paths), len(catalogue.names)
+    what = f"{n_images:,} images of {n_exhibits:,} exhibits"
+    console.print(f"[bold]data[/]         {escape(str(catalogue.folder))}: {what}", soft_wrap=True)
     if catalogue.left_aside:
         console.print(f"[bold yellow]note:[/] left aside: {catalogue.left_aside}", soft_wrap=True)
-    model = {name: arguments[name] for name in OF_THE_MODEL}
-    model["ckpt"] = None if ckpt is None else str(Path(ckpt).absolute())  # the index is used from other folders
-    model["weights"] = weights if weights in (None, RANDOM) else str(Path(weights).absolute())
-    for name in ("ckpt", "weights"):
-        if model[name] is not None and not is_text(model[name]):
-            raise UserError(f"--{name} {model[name]}: its name is not UTF-8, which an index cannot hold; rename it")
-    model["precision"], model["engine"] = str(precision), engine  # 32 is a number in YAML
+    model = replace(model, ckpt=_absolute(model.ckpt, "ckpt"), weights=_weights(model.weights))
     embedder = build_model(model)
-    if image_size is None:
-        image_size = embedder.image_size or IMAGE_SIZE
-    method = MethodOptions(whitening, whitening_dim, visits=visits, database_views=database_views,
-                           query_crops=query_crops, k=k, tau=tau)  # fmt: skip
+    extraction = replace(extraction, image_size=extraction.image_size or embedder.image_size or IMAGE_SIZE)
+    method = replace(method, tau=USUAL_TAU if method.tau is None else method.tau)
     check_method(method, n_images, embedder.dim, n_exhibits)
     if approximate:
         check_size(n_images * method.rows_per_image)
-    options = ExtractionOptions(
-        image_size,
-        bad_images,
-        accelerator,
-        devices,
-        precision=model["precision"],
-        engine=engine,
-        batch_size=batch_size,
-        num_workers=num_workers,
-    )
-    store = describe_images(embedder, ground_truth, output / "store", options, console)
-    visits_of = [view for view in views_of(method, SEED) if "visits" in view.of]  # crops are those of photos to come
-    for view in visits_of:
-        describe_views(embedder, ground_truth, view, store, options, console)
+    store = describe_images(embedder, ground_truth, output / "store", extraction, console)
+    views = [view for view in views_of(method, model.seed) if "visits" in view.of]  # crops are those of photos to come
+    for view in views:
+        describe_views(embedder, ground_truth, view, store, extraction, console)
     if not launched_as_first():
         return None
-    opened = open_descriptors([store.path], ground_truth, visits_of)
-    made = opened.made["database"]
-    n_made = int(made.sum())
-    n_rows = n_made * method.rows_per_image
-    k = min(USUAL_K * method.rows_per_image, n_rows) if k is None else k
+    opened = open_descriptors([store.path], ground_truth, views)
+    is_valid = opened.made["database"]
+    n_rows = int(is_valid.sum()) * method.rows_per_image
+    k = min(USUAL_K * method.rows_per_image, n_rows) if method.k is None else method.k
     if k > n_rows:
-        raise UserError(f"--k {k}: {n_made:,} images could be decoded; choose k from 1 to {n_rows}")
-    if len(set(ground_truth.labels["database"][made].tolist())) < 2:
+        raise UserError(f"{k}: {int(is_valid.sum()):,} images could be decoded; choose k from 1 to {n_rows}", "k")
+    if len(set(ground_truth.labels["database"][is_valid].tolist())) < 2:
         raise UserError(f"{folder}: fewer than 2 exhibits have an image that can be decoded; mend the images")
-    transform = whitening_of(opened, ground_truth, method)
-    if transform is not None:
-        transform.save(output / "whitening.npz")
+    whitening = whitening_of(opened, ground_truth, method)
+    if whitening is not None:
+        whitening.save(output / "whitening.npz")
     if approximate:
-        made_from = digest_of_database(store, method, SEED, transform)
-        save_searchable(build_searchable(opened, ground_truth, method, transform), output / APPROXIMATE, made_from)
-    is_whitened = transform is not None
-    Index(catalogue, model, options.image_size, is_whitened, method, SEED, k, tau).save(output)
-    for note in _notes(embedder, transform, whitening, whitening_dim, n_images - n_made):
+        from metilr.collection.collection import digest_of_database, save_searchable
+
+        made_from = digest_of_database(store, method, model.seed, whitening)
+        save_searchable(build_searchable(opened, ground_truth, method, whitening), output / APPROXIMATE, made_from)
+    Index.of(catalogue, model, extraction, method, k, whitening is not None).save(output)
+    for note in _notes(embedder, method, whitening, n_images - int(is_valid.sum())):
         console.print(f"[bold yellow]note:[/] {escape(note)}", soft_wrap=True)
-    console.print(
-        f"wrote {escape(str(output))}; now: metilr identify PHOTO --store {escape(str(output))}", soft_wrap=True
-    )
+    where = escape(str(output))
+    console.print(f"wrote {where}; now: metilr identify PHOTO --store {where}", soft_wrap=True)
     return output
 
 
-@dataclass(frozen=True)
-class Index:
-    """What ``index.json`` says.
+def _check(folder: Path, output: Path, method: MethodOptions, approximate: bool) -> None:
+    if (output / "index.json").exists():
+        raise UserError(f"{output}: holds an index already; name another folder, or delete it", "output")
+    if folder.resolve() in (output.resolve(), *output.resolve().parents):
+        raise UserError(f"{output}: lies among the images of {folder}; name a folder elsewhere", "output")
+    if (output / APPROXIMATE).exists() and not approximate:
+        raise UserError(f"{output / APPROXIMATE}: is there, but approximate is not asked for; ask for it, or delete it")
+    if method.geometric_check:
+        raise UserError("needs val to be tuned on, which an index has not; evaluate instead", "geometric_check")
+    if method.search_device is not None:
+        raise UserError("has no effect on an index; leave it out", "search_device")
 
-    Attributes:
-        catalogue: Which images show which exhibit.
-        model: Options that the model was built from.
-        image_size: That images were resized to.
-        is_whitened: Whether there is a ``whitening.npz``.
-        method: How photos are compared with the images.
-        seed: Of the images' simulated visits.
-        k: Number of neighbours.
-        tau: Inverse temperature.
-    """
 
-    catalogue: Catalogue
-    model: Mapping[str, Any]
-    image_size: int | None
-    is_whitened: bool
-    method: MethodOptions
-    seed: int
-    k: int
-    tau: float
+def _absolute(path: Path | str | None, name: str) -> Path | None:
+    """A path that is right from any folder, in which an index may be used."""
+    if path is None:
+        return None
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: its name is not UTF-8, which an index cannot hold; rename it", name) from None
+    return Path(path).absolute()
+
+
+def _weights(weights: str | None) -> str | None:
+    return weights if weights in (None, RANDOM) else str(_absolute(weights, "weights"))
+
+
+def _notes(embedder: Embedder, method: MethodOptions, whitening: PCAWhitening | None, n_skipped: int) -> list[str]:
+    from metilr.retrieval.whitening import DEFAULT_DIM
+
+    notes = []
+    if embedder.backbone.provenance.source == RANDOM:
+        notes.append("RANDOM WEIGHTS: the backbone was not trained, its answers mean nothing")
+    is_default = method.whitening == "pca" and method.whitening_dim is None
+    if whitening is not None and is_default and whitening.dim < min(DEFAULT_DIM, embedder.dim):
+        notes.append(
+            f"whitened to {whitening.dim} dimensions instead of {DEFAULT_DIM}: {whitening.n:,} images support no more; "
+            "with few, photos of other things look similar to something: compare with whitening none, or with the "
+            "whitening of a larger museum"
+        )
+    if n_skipped:
+        notes.append(f"{n_skipped:,} images are missing or cannot be decoded and were left out")
+    return notes
+
+
+class _Entry(pydantic.BaseModel, frozen=True, allow_inf_nan=False):
+    """A part of index.json, which may come from somebody else: each value of the kind that ``metilr index`` writes."""
+
+
+class Image(_Entry):
+    """Which exhibit an image shows."""
+
+    path: str
+    exhibit: str = pydantic.Field(min_length=1)
+
+    @pydantic.field_validator("path")
+    @classmethod
+    def lies_below(cls, path: str) -> str:
+        """Refuse what would be opened elsewhere."""
+        from metilr.data.folder import is_place_below
+
+        if not is_place_below(path):
+            raise ValueError("must name a file below the folder")
+        return path
+
+
+class Model(_Entry):
+    """What described the images; an index of before has fewer entries."""
+
+    ckpt: str | None
+    backbone: str
+    weights: str | None
+    pooling: PoolingName
+    p: pydantic.PositiveFloat
+    scales: list[pydantic.PositiveFloat] | None = pydantic.Field(min_length=1)
+    stage: int | None = None
+    patch_rounding: PatchRounding = "nearest"
+    precision: Precision = "32"
+    engine: Engine = "torch"
+
+
+class Elements(_Entry):
+    """How photos are compared beyond the recipe."""
+
+    visits: pydantic.NonNegativeInt
+    database_views: Literal["none", "rows"]
+    query_crops: list[float]
+    seed: pydantic.NonNegativeInt
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def drop_what_was_off(cls, entry: Any) -> Any:
+        """Refuse elements that metilr no longer has where they were on."""
+        return without_deleted(entry) if isinstance(entry, dict) else entry
+
+
+class Knn(_Entry):
+    """The classifier."""
+
+    k: pydantic.PositiveInt
+    tau: pydantic.PositiveFloat
+
+
+class Index(_Entry):
+    """What ``index.json`` says."""
+
+    schema_: Literal["metilr.index/2"] = pydantic.Field(alias="schema")
+    folder: str
+    images: list[Image] = pydantic.Field(min_length=1)
+    model: Model
+    image_size: int | None = pydantic.Field(ge=1, le=1 << 14)
+    whitening: bool
+    elements: Elements
+    knn: Knn
+    versions: dict[str, str | None] = {}
+
+    @classmethod
+    def of(
+        cls,
+        catalogue: Catalogue,
+        model: ModelOptions,
+        extraction: ExtractionOptions,
+        method: MethodOptions,
+        k: int,
+        is_whitened: bool,
+    ) -> Index:
+        """Put together what an index says of itself."""
+        from metilr.provenance import library_versions
+
+        of_model = {**asdict(model), "precision": str(extraction.precision), "engine": extraction.engine}
+        of_model |= {"ckpt": None if model.ckpt is None else str(model.ckpt)}
+        return cls(
+            schema="metilr.index/2",
+            folder=str(catalogue.folder),
+            images=[
+                Image(path=path, exhibit=exhibit)
+                for path, exhibit in zip(catalogue.paths, catalogue.exhibits, strict=True)
+            ],
+            model=Model(**of_model),
+            image_size=extraction.image_size,
+            whitening=is_whitened,
+            elements=Elements(
+                visits=method.n_visits,
+                database_views=method.database_views,
+                query_crops=list(method.query_crops),
+                seed=model.seed,
+            ),
+            knn=Knn(k=k, tau=method.tau),
+            versions=library_versions(),
+        )
 
     def save(self, path: Path) -> None:
         """Write ``index.json`` into the index's folder: the last of its files."""
-        content = {
-            "schema": SCHEMA,
-            "folder": str(self.catalogue.folder),
-            "images": [
-                {"path": image, "exhibit": exhibit}
-                for image, exhibit in zip(self.catalogue.paths, self.catalogue.exhibits, strict=True)
-            ],
-            "model": dict(self.model),
-            "image_size": self.image_size,
-            "whitening": self.is_whitened,
-            "elements": {
-                "visits": self.method.n_visits,
-                "database_views": self.method.database_views,
-                "query_crops": list(self.method.query_crops),
-                "seed": self.seed,
-            },
-            "knn": {"k": self.k, "tau": self.tau},
-            "versions": library_versions(),
-        }
-        write_atomically(path / "index.json", json.dumps(content, indent=1) + "\n")
+        from metilr.files import write_atomically
+
+        write_atomically(path / "index.json", self.model_dump_json(indent=1, by_alias=True) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> "Index":
+    def load(cls, path: Path) -> Index:
         """Read what ``save`` wrote.
 
         Raises:
@@ -237,77 +283,41 @@ class Index:
         """
         file = path / "index.json"
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if content["schema"] != SCHEMA:
-                raise ValueError(f"its schema is {shown(content['schema'])}")
-            check_index(content)
-            images = content["images"]
-            catalogue = Catalogue(
-                Path(content["folder"]),
-                tuple(image["path"] for image in images),
-                tuple(image["exhibit"] for image in images),
-            )
-            knn = content["knn"]
-            elements = dict(content["elements"])
-            seed = elements.pop("seed")
-            return cls(
-                catalogue,
-                content["model"],
-                content["image_size"],
-                content["whitening"],
-                method_of_elements(elements),
-                seed,
-                knn["k"],
-                knn["tau"],
-            )
+            index = cls.model_validate_json(file.read_bytes())
+            _ = index.method, index.model_options  # what they refuse is refused here
+            return index
         except FileNotFoundError:
-            raise UserError(
-                f"--store {path}: not an index (it has no index.json); make one with metilr index, or give --run"
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
-            raise UserError(f"{file}: cannot be read ({reason}); delete {path} and make the index again") from None
+            raise UserError(f"{path}: not an index (it has no index.json); make one with metilr index") from None
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "it"
+            reason = f"{place}: {first['msg']}"
+        except (OSError, ValueError, RecursionError) as error:
+            reason = one_line(error)
+        raise UserError(f"{file}: cannot be read ({reason[:200]}); delete {path} and make the index again")
 
+    @property
+    def catalogue(self) -> Catalogue:
+        """Which images show which exhibit."""
+        from metilr.data.folder import Catalogue
 
-def build_model(model: Mapping[str, Any]) -> Embedder:
-    """Build the model that an index's options name.
+        images = self.images
+        return Catalogue(Path(self.folder), tuple(i.path for i in images), tuple(i.exhibit for i in images))
 
-    Raises:
-        UserError: If its checkpoint or its weights are missing or fit no known architecture.
-    """
-    if model["ckpt"] is not None:
-        return load_embedder(Path(model["ckpt"]), model["scales"])
-    return build_embedder(**{name: model[name] for name in OF_THE_MODEL})
+    @property
+    def model_options(self) -> ModelOptions:
+        """What described the images."""
+        recorded = self.model.model_dump()
+        options = {field.name: recorded[field.name] for field in fields(ModelOptions) if field.name in recorded}
+        if options["ckpt"] is not None:  # a checkpoint carries the rest
+            options = {"ckpt": Path(options["ckpt"]), "scales": options["scales"]}
+        return ModelOptions(**options, seed=self.elements.seed)
 
-
-def _check(arguments: Mapping[str, Any]) -> None:
-    defaults = {"backbone": "lite0_in", "weights": None, "pooling": "gem", "p": 3.0}
-    changed = [name for name, default in defaults.items() if arguments[name] != default]
-    if arguments["ckpt"] is not None and changed:
-        raise UserError(f"--{changed[0]}: has no effect with --ckpt, which carries its model; leave it out")
-    if "p" in changed and arguments["pooling"] != "gem":
-        raise UserError(f"--p: has no effect with --pooling {arguments['pooling']}; leave it out")
-    if (Path(arguments["output"]) / "index.json").exists():
-        raise UserError(f"{arguments['output']}: holds an index already; name another folder, or delete it")
-    left = Path(arguments["output"]) / APPROXIMATE
-    if left.exists() and not arguments["approximate"]:
-        raise UserError(f"{left}: is there, but --approximate is not given; give --approximate true, or delete it")
-
-
-def _notes(
-    embedder: Embedder, transform: PCAWhitening | None, whitening: str, whitening_dim: int | None, n_skipped: int
-) -> list[str]:
-    notes = []
-    if embedder.backbone.provenance.source == RANDOM:
-        notes.append("RANDOM WEIGHTS: the backbone was not trained, its answers mean nothing")
-    if whitening == "pca" and whitening_dim is None:
-        learned = cast(PCAWhitening, transform)
-        if learned.dim < min(DEFAULT_DIM, embedder.dim):
-            notes.append(
-                f"whitened to {learned.dim} dimensions instead of {DEFAULT_DIM}: {learned.n:,} images support no more; "
-                "with few, photos of other things look similar to something: compare with --whitening none, or take "
-                "--whitening FILE of a larger museum"
-            )
-    if n_skipped:
-        notes.append(f"{n_skipped:,} images are missing or cannot be decoded and were left out")
-    return notes
+    @property
+    def method(self) -> MethodOptions:
+        """How photos are compared with the images, which are whitened already."""
+        elements = self.elements
+        visits = elements.visits if elements.database_views == "rows" else None
+        crops: Sequence[float] = tuple(elements.query_crops)
+        views = elements.database_views
+        return MethodOptions("none", visits=visits, database_views=views, query_crops=crops)

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from metilr.collection.collections_on_disk import embedder_of_run, whitening_of_run
+from metilr.collection.open_collection import embedder_of_run, whitening_of_run
 from metilr.errors import UserError
 from metilr.evaluation.database import CHECKPOINT
 from metilr.evaluation.runs import read_run

@@ -9,12 +9,12 @@ import pytest
 
 from metilr.cli import main
 from metilr.collection.collection import load_photo
-from metilr.collection.collections_on_disk import open_with_threshold
-from metilr.collection.index import index
+from metilr.collection.open_collection import open_with_threshold
 from metilr.retrieval import approximate
 from metilr.retrieval.approximate import ApproximateIndex
 from metilr.retrieval.whitening import PCAWhitening
 from tests.museum import write_museum
+from tests.small_runs import index
 
 OPTIONS = {
     "backbone": "r18_in", "weights": "random", "image_size": 40, "accelerator": "cpu", "num_workers": 0,
@@ -117,7 +117,7 @@ def test_an_interrupted_command_keeps_what_is_finished(made, copied, failure):
     codes, note = copied / "approximate" / "index.faiss", copied / "approximate" / "approximate.json"
     before = codes.stat().st_mtime_ns
     (copied / "index.json").unlink()
-    assert f"{copied / 'approximate'}: is there, but --approximate is not" in failure(
+    assert f"{copied / 'approximate'}: is there, but approximate is not" in failure(
         "index", made / "museum", copied, *AS_OPTIONS
     )
     index(made / "museum", copied, approximate=True, **OPTIONS)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from metilr.cli import main
 from metilr.collection.collection import load_photo
-from metilr.collection.collections_on_disk import open_with_threshold
+from metilr.collection.open_collection import open_with_threshold
 from metilr.data.decode import load_image
 from metilr.errors import UserError
 from metilr.evaluation.runs import read_run
@@ -297,8 +297,8 @@ def test_a_run_is_used_from_any_folder_and_the_demo_needs_no_root(museum, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "give either --run"),
-        (["--run", "run", "--store", "x"], "give either --run"),
+        ([], "give either run"),
+        (["--run", "run", "--store", "x"], "give either run"),
         (["--run", "nowhere"], "nowhere: not a finished evaluation"),
         (["--store", "nowhere"], "nowhere: not an index"),
         (["--run", "run", "--threshold", "0.9"], "is a log-confidence, at most 0"),

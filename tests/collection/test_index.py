@@ -10,11 +10,12 @@ from PIL import Image
 
 from metilr.cli import main
 from metilr.collection.collection import load_photo
-from metilr.collection.collections_on_disk import open_with_threshold
-from metilr.collection.index import Index, index
+from metilr.collection.index import Index
+from metilr.collection.open_collection import open_with_threshold
 from metilr.retrieval.whitening import PCAWhitening
 from tests.hostile import NAME
 from tests.museum import write_museum
+from tests.small_runs import index
 
 UNTRAINED = {"backbone": "r18_in", "weights": "random", "image_size": 40, "accelerator": "cpu", "num_workers": 0}
 AS_OPTIONS = [part for name, value in UNTRAINED.items() for part in (f"--{name}", str(value))]
@@ -170,8 +171,8 @@ def test_another_model_than_the_index_s_is_refused(folder, tmp_path, failure):
         (["--tau", "0"], "--tau 0"),
         (["--whitening_dim", "8"], "--whitening_dim 8"),
         (["--whitening", "gone.npz"], "gone.npz: no such file"),
-        (["--ckpt", "gone.ckpt"], "--backbone: has no effect with --ckpt"),
-        (["--pooling", "mac", "--p", "4"], "--p: has no effect"),
+        (["--ckpt", "gone.ckpt"], "--backbone has no effect with ckpt"),
+        (["--pooling", "mac", "--p", "4"], "--p has no effect"),
         (["--csv", "gone.csv"], "gone.csv: no such file"),
         (["--image_size", "0"], "--image_size 0"),
     ],

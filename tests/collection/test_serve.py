@@ -17,13 +17,12 @@ from pathlib import Path
 import pytest
 
 from metilr.cli import main
-from metilr.collection.collections_on_disk import open_with_threshold
-from metilr.collection.index import index
+from metilr.collection.open_collection import open_with_threshold
 from metilr.collection.serve.app import is_loopback
 from tests.browser import browser as browser  # a fixture
 from tests.hostile import NAME, REASONS, write_hostile_files
 from tests.museum import write_museum
-from tests.small_runs import evaluate
+from tests.small_runs import evaluate, index
 
 pytest.importorskip("fastapi", reason="needs metilr[serve]")
 uvicorn = pytest.importorskip("uvicorn", reason="needs metilr[serve]")
@@ -306,7 +305,7 @@ def test_the_command_serves_until_it_is_interrupted(folder):
         (["--port", "70000"], "--port 70000"),
         (["--host", "203.0.113.1"], "--port 8000: 203.0.113.1 cannot be listened at"),
         (["--max_megabytes", "0"], "--max_megabytes 0"),
-        (["--port", "0"], "give either --run"),
+        (["--port", "0"], "give either run"),
         (["--port", "0", "--store", "nowhere"], "nowhere: not an index"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metilr.collection.index import SCHEMA, Index
+from metilr.collection.index import Index
 from metilr.data.folder import read_catalogue
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import PROPERTIES, cases, each_replaced, mutated, mutated_value
@@ -15,7 +15,7 @@ CSV = 'path,exhibit,note\r\na/1.jpg,Vase,x\r\na/2.jpg,Vase,\r\n"b, c.jpg",Mask Ã
 TOKENS = (b",", b'"', b"\r\n", b"\0", b"../", b"/etc/passwd", b"\xff", b"\xef\xbb\xbf", b"path", b"x" * 140_000, b"\\")
 JSON_TOKENS = (b"[" * 3000, b"{", b"}", b"../", b"9" * 5000, b"\xff", b"null")
 INDEX = {
-    "schema": SCHEMA, "folder": "/museum",
+    "schema": "metilr.index/2", "folder": "/museum",
     "images": [{"path": "a/1.jpg", "exhibit": "Vase"}, {"path": "b.jpg", "exhibit": "Mask"}],
     "model": {
         "ckpt": None, "backbone": "lite0_in", "weights": None, "pooling": "gem", "p": 3.0, "scales": None,
@@ -71,18 +71,15 @@ def read_index(folder):
     with refusal(file) as said:
         index = Index.load(folder)
         check_catalogue(index.catalogue, index.catalogue.folder)
-        assert type(index.k) is int and index.k >= 1 and 0 < index.tau < float("inf")
+        assert type(index.knn.k) is int and index.knn.k >= 1 and 0 < index.knn.tau < float("inf")
         assert index.image_size is None or (type(index.image_size) is int and index.image_size >= 1)
-        assert type(index.is_whitened) is bool and type(index.seed) is int and 0 <= index.seed < 2**63
+        assert type(index.whitening) is bool and 0 <= index.model_options.seed < 2**63
         method = index.method
-        assert type(method.visits) is int and method.visits >= 0 and method.rows_per_image >= 1
+        assert method.n_visits >= 0 and method.rows_per_image >= 1
         assert method.database_views in ("none", "rows")
         assert all(0 < share < 1 for share in method.query_crops)
-        model = index.model
-        assert all(type(model[name]) is str for name in ("backbone", "pooling"))
-        assert all(model[name] is None or type(model[name]) is str for name in ("ckpt", "weights"))
-        assert model["scales"] is None or all(0 < scale < float("inf") for scale in model["scales"])
-        assert type(model["p"]) in (int, float)
+        scales = index.model_options.scales
+        assert scales is None or all(0 < scale < float("inf") for scale in scales)
     return said
 
 

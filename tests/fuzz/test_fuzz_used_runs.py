@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from metilr.cli import options_of
-from metilr.collection.collections_on_disk import open_with_threshold
+from metilr.collection.open_collection import open_with_threshold
 from metilr.collection.threshold import collection_document
 from metilr.commands import compare as compare_module
 from metilr.commands.compare import compare

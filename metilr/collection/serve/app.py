@@ -63,7 +63,7 @@ def serve(
         # Imported late: they take seconds, and the first two are not everyone's.
         import uvicorn
 
-        from metilr.collection.collections_on_disk import open_with_threshold
+        from metilr.collection.open_collection import open_with_threshold
         from metilr.collection.serve.web import build_app
 
         collection, chosen = open_with_threshold(run, store, ckpt, min_precision, threshold, accelerator)

@@ -1,26 +1,30 @@
 """Collections from what earlier commands wrote: the folder of an evaluation, or an index."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from metilr.collection.collection import APPROXIMATE, Collection, open_collection, refuse_another_model
-from metilr.collection.index import Index, build_model
+from metilr.collection.collection import Collection, assemble, refuse_another_model
+from metilr.collection.index import APPROXIMATE, Index, index
 from metilr.collection.threshold import Threshold, choose_threshold
 from metilr.data.decode import MAX_MEGAPIXELS, limit_images
+from metilr.data.folder import read_catalogue
 from metilr.data.ground_truth import load_ground_truth
 from metilr.demo import DEMO
 from metilr.errors import UserError
 from metilr.evaluation.options import MethodOptions, method_of_elements
 from metilr.evaluation.results import MIN_PRECISION
+from metilr.evaluation.run_folder import RUNS
 from metilr.evaluation.runs import Run, read_run
 from metilr.extraction.describe import store_settings
 from metilr.extraction.options import Accelerator, ExtractionOptions
 from metilr.extraction.store import DescriptorStore
 from metilr.geometry.check import GeometricCheck, geometric_check_of
 from metilr.geometry.evidence import Gate
-from metilr.models import RANDOM
-from metilr.models.checkpoints import load_embedder
+from metilr.models import RANDOM, ModelOptions
+from metilr.models.checkpoints import build_model, load_embedder
 from metilr.models.embedder import Embedder, build_embedder
 from metilr.retrieval.whitening import PCAWhitening
 
@@ -35,21 +39,13 @@ def open_with_threshold(
     threshold: float | None = None,
     accelerator: Accelerator = "auto",
 ) -> tuple[Collection, Threshold]:
-    """Open a run or an index, with the threshold that decisions are made by.
-
-    Args:
-        run: An evaluation's folder.
-        store: Or an index's.
-        ckpt: The checkpoint that made it, where it lies now; None: where it lay then, if there was one.
-        min_precision: See ``choose_threshold``.
-        threshold: See ``choose_threshold``.
-        accelerator: Where the model runs.
+    """Open an evaluation's folder, ``run``, or an index's, ``store``, with the threshold that decisions are made by.
 
     Raises:
         UserError: If not exactly one is given, something is missing, or the model is not the one that made it.
     """
     if (run is None) == (store is None):
-        raise UserError("give either --run (a folder of metilr evaluate) or --store (one of metilr index)")
+        raise UserError("give either run (a folder of metilr evaluate) or store (one of metilr index)")
     if run is None:
         assert store is not None
         chosen = choose_threshold(None, threshold, min_precision)
@@ -57,6 +53,35 @@ def open_with_threshold(
     finished = read_run(Path(run))
     chosen = choose_threshold(finished, threshold, min_precision)
     return collection_of_run(finished, ckpt, accelerator), chosen
+
+
+def open_collection(path: str | Path, ckpt: Path | None = None, accelerator: Accelerator = "auto") -> Collection:
+    """Open what photos can be compared with: the folder of an evaluation or an index, or a museum's images.
+
+    A folder of images, a sub-folder an exhibit, is indexed first, with the default model, under runs/indexes; images
+    that are added or removed later make another index.
+
+    Args:
+        path: The folder.
+        ckpt: The checkpoint that made it, where it lies now; None: where it lay then, if there was one. Of a folder of
+            images: the model to take.
+        accelerator: Where the model runs.
+
+    Raises:
+        UserError: If something is missing or changed, or the folder holds nothing of the kind.
+    """
+    path = Path(path)
+    if (path / "results.json").exists():
+        return collection_of_run(read_run(path), ckpt, accelerator)
+    if not (path / "index.json").exists():
+        catalogue = read_catalogue(path)
+        model = ModelOptions(ckpt=ckpt)
+        content = [str(catalogue.folder), catalogue.paths, catalogue.exhibits, str(ckpt)]
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        made, path = path, RUNS / "indexes" / f"{catalogue.folder.name}-{digest[:12]}"
+        if not (path / "index.json").exists():
+            index(made, path, model=model, extraction=ExtractionOptions(accelerator=accelerator))
+    return collection_of_index(path, None if ckpt is None else Path(ckpt), accelerator)
 
 
 def collection_of_index(path: Path, ckpt: Path | None = None, accelerator: Accelerator = "auto") -> Collection:
@@ -67,25 +92,27 @@ def collection_of_index(path: Path, ckpt: Path | None = None, accelerator: Accel
     """
     index = Index.load(path)
     limit_images(MAX_MEGAPIXELS)
-    embedder = build_model(index.model if ckpt is None else {**index.model, "ckpt": ckpt})
+    options = index.model_options
+    if ckpt is not None:
+        options = ModelOptions(ckpt=ckpt, scales=options.scales, seed=options.seed)
     approximate = path / APPROXIMATE
-    return open_collection(
+    return assemble(
         index.catalogue.folder.name,
         index.catalogue.ground_truth(),
         index.catalogue.names,
         DescriptorStore(path / "store"),
-        embedder,
+        build_model(options),
         ExtractionOptions(
             index.image_size,
             accelerator=accelerator,
-            precision=index.model.get("precision", "32"),
-            engine=index.model.get("engine", "torch"),
+            precision=index.model.precision,
+            engine=index.model.engine,
         ),
         index.method,
-        index.seed,
-        PCAWhitening.load(path / "whitening.npz") if index.is_whitened else None,
-        index.k,
-        index.tau,
+        options.seed,
+        PCAWhitening.load(path / "whitening.npz") if index.whitening else None,
+        index.knn.k,
+        index.knn.tau,
         approximate=approximate if approximate.exists() else None,
     )
 
@@ -117,7 +144,7 @@ def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerat
     embedder = embedder_of_run(run, ckpt)
     wanted = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
     refuse_another_model(run.path, {name: model.get(name) for name in wanted["model"]}, wanted["model"])
-    return open_collection(
+    return assemble(
         ground_truth.root.name + (" (synthetic)" if results["data"].get("synthetic") else ""),
         ground_truth,
         [str(exhibit_id) for exhibit_id in ground_truth.exhibit_ids.tolist()],
