@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 from rich.console import Console
@@ -162,6 +162,9 @@ def _notes(embedder: Embedder, method: MethodOptions, whitening: PCAWhitening | 
     return notes
 
 
+Name = Annotated[str, pydantic.StringConstraints(pattern=r"^[^\x00]*$")]  # what a file's name can hold
+
+
 class _Entry(pydantic.BaseModel, frozen=True, allow_inf_nan=False):
     """A part of index.json, which may come from somebody else: each value of the kind that ``metilr index`` writes."""
 
@@ -169,7 +172,7 @@ class _Entry(pydantic.BaseModel, frozen=True, allow_inf_nan=False):
 class Image(_Entry):
     """Which exhibit an image shows."""
 
-    path: str
+    path: Name
     exhibit: str = pydantic.Field(min_length=1)
 
     @pydantic.field_validator("path")
@@ -186,9 +189,9 @@ class Image(_Entry):
 class Model(_Entry):
     """What described the images; an index of before has fewer entries."""
 
-    ckpt: str | None
+    ckpt: Name | None
     backbone: str
-    weights: str | None
+    weights: Name | None
     pooling: PoolingName
     p: pydantic.PositiveFloat
     scales: list[pydantic.PositiveFloat] | None = pydantic.Field(min_length=1)
@@ -224,7 +227,7 @@ class Index(_Entry):
     """What ``index.json`` says."""
 
     schema_: Literal["metilr.index/2"] = pydantic.Field(alias="schema")
-    folder: str
+    folder: Name
     images: list[Image] = pydantic.Field(min_length=1)
     model: Model
     image_size: int | None = pydantic.Field(ge=1, le=1 << 14)
