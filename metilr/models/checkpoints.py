@@ -95,7 +95,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file in it, such as {path / 'best.ckpt'}")
-    content = read_file(path)
+    content = read_file(path, "copy it again, or take another one")
     if not isinstance(content, Mapping) or not isinstance(content.get("state_dict"), Mapping):
         raise UserError(f"{path}: holds no 'state_dict', so it is no checkpoint; files of weights are given as weights")
     return content

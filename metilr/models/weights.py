@@ -106,7 +106,7 @@ def verify_hub_file(hub_id: str, filename: str | None = None) -> str | None:
     return None
 
 
-def read_file(path: Path) -> Any:
+def read_file(path: Path, remedy: str) -> Any:
     """Read a PyTorch or safetensors file to the CPU, without executing pickle code.
 
     Raises:
@@ -123,7 +123,7 @@ def read_file(path: Path) -> Any:
     except Exception as error:  # a damaged file fails in as many ways as its format has parts
         raise UserError(
             f"{path}: cannot be read ({type(error).__name__}): it is damaged, or holds more than tensors and plain "
-            "values; get the file again, or save the state dict alone with torch.save(model.state_dict(), FILE)"
+            f"values; {remedy}"
         ) from error
 
 
@@ -142,7 +142,8 @@ def read_state_dict(path: Path) -> StateDict:
     Raises:
         UserError: As ``read_file``, or if it holds no state dict.
     """
-    content = read_file(path)
+    remedy = "get the file again, or save the state dict alone with torch.save(model.state_dict(), FILE)"
+    content = read_file(path, remedy)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content or not is_state_dict(content):
