@@ -1,7 +1,8 @@
 """Augmentations: from a database image to one of the two views of a pair.
 
-Each is a class whose constructor is its configuration. It draws from the seed it is given and from nothing
-else, so a view depends neither on the loader's workers nor on the number of processes.
+Each is a class whose constructor is its configuration, and maps an image of any size, uint8 ``(3, H, W)``, to a square
+view, uint8 ``(3, size, size)``. It draws from the seed it is given and from nothing else, so a view depends neither on
+the loader's workers nor on the number of processes.
 """
 
 import abc
@@ -25,15 +26,20 @@ Preset = Literal["mild", "medium", "severe"]
 
 
 class Augmentation(abc.ABC):
-    """A seeded map from an image of any size, uint8 ``(3, H, W)``, to a square view, uint8 ``(3, size, size)``."""
+    """A seeded map from an image to a view."""
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise UserError(f"{size}: choose 1 px or more", "size")
+        self.size = size
 
     @abc.abstractmethod
     def __call__(self, image: Tensor, seed: int) -> Tensor:
         """Return a view of an image."""
 
-    @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
         """Return what determines a view besides image and seed, as JSON types."""
+        return {"kind": type(self).__name__, "size": self.size}
 
 
 class RandomCrop(Augmentation):
@@ -51,13 +57,12 @@ class RandomCrop(Augmentation):
     def __init__(
         self, size: int = 320, scale: Sequence[float] = (0.7, 1.0), ratio: Sequence[float] = (0.9, 1 / 0.9)
     ) -> None:
-        if size < 1:
-            raise UserError(f"{size}: choose 1 px or more", "size")
+        super().__init__(size)
         if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
             raise UserError(f"{list(scale)}: give two numbers, ascending, above 0 and at most 1", "scale")
         if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1]:
             raise UserError(f"{list(ratio)}: give two numbers, ascending, above 0", "ratio")
-        self.size, self.scale, self.ratio = size, tuple(scale), tuple(ratio)
+        self.scale, self.ratio = tuple(scale), tuple(ratio)
         self.transform: Any = v2.RandomResizedCrop(size, scale=self.scale, ratio=self.ratio, antialias=True)
 
     def __call__(self, image: Tensor, seed: int) -> Tensor:
@@ -69,8 +74,7 @@ class RandomCrop(Augmentation):
 
     def settings(self) -> dict[str, Any]:
         """Return what determines a view."""
-        kind = type(self).__name__
-        return {"kind": kind, "size": self.size, "scale": list(self.scale), "ratio": list(self.ratio)}
+        return {**super().settings(), "scale": list(self.scale), "ratio": list(self.ratio)}
 
 
 class PublishedAugmentation(RandomCrop):
@@ -80,9 +84,6 @@ class PublishedAugmentation(RandomCrop):
         size: Side of the view in px.
         scale: Least and largest share of the image's area.
         ratio: Least and largest ratio of the part's sides, width to height.
-
-    Raises:
-        UserError: If a number is out of range.
 
     Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021; its released training code.
     """
@@ -102,18 +103,11 @@ class SimulatedVisit(Augmentation):
         size: Side of the view in px.
         weakest: mild, medium or severe: the preset at the lower end.
         strongest: The preset at the upper end.
-
-    Raises:
-        UserError: If ``size`` is below 1 or a preset is unknown.
     """
 
     def __init__(self, size: int = 320, weakest: Preset = "mild", strongest: Preset = "severe") -> None:
-        for name, preset in (("weakest", weakest), ("strongest", strongest)):
-            if preset not in PRESETS:
-                raise UserError(f"{preset}: no such preset; choose one of {', '.join(PRESETS)}", name)
-        if size < 1:
-            raise UserError(f"{size}: choose 1 px or more", "size")
-        self.size, self.weakest, self.strongest = size, weakest, strongest
+        super().__init__(size)
+        self.weakest, self.strongest = weakest, strongest
 
     def __call__(self, image: Tensor, seed: int) -> Tensor:
         """Simulate a visit."""
@@ -129,7 +123,7 @@ class SimulatedVisit(Augmentation):
     def settings(self) -> dict[str, Any]:
         """Return what determines a view."""
         presets = {"weakest": asdict(PRESETS[self.weakest]), "strongest": asdict(PRESETS[self.strongest])}
-        return {"kind": "SimulatedVisit", "recipe": RECIPE, "size": self.size, **presets}
+        return {**super().settings(), "recipe": RECIPE, **presets}
 
 
 class Views:

@@ -1,27 +1,19 @@
-"""Lightning callbacks of the training: what is printed, pictures of the pairs, and checkpoints that appear whole."""
+"""Lightning callbacks of the training: what is printed, and pictures of the pairs."""
 
+import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.plugins.io import TorchCheckpointIO
+from rich.console import Console
+from rich.markup import escape
 from torchvision.transforms.v2 import functional as F
 from typing_extensions import override
-
-from metilr.models.checkpoints import read_checkpoint, write_checkpoint
-
-
-class TrainingProgress(TQDMProgressBar):
-    """Lightning's bar, without the loggers' names."""
-
-    @override
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Return what the bar shows beside the progress."""
-        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
 class TrainingLines(Callback):
@@ -31,13 +23,14 @@ class TrainingLines(Callback):
 
     Args:
         each_epoch: Print a line an epoch: a bar would fill a log file.
+        evaluate: The command that evaluates a checkpoint.
 
     Attributes:
         before: Figures of the starting weights, those of a continued run too; None if they were not validated.
     """
 
-    def __init__(self, each_epoch: bool) -> None:
-        self.each_epoch = each_epoch
+    def __init__(self, each_epoch: bool, evaluate: Sequence[str]) -> None:
+        self.each_epoch, self.evaluate = each_epoch, evaluate
         self.before: dict[str, float] | None = None
         self.started = 0.0
 
@@ -88,6 +81,29 @@ class TrainingLines(Callback):
         seconds = time.perf_counter() - self.started
         print(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}: {loss}{shown} ({seconds:.0f} s)", flush=True)
 
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print how good the best weights are, and how to evaluate them, in the first process."""
+        if not trainer.is_global_zero:
+            return
+        checkpoints: Any = trainer.checkpoint_callback  # the first one, of the best weights
+        module: Any = pl_module
+        best, score, console = checkpoints.best_model_path, checkpoints.best_model_score, Console(highlight=False)
+        if score is not None:
+            start = "" if self.before is None else f", {100 * self.before['val/gap']:.2f} before training"
+            console.print(f"val GAP {100 * score:.2f} at best{start} (single-scale, k = 1, τ = 1, no whitening)")
+            if self.before is not None and score <= self.before["val/gap"]:
+                note = "training did not improve GAP on val; the starting weights were no worse"
+                console.print(f"[bold yellow]note:[/] {note}")
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        options = [] if data.root is None else ["--root", str(data.root)]
+        options += [] if data.database == "full" else ["--database", data.database]
+        # Whitening would undo a linear projector: it makes the database's covariance the identity, whatever was before.
+        options += ["--whitening", "none"] if module.freeze_backbone else []
+        checkpoint = best or str(Path(trainer.default_root_dir) / "last.ckpt")
+        command = shlex.join([*self.evaluate, "--ckpt", checkpoint, *options])
+        console.print(f"evaluate it with\n  {escape(command)}", soft_wrap=True)
+
 
 class PairPictures(Callback):
     """Show some of the epoch's pairs, as the network gets them, as a table of pictures in W&B.
@@ -124,34 +140,3 @@ class PairPictures(Callback):
         table = wandb.Table(["first", "second", "same exhibit", "first image", "second image"], rows)
         for logger in loggers:
             logger.experiment.log({"pairs": table}, commit=False)
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's reading and writing of checkpoints, except that a file appears whole and runs no code."""
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write as ``write_checkpoint`` does."""
-        write_checkpoint(Path(path), checkpoint)
-
-    @override
-    def load_checkpoint(self, path: Any, map_location: Any = None, *_: Any, **__: Any) -> dict[str, Any]:
-        """Read to the CPU, as ``read_checkpoint`` does."""
-        return dict(read_checkpoint(Path(path)))
-
-
-class MovableModelCheckpoint(ModelCheckpoint):
-    """Lightning's, except that it remembers the best score of a run whose folder was moved or renamed."""
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the best score and the files that go with it, where they lie now."""
-
-        def moved(path: str) -> str:
-            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
-
-        paths = {
-            name: moved(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")
-        }
-        best = {moved(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})

@@ -28,7 +28,7 @@ from metilr.extraction.describe import store_settings
 from metilr.extraction.module import DescriptorModule
 from metilr.extraction.store import CHUNK_ROWS, DescriptorStore, row_chunks, settings_fingerprint
 from metilr.metrics import DISTRACTOR
-from metilr.models.embedder import Embedder
+from metilr.models.embedder import Embedder, Projector
 from metilr.retrieval.knn import Predictions, classify, with_skipped
 from metilr.retrieval.search import search
 from metilr.retrieval.whitening import fit_learned_whitening, fit_pca_whitening
@@ -140,18 +140,19 @@ def answer_val(store: DescriptorStore, truth: GroundTruth, positions: np.ndarray
 
 def whitening_start(
     trainer: pl.Trainer, embedder: Embedder, data: PairDataModule, dim: int, is_learned: bool
-) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a projector that whitens, by PCA, or as learned from simulated visits of the images.
+) -> dict[str, Tensor]:
+    """State of a projector that whitens, by PCA, or as learned from simulated visits of the images.
 
     The visits are of the size and strength of ``second_view``, if that simulates them.
 
     Raises:
         UserError: If the database does not support ``dim``; names it ``projector_dim``.
     """
-    store, visits, start = describe_current(trainer, Embedder(embedder.backbone, embedder.pooling), data), None, None
+    store, visits = describe_current(trainer, single_scale(embedder, projector=False), data), None
     if is_learned:
         visit = data.second_view if isinstance(data.second_view, SimulatedVisit) else SimulatedVisit()
         visits = cached_views(trainer, embedder, data.views(visit), VISITS, data.batch_pairs, data.workers)
+    state: dict[str, Tensor] | None = None
     with agree(trainer):
         if trainer.is_global_zero:
             database, is_valid = [store.rows("database")], store.made("database")
@@ -167,10 +168,10 @@ def whitening_start(
                 parameter = "projector_dim" if error.parameter == "dim" else error.parameter
                 raise UserError(error.message, parameter) from None
             mean, projection = torch.from_numpy(whitening.mean), torch.from_numpy(whitening.projection)
-            start = (projection.T.contiguous(), -mean @ projection)
-    start = trainer.strategy.broadcast(start)
-    assert start is not None
-    return start
+            state = Projector.from_whitening(mean, projection).state_dict()
+    state = trainer.strategy.broadcast(state)
+    assert state is not None
+    return state
 
 
 def cached_views(

@@ -1,7 +1,7 @@
 """Contrastive fine-tuning: the LightningModule around backbone, pooling and projector."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -20,6 +20,7 @@ from metilr.models.checkpoints import FORMAT, model_entry
 from metilr.models.embedder import Embedder, Projector
 from metilr.models.pooling import GeM, build_pooling
 from metilr.provenance import commit, library_versions, machine
+from metilr.training.datamodule import PairDataModule
 from metilr.training.descriptors import answer_val, cached_views, describe_current, whitening_start
 from metilr.training.losses import ContrastiveLoss, check_loss, pair_figures
 from metilr.training.pairs import PairBatch
@@ -126,9 +127,9 @@ class FineTuning(pl.LightningModule):
                 raise UserError(f"true: {backbone} has none; leave it out", "gradient_checkpointing") from None
 
     @property
-    def data(self) -> Any:
-        """The trainer's data module."""
-        return self.trainer.datamodule  # type: ignore[attr-defined]
+    def data(self) -> PairDataModule:
+        """What is trained on."""
+        return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
 
     @override
     def train(self, mode: bool = True) -> "FineTuning":
@@ -159,8 +160,7 @@ class FineTuning(pl.LightningModule):
             if is_learned and data.bad_images == "skip":
                 raise UserError("learned: not with bad_images skip; mend the images, or take pca", "projector_start")
             dim = projector.linear.out_features
-            weight, bias = whitening_start(self.trainer, self.embedder, data, dim, is_learned)
-            projector.load_state_dict({"linear.weight": weight, "linear.bias": bias})
+            projector.load_state_dict(whitening_start(self.trainer, self.embedder, data, dim, is_learned))
         if data.cache_views:  # behind a frozen backbone they stay the same in all epochs
             data.cached_views = [
                 cached_views(self.trainer, self.embedder, views, data.n_views, data.batch_pairs, data.workers)
@@ -242,11 +242,11 @@ class FineTuning(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer, with learning rates of their own for backbone, p and projector, and the schedule."""
         backbone, pooling = self.embedder.backbone, self.embedder.pooling
-        heads = [*_trainable(self.embedder.projector), *_trainable(self.loss)]
+        heads = nn.ModuleList([self.loss] if self.embedder.projector is None else [self.embedder.projector, self.loss])
         groups = [
-            {"name": "backbone", "params": list(_trainable(backbone)), "lr": self.lr},
-            {"name": "p", "params": list(_trainable(pooling)), "lr": self.lr_p, "weight_decay": 0.0},
-            {"name": "projector", "params": heads, "lr": self.lr_projector},
+            {"name": "backbone", "params": _trainable(backbone), "lr": self.lr},
+            {"name": "p", "params": _trainable(pooling), "lr": self.lr_p, "weight_decay": 0.0},
+            {"name": "projector", "params": _trainable(heads), "lr": self.lr_projector},
         ]
         used = [group for group in groups if group["params"]]
         optimizer = OPTIMIZERS[self.optimizer](used, lr=self.lr, weight_decay=self.weight_decay)
@@ -280,15 +280,13 @@ class FineTuning(pl.LightningModule):
             "model": model_entry(self.embedder, self.data.image_size),
             "provenance": {"source": provenance.source, "licence": provenance.licence},
             "data": {
-                "root": truth.root.resolve().name,
-                "database": truth.database,
-                "counts": truth.counts(),
-                "fingerprint": truth.fingerprint(),
+                "root": truth.root.resolve().name, "database": truth.database,
+                "counts": truth.counts(), "fingerprint": truth.fingerprint(),
             },
             "config": self.run_config,
             "versions": {**library_versions(), "commit": commit()},
             "machine": machine(),
-        }
+        }  # fmt: skip
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -302,8 +300,8 @@ class FineTuning(pl.LightningModule):
             raise UserError("its data changed since (database or valset.json); name another folder", "output")
 
 
-def _trainable(module: nn.Module | None) -> Iterator[nn.Parameter]:
-    return (p for p in module.parameters() if p.requires_grad) if module is not None else iter(())
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _freeze_unused(embedder: Embedder) -> None:

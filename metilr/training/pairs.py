@@ -49,8 +49,7 @@ class Pairs:
 def choose_anchors(rows: np.ndarray, n_anchors: int | None, rng: np.random.Generator) -> np.ndarray:
     """Draw an epoch's anchors in random order: every row once, or so many, none again before all have come."""
     n_anchors = len(rows) if n_anchors is None else n_anchors
-    rounds = -(-n_anchors // len(rows))
-    return np.concatenate([rng.permutation(rows) for _ in range(rounds)])[:n_anchors]
+    return np.concatenate([rng.permutation(rows) for _ in range(-(-n_anchors // len(rows)))])[:n_anchors]
 
 
 def positives(
@@ -102,23 +101,18 @@ def hard_negatives(
     """
     if len(np.unique(labels[rows])) < 2:
         raise UserError("negatives need images of at least two exhibits, here is one; use syn", "pairing")
-    database = _rows_of(descriptors, rows)
+    database = descriptors if len(rows) == len(descriptors) else descriptors[rows]
     candidates: dict[int, np.ndarray] = {}
     unsettled, k = np.unique(anchors), min(len(rows), 3 * N_NEGATIVES)
     while len(unsettled):
         on = device if k <= GPU_MAX_K // 2 else "cpu"
-        neighbours = search(database, _rows_of(descriptors, unsettled), k, on).rows
+        neighbours = search(database, descriptors[unsettled], k, on).rows
         is_other = labels[rows[neighbours]] != labels[unsettled][:, None]
         is_settled = (is_other.sum(axis=1) >= N_NEGATIVES) | (k == len(rows))
         for i in np.flatnonzero(is_settled):
             candidates[int(unsettled[i])] = rows[neighbours[i][is_other[i]][:N_NEGATIVES]]
         unsettled, k = unsettled[~is_settled], min(len(rows), 4 * k)
     return np.array([rng.choice(candidates[anchor]) for anchor in anchors.tolist()], dtype=np.int64)
-
-
-def _rows_of(descriptors: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Rows of a matrix; without a copy where that is all of them."""
-    return descriptors if len(rows) == len(descriptors) else np.ascontiguousarray(descriptors[rows])
 
 
 def draw_pairs(
@@ -145,9 +139,6 @@ def draw_pairs(
         epoch: Of the run, from 0.
         seed: The run's.
         device: Where FAISS searches.
-
-    Raises:
-        UserError: If negatives are mined and there is only one class.
 
     Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021, section 4.
     """

@@ -52,7 +52,7 @@ def test_a_visit_at_one_strength_is_the_preset(image):
 
 
 def test_bad_options():
-    with pytest.raises(UserError, match="preset"):
-        SimulatedVisit(40, "wild")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="size 0"):
+        SimulatedVisit(0)
     with pytest.raises(UserError, match="scale"):
         RandomCrop(40, scale=(0.5, 2.0))

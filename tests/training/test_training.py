@@ -245,7 +245,7 @@ def test_a_finished_run_and_one_of_other_options_are_not_continued(capsys):
     assert "holds a finished run" in error_of(capsys, "--output", "out")
     Path("out/finished").unlink()
     message = error_of(capsys, "--output", "out", "--model.lr", "1")
-    assert "other options (model.lr)" in message and "--config out/config.yaml" in message
+    assert "other options (lr: 0.0003 there, 1.0 now)" in message and "--config out/config.yaml" in message
 
 
 def test_data_that_changed_is_not_continued(capsys, museum):
