@@ -39,7 +39,7 @@ from metilr.distributed import (
 from metilr.errors import UserError
 from metilr.extraction.callbacks import ExactFloat32
 from metilr.extraction.describe import PLAN_TIMEOUT
-from metilr.files import parser_mode, write_atomically
+from metilr.files import write_atomically
 from metilr.report.wandb import PROJECT, WandbMode, open_wandb, staged_in, unharmed, where_logged
 from metilr.training.callbacks import PairPictures, TrainingLines
 from metilr.training.datamodule import PairDataModule
@@ -87,7 +87,6 @@ class TrainingCLI(LightningCLI):
             seed_everything_default=0,
             parser_kwargs={
                 "prog": prog,
-                "parser_mode": parser_mode(),
                 "description": (FineTuning.__doc__ or "").splitlines()[0] + " Without options: on the demo museum.",
             },
             parser_class=TrainingParser,
