@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from typing_extensions import override
 
-from metilr.cli import OneLineErrors, check_config, refuse_null_characters, refuse_unknown
+from metilr.cli import OneLineErrors, check_config, refuse_unknown
 from metilr.distributed import (
     end_with_parent,
     faults_in_one_line,
@@ -114,7 +114,6 @@ class TrainingCLI(LightningCLI):
             if name in ("--config", "-c") and (file or following):
                 check_config(file or following)
         self.config = parser.parse_args(args)
-        refuse_null_characters(self.config.as_dict())
         seed, trainer = self.config.seed_everything, self.config.trainer
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
             raise UserError(f"{seed}: give a number from 0 to 2**32 - 1", "seed_everything")
@@ -140,7 +139,7 @@ class TrainingCLI(LightningCLI):
             raise
         except (MisconfigurationException, TypeError, ValueError) as error:  # Lightning's and jsonargparse's
             hint = "a loss with weights of its own needs num_classes and embedding_size"
-            raise UserError(f"the options do not go together: {' '.join(str(error).split())} ({hint})") from error
+            self.parser.error(f"the options do not go together ({hint}): {error}", error)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
