@@ -78,7 +78,7 @@ FROZEN = ("--model.freeze_backbone", "true", "--model.projector_dim", 4)
         (image_gone, [], "bad_images skip"),
         (two_equal_images, ["--model.projector_dim", 1], "descriptors are the same"),
         (no_fault, ["--model.projector_dim", 8], "projector_dim 8: 8 database descriptors"),
-        (no_fault, ["--model.weights", "none.pth"], "--model.weights none.pth"),
+        (no_fault, ["--model.weights", "none.pth"], "none.pth: no such file"),
         (no_fault, ["--model.stage", 9], "--model.stage 9"),
         (no_fault, ["--model.pooling", "cls"], "--model.pooling cls: "),
         (no_fault, ["--model.scales", "[0.0]"], "--model.scales"),

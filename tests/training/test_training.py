@@ -364,7 +364,7 @@ LOSSES = "pytorch_metric_learning.losses"
         (["--data.first_view.scale", "[0.5]"], "scale [0.5]: give two numbers"),
         (["--trainer.max_epoch", "3"], "--trainer.max_epoch"),
         (["--trainer.max_epochs", "0"], "--trainer.max_epochs 0: give a number from 1 up"),
-        (["--trainer.limit_val_batches", "3"], "--trainer.limit_val_batches 3: is decided by this command"),
+        (["--trainer.limit_val_batches", "3"], "--trainer.limit_val_batches 3.0: is decided by this command"),
         (["--trainer.fast_dev_run", "true"], "--trainer.fast_dev_run True: is decided by this command"),
         (["--trainer.precision", "bf16-true"], "--trainer.precision bf16-true: choose one of 32"),
         (["--trainer.strategy", "dpp"], "strategy='dpp'"),
