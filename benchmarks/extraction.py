@@ -36,7 +36,7 @@ from metilr.demo import DEMO, make_demo
 from metilr.distributed import quieten_lightning
 from metilr.evaluation.options import MethodOptions
 from metilr.evaluation.recognition import recognise
-from metilr.evaluation.run_folder import RUNS
+from metilr.evaluation.runs import RUNS
 from metilr.extraction.describe import describe_images
 from metilr.extraction.descriptors import Descriptors, open_descriptors
 from metilr.extraction.options import ExtractionOptions

@@ -13,6 +13,7 @@ import torch
 from metilr.cli import call
 from metilr.collection.index import index as index_command
 from metilr.commands import evaluate as command
+from metilr.evaluation.results import Results
 from tests.forks import Forks, Outcome
 from tests.museum import write_museum
 
@@ -34,7 +35,7 @@ def index(folder: Path, output: Path, **options: Any) -> Path | None:
     return call(index_command, {"folder": folder, "output": output, **options})
 
 
-def evaluate(root: Path | None = None, **options: Any) -> dict[str, Any] | None:
+def evaluate(root: Path | None = None, **options: Any) -> Results | None:
     """An evaluation with options as the command line has them."""
     return call(command.evaluate, {"root": root, **options})
 

@@ -16,7 +16,7 @@ from metilr.demo import DEMO
 from metilr.errors import UserError
 from metilr.evaluation.options import MethodOptions, method_of_elements
 from metilr.evaluation.results import MIN_PRECISION
-from metilr.evaluation.run_folder import RUNS
+from metilr.evaluation.runs import RUNS
 from metilr.evaluation.runs import Run, read_run
 from metilr.extraction.describe import store_settings
 from metilr.extraction.options import Accelerator, ExtractionOptions
@@ -125,37 +125,37 @@ def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerat
     Raises:
         UserError: If it had no model, or something is missing or changed of data, model, store or whitening.
     """
-    results, config, model = run.results, run.config, run.results["model"]
-    if config.get("descriptors") or "store" not in model:
+    results, config, model = run.results, run.config, run.results.model
+    if config.get("descriptors") or model.store is None:
         raise UserError(f"{run.path}: was made from --descriptors, so it has no model for photos; evaluate with --root")
     limit_images(config.get("max_megapixels", MAX_MEGAPIXELS))
     root = DEMO if config.get("root") is None else Path(config["root"])
-    ground_truth = load_ground_truth(_found(run, "--root", root), results["data"]["database"])
-    if ground_truth.fingerprint() != results["data"]["fingerprint"]:
+    ground_truth = load_ground_truth(_found(run, "--root", root), results.data.database)
+    if ground_truth.fingerprint() != results.data.fingerprint:
         raise UserError(f"{ground_truth.root}/ground_truth: changed since the evaluation {run.path}; evaluate again")
 
-    engine = model.get("engine", "torch")
     try:
         options = ExtractionOptions(
-            model["image_size"], accelerator=accelerator, precision=model["precision"], engine=engine
+            model.image_size, accelerator=accelerator, precision=model.precision, engine=model.engine
         )
     except UserError as error:
         raise UserError(f"{run.path}: was described with {error}") from None
     embedder = embedder_of_run(run, ckpt)
     wanted = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
-    refuse_another_model(run.path, {name: model.get(name) for name in wanted["model"]}, wanted["model"])
+    recorded = model.recorded()
+    refuse_another_model(run.path, {name: recorded.get(name) for name in wanted["model"]}, wanted["model"])
     return assemble(
-        ground_truth.root.name + (" (synthetic)" if results["data"].get("synthetic") else ""),
+        ground_truth.root.name + (" (synthetic)" if results.data.synthetic else ""),
         ground_truth,
         [str(exhibit_id) for exhibit_id in ground_truth.exhibit_ids.tolist()],
-        DescriptorStore(_found(run, "--store", Path(model["store"]))),
+        DescriptorStore(_found(run, "--store", Path(model.store))),
         embedder,
         options,
         _method(run),
         config["seed"],
         whitening_of_run(run),
-        results["knn"]["k"],
-        results["knn"]["tau"],
+        results.knn.k,
+        results.knn.tau,
         _check(run, embedder, options),
     )
 
@@ -186,17 +186,20 @@ def embedder_of_run(run: Run, ckpt: Path | None) -> Embedder:
 
 def _method(run: Run) -> MethodOptions:
     """How the run compared descriptors; a run older than ``elements`` had none on."""
-    return method_of_elements(run.results.get("elements") or {})
+    try:
+        return method_of_elements(run.results.elements.recorded() if run.results.elements else {})
+    except UserError as error:
+        raise UserError(f"{run.path}: was evaluated with {error}") from None
 
 
 def _check(run: Run, embedder: Embedder, options: ExtractionOptions) -> GeometricCheck | None:
-    recorded = run.results.get("geometric_check")
+    recorded = run.results.geometric_check
     if recorded is None:
         return None
-    gate = Gate(recorded["gate"]["weight"], recorded["gate"]["enough"])
-    what = (recorded["candidates"], recorded["reorder"], recorded["boost"], gate)
+    gate = Gate(recorded.gate.weight, recorded.gate.enough)
+    what = (recorded.candidates, recorded.reorder, recorded.boost, gate)
     check = geometric_check_of(embedder.to(options.device), options.image_size, *what)
-    refuse_another_model(run.path, recorded["features"], check.extractor.settings())
+    refuse_another_model(run.path, recorded.features, check.extractor.settings())
     return check
 
 
@@ -206,19 +209,19 @@ def whitening_of_run(run: Run) -> PCAWhitening | None:
     Raises:
         UserError: If the file is another one.
     """
-    if "whitening" not in run.results:
+    if "whitening" not in run.results.model_fields_set:
         raise UserError(f"{run.path / 'results.json'}: does not say how it whitened; evaluate again")
-    recorded = run.results["whitening"]
+    recorded = run.results.whitening
     if recorded is None:
         return None
     whitening = PCAWhitening.load(run.path / "whitening.npz")
-    if whitening.sha256() != recorded.get("sha256"):
+    if whitening.sha256() != recorded.sha256:
         raise UserError(f"{run.path / 'whitening.npz'}: is not the whitening of this evaluation; evaluate again")
     return whitening
 
 
 def _found(run: Run, option: str, path: Path) -> Path:
-    for place in (Path(run.results.get("directory", ".")) / path, path):
+    for place in (Path(run.results.directory) / path, path):
         if place.exists():
             return place
     hint = "give it with --ckpt" if option == "--ckpt" else "put it back, or evaluate again"

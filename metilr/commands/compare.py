@@ -20,9 +20,8 @@ from rich.progress import track
 from metilr.commands.differences import PairedDifferences, paired_differences, photographers_of
 from metilr.data.ground_truth import QUERY_FILES
 from metilr.errors import UserError
-from metilr.evaluation.results import LEVEL, headline_unit
-from metilr.evaluation.run_folder import make_output
-from metilr.evaluation.runs import Run, read_run
+from metilr.evaluation.results import LEVEL, Figures, Results
+from metilr.evaluation.runs import Run, make_output, read_run
 from metilr.files import write_atomically, write_picture
 from metilr.progress import printable
 from metilr.report.plots import COLOURS, plain
@@ -35,7 +34,7 @@ TEXT = "#333333"
 
 
 def plot_comparison(
-    groups: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    groups: Mapping[str, Mapping[str, Results]],
     published: Mapping[str, Sequence[Published]],
     files: Sequence[Path],
 ) -> None:
@@ -54,8 +53,8 @@ def plot_comparison(
         for column, split in enumerate(QUERY_FILES):
             axes = panels[row, column]
             _draw_bars(axes, split, runs, published)
-            first = next(iter(runs.values()))[split]
-            queries = f"{split}: {first['n_met']:,} met of {first['n_queries']:,} queries"
+            first = next(iter(runs.values())).splits[split]
+            queries = f"{split}: {first.n_met:,} met of {first.n_queries:,} queries"
             axes.set_title(plain(f"{title if column == 0 else ''}\n{queries}"), fontsize=9, loc="left")
             axes.set_yticks(range(len(runs)), [plain(name) if column == 0 else "" for name in runs])
     for axes in panels[-1]:
@@ -67,15 +66,15 @@ def plot_comparison(
 
 
 def _draw_bars(
-    axes: Axes, split: str, runs: Mapping[str, Mapping[str, Any]], published: Mapping[str, Sequence[Published]]
+    axes: Axes, split: str, runs: Mapping[str, Results], published: Mapping[str, Sequence[Published]]
 ) -> None:
     for y, (name, results) in enumerate(runs.items()):
-        unit = _unit(results)
+        unit = results.unit
         for i, (metric, colour) in enumerate(zip(METRICS, COLOURS, strict=False)):
-            place, value = y + (i - 1) * BAR, 100 * results[split][metric]
+            place, value = y + (i - 1) * BAR, 100 * getattr(results.splits[split], metric)
             axes.barh(place, value, height=0.92 * BAR, color=colour)
             if unit is not None:
-                interval = [100 * end for end in results[split]["intervals"][unit][metric]]
+                interval = [100 * end for end in getattr(results.splits[split].intervals[unit], metric)]
                 axes.plot(interval, [place, place], color=TEXT, linewidth=0.9, solid_capstyle="butt")
             for row in published[name]:
                 if row.split == split:
@@ -90,13 +89,11 @@ def _draw_bars(
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
-def _legend(
-    groups: Mapping[str, Mapping[str, Mapping[str, Any]]], published: Mapping[str, Sequence[Published]]
-) -> list[Any]:
+def _legend(groups: Mapping[str, Mapping[str, Results]], published: Mapping[str, Sequence[Published]]) -> list[Any]:
     handles: list[Any] = [
         Patch(color=colour, label=label) for label, colour in zip(METRICS.values(), COLOURS, strict=False)
     ]
-    units = {_unit(results) for runs in groups.values() for results in runs.values()} - {None}
+    units = {results.unit for runs in groups.values() for results in runs.values()} - {None}
     if units:
         label = f"{100 * LEVEL:g}% interval, bootstrap over {' or '.join(sorted(map(str, units)))}"
         handles.append(Line2D([], [], color=TEXT, linewidth=0.9, label=label))
@@ -106,19 +103,14 @@ def _legend(
     return handles
 
 
-def _unit(results: Mapping[str, Any]) -> str | None:
-    """What the intervals in ``results.json`` draw; None where it has none, as of an older metilr."""
-    return headline_unit(results) if all("intervals" in results[split] for split in QUERY_FILES) else None
-
-
 def figures_table(title: str, runs: Mapping[str, Run], known: Mapping[str, Sequence[Published]]) -> TextTable:
     """Put runs on the same data in the shape of the report's Tables 1 and 2, published figures under their split."""
     rows: list[list[str]] = []
     quiet = []
     for name, run in runs.items():
-        knn = run.results["knn"]
-        figures = [_percent(run.results[split][metric]) for split in QUERY_FILES for metric in METRICS]
-        rows.append([name, str(knn["k"]), f"{knn['tau']:g}", *figures])
+        knn = run.results.knn
+        figures = [_percent(getattr(run.results.splits[split], metric)) for split in QUERY_FILES for metric in METRICS]
+        rows.append([name, str(knn.k), f"{knn.tau:g}", *figures])
         for row in known[name]:
             quiet.append(len(rows))
             figures = [
@@ -128,11 +120,11 @@ def figures_table(title: str, runs: Mapping[str, Run], known: Mapping[str, Seque
             ]
             k_and_tau = ["" if value is None else f"{value:g}" for value in (row.k, row.tau)]
             rows.append([f"published ({row.split})", *k_and_tau, *figures])
-    data = next(iter(runs.values())).results["data"]["counts"]
+    data = next(iter(runs.values())).results.data.counts
     notes = [
-        f"in percent; {data['database_images']:,} database images of {data['exhibits']:,} exhibits; val "
-        f"{data['val_queries']:,} queries ({data['val_met']:,} met), test "
-        f"{data['test_queries']:,} ({data['test_met']:,} met)",
+        f"in percent; {data.database_images:,} database images of {data.exhibits:,} exhibits; val "
+        f"{data.val_queries:,} queries ({data.val_met:,} met), test "
+        f"{data.test_queries:,} ({data.test_met:,} met)",
         *_sources([row for name in runs for row in known[name]]),
         *_notes_of_runs(runs),
     ]
@@ -146,9 +138,9 @@ def costs_table(title: str, runs: Mapping[str, Run]) -> TextTable:
     rows = []
     for name, run in runs.items():
         results = run.results
-        unit = headline_unit(results) if all("intervals" in results[split] for split in QUERY_FILES) else None
-        gaps = [_gap_with_interval(results[split], unit) for split in QUERY_FILES]
-        seconds, memory = results.get("seconds"), results.get("peak_memory_gb")
+        unit = results.unit
+        gaps = [_gap_with_interval(figures, unit) for figures in results.splits.values()]
+        seconds, memory = results.seconds, results.peak_memory_gb
         rows.append(
             [name, *gaps, "–" if seconds is None else f"{seconds:,.0f}", "–" if memory is None else f"{memory:.2f}"]
         )
@@ -160,11 +152,11 @@ def costs_table(title: str, runs: Mapping[str, Run]) -> TextTable:
     return TextTable(f"{title}: what each run took", [], header, rows, notes=notes)
 
 
-def _gap_with_interval(figures: Mapping[str, Any], unit: str | None) -> str:
+def _gap_with_interval(figures: Figures, unit: str | None) -> str:
     if unit is None:
-        return _percent(figures["gap"])
-    low, high = figures["intervals"][unit]["gap"]
-    return f"{_percent(figures['gap'])} ({100 * low:.0f}–{100 * high:.0f})"
+        return _percent(figures.gap)
+    low, high = figures.intervals[unit].gap
+    return f"{_percent(figures.gap)} ({100 * low:.0f}–{100 * high:.0f})"
 
 
 def _sources(rows: Sequence[Published]) -> list[str]:
@@ -180,9 +172,9 @@ def _notes_of_runs(runs: Mapping[str, Run]) -> list[str]:
     """What the evaluations themselves noted, each thing once with the runs that it is true of."""
     names: dict[str, list[str]] = {}
     for name, run in runs.items():
-        how = f"{chosen(run.results['knn'], with_values=False)}; test scored once"
+        how = f"{chosen(run.results.knn, with_values=False)}; test scored once"
         names.setdefault(how, []).append(name)
-        for note in run.results.get("notes", []):
+        for note in run.results.notes:
             names.setdefault(note, []).append(name)
     return [f"{note} ({'all runs' if len(of) == len(runs) else ', '.join(of)})" for note, of in names.items()]
 
@@ -250,7 +242,7 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
     differences, notes = _differences(read, console)
     if len(read) > 1:
         tables += [differences_table(split, next(iter(read)), differences, notes[split]) for split in QUERY_FILES]
-    costs_known = any("seconds" in run.results for run in read.values())  # not of runs by other programs
+    costs_known = any(run.results.seconds is not None for run in read.values())  # not of runs by other programs
     tables += [costs_table(title, group) for title, group in groups.items()] if costs_known else []
     if len(groups) > 1:
         console.print(f"[bold yellow]note:[/] {DIFFERENT_DATA}")
@@ -302,12 +294,12 @@ def _by_data(runs: Mapping[str, Run]) -> dict[str, dict[str, Run]]:
     """Group runs by the data that they were measured on, titled."""
     by_fingerprint: dict[str, dict[str, Run]] = {}
     for name, run in runs.items():
-        by_fingerprint.setdefault(run.results["data"]["fingerprint"], {})[name] = run
+        by_fingerprint.setdefault(run.results.data.fingerprint, {})[name] = run
     groups: dict[str, dict[str, Run]] = {}
     for fingerprint, group in by_fingerprint.items():
-        data = next(iter(group.values())).results["data"]
-        kind = "SYNTHETIC demo museum" if data["synthetic"] else data["root"]
-        title = f"{kind}, {data['database']} database"
+        data = next(iter(group.values())).results.data
+        kind = "SYNTHETIC demo museum" if data.synthetic else data.root
+        title = f"{kind}, {data.database} database"
         title += f" ({fingerprint[:8]})" if title in groups else ""
         groups[title] = group
     return groups
@@ -323,7 +315,7 @@ def _differences(
     noted: dict[str, dict[str, list[str]]] = {split: {} for split in QUERY_FILES}
     for name, run in track(others, "differences", console=console, transient=True):
         differences[name] = paired_differences(baseline, run, photographers)
-        same_data = run.results["data"]["fingerprint"] == baseline.results["data"]["fingerprint"]
+        same_data = run.results.data.fingerprint == baseline.results.data.fingerprint
         for pair in differences[name]:
             if pair.left_out:
                 noted[pair.split].setdefault(f"left out, {pair.left_out}", []).append(name)
@@ -342,11 +334,11 @@ def _as_csv(runs: Mapping[str, Run], known: Mapping[str, Sequence[Published]]) -
     writer = csv.DictWriter(stream, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for name, run in runs.items():
-        data, knn = run.results["data"], run.results["knn"]
-        of_run = {"run": name, "database": data["database"], "fingerprint": data["fingerprint"]}
+        data, knn = run.results.data, run.results.knn
+        of_run = {"run": name, "database": data.database, "fingerprint": data.fingerprint}
         for split in QUERY_FILES:
-            figures = {metric: run.results[split][metric] for metric in METRICS}
-            writer.writerow({**of_run, "kind": "measured", "split": split, **figures, "k": knn["k"], "tau": knn["tau"]})
+            figures = {metric: getattr(run.results.splits[split], metric) for metric in METRICS}
+            writer.writerow({**of_run, "kind": "measured", "split": split, **figures, "k": knn.k, "tau": knn.tau})
         for row in known[name]:
             figures = {metric: getattr(row, metric) for metric in METRICS}
             of_row = {"split": row.split, "k": row.k, "tau": row.tau, "source": row.source}
@@ -365,8 +357,8 @@ def _as_json(
             {
                 "name": name,
                 "path": str(run.path.resolve()),
-                **{key: run.results.get(key) for key in (*OF_RUNS, *QUERY_FILES)},
-                "knn": {key: run.results["knn"].get(key) for key in ("k", "tau", "tuned_on")},
+                **{key: run.results.recorded().get(key) for key in (*OF_RUNS, *QUERY_FILES)},
+                "knn": run.results.knn.model_dump(include={"k", "tau", "tuned_on"}),
                 "published": [vars(row) for row in known[name]],
             }
             for name, run in runs.items()

@@ -17,7 +17,7 @@ from metilr.commands.visits import arrange
 from metilr.data.decode import BadImageError, file_size, load_image
 from metilr.data.ground_truth import MET, NOT_NAMED, DatabaseName, GroundTruth, load_ground_truth
 from metilr.errors import UserError
-from metilr.evaluation.run_folder import make_output
+from metilr.evaluation.runs import make_output
 from metilr.files import write_atomically, write_picture
 from metilr.metrics import DISTRACTOR
 from metilr.progress import printable

@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from metilr.data.ground_truth import NOT_NAMED, QUERY_FILES, GroundTruth, load_ground_truth
 from metilr.demo import DEMO
 from metilr.errors import UserError
-from metilr.evaluation.results import LEVEL, UNITS
+from metilr.evaluation.results import LEVEL, UNITS, Data
 from metilr.evaluation.runs import Run
 from metilr.metrics.bootstrap import Difference, paired_intervals, resampling_units
 
@@ -62,14 +61,14 @@ def paired_differences(
 def photographers_of(run: Run) -> Mapping[str, np.ndarray] | None:
     """Who took the queries, from the ground truth where the run found it; None if that is gone or has changed."""
     root = run.config.get("root")
-    folder = Path(run.results.get("directory", ".")) / DEMO if root is None else Path(root)
-    ground_truth = _ground_truth(folder, run.results["data"])
+    folder = Path(run.results.directory) / DEMO if root is None else Path(root)
+    ground_truth = _ground_truth(folder, run.results.data)
     return None if ground_truth is None else ground_truth.photographers
 
 
-def _ground_truth(root: Path, data: Mapping[str, Any]) -> GroundTruth | None:
+def _ground_truth(root: Path, data: Data) -> GroundTruth | None:
     try:
-        found = load_ground_truth(root, data["database"])
+        found = load_ground_truth(root, data.database)
     except UserError:
         return None
-    return found if found.fingerprint() == data["fingerprint"] else None
+    return found if found.fingerprint() == data.fingerprint else None

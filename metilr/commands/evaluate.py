@@ -16,6 +16,7 @@ from metilr.data.decode import limit_images
 from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_truth
 from metilr.errors import UserError
 from metilr.evaluation.options import MethodOptions, ReportOptions
+from metilr.evaluation.results import Results
 from metilr.extraction.options import ExtractionOptions
 from metilr.models import ModelOptions
 from metilr.retrieval.search import SearchDevice
@@ -41,7 +42,7 @@ def evaluate(
     descriptors: Sequence[Path] = (),
     store: Path | None = None,
     output: Path | None = None,
-) -> dict[str, Any] | None:
+) -> Results | None:
     """Measure how well a model recognises exhibits: GAP, GAP⁻ and ACC.
 
     Descriptors are computed once and kept in a store under runs/descriptors; a second run with the same
@@ -72,8 +73,8 @@ def evaluate(
     from metilr.evaluation.database import views_of
     from metilr.evaluation.geometric_check import check_recognition
     from metilr.evaluation.recognition import check_method, recognise
-    from metilr.evaluation.results import notes_of, results_of, skipped_images_of
-    from metilr.evaluation.run_folder import output_folder
+    from metilr.evaluation.runs import output_folder
+    from metilr.evaluation.summary import summarise
     from metilr.extraction.describe import describe_images, describe_views
     from metilr.extraction.descriptors import open_descriptors
     from metilr.geometry.check import geometric_check_of
@@ -128,11 +129,9 @@ def evaluate(
             progress.print(f"[bold]geometry[/]     {min(n, ground_truth.n_classes)} candidates a query, in float32")
             check = geometric_check_of(embedder.to(extraction.device), extraction.image_size, n, reorder)
             recognition, check = check_recognition(recognition, ground_truth, check, quiet)
-        skipped_images = skipped_images_of(opened, ground_truth)
-        results = results_of(
-            ground_truth, recognition, opened, options=options, synthetic=synthetic, method=method, check=check,
-            skipped_images=skipped_images, seconds=time.perf_counter() - started,
-            notes=notes_of(opened, recognition, synthetic, method.whitening_dim, skipped_images),
+        results = summarise(
+            ground_truth, recognition, opened, method, check, options=options, synthetic=synthetic,
+            seconds=time.perf_counter() - started,
         )  # fmt: skip
         assert folder is not None
         _leave_behind(folder, results, ground_truth, recognition, check, report, console, progress)
@@ -141,7 +140,7 @@ def evaluate(
 
 def _leave_behind(
     folder: Path,
-    results: dict[str, Any],
+    results: Results,
     ground_truth: GroundTruth,
     recognition: "Recognition",
     check: "GeometricCheck | None",
@@ -150,7 +149,7 @@ def _leave_behind(
     progress: Console,
 ) -> None:
     """Write predictions, whitening, report page, W&B's run and, last, ``results.json``: now it is finished."""
-    from metilr.evaluation.results import write_answers, write_results
+    from metilr.evaluation.summary import write_answers
     from metilr.report.page import write_report
     from metilr.report.tables import print_table
     from metilr.report.wandb import log_evaluation, open_wandb, staged_in, unharmed, where_logged
@@ -161,12 +160,12 @@ def _leave_behind(
     if report.report:
         quiet = progress.quiet
         pages = [write_report(folder, results, ground_truth, recognition, report.report_pictures, check, quiet)]
-    run = open_wandb(report.wandb, report.wandb_project, folder, results["options"])
+    run = open_wandb(report.wandb, report.wandb_project, folder, results.options or {})
     if run is not None:
         with staged_in(folder), unharmed(run):
             progress.print(escape(where_logged(run, folder)), soft_wrap=True)
             log_evaluation(run, results, ground_truth, recognition, pages[0].parent if pages else None)
-    written = [*pages, write_results(folder, results), *written]
+    written = [*pages, results.write(folder), *written]
     console.print("wrote " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)
 
 

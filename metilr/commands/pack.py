@@ -35,8 +35,8 @@ def pack(run: Path, output: Path) -> None:
     if output.exists():
         raise UserError(f"{output}: is there already; name another file, or delete it")
     finished = read_run(Path(run))
-    model = finished.results["model"]
-    if finished.config.get("descriptors") or "store" not in model:
+    model = finished.results.model
+    if finished.config.get("descriptors") or model.store is None:
         raise UserError(f"{run}: was made from --descriptors, so it has no model; evaluate with --root")
     whitening = whitening_of_run(finished)
     if whitening is None:
@@ -47,9 +47,9 @@ def pack(run: Path, output: Path) -> None:
         "state_dict": {f"{EMBEDDER}{name}": tensor for name, tensor in embedder.state_dict().items()},
         "metilr": {
             "format": FORMAT,
-            "model": model_entry(embedder, model["image_size"]),
+            "model": model_entry(embedder, model.image_size),
             "provenance": {"source": provenance.source, "licence": provenance.licence},
-            "data": {name: finished.results["data"][name] for name in ("root", "database", "counts", "fingerprint")},
+            "data": finished.results.data.model_dump(include={"root", "database", "counts", "fingerprint"}),
             "config": dict(finished.config),
             "whitening": {
                 "kind": whitening.format,

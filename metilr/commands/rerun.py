@@ -18,14 +18,13 @@ from rich.table import Table
 
 from metilr.cli import call, options_of
 from metilr.commands.evaluate import evaluate
-from metilr.data.ground_truth import QUERY_FILES, image_sizes, load_ground_truth
+from metilr.data.ground_truth import image_sizes, load_ground_truth
 from metilr.demo import DEMO
 from metilr.errors import UserError
 from metilr.evaluation.database import views_of
 from metilr.evaluation.options import MethodOptions, without_deleted
-from metilr.evaluation.results import SCHEMA_VERSION
-from metilr.evaluation.run_folder import make_output
-from metilr.evaluation.runs import COUNTS, FIGURES, read_results
+from metilr.evaluation.results import FIGURES, SCHEMA_VERSION, Results, read_results
+from metilr.evaluation.runs import make_output
 from metilr.extraction.descriptors import views_store
 from metilr.extraction.options import Accelerator
 from metilr.extraction.store import DescriptorStore, differing_settings
@@ -35,6 +34,7 @@ from metilr.models import RANDOM
 Verdict = Literal["exactly", "within the tolerance", "not"]
 # Of a figure in [0, 1]: 0.1 points, the last digit that is published. Other hardware or versions round descriptors
 # differently by about 1e-6, which can exchange two answers whose confidences are next to equal.
+COUNTS = ("n_queries", "n_met")
 TOLERANCE = 1e-3
 # What may explain a difference; where the descriptors lie is none.
 MADE_BY = ("data", "model", "whitening", "elements", "geometric_check", "search", "versions", "machine")
@@ -97,8 +97,8 @@ def rerun(
     options |= {"output": folder, "quiet": quiet, "wandb": "off"}
     if not options["descriptors"]:  # else there is nothing to describe
         # A file that may be somebody else's says where the rows were: there they are read, and nothing is written.
-        named = options["store"] or recorded["model"].get("store")
-        places = [] if describe_again or not named else [Path(recorded.get("directory", ".")) / named, Path(named)]
+        named = options["store"] or recorded.model.store
+        places = [] if describe_again or not named else [Path(recorded.directory) / named, Path(named)]
         options["store"] = next((place for place in places if _is_current(place, options)), folder / "store")
     with _kept_if_of_use(folder, output):
         now = call(evaluate, options)
@@ -158,7 +158,7 @@ def _kept_if_of_use(folder: Path, output: Path | None) -> Iterator[None]:
         raise
 
 
-def compare_results(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+def compare_results(recorded: Results, now: Results) -> dict[str, Any]:
     """Set the figures of two results side by side.
 
     Returns:
@@ -166,7 +166,7 @@ def compare_results(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict
         name the recorded one and the new one), and ``differences``: what differs of what made them, in words.
     """
     figures = {
-        split: {name: [value, now[split][name]] for name, value in of_split.items()}
+        split: {name: [value, getattr(now.splits[split], name)] for name, value in of_split.items()}
         for split, of_split in _figures_of(recorded).items()
     }
     pairs = [(name, *pair) for of_split in figures.values() for name, pair in of_split.items()]
@@ -180,22 +180,22 @@ def compare_results(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict
         for part in MADE_BY
         for line in differing_settings(_of(recorded, part), _of(now, part))
     ]
-    if recorded["knn"].get("tuned_on"):
-        differences += differing_settings(*({f"tuned {key}": of["knn"].get(key) for key in ("k", "tau")}
+    if recorded.knn.tuned_on:
+        differences += differing_settings(*({f"tuned {key}": getattr(of.knn, key) for key in ("k", "tau")}
                                             for of in (recorded, now)))  # fmt: skip
     return {"agree": agree, "tolerance": TOLERANCE, "figures": figures, "differences": differences}
 
 
-def _figures_of(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def _figures_of(results: Results) -> dict[str, dict[str, float]]:
     """The figures to come out again, by split and name."""
-    return {split: {name: results[split][name] for name in (*FIGURES, *COUNTS)} for split in QUERY_FILES}
+    return {split: figures.model_dump(include={*FIGURES, *COUNTS}) for split, figures in results.splits.items()}
 
 
-def _options(path: Path, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    options = recorded.get("options")
-    if recorded["schema_version"] < SCHEMA_VERSION or not isinstance(options, dict):
+def _options(path: Path, recorded: Results) -> dict[str, Any]:
+    options = recorded.options
+    if recorded.schema_version < SCHEMA_VERSION or options is None:
         raise UserError(
-            f"{path}: of schema {recorded['schema_version']}, which does not say how to repeat the run; evaluate again"
+            f"{path}: of schema {recorded.schema_version}, which does not say how to repeat the run; evaluate again"
         )
     try:
         return options_of(evaluate, without_deleted(options))
@@ -203,9 +203,9 @@ def _options(path: Path, recorded: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{path}: its options are not this version's: {error}") from None
 
 
-def _of(results: Mapping[str, Any], part: str) -> dict[str, Any]:
+def _of(results: Results, part: str) -> dict[str, Any]:
     """A part of the results without what says only where things lie, with the device of the last session."""
-    content = dict(results.get(part) or {})
+    content = without_deleted(results.recorded().get(part) or {})
     made_with = typing.cast(list[dict[str, Any]], content.get("made_with") or [])
     made_on = {name: sorted({str(session.get(name)) for session in made_with}) for name in ("device", "processor")}
     return {**{key: value for key, value in content.items() if key not in PLACES}, **(made_on if made_with else {})}

@@ -24,8 +24,7 @@ from metilr.commands.compare import compare
 from metilr.commands.evaluate import evaluate
 from metilr.data.ground_truth import DatabaseName
 from metilr.errors import UserError
-from metilr.evaluation.run_folder import RUNS, make_output, plain_options
-from metilr.evaluation.runs import read_run
+from metilr.evaluation.runs import RUNS, make_output, plain_options, read_run
 from metilr.files import write_atomically
 
 # Options of metilr evaluate that say how and where, but change no figure beyond rounding: another run of the sweep may

@@ -9,7 +9,7 @@ import torch
 
 from metilr.data.ground_truth import GroundTruth
 from metilr.data.views import CentreCrops, SimulatedVisits, View
-from metilr.errors import UserError, one_line, require
+from metilr.errors import UserError, one_line
 from metilr.evaluation.options import MethodOptions
 from metilr.extraction.descriptors import Descriptors
 from metilr.extraction.store import CHUNK_ROWS, row_chunks
@@ -79,7 +79,8 @@ def load_whitening(path: str | Path) -> PCAWhitening:
     try:
         parts = {name: _array(part) for name, part in entry.items() if isinstance(part, torch.Tensor)}
         kind = entry.get("kind")
-        require(isinstance(kind, str), "kind", kind)
+        if not isinstance(kind, str):
+            raise TypeError(f"its kind is a {type(kind).__name__}")
         return whitening_from_parts(kind, parts)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = one_line(error)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from metilr.errors import UserError, check_choices, require
+from metilr.errors import UserError, check_choices, shown
 from metilr.retrieval.knn import check_tau
 from metilr.retrieval.search import SearchDevice
 from metilr.retrieval.whitening import PAIR_SHRINKAGE
@@ -137,10 +137,11 @@ def without_deleted(options: Mapping[str, Any]) -> dict[str, Any]:
     """What was recorded, without options that metilr had before and that were off.
 
     Raises:
-        ValueError: If one was on; names it.
+        UserError: If one was on; names it.
     """
     for name in DELETED.keys() & options.keys():
-        require(options[name] in DELETED[name], f"{name} (which metilr no longer has)", options[name])
+        if options[name] not in DELETED[name]:
+            raise UserError(f"{shown(options[name])}: metilr no longer has this; evaluate again without it", name)
     return {name: value for name, value in options.items() if name not in DELETED}
 
 
@@ -148,7 +149,7 @@ def method_of_elements(elements: Mapping[str, Any]) -> MethodOptions:
     """How recorded ``elements`` compare descriptors that are whitened already.
 
     Raises:
-        ValueError: As ``without_deleted``.
+        UserError: As ``without_deleted``.
     """
     kept = without_deleted(elements)
     return MethodOptions("none", **{**kept, "visits": kept["visits"] if kept.get("database_views") == "rows" else None})

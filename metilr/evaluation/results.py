@@ -1,337 +1,300 @@
-"""What an evaluation leaves behind: results.json, the predictions, and what the reader must know."""
+"""``results.json``, read and written in one place: a model of what an evaluation found, and what made it."""
 
-import csv
 import json
-import shlex
-import sys
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
-from metilr.data.decode import BadImageError, load_image
-from metilr.data.ground_truth import NOT_NAMED, QUERY_FILES, GroundTruth
-from metilr.evaluation.options import MethodOptions
-from metilr.evaluation.recognition import Recognition
-from metilr.evaluation.run_folder import plain_options
-from metilr.extraction.descriptors import Descriptors
-from metilr.extraction.store import SPLITS
-from metilr.files import flush, named, write_atomically
-from metilr.geometry.check import GeometricCheck
-from metilr.geometry.evidence import Checked, inlier_lead, inliers_of_answers
-from metilr.metrics import DISTRACTOR
-from metilr.metrics.bootstrap import N_RESAMPLES, intervals, resampling_units
-from metilr.metrics.open_set import OperatingPoint, open_set_figures, threshold_for_precision
-from metilr.provenance import commit, library_versions, machine
-from metilr.retrieval.knn import K_GRID, NO_LABEL, NO_ROW, Predictions
-from metilr.retrieval.whitening import DEFAULT_DIM, LearnedWhitening
+from metilr.data.decode import MAX_IMAGE_SIZE
+from metilr.data.ground_truth import DatabaseName
+from metilr.errors import UserError, one_line, shown
+from metilr.extraction.options import Precision
+from metilr.files import flush, write_atomically
+from metilr.models import Engine, PoolingName
 
+SCHEMA_VERSION = 2  # 1 does not hold the options: it can be compared, but not repeated
+FIGURES = ("gap", "gap_minus", "acc")
+UNITS = ("photographers", "classes", "queries")  # that intervals are drawn over; not every museum has all
 LEVEL = 0.95  # of the intervals
 MIN_PRECISION = 0.9  # of the accepted answers on val, where nothing else is asked for
 FEW_ACCEPTED = 20  # answers: one more or less that is wrong moves their precision by 5 points
-UNITS = ("photographers", "classes", "queries")  # not every museum has all
+
+Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]  # what a file's name can hold
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Crop = Annotated[float, Field(gt=0, lt=1)]
+ImageSize = Annotated[int, Field(ge=1, le=MAX_IMAGE_SIZE)]  # px
 
 
-def further_figures(ground_truth: GroundTruth, recognition: Recognition, seed: int = 0) -> dict[str, Any]:
-    """Compute what ``results.json`` says beyond the headline figures.
+class Part(BaseModel):
+    """A part of a file that may be somebody else's: checked where it is read; what is not listed is kept."""
 
-    Args:
-        ground_truth: Knows what each query shows, who took it, and how many images an exhibit has.
-        recognition: Knows what was answered.
-        seed: Of the bootstrap.
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
 
-    Returns:
-        ``bootstrap`` (how the intervals were made), ``threshold`` (chosen on val for MIN_PRECISION, and what it
-        gives on both splits), and for val and test ``intervals`` (by unit and metric) and ``open_set``.
-    """
-    arguments = {
-        split: (answers.log_confidence, answers.labels, ground_truth.labels[split])
-        for split, answers in recognition.answers.items()
-    }
-    point = threshold_for_precision(*arguments["val"], MIN_PRECISION)
-    figures: dict[str, Any] = {
-        "bootstrap": {"resamples": N_RESAMPLES, "level": LEVEL, "seed": seed},
-        "threshold": {
-            "min_precision": MIN_PRECISION,
-            "chosen_on": "val",
-            "log_confidence": None if point is None else point.threshold,
-            "splits": {split: _at_threshold(*arguments[split], point) for split in QUERY_FILES},
-        },
-    }
-    for split in QUERY_FILES:
-        labels = ground_truth.labels[split]
-        photographers = ground_truth.photographers.get(split, np.full(len(labels), NOT_NAMED))
-        figures[split] = {
-            "intervals": {
-                unit: {
-                    metric: list(interval)
-                    for metric, interval in intervals(*arguments[split], units, seed=seed, level=LEVEL).items()
-                }
-                for unit, units in resampling_units(labels, photographers).items()
-            },
-            "open_set": open_set_figures(*arguments[split], ground_truth.kinds(split), ground_truth.class_sizes()),
-        }
-    return figures
+    def recorded(self) -> dict[str, Any]:
+        """What the file says, without defaults."""
+        return self.model_dump(exclude_unset=True)
 
 
-def headline_unit(results: Mapping[str, Any]) -> str | None:
-    """The unit of the intervals to show beside the figures: the one with the widest for GAP on test.
+class Counts(Part):
+    """Sizes of the data."""
 
-    Of those that both splits have; None without any. A few photographers, or two who took most photos, give
-    intervals that are too narrow.
-    """
-    units = [unit for unit in UNITS if all(unit in results[split]["intervals"] for split in QUERY_FILES)]
-
-    def width(unit: str) -> float:
-        low, high = results["test"]["intervals"][unit]["gap"]
-        return float(high - low)
-
-    return max(units, key=width, default=None)
+    database_images: Count
+    exhibits: Count
+    val_queries: Count
+    val_met: Count
+    test_queries: Count
+    test_met: Count
 
 
-def _at_threshold(
-    log_confidence: np.ndarray, predicted: np.ndarray, target: np.ndarray, point: OperatingPoint | None
-) -> dict[str, float | int | None] | None:
-    if point is None:
-        return None
-    accepted, is_met = log_confidence >= point.threshold, target != DISTRACTOR
-    right = accepted & is_met & (predicted == target)
-    return {
-        "n_accepted": int(accepted.sum()),
-        "precision": float(right.sum() / accepted.sum()) if accepted.any() else None,
-        "recall": float(right.sum() / is_met.sum()),
-        "false_alarms": float((accepted & ~is_met).sum() / (~is_met).sum()) if (~is_met).any() else None,
-    }
+class Data(Part):
+    """What was measured on."""
+
+    root: Text
+    database: DatabaseName
+    synthetic: bool
+    counts: Counts
+    fingerprint: Text
 
 
-def notes_of(
-    opened: Descriptors,
-    recognition: Recognition,
-    synthetic: bool,
-    whitening_dim: int | None,
-    skipped_images: list[dict[str, str]],
-) -> list[str]:
-    """What a reader must know so as not to misread the figures."""
-    notes = []
-    if synthetic:
-        notes.append("the demo museum is synthetic: its figures say nothing about real exhibits")
-    sessions = [session for origin in opened.origins for session in origin.get("made_with", [])]
-    if any(session.get("weights_from", {}).get("source") == "random" for session in sessions):
-        notes.append("RANDOM WEIGHTS: the backbone was not trained, its figures mean nothing")
-    made = [part for origin in opened.origins for part in (origin, *origin.get("views", []))]
-    if any(len(part.get("made_with", [])) > 1 for part in made):
-        notes.append("the descriptors were made in several goes with different devices or library versions")
-    whitening = recognition.whitening
-    if (
-        whitening_dim is None
-        and whitening is not None
-        and not isinstance(whitening, LearnedWhitening)
-        and whitening.dim == whitening.supported_dim < min(DEFAULT_DIM, opened.width)
-    ):
-        notes.append(
-            f"whitened to {whitening.dim} dimensions instead of {DEFAULT_DIM}: "
-            f"{whitening.n:,} database images support no more"
-        )
-    if (
-        recognition.tuning is not None
-        and recognition.tuning.k_grid[-1] < K_GRID[-1]
-        and len(recognition.tuning.k_grid) > 1
-    ):
-        notes.append(f"the grid of k ends at {recognition.tuning.k_grid[-1]}: a larger k passes the database's rows")
-    if skipped_images:
-        counts = {split: int((~opened.made[split]).sum()) for split in SPLITS}
-        parts = ", ".join(f"{n:,} of {len(opened.made[split]):,} in {split}" for split, n in counts.items() if n)
-        notes.append(f"images that are missing or cannot be decoded were left out: {parts} (see skipped_images)")
-    return notes
+class Pooling(Part):
+    """How a map became a descriptor."""
+
+    kind: PoolingName
+    p: Any = None
 
 
-def skipped_images_of(opened: Descriptors, ground_truth: GroundTruth) -> list[dict[str, str]]:
-    """Each image that is missing or cannot be decoded: its split, path and reason."""
-    skipped = []
-    for split, paths in ground_truth.paths.items():
-        for i in np.flatnonzero(~opened.made[split]):
-            path = paths[i]
-            skipped.append({"split": split, "path": path, "reason": _why_bad(ground_truth.image(path))})
-    return skipped
+class Session(Part):
+    """Where descriptors were made."""
+
+    weights_from: dict[str, Any] = {}
 
 
-def _why_bad(file: Path) -> str:
-    try:
-        load_image(file)
-    except BadImageError as error:
-        return str(error).rpartition("; ")[0]  # without the advice to skip it
-    return "could not be decoded when its descriptor was made"
+class Model(Part):
+    """What made the descriptors; of several sources, or a descriptors.pkl, next to nothing is known."""
+
+    backbone: Text | None = None
+    weights_sha256: Text | None = None
+    pooling: Pooling | None = None
+    projector: dict[str, Any] | None = None
+    stage: int | None = None
+    scales: Sequence[float] = ()
+    image_size: ImageSize | None = None
+    precision: Precision = "32"
+    engine: Engine = "torch"
+    store: Text | None = None
+    made_with: list[Session] = []
+    concatenated: list[dict[str, Any]] = []
+
+    @model_validator(mode="after")
+    def _can_describe(self) -> "Model":
+        missing = {"backbone", "pooling", "precision", "image_size"} - self.model_fields_set
+        if self.store is not None and missing:
+            raise ValueError(f"lacks {', '.join(sorted(missing))}")
+        return self
 
 
-SCHEMA_VERSION = 2
-READABLE_SCHEMAS = (1, 2)  # 1 does not hold the options: it can be compared, but not repeated
-CHECK_COLUMNS = ("inliers", "inlier_lead")  # after the others, where geometry was checked
-_WHITENING_SOURCES = {"pca": "learned on the database", "learned": "learned from pairs"}
-PREDICTION_COLUMNS = (
-    "path", "exhibit_id", "predicted_id", "log_confidence", "confidence", "similarity", "nearest_path", "correct",
-)  # fmt: skip
+class Whitening(Part):
+    """The whitening that was applied."""
+
+    source: Text | None = None
+    sha256: Text | None = None
+    dim: Count | None = None
+    shrinkage: float | None = None
 
 
-def results_of(
-    ground_truth: GroundTruth,
-    recognition: Recognition,
-    opened: Descriptors,
-    *,
-    options: Mapping[str, Any],
-    synthetic: bool,
-    method: MethodOptions,
-    check: GeometricCheck | None,
-    skipped_images: list[dict[str, str]],
-    notes: list[str],
-    seconds: float,
-) -> dict[str, Any]:
-    """Put together what ``results.json`` says; every figure in [0, 1]."""
-    applied, tuning = recognition.whitening, recognition.tuning
-    further = further_figures(ground_truth, recognition)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": _command(),
-        "directory": str(Path.cwd()),
-        "options": plain_options(options),
-        "seconds": round(seconds, 1),
-        "peak_memory_gb": peak_memory_gb(),
-        "notes": notes,
-        "data": {
-            "root": ground_truth.root.resolve().name,
-            "database": ground_truth.database,
-            "synthetic": synthetic,
-            "counts": ground_truth.counts(),
-            "fingerprint": ground_truth.fingerprint(),
-        },
-        "model": _model(opened),
-        "whitening": None
-        if applied is None
-        else {
-            "source": _WHITENING_SOURCES.get(method.whitening, Path(method.whitening).name),
-            "sha256": applied.sha256(),
-            "dim": applied.dim,
-            "shrinkage": applied.shrinkage,
-            "learned_on": applied.n,
-            **({"pairs": applied.n_pairs} if isinstance(applied, LearnedWhitening) else {}),
-            "supported_dim": applied.supported_dim,
-        },
-        "elements": {
-            "visits": method.n_visits,
-            "database_views": method.database_views,
-            "query_crops": list(method.query_crops),
-        },
-        "geometric_check": None
-        if check is None
-        else {
-            "candidates": check.candidates,
-            "reorder": check.reorder,
-            "boost": check.boost,
-            "gate": {"weight": check.gate.weight, "enough": check.gate.enough},
-            "tuned_on": "val",
-            "features": check.extractor.settings(),
-        },
-        "search": {"device": method.search_device or "cpu", "exact": True},
-        "knn": {
-            "k": recognition.k,
-            "tau": recognition.tau,
-            "tuned_on": None if tuning is None else "val",
-            "grid": None
-            if tuning is None
-            else {"k": list(tuning.k_grid), "tau": list(tuning.tau_grid), "val_gap": tuning.surface.tolist()},
-        },
-        **{name: further[name] for name in ("bootstrap", "threshold")},
-        **{split: {**recognition.figures[split], **further[split]} for split in QUERY_FILES},
-        "skipped_images": skipped_images,
-        "versions": {**library_versions(), "commit": commit()},
-        "machine": machine(),
-    }
+class Elements(Part, extra="forbid"):
+    """What goes beyond the published recipe; the last three are of metilrs that had more of it."""
+
+    visits: Count
+    database_views: Literal["none", "rows", "mean"]
+    query_crops: list[Crop]
+    crop_similarity: Literal["best", "mean"] = "best"
+    dba: Count = 0
+    hubness: dict[str, Any] | None = None
 
 
-def write_answers(output: Path, ground_truth: GroundTruth, recognition: Recognition) -> list[Path]:
-    """Write the predictions and the whitening.
+class Gate(Part):
+    """By how much confidence falls where few local features agree."""
 
-    Returns:
-        The files of the run so far.
+    weight: Annotated[float, Field(ge=0)]
+    enough: Positive
+
+
+class Check(Part):
+    """The geometric check."""
+
+    candidates: Annotated[Count, Field(ge=1)]
+    reorder: bool
+    boost: Annotated[float, Field(ge=0)]
+    gate: Gate
+    features: dict[str, Any]
+
+
+class Grid(Part):
+    """GAP on val, ``(len(k), len(tau))``, of which the largest was chosen."""
+
+    k: list[Count]
+    tau: list[float]
+    val_gap: list[list[float]] = []
+
+
+class Vote(Part):
+    """How neighbours vote."""
+
+    k: Annotated[Count, Field(ge=1)]
+    tau: Positive
+
+
+class KNN(Vote):
+    """How they voted, and how that was chosen."""
+
+    tuned_on: Literal["val"] | None = None
+    grid: Grid | None
+
+
+class Bootstrap(Part):
+    """How intervals were drawn."""
+
+    resamples: Count
+    level: Share
+    seed: Count
+
+
+class Accepted(Part):
+    """What the threshold gives on a split."""
+
+    n_accepted: Count
+    precision: Share | None
+    recall: Share
+    false_alarms: Share | None
+
+
+class Threshold(Part):
+    """The lowest log-confidence that is precise enough on val; None where there is none."""
+
+    min_precision: Share
+    chosen_on: Literal["val"]
+    log_confidence: float | None
+    splits: dict[str, Accepted | None]
+
+
+class Intervals(Part):
+    """From where to where each figure may lie."""
+
+    gap: Annotated[list[Share], Field(min_length=2, max_length=2)]
+    gap_minus: Annotated[list[Share], Field(min_length=2, max_length=2)]
+    acc: Annotated[list[Share], Field(min_length=2, max_length=2)]
+
+
+class Figures(Part):
+    """The figures of one split, in [0, 1]; intervals by unit of the resampling."""
+
+    gap: Share
+    gap_minus: Share
+    acc: Share
+    n_queries: Count
+    n_met: Count
+    intervals: dict[str, Intervals] = {}
+    open_set: dict[str, Any] = {}
+
+
+class Results(Part):
+    """``results.json``."""
+
+    schema_version: Literal[1, 2]
+    created: Text | None = None
+    command: Text | None = None
+    directory: Text = "."
+    options: dict[str, Any] | None = None
+    seconds: float | None = None
+    peak_memory_gb: float | None = None
+    notes: list[Text] = []
+    data: Data
+    model: Model
+    whitening: Whitening | None = None
+    elements: Elements | None = None
+    geometric_check: Check | None = None
+    search: dict[str, Any] = {}
+    knn: KNN
+    bootstrap: Bootstrap | None = None
+    threshold: Threshold | None = None
+    val: Figures
+    test: Figures
+    skipped_images: list[Any] = []
+    versions: dict[str, Any] = {}
+    machine: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> "Results":
+        missing = {"whitening", "elements", "geometric_check"} - self.model_fields_set
+        if self.schema_version > 1 and missing:
+            raise ValueError(f"lacks {', '.join(sorted(missing))}")
+        return self
+
+    @property
+    def splits(self) -> dict[str, Figures]:
+        """The figures by split."""
+        return {"val": self.val, "test": self.test}
+
+    @property
+    def unit(self) -> str | None:
+        """The unit of the intervals to show beside the figures: the one with the widest for GAP on test.
+
+        Of those that both splits have; None without any. A few photographers, or two who took most photos, give
+        intervals that are too narrow.
+        """
+        units = [unit for unit in UNITS if unit in self.val.intervals and unit in self.test.intervals]
+        ends = {unit: self.test.intervals[unit].gap for unit in units}
+        return max(units, key=lambda unit: ends[unit][1] - ends[unit][0], default=None)
+
+    def write(self, output: Path) -> Path:
+        """Write ``results.json``, the last file of a run: it says that all others are there, and on disk."""
+        for name in ("predictions", "report"):
+            if (output / name).exists():
+                flush(output / name)
+        write_atomically(output / "results.json", json.dumps(self.recorded(), indent=1, allow_nan=False) + "\n")
+        return output / "results.json"
+
+
+def read_results(path: Path) -> Results:
+    """Read ``results.json``, the file itself or that of a run's folder.
 
     Raises:
-        UserError: If the whitening cannot be written.
-        OSError: If another file cannot; names it.
+        UserError: If it is missing, malformed, or of another schema.
     """
-    written = [output / "predictions" / f"{split}.csv" for split in QUERY_FILES]
-    (output / "predictions").mkdir(exist_ok=True)
-    for split, file in zip(QUERY_FILES, written, strict=True):
-        checked = None if recognition.checked is None else recognition.checked[split]
-        _write_predictions(file, split, ground_truth, recognition.answers[split], checked)
-    if recognition.whitening is not None:
-        recognition.whitening.save(output / "whitening.npz")
-        written.append(output / "whitening.npz")
-    return [*written, output / "config.yaml"]
-
-
-def write_results(output: Path, results: Mapping[str, Any]) -> Path:
-    """Write ``results.json``, the last file of a run: it says that all others are there, and on disk."""
-    for name in ("predictions", "report"):
-        if (output / name).exists():
-            flush(output / name)
-    write_atomically(output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-    return output / "results.json"
-
-
-def peak_memory_gb() -> float | None:
-    """Most memory that one process of this run has held, memory-mapped files included; None where nothing tells."""
+    path = Path(path)
+    file = path if path.is_file() else path / "results.json"
+    if not file.exists():
+        reason = "it has no results.json" if path.exists() else "no such folder"
+        raise UserError(f"{path}: not a finished evaluation ({reason})")
     try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
+        return Results.model_validate(read_json(file))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({why(error)}); run the evaluation again") from None
 
 
-def _command() -> str | None:
-    """The command line, if this is one of metilr's; None where a program of the user's calls."""
-    script = Path(sys.argv[0])
-    if script.stem == "metilr":
-        return shlex.join(["metilr", *sys.argv[1:]])
-    return shlex.join([Path(sys.executable).name, *sys.argv]) if script.name == "evaluate.py" else None
+def read_json(file: Path) -> Any:
+    """Read a file of JSON: not too deep, numbers finite, text UTF-8.
+
+    Raises:
+        ValueError: If it is something else.
+        OSError: If it cannot be read.
+    """
+    content = from_json(file.read_bytes(), allow_inf_nan=False)
+    json.dumps(content, allow_nan=False)  # 1e999 is infinite, too
+    return content
 
 
-def _model(opened: Descriptors) -> dict[str, Any]:
-    """What made the descriptors: the model's settings, or several sources' where they were concatenated."""
-    if len(opened.origins) > 1:
-        return {"concatenated": [dict(origin) for origin in opened.origins]}
-    origin = dict(opened.origins[0])
-    return {
-        **origin.pop("model", {}),
-        **{key: value for key, value in origin.items() if key != "ground_truth"},
-    }
-
-
-def _write_predictions(
-    file: Path, split: str, ground_truth: GroundTruth, answers: Predictions, checked: Checked | None
-) -> None:
-    ids, database_paths = ground_truth.exhibit_ids, ground_truth.paths["database"]
-    labels = ground_truth.labels[split]
-    if checked is not None:
-        inliers, lead = inliers_of_answers(answers, checked), inlier_lead(answers, checked)
-    with named(file), file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow([*PREDICTION_COLUMNS, *([] if checked is None else CHECK_COLUMNS)])
-        for i, path in enumerate(ground_truth.paths[split]):
-            label, nearest = int(answers.labels[i]), int(answers.nearest[i])
-            log_confidence = float(answers.log_confidence[i])
-            writer.writerow(
-                [
-                    path,
-                    "" if labels[i] == DISTRACTOR else int(ids[labels[i]]),
-                    "" if label == NO_LABEL else int(ids[label]),
-                    repr(log_confidence),
-                    repr(float(np.exp(log_confidence))),
-                    "" if np.isnan(answers.similarity[i]) else repr(float(answers.similarity[i])),
-                    "" if nearest == NO_ROW else database_paths[nearest],
-                    int(labels[i] != DISTRACTOR and label == labels[i]),
-                    *([] if checked is None else [int(inliers[i]), int(lead[i])]),
-                ]
-            )
+def why(error: Exception) -> str:
+    """What is wrong with a file, in one line: the first field that is, and what it holds."""
+    if not isinstance(error, ValidationError):
+        return one_line(error)
+    first = error.errors(include_url=False, include_context=False)[0]
+    field = ".".join(map(str, first["loc"])) or "the file"
+    held = "" if first["type"] in ("missing", "value_error") else f", is {shown(first['input'])}"
+    return one_line(ValueError(f"{field}: {first['msg'].removeprefix('Value error, ')}{held}"))

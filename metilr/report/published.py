@@ -9,9 +9,10 @@ and 2 (mini); Ypsilantis et al., The Met Dataset, NeurIPS 2021 Datasets and Benc
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from metilr.data.ground_truth import DatabaseName
+from metilr.evaluation.results import Results
 from metilr.models import SCALES
 from metilr.models.zoo import BACKBONES
 
@@ -105,64 +106,39 @@ PUBLISHED = (
 )
 
 
-def published(results: Mapping[str, Any]) -> tuple[Published, ...]:
+def published(results: Results) -> tuple[Published, ...]:
     """Return the published figures of what a run measured; none unless it is that very row.
 
     The row is known if the data has the Met's published counts, the backbone has the official weights, and the rest
     is as published: images at their own size, GeM with p = 3 on the last map, no projector, the three scales,
     whitening to 512 learned on the database, k and τ tuned on val, no image left out, no element beyond the recipe.
-
-    Args:
-        results: What ``results.json`` says.
     """
-    is_that_row = _is_met(results["data"]) and _is_plain_model(results["model"]) and _is_standard_protocol(results)
+    data, model, whitening, grid = results.data, results.model, results.whitening, results.knn.grid
+    spec, elements = BACKBONES.get(model.backbone or ""), results.elements
+    origins = [session.weights_from for session in model.made_with]
+    is_that_row = (
+        not data.synthetic
+        and data.counts.recorded() == {**MET_COUNTS[data.database], **MET_QUERIES}
+        # every session that made the descriptors had the publisher's file: no training, nothing random
+        and spec is not None
+        and bool(origins)
+        and all(
+            origin.get("source") == spec.url or str(origin.get("file_sha256")).startswith(spec.sha256 or "not stated")
+            for origin in origins
+        )
+        and model.pooling is not None
+        and (model.pooling.kind, model.pooling.p) == ("gem", 3.0)
+        and (model.stage, model.projector, model.image_size, tuple(model.scales)) == (None, None, None, SCALES)
+        and whitening is not None
+        and whitening.source == "learned on the database"
+        and (whitening.dim, whitening.shrinkage) == (WHITENED_DIM, 1.0)
+        and results.knn.tuned_on == "val"
+        and grid is not None
+        and min(len(grid.k), len(grid.tau)) > 1
+        and not results.skipped_images
+        and not results.geometric_check
+        and not (elements and (elements.visits or elements.query_crops or elements.dba or elements.hubness))
+    )
     if not is_that_row:
         return ()
-    backbone, database = results["model"]["backbone"], results["data"]["database"]
-    return tuple(row for row in PUBLISHED if (row.backbone, row.database) == (backbone, database))
-
-
-def _is_met(data: Mapping[str, Any]) -> bool:
-    expected = {**MET_COUNTS[data["database"]], **MET_QUERIES}
-    return not data["synthetic"] and data["counts"] == expected
-
-
-def _is_plain_model(model: Mapping[str, Any]) -> bool:
-    pooling = model.get("pooling") or {}
-    return (
-        _has_official_weights(model)
-        and (pooling.get("kind"), pooling.get("p")) == ("gem", 3.0)
-        and model.get("stage") is None
-        and model.get("projector") is None
-        and model.get("image_size") is None
-        and tuple(model.get("scales", ())) == SCALES
-    )
-
-
-def _has_official_weights(model: Mapping[str, Any]) -> bool:
-    """Whether every session that made the descriptors had the publisher's file: no training, nothing random."""
-    spec = BACKBONES.get(model.get("backbone", ""))
-    origins = [session.get("weights_from", {}) for session in model.get("made_with", [])]
-    if spec is None or not origins:
-        return False
-    digest = spec.sha256 or "not stated"
-    return all(o.get("source") == spec.url or str(o.get("file_sha256")).startswith(digest) for o in origins)
-
-
-def _is_standard_protocol(results: Mapping[str, Any]) -> bool:
-    whitening, grid = results.get("whitening") or {}, results["knn"].get("grid") or {}
-    return (
-        whitening.get("source") == "learned on the database"
-        and (whitening.get("dim"), whitening.get("shrinkage")) == (WHITENED_DIM, 1.0)
-        and results["knn"].get("tuned_on") == "val"
-        and all(len(grid.get(name, ())) > 1 for name in ("k", "tau"))
-        and not results.get("skipped_images")
-        and _has_no_further_element(results)
-    )
-
-
-def _has_no_further_element(results: Mapping[str, Any]) -> bool:
-    """Whether everything beyond the published recipe was off; runs from before there was anything say nothing."""
-    elements = results.get("elements") or {}
-    switches = ("visits", "query_crops")
-    return not any(elements.get(name) for name in switches) and not results.get("geometric_check")
+    return tuple(row for row in PUBLISHED if (row.backbone, row.database) == (model.backbone, data.database))

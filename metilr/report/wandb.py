@@ -17,7 +17,7 @@ from metilr.data.decode import BadImageError
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.errors import UserError
 from metilr.evaluation.recognition import Recognition
-from metilr.evaluation.results import headline_unit
+from metilr.evaluation.results import Results
 from metilr.files import write_atomically
 from metilr.metrics import DISTRACTOR
 from metilr.metrics.open_set import precision_recall
@@ -130,7 +130,7 @@ FAILURES = 50  # a split: each has three pictures
 
 def log_evaluation(
     run: Any,
-    results: Mapping[str, Any],
+    results: Results,
     ground_truth: GroundTruth,
     recognition: Recognition,
     report: Path | None,
@@ -158,8 +158,9 @@ def log_evaluation(
             for j, tau in enumerate(tuning.tau_grid)
         ]
         log["tuning"] = wandb.Table(["k", "tau", "val/gap"], rows)
+    assert results.threshold is not None
     for split in QUERY_FILES:
-        log[f"{split}/failures"] = _failures(ground_truth, recognition, split, results["threshold"]["log_confidence"])
+        log[f"{split}/failures"] = _failures(ground_truth, recognition, split, results.threshold.log_confidence)
     run.log(log)
     if report is not None:
         artifact = wandb.Artifact(f"report-{run.id}", "report")
@@ -168,16 +169,16 @@ def log_evaluation(
         run.log_artifact(artifact)
 
 
-def _summary(results: Mapping[str, Any]) -> dict[str, Any]:
-    unit = headline_unit(results)
-    summary = {"k": results["knn"]["k"], "tau": results["knn"]["tau"]}
-    for split in QUERY_FILES:
+def _summary(results: Results) -> dict[str, Any]:
+    unit = results.unit
+    summary: dict[str, Any] = {"k": results.knn.k, "tau": results.knn.tau}
+    for split, figures in results.splits.items():
         for metric in ("gap", "gap_minus", "acc"):
-            summary[f"{split}/{metric}"] = results[split][metric]
+            summary[f"{split}/{metric}"] = getattr(figures, metric)
             if unit is not None:
-                low, high = results[split]["intervals"][unit][metric]
+                low, high = getattr(figures.intervals[unit], metric)
                 summary |= {f"{split}/{metric}_low": low, f"{split}/{metric}_high": high}
-        summary |= {f"{split}/{name}": results[split]["open_set"][name] for name in ("auroc", "fpr95", "aurc")}
+        summary |= {f"{split}/{name}": figures.open_set[name] for name in ("auroc", "fpr95", "aurc")}
     return summary
 
 

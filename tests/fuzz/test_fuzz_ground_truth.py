@@ -5,8 +5,8 @@ import json
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-
 from metilr.data.download_records import DownloadRecord, DownloadRecords
+
 from metilr.data.ground_truth import load_ground_truth
 from metilr.metrics import DISTRACTOR
 from tests.fuzz.guard import refusal

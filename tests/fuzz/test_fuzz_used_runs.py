@@ -16,7 +16,7 @@ from metilr.commands.evaluate import evaluate
 from metilr.commands.pack import pack
 from metilr.commands.rerun import _options, compare_results
 from metilr.data.decode import load_image
-from metilr.evaluation.runs import read_results
+from metilr.evaluation.results import read_results
 from tests import small_runs
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import HOSTILE_VALUES, cases, mutated_value

@@ -3,7 +3,6 @@ import pytest
 
 from metilr.data.ground_truth import load_ground_truth
 from metilr.errors import UserError
-from metilr.evaluation.results import headline_unit
 from metilr.metrics import DISTRACTOR, acc, gap, gap_minus
 from metilr.metrics.bootstrap import CHUNK, Interval, bootstrap, intervals, paired_intervals, resampling_units
 
@@ -188,24 +187,6 @@ def test_refuses(change, message):
     intervals(**arguments, n_resamples=2)
     with pytest.raises(UserError, match=message):
         intervals(**arguments | change)
-
-
-def test_the_headline_unit_is_the_widest_so_that_two_photographers_do_not_hide_the_doubt():
-    rng = np.random.default_rng(3)
-    target = np.concatenate([np.arange(60) // 2, np.full(200, DISTRACTOR)])
-    predicted = np.where(rng.random(260) < 0.4, target, 99)
-    units = resampling_units(target, np.concatenate([np.arange(60) % 2, np.full(200, -1)]))
-    found = {
-        unit: {metric: list(ends) for metric, ends in intervals(-rng.random(260), predicted, target, of).items()}
-        for unit, of in units.items()
-    }
-    results = {split: {"intervals": found} for split in ("val", "test")}
-    widths = {unit: ends["gap"][1] - ends["gap"][0] for unit, ends in found.items()}
-    assert set(widths) == {"queries", "classes", "photographers"}
-    assert headline_unit(results) == max(widths, key=widths.get) != "photographers"
-    for split in results:
-        results[split] = {"intervals": {}}
-    assert headline_unit(results) is None
 
 
 @pytest.mark.parametrize("level", [0.0, 95])

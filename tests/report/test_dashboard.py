@@ -30,10 +30,10 @@ def test_an_offline_run_holds_figures_curves_failures_and_the_report(tiny_museum
     [tuning] = (folder / "files" / "media" / "table").glob("tuning_*.json")
     rows = json.loads(tuning.read_text())["data"]
     best = max(gap for _, _, gap in rows)
-    assert best == pytest.approx(results["val"]["gap"])
+    assert best == pytest.approx(results.val.gap)
     [failures] = (folder / "files" / "media" / "table" / "test").glob("failures_*.json")
     wrong = [row for row in json.loads(failures.read_text())["data"] if row[3] == "wrong"]
-    assert len(wrong) == round((1 - results["test"]["acc"]) * 4)
+    assert len(wrong) == round((1 - results.test.acc) * 4)
     staged = [file for file in Path("out/wandb/artifacts").rglob("*") if file.is_file()]
     assert any(b"<title>museum: r18_in" in file.read_bytes() for file in staged)
 

@@ -9,7 +9,7 @@ import pytest
 from metilr.data.ground_truth import QUERY_FILES, load_ground_truth
 from metilr.evaluation.options import MethodOptions
 from metilr.evaluation.recognition import Recognition
-from metilr.evaluation.results import results_of
+from metilr.evaluation.summary import summarise
 from metilr.extraction.descriptors import Descriptors
 from metilr.metrics import acc, gap, gap_minus
 from metilr.report import write_report
@@ -140,11 +140,11 @@ def test_nineteen_thousand_queries(browser, met_root, tmp_path):
         matches[split] = Matches(rows, similarities)
     tuning = Tuning(1, 50.0, np.array([[0.1, 0.2]]), (1,), (1.0, 50.0))
     recognition = Recognition(answers, figures, None, 1, 50.0, tuning, matches)
-    opened = Descriptors({}, {}, [{"model": {"backbone": "r18_in", "pooling": {"kind": "gem", "p": 3}, "scales": [1]}}])
-    results = results_of(
-        truth, recognition, opened, options={}, synthetic=False, method=MethodOptions(), check=None,
-        skipped_images=[], notes=[], seconds=1.0,
-    )  # fmt: skip
+    is_made = {split: np.ones(len(paths), bool) for split, paths in truth.paths.items()}
+    opened = Descriptors(
+        {}, is_made, [{"model": {"backbone": "r18_in", "pooling": {"kind": "gem", "p": 3}, "scales": [1]}}]
+    )
+    results = summarise(truth, recognition, opened, MethodOptions(), None, options={}, synthetic=False, seconds=1.0)
     page = open_page(browser, write_report(tmp_path, results, truth, recognition, quiet=True))
     assert count(page) == (19319, 19319) and page.locator("#cards > li").count() == 24
     page.click("#next")
