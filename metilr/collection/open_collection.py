@@ -16,8 +16,7 @@ from metilr.demo import DEMO
 from metilr.errors import UserError
 from metilr.evaluation.options import MethodOptions, method_of_elements
 from metilr.evaluation.results import MIN_PRECISION
-from metilr.evaluation.runs import RUNS
-from metilr.evaluation.runs import Run, read_run
+from metilr.evaluation.runs import RUNS, Run, read_run
 from metilr.extraction.describe import store_settings
 from metilr.extraction.options import Accelerator, ExtractionOptions
 from metilr.extraction.store import DescriptorStore
