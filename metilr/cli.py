@@ -177,8 +177,9 @@ def _parser(function: Callable[..., Any], prog: str | None = None) -> Any:
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=set(groups))
     for options in groups.values():
         parser.add_class_arguments(options, None)
-    for action in (action for action in parser._actions if hasattr(action, "_typehint")):
-        kind: Any = action._typehint
+    actions: list[Any] = [action for action in parser._actions if hasattr(action, "_typehint")]
+    for action in actions:
+        kind = action._typehint
         lists = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) in (list, tuple, Sequence)]
         if lists:  # --scales 1 0.5, as argparse has it
             action.nargs, action._typehint, action.metavar = "+", typing.get_args(lists[0])[0], action.dest.upper()
@@ -228,9 +229,13 @@ def refuse_unknown(parser: Any, args: Sequence[str]) -> None:
         name = arg.partition("=")[0]
         # An option that takes a class has the class's parameters below it.
         if name.startswith("--") and name not in options and not name.startswith(classes):
-            raise UserError(f"unknown option {name[:60]}{did_you_mean(name, options)}; --help lists them")
+            raise _unknown(name, options)
         if any("\ud800" <= letter <= "\udfff" for letter in arg):  # how Python holds bytes that are no letters
             raise UserError(f"{arg}: its name is not in UTF-8; rename it")
+
+
+def _unknown(option: str, known: Iterable[str]) -> UserError:
+    return UserError(f"unknown option {option[:60]}{did_you_mean(option, known)}; --help lists them")
 
 
 def check_config(file: str) -> Mapping[str, Any]:
@@ -251,8 +256,9 @@ def check_config(file: str) -> Mapping[str, Any]:
 def _check_names(parser: Any, options: Mapping[str, Any]) -> None:
     """Refuse unknown options of a file, and what is no list where one is due."""
     known = {action.dest: action for action in parser._actions if hasattr(action, "_typehint")}
-    refuse_unknown(parser, [f"--{name}" for name in options if name not in known])
     for name, value in options.items():
+        if name not in known:
+            raise _unknown(f"--{name}", [f"--{each}" for each in known])
         if known[name].nargs == "+" and not isinstance(value, (list, tuple, type(None))):
             raise UserError(f"{shown(value)}: expected a list like [A, B]", name)
 

@@ -64,4 +64,4 @@ def check_choices(options: Any) -> None:
         value = getattr(options, name)
         is_other = value is None or (int in typing.get_args(kind) and type(value) is int)  # beside the choices
         if choices and not is_other and value not in choices:
-            raise UserError(f"{value}: choose one of {', '.join(map(str, choices))}", name)
+            raise UserError(f"{value}: choose one of {', '.join(dict.fromkeys(map(str, choices)))}", name)

@@ -121,6 +121,8 @@ def load_ground_truth(
             query that shows an exhibit.
     """
     root = Path(root)
+    if database not in DATABASE_FILES:
+        raise UserError(f"{database}: choose one of {', '.join(DATABASE_FILES)}", "database")
     files = {"database": DATABASE_FILES[database], **{split: QUERY_FILES[split] for split in queries}}
     files = {split: str(root / "ground_truth" / name) for split, name in files.items()}
     if not root.is_dir():

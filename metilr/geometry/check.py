@@ -106,7 +106,9 @@ def count_inliers(
     def of_query(i: int) -> np.ndarray:
         counts = np.zeros(candidates.shape[1], dtype=np.int64)
         query = check.features(queries[i])
-        for j in np.flatnonzero(candidates[i] != NO_ROW) if query is not None else ():
+        if query is None:
+            return counts
+        for j in np.flatnonzero(candidates[i] != NO_ROW):
             counts[j] = check.verify(query, check.features(database[candidates[i, j]])).n_inliers
         return counts
 

@@ -220,29 +220,6 @@ def test_a_geometric_check_gates_confidence_and_leaves_labels(museum, monkeypatc
     )
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--geometric_check", -1], "--geometric_check -1: choose 0"),
-        (["--geometric_reorder"], "--geometric_reorder has no effect without geometric_check"),
-        (["--visits", 3], "--visits has no effect without"),
-        (["--whitening", "learned", "--visits", 10**24], f"--visits {10**24}: choose 0 (off) to 1,000"),
-        (["--scales", 1e9], "--scales [1000000000.0]: give 1 to 32 numbers above 0, none above 8"),
-        (["--database_views", "rows", "--visits", 0], "--database_views rows: needs visits, such as 6"),
-        (["--query_crops", 1.5], "--query_crops [1.5]: choose shares between 0 and 1"),
-        (["--query_crops", 0.5, 0.5], "--query_crops [0.5, 0.5]: names a share twice"),
-        (["--database_views", "mean"], "mean"),
-        (["--dba", 8], "unknown option --dba"),
-        (["--pair_shrinkage", 0.5], "--pair_shrinkage has no effect without whitening learned"),
-        (["--whitening", "learned", "--pair_shrinkage", 0], "--pair_shrinkage 0"),
-        (["--whitening", "learned", "--whitening_shrinkage", 0.5], "--whitening_shrinkage has no effect"),
-    ],
-)
-def test_elements_that_cannot_work_are_refused_in_one_line(museum, capsys, options, message):
-    assert message in error_of(capsys, "--root", museum, *UNTRAINED, *options)
-    assert not list(Path("runs").glob("20*"))
-
-
 def test_a_geometric_check_needs_the_model(museum, capsys):
     run("--root", museum, *UNTRAINED, "--store", "store", "--output", "out")
     message = error_of(capsys, "--root", museum, "--descriptors", "store", "--geometric_check", 5)
@@ -274,39 +251,31 @@ def test_without_output_a_dated_folder_is_made_for_each_run(museum):
     assert len(list(Path("runs").glob("20*_r18_in*/results.json"))) == 2
 
 
-BAD_OPTIONS = [
-    (["--root", "nowhere"], "nowhere: no such folder"),
+BAD_OPTIONS = [  # what an option alone can have wrong is tested beside its dataclass
+    (["--root", "nowhere"], "--root nowhere: no such folder"),
     (["--backbone", "r18_inn"], "did you mean r18_in"),
-    (["--backbone", "timm/resnet1888"], "resnet1888"),
     (["--weights", "missing.pth"], "missing.pth"),
     (["--k", "9"], "--k 9: the database has 8 images"),
-    (["--k", "0"], "--k 0"),
     (["--tau", "0"], "--tau 0"),
-    (["--tau", "nan"], "nan"),
-    (["--scales", "0"], "--scales"),
+    (["--scales", "0"], "--scales [0.0]"),
     (["--p", "-1"], "--p -1"),
     (["--stage", "9"], "--stage 9"),
     (["--pooling", "cls"], "--pooling cls"),
-    (["--whitening_dim", "8"], "support 1 to 7"),
-    (["--whitening_shrinkage", "2"], "--whitening_shrinkage 2"),
-    (["--whitening_shrinkage", "0.5", "--whitening", "none"], "--whitening_shrinkage has no effect"),
-    (["--pooling", "mac", "--p", "4"], "--p: has no effect"),
+    (["--whitening_dim", "8"], "--whitening_dim 8: 8 database images of width 512 support 1 to 7"),
+    (["--visits", 3], "--visits has no effect without whitening learned or database_views rows"),
+    (["--database_views", "mean"], "--database_views mean: expected one of none, rows"),
+    (["--dba", 8], "unknown option --dba"),
     (["--descriptors", "x.pkl", "--pooling", "mac"], "has no effect with descriptors"),
-    (["--seed", "-1"], "--seed -1"),
     (["--search_device", "gpu"], "FAISS sees no GPU"),
-    (["--accelerator", "mps"], "--accelerator mps"),
     (["--num_nodes", "2"], "--num_nodes 2: start this command"),
     (["--whitening", "missing.npz"], "missing.npz: no such file"),
-    (["--database", "half"], "full, mini"),
-    (["--precision", "16-mixed"], "--precision 16-mixed"),
-    (["--output", "/proc/nowhere"], "--output /proc/nowhere: cannot be written"),
+    (["--output", "/proc/nowhere"], "output /proc/nowhere: cannot be written"),
     (["--store", "museum"], "holds other files"),
-    (["--config", "missing.yaml"], "missing.yaml"),
     (["--bakbone", "x"], "did you mean --backbone"),
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[" ".join(o) for o, _ in BAD_OPTIONS])
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[" ".join(map(str, o)) for o, _ in BAD_OPTIONS])
 def test_a_bad_option_ends_in_one_line_that_names_it(museum, capsys, options, message):
     assert message in error_of(capsys, "--root", museum, *UNTRAINED, *options)
 
@@ -440,7 +409,7 @@ def test_precision_as_a_number_is_the_same_exact_precision(museum):
 @pytest.mark.parametrize("wrong", [{"precision": 64}, {"database": "minni"}, {"search_device": "tpu"}, {"pooling": 3}])
 def test_a_wrong_choice_from_python_is_refused_by_name(museum, wrong):
     [name] = wrong
-    with pytest.raises(UserError, match=f"--{name} .*: choose one of"):
+    with pytest.raises(UserError, match=f"^{name} .*choose"):
         evaluate(museum, **wrong)
 
 
