@@ -92,12 +92,9 @@ def evaluate(
     limit_images(extraction.max_megapixels)
     quieten_lightning()
     is_first, quiet = launched_as_first(), extraction.quiet
-    console, progress = (
-        Console(highlight=False, quiet=not is_first),
-        Console(highlight=False, quiet=quiet or not is_first),
-    )
-    if method.search_device is None:
-        method = replace(method, search_device=_default_search_device(extraction.device))
+    console = Console(highlight=False, quiet=not is_first)
+    progress = Console(highlight=False, quiet=quiet or not is_first)
+    method = replace(method, search_device=method.search_device or _default_search_device(extraction.device))
 
     root = make_demo(DEMO, progress=not quiet) if root is None else Path(root)
     synthetic = (root / "demo.json").exists()
@@ -125,9 +122,9 @@ def evaluate(
         recognition, check = recognise(opened, ground_truth, method, progress.print, quiet), None
         if method.geometric_check:
             assert embedder is not None
-            n, reorder = method.geometric_check, method.geometric_reorder
+            embedder, n = embedder.to(extraction.device), method.geometric_check
             progress.print(f"[bold]geometry[/]     {min(n, ground_truth.n_classes)} candidates a query, in float32")
-            check = geometric_check_of(embedder.to(extraction.device), extraction.image_size, n, reorder)
+            check = geometric_check_of(embedder, extraction.image_size, n, method.geometric_reorder)
             recognition, check = check_recognition(recognition, ground_truth, check, quiet)
         results = summarise(
             ground_truth, recognition, opened, method, check, options=options, synthetic=synthetic,
