@@ -21,7 +21,7 @@ from metilr.evaluation.results import MIN_PRECISION
 from metilr.extraction.options import Accelerator
 from metilr.files import write_atomically
 from metilr.progress import printable
-from metilr.report.gallery import jpeg_of, jpeg_thumbnail
+from metilr.report.page import jpeg_of, jpeg_thumbnail
 from metilr.retrieval.knn import N_MATCHES
 
 

@@ -4,220 +4,30 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 
-from metilr.commands.differences import PairedDifferences, paired_differences, photographers_of
-from metilr.data.ground_truth import QUERY_FILES
+from metilr.data.ground_truth import NOT_NAMED, QUERY_FILES, load_ground_truth
 from metilr.errors import UserError
-from metilr.evaluation.results import LEVEL, Figures, Results
+from metilr.evaluation.results import FIGURES, LEVEL, UNITS
 from metilr.evaluation.runs import Run, make_output, read_run
-from metilr.files import write_atomically, write_picture
-from metilr.progress import printable
-from metilr.report.plots import COLOURS, plain
+from metilr.files import write_atomically
+from metilr.metrics.bootstrap import Difference, paired_intervals, resampling_units
+from metilr.progress import printable, tracked
 from metilr.report.published import Published, published
-from metilr.report.tables import TextTable, chosen
+from metilr.report.tables import METRICS, TextTable, chosen
 
-METRICS = {"gap": "GAP", "gap_minus": "GAP⁻", "acc": "ACC"}
-BAR = 0.26  # height of one bar, where a run takes 1
-TEXT = "#333333"
-
-
-def plot_comparison(
-    groups: Mapping[str, Mapping[str, Results]],
-    published: Mapping[str, Sequence[Published]],
-    files: Sequence[Path],
-) -> None:
-    """Draw runs as groups of bars, val on the left and test on the right, runs on other data in a row of their own.
-
-    Args:
-        groups: By title of the data, by name of the run: what ``results.json`` says.
-        published: By name of the run.
-        files: What to write, .png or .svg.
-    """
-    heights = [len(runs) for runs in groups.values()]
-    height = 1.1 + 0.62 * sum(heights) + 0.55 * len(groups)
-    figure = Figure(figsize=(9, height), dpi=160, layout="constrained")
-    panels = figure.subplots(len(groups), 2, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})
-    for row, (title, runs) in enumerate(groups.items()):
-        for column, split in enumerate(QUERY_FILES):
-            axes = panels[row, column]
-            _draw_bars(axes, split, runs, published)
-            first = next(iter(runs.values())).splits[split]
-            queries = f"{split}: {first.n_met:,} met of {first.n_queries:,} queries"
-            axes.set_title(plain(f"{title if column == 0 else ''}\n{queries}"), fontsize=9, loc="left")
-            axes.set_yticks(range(len(runs)), [plain(name) if column == 0 else "" for name in runs])
-    for axes in panels[-1]:
-        axes.set_xlabel("%")
-    figure.legend(handles=_legend(groups, published), loc="outside upper center", ncols=5, frameon=False, fontsize=9)
-    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
-        for file in files:
-            write_picture(file, partial(figure.savefig, format=file.suffix[1:]))
-
-
-def _draw_bars(
-    axes: Axes, split: str, runs: Mapping[str, Results], published: Mapping[str, Sequence[Published]]
-) -> None:
-    for y, (name, results) in enumerate(runs.items()):
-        unit = results.unit
-        for i, (metric, colour) in enumerate(zip(METRICS, COLOURS, strict=False)):
-            place, value = y + (i - 1) * BAR, 100 * getattr(results.splits[split], metric)
-            axes.barh(place, value, height=0.92 * BAR, color=colour)
-            if unit is not None:
-                interval = [100 * end for end in getattr(results.splits[split].intervals[unit], metric)]
-                axes.plot(interval, [place, place], color=TEXT, linewidth=0.9, solid_capstyle="butt")
-            for row in published[name]:
-                if row.split == split:
-                    mark = 100 * getattr(row, metric)
-                    axes.plot(mark, place, "D", markersize=5.5, markerfacecolor="white", markeredgecolor=TEXT, zorder=3)
-            axes.text(102, place, f"{value:.1f}", va="center", fontsize=7.5, color=TEXT)  # a column beside the bars
-    axes.set(xlim=(0, 100), ylim=(len(runs) - 0.5, -0.5))
-    axes.set_xticks(range(0, 101, 20))
-    axes.grid(axis="x", color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
-    axes.spines[["top", "right", "bottom"]].set_visible(False)
-
-
-def _legend(groups: Mapping[str, Mapping[str, Results]], published: Mapping[str, Sequence[Published]]) -> list[Any]:
-    handles: list[Any] = [
-        Patch(color=colour, label=label) for label, colour in zip(METRICS.values(), COLOURS, strict=False)
-    ]
-    units = {results.unit for runs in groups.values() for results in runs.values()} - {None}
-    if units:
-        label = f"{100 * LEVEL:g}% interval, bootstrap over {' or '.join(sorted(map(str, units)))}"
-        handles.append(Line2D([], [], color=TEXT, linewidth=0.9, label=label))
-    if any(published.values()):
-        mark = {"marker": "D", "linestyle": "", "markerfacecolor": "white", "markeredgecolor": TEXT}
-        handles.append(Line2D([], [], label="published, on the same split", **mark))  # type: ignore[arg-type]
-    return handles
-
-
-def figures_table(title: str, runs: Mapping[str, Run], known: Mapping[str, Sequence[Published]]) -> TextTable:
-    """Put runs on the same data in the shape of the report's Tables 1 and 2, published figures under their split."""
-    rows: list[list[str]] = []
-    quiet = []
-    for name, run in runs.items():
-        knn = run.results.knn
-        figures = [_percent(getattr(run.results.splits[split], metric)) for split in QUERY_FILES for metric in METRICS]
-        rows.append([name, str(knn.k), f"{knn.tau:g}", *figures])
-        for row in known[name]:
-            quiet.append(len(rows))
-            figures = [
-                _percent(getattr(row, metric)) if split == row.split else ""
-                for split in QUERY_FILES
-                for metric in METRICS
-            ]
-            k_and_tau = ["" if value is None else f"{value:g}" for value in (row.k, row.tau)]
-            rows.append([f"published ({row.split})", *k_and_tau, *figures])
-    data = next(iter(runs.values())).results.data.counts
-    notes = [
-        f"in percent; {data.database_images:,} database images of {data.exhibits:,} exhibits; val "
-        f"{data.val_queries:,} queries ({data.val_met:,} met), test "
-        f"{data.test_queries:,} ({data.test_met:,} met)",
-        *_sources([row for name in runs for row in known[name]]),
-        *_notes_of_runs(runs),
-    ]
-    spans = [("", 3), *((split, len(METRICS)) for split in QUERY_FILES)]
-    header = ["run", "k", "τ", *METRICS.values(), *METRICS.values()]
-    return TextTable(title, spans, header, rows, frozenset(quiet), notes)
-
-
-def costs_table(title: str, runs: Mapping[str, Run]) -> TextTable:
-    """Put beside each run's GAP its interval, and what the run took."""
-    rows = []
-    for name, run in runs.items():
-        results = run.results
-        unit = results.unit
-        gaps = [_gap_with_interval(figures, unit) for figures in results.splits.values()]
-        seconds, memory = results.seconds, results.peak_memory_gb
-        rows.append(
-            [name, *gaps, "–" if seconds is None else f"{seconds:,.0f}", "–" if memory is None else f"{memory:.2f}"]
-        )
-    notes = [
-        f"in brackets {100 * LEVEL:g}% intervals; seconds and memory of the whole evaluation; descriptors that an "
-        "earlier run left in a store were not made again"
-    ]
-    header = ["run", *(f"GAP {split}" for split in QUERY_FILES), "seconds", "GB"]
-    return TextTable(f"{title}: what each run took", [], header, rows, notes=notes)
-
-
-def _gap_with_interval(figures: Figures, unit: str | None) -> str:
-    if unit is None:
-        return _percent(figures.gap)
-    low, high = figures.intervals[unit].gap
-    return f"{_percent(figures.gap)} ({100 * low:.0f}–{100 * high:.0f})"
-
-
-def _sources(rows: Sequence[Published]) -> list[str]:
-    """Where published figures are from."""
-    sources = dict.fromkeys(f"published ({row.split}): {row.source}" for row in rows)
-    if not sources:
-        return []
-    misnamed = "; the report's tables say test, but were measured on val"
-    return [f"{'; '.join(sources)}; each under the split that it was measured on{misnamed}"]
-
-
-def _notes_of_runs(runs: Mapping[str, Run]) -> list[str]:
-    """What the evaluations themselves noted, each thing once with the runs that it is true of."""
-    names: dict[str, list[str]] = {}
-    for name, run in runs.items():
-        how = f"{chosen(run.results.knn, with_values=False)}; test scored once"
-        names.setdefault(how, []).append(name)
-        for note in run.results.notes:
-            names.setdefault(note, []).append(name)
-    return [f"{note} ({'all runs' if len(of) == len(runs) else ', '.join(of)})" for note, of in names.items()]
-
-
-def differences_table(
-    split: str, base_name: str, differences: Mapping[str, Sequence[PairedDifferences]], notes: Sequence[str]
-) -> TextTable:
-    """Put the paired differences to ``base_name`` on one split in a table, with the widest intervals of all units."""
-    rows = []
-    drawn: dict[str, None] = {}
-    for name, pairs in differences.items():
-        for pair in pairs:
-            if pair.split == split and pair.differences:
-                unit, figures = max(pair.differences.items(), key=_width)  # the widest; comparison.json has all
-                rows.append([name, *(_with_interval(figures[metric]) for metric in METRICS)])
-                drawn[unit] = None
-    interval = f"in brackets {100 * LEVEL:g}% intervals"
-    explained = f"in points, {interval}: paired bootstrap over {' or '.join(drawn)} and distractors"
-    notes = [*([explained] if rows else []), *notes]
-    return TextTable(f"{split}: difference to {base_name}", [], ["run", *METRICS.values()], rows, notes=notes)
-
-
-def _width(of_unit: tuple[str, Mapping[str, Sequence[float]]]) -> float:
-    _, low, high = of_unit[1]["gap"]
-    return high - low
-
-
-def _with_interval(difference: Sequence[float]) -> str:
-    value, low, high = (f"{100 * each:+.1f}" for each in difference)
-    text = f"{value} ({low.lstrip('+')}, {high.lstrip('+')})"
-    return text.replace("+0.0 ", "0.0 ").replace("-0.0", "0.0").replace("-", "−")
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f}"
-
-
-OF_RUNS = ("data", "notes", "elements", "geometric_check", "seconds", "peak_memory_gb")
-CSV_COLUMNS = ("run", "kind", "split", "gap", "gap_minus", "acc", "k", "tau", "database", "fingerprint", "source")
+OF_RUNS = ("data", "notes", "elements", "geometric_check", "seconds", "peak_memory_gb", *QUERY_FILES)  # in the JSON
+CSV_COLUMNS = ("run", "kind", "split", *FIGURES, "k", "tau", "database", "fingerprint", "source")
+DIFFERENT_DATA = "runs on other data are in a table of their own: figures of different tables do not compare"
 
 
 def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
-    """Compare evaluations with each other and with published figures.
+    """Compare evaluations: figures on val and on test beside published ones, and paired differences.
 
     Writes comparison.md, .csv, .tex, .json, .png and .svg. Runs on other data get a table of their own. Differences
     are to the first run, on the same queries and the same resamples.
@@ -232,6 +42,8 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
     Raises:
         UserError: If a folder holds no finished evaluation or is named twice, or the output cannot be written.
     """
+    from metilr.report.plots import plot_comparison  # matplotlib, which help does not need
+
     console = Console(highlight=False)
     read = _read_runs(runs)
     known = {name: published(run.results) for name, run in read.items()}
@@ -239,11 +51,11 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
     folder = make_output(output, "compare")
 
     tables = [figures_table(title, group, known) for title, group in groups.items()]
-    differences, notes = _differences(read, console)
+    differences, notes = _differences(read)
     if len(read) > 1:
         tables += [differences_table(split, next(iter(read)), differences, notes[split]) for split in QUERY_FILES]
-    costs_known = any(run.results.seconds is not None for run in read.values())  # not of runs by other programs
-    tables += [costs_table(title, group) for title, group in groups.items()] if costs_known else []
+    if any(run.results.seconds is not None for run in read.values()):  # not of runs by other programs
+        tables += [costs_table(title, group) for title, group in groups.items()]
     if len(groups) > 1:
         console.print(f"[bold yellow]note:[/] {DIFFERENT_DATA}")
     for table in tables:
@@ -269,9 +81,6 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
     return comparison
 
 
-DIFFERENT_DATA = "runs on other data are in a table of their own: figures of different tables do not compare"
-
-
 def _read_runs(paths: Sequence[Path]) -> dict[str, Run]:
     """Read the runs by name: the folder's, or as much of its path as tells it from the others."""
     folders = [Path(path).resolve() for path in paths]
@@ -280,14 +89,10 @@ def _read_runs(paths: Sequence[Path]) -> dict[str, Run]:
         raise UserError(f"{twice[0]}: named twice; name each run once")
     if not folders:
         raise UserError("no run is named; name the folders that evaluations wrote")
-
-    def tail(folder: Path, length: int) -> str:
-        return "/".join(folder.parts[-length:])
-
     length = 1
-    while len({tail(folder, length) for folder in folders}) < len(folders):
+    while len({folder.parts[-length:] for folder in folders}) < len(folders):
         length += 1
-    return {tail(folder, length): read_run(path) for path, folder in zip(paths, folders, strict=True)}
+    return {"/".join(folder.parts[-length:]): read_run(path) for path, folder in zip(paths, folders, strict=True)}
 
 
 def _by_data(runs: Mapping[str, Run]) -> dict[str, dict[str, Run]]:
@@ -298,22 +103,65 @@ def _by_data(runs: Mapping[str, Run]) -> dict[str, dict[str, Run]]:
     groups: dict[str, dict[str, Run]] = {}
     for fingerprint, group in by_fingerprint.items():
         data = next(iter(group.values())).results.data
-        kind = "SYNTHETIC demo museum" if data.synthetic else data.root
-        title = f"{kind}, {data.database} database"
-        title += f" ({fingerprint[:8]})" if title in groups else ""
-        groups[title] = group
+        title = f"{'SYNTHETIC demo museum' if data.synthetic else data.root}, {data.database} database"
+        groups[title + (f" ({fingerprint[:8]})" if title in groups else "")] = group
     return groups
 
 
-def _differences(
-    runs: Mapping[str, Run], console: Console
-) -> tuple[dict[str, list[PairedDifferences]], dict[str, list[str]]]:
+class PairedDifferences(NamedTuple):
+    """How much better a run is than the baseline on one split, by unit of the resampling and by metric."""
+
+    split: str
+    by_unit: Mapping[str, Mapping[str, Difference]]
+    left_out: str | None = None  # why there are none
+
+
+def paired_differences(
+    baseline: Run, run: Run, photographers: Mapping[str, np.ndarray] | None
+) -> list[PairedDifferences]:
+    """Subtract the baseline's figures from the run's, on val and on test, wherever both answered the same queries.
+
+    ``photographers`` says who took each query, by split; None where that is not known.
+    """
+    compared = []
+    for split in QUERY_FILES:
+        first, second = baseline.answers[split], run.answers[split]
+        target = first.exhibit_ids
+        if first.paths != second.paths or not np.array_equal(target, second.exhibit_ids):
+            compared.append(PairedDifferences(split, {}, "measured on other queries"))
+            continue
+        taken_by = np.full(len(target), NOT_NAMED) if photographers is None else photographers[split]
+        units = resampling_units(target, taken_by)
+        before, after = ((answers.log_confidence, answers.predicted_ids) for answers in (first, second))
+        by_unit = {
+            unit: paired_intervals(before, after, target, units[unit], level=LEVEL) for unit in UNITS if unit in units
+        }
+        left_out = None if by_unit else "too few met queries for an interval"
+        compared.append(PairedDifferences(split, by_unit, left_out))
+    return compared
+
+
+def photographers_of(run: Run) -> Mapping[str, np.ndarray] | None:
+    """Who took the queries, from the ground truth where the run found it; None if that is gone or has changed."""
+    root, data = run.config.get("root"), run.results.data
+    if root is None:
+        from metilr.demo import DEMO
+
+        root = Path(run.results.directory) / DEMO
+    try:
+        ground_truth = load_ground_truth(Path(root), data.database)
+    except UserError:
+        return None
+    return ground_truth.photographers if ground_truth.fingerprint() == data.fingerprint else None
+
+
+def _differences(runs: Mapping[str, Run]) -> tuple[dict[str, list[PairedDifferences]], dict[str, list[str]]]:
     """Compare each run with the first; the notes say, by split, what had to be left out."""
     (base_name, baseline), *others = runs.items()
     photographers = photographers_of(baseline) if others else None
     differences: dict[str, list[PairedDifferences]] = {}
     noted: dict[str, dict[str, list[str]]] = {split: {} for split in QUERY_FILES}
-    for name, run in track(others, "differences", console=console, transient=True):
+    for name, run in tracked(others, "differences", len(others), "runs"):
         differences[name] = paired_differences(baseline, run, photographers)
         same_data = run.results.data.fingerprint == baseline.results.data.fingerprint
         for pair in differences[name]:
@@ -322,27 +170,99 @@ def _differences(
             elif not same_data:
                 noted[pair.split].setdefault(f"matched against another database than {base_name}", []).append(name)
     notes = {split: [f"{note}: {', '.join(names)}" for note, names in of.items()] for split, of in noted.items()}
-    if differences and photographers is None:
+    if others and photographers is None:
         for of_split in notes.values():
             of_split.append(f"the ground truth of {base_name} is not where it was, so photographers are not known")
     return differences, notes
 
 
+def figures_table(title: str, runs: Mapping[str, Run], known: Mapping[str, Sequence[Published]]) -> TextTable:
+    """Put runs on the same data in the shape of the report's Tables 1 and 2, published figures under their split."""
+    rows, quiet = [], []
+    for name, run in runs.items():
+        knn, splits = run.results.knn, run.results.splits.values()
+        figures = [f"{100 * getattr(of_split, metric):.2f}" for of_split in splits for metric in METRICS]
+        rows.append([name, str(knn.k), f"{knn.tau:g}", *figures])
+        for row in known[name]:
+            quiet.append(len(rows))
+            of_row = [f"{100 * getattr(row, metric):.2f}" for metric in METRICS]
+            figures = [*of_row, "", "", ""] if row.split == "val" else ["", "", "", *of_row]
+            k_and_tau = ["" if value is None else f"{value:g}" for value in (row.k, row.tau)]
+            rows.append([f"published ({row.split})", *k_and_tau, *figures])
+    counts = next(iter(runs.values())).results.data.counts
+    sources = dict.fromkeys(f"published ({row.split}): {row.source}" for name in runs for row in known[name])
+    true_of: dict[str, list[str]] = {}  # what the evaluations themselves noted, each thing once
+    for name, run in runs.items():
+        for note in (f"{chosen(run.results.knn, with_values=False)}; test scored once", *run.results.notes):
+            true_of.setdefault(note, []).append(name)
+    notes = [
+        f"in percent; {counts.database_images:,} database images of {counts.exhibits:,} exhibits; "
+        f"val {counts.val_queries:,} queries ({counts.val_met:,} met), "
+        f"test {counts.test_queries:,} ({counts.test_met:,} met)"
+    ]
+    if sources:
+        misnamed = "the report's tables say test, but were measured on val"
+        notes.append(f"{'; '.join(sources)}; each under the split that it was measured on; {misnamed}")
+    notes += [f"{note} ({'all runs' if len(of) == len(runs) else ', '.join(of)})" for note, of in true_of.items()]
+    spans = [("", 3), *((split, len(METRICS)) for split in QUERY_FILES)]
+    header = ["run", "k", "τ", *METRICS.values(), *METRICS.values()]
+    return TextTable(title, spans, header, rows, frozenset(quiet), notes)
+
+
+def costs_table(title: str, runs: Mapping[str, Run]) -> TextTable:
+    """Put beside each run's GAP its interval, and what the run took."""
+    rows = []
+    for name, run in runs.items():
+        results, cells = run.results, [name]
+        for figures in results.splits.values():
+            ends = [100 * end for end in figures.intervals[results.unit].gap] if results.unit else None
+            cells.append(f"{100 * figures.gap:.2f}" + (f" ({ends[0]:.0f}–{ends[1]:.0f})" if ends else ""))
+        cells.append("–" if results.seconds is None else f"{results.seconds:,.0f}")
+        cells.append("–" if results.peak_memory_gb is None else f"{results.peak_memory_gb:.2f}")
+        rows.append(cells)
+    notes = [
+        f"in brackets {100 * LEVEL:g}% intervals; seconds and memory of the whole evaluation; descriptors that an "
+        "earlier run left in a store were not made again"
+    ]
+    header = ["run", *(f"GAP {split}" for split in QUERY_FILES), "seconds", "GB"]
+    return TextTable(f"{title}: what each run took", [], header, rows, notes=notes)
+
+
+def differences_table(
+    split: str, base_name: str, differences: Mapping[str, Sequence[PairedDifferences]], notes: Sequence[str]
+) -> TextTable:
+    """Put the differences to the baseline on one split in a table, each with the widest interval of all units."""
+    rows = []
+    drawn: dict[str, None] = {}
+    for name, pairs in differences.items():
+        for pair in pairs:
+            if pair.split == split and pair.by_unit:
+                unit = max(pair.by_unit, key=lambda unit: np.ptp(pair.by_unit[unit]["gap"][1:]))
+                rows.append([name, *(_with_interval(pair.by_unit[unit][metric]) for metric in METRICS)])
+                drawn[unit] = None
+    explained = f"in points, in brackets {100 * LEVEL:g}% intervals: paired bootstrap over {' or '.join(drawn)}"
+    notes = [*([f"{explained} and distractors"] if rows else []), *notes]
+    return TextTable(f"{split}: difference to {base_name}", [], ["run", *METRICS.values()], rows, notes=notes)
+
+
+def _with_interval(difference: Difference) -> str:
+    value, low, high = (f"{100 * each:+.1f}" for each in difference)
+    text = f"{value} ({low.lstrip('+')}, {high.lstrip('+')})"
+    return text.replace("+0.0 ", "0.0 ").replace("-0.0", "0.0").replace("-", "−")
+
+
 def _as_csv(runs: Mapping[str, Run], known: Mapping[str, Sequence[Published]]) -> str:
     """One line a run and split, and one a published row; figures in [0, 1]."""
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, CSV_COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(stream, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for name, run in runs.items():
         data, knn = run.results.data, run.results.knn
         of_run = {"run": name, "database": data.database, "fingerprint": data.fingerprint}
-        for split in QUERY_FILES:
-            figures = {metric: getattr(run.results.splits[split], metric) for metric in METRICS}
-            writer.writerow({**of_run, "kind": "measured", "split": split, **figures, "k": knn.k, "tau": knn.tau})
-        for row in known[name]:
-            figures = {metric: getattr(row, metric) for metric in METRICS}
-            of_row = {"split": row.split, "k": row.k, "tau": row.tau, "source": row.source}
-            writer.writerow({**of_run, "kind": "published", **figures, **of_row})
+        for split, figures in run.results.splits.items():
+            measured = {"kind": "measured", "split": split, "k": knn.k, "tau": knn.tau}
+            writer.writerow({**figures.model_dump(include=set(FIGURES)), **of_run, **measured})
+        writer.writerows({**vars(row), **of_run, "kind": "published"} for row in known[name])
     return stream.getvalue()
 
 
@@ -351,29 +271,16 @@ def _as_json(
     known: Mapping[str, Sequence[Published]],
     differences: Mapping[str, Sequence[PairedDifferences]],
 ) -> dict[str, Any]:
-    return {
-        "baseline": next(iter(runs)),
-        "runs": [
-            {
-                "name": name,
-                "path": str(run.path.resolve()),
-                **{key: run.results.recorded().get(key) for key in (*OF_RUNS, *QUERY_FILES)},
-                "knn": run.results.knn.model_dump(include={"k", "tau", "tuned_on"}),
-                "published": [vars(row) for row in known[name]],
-            }
-            for name, run in runs.items()
-        ],
-        "differences": [
-            {
-                "run": name,
-                "split": pair.split,
-                "left_out": pair.left_out,
-                "by_unit": {
-                    unit: {metric: difference._asdict() for metric, difference in figures.items()}
-                    for unit, figures in pair.differences.items()
-                },
-            }
-            for name, pairs in differences.items()
-            for pair in pairs
-        ],
-    }
+    of_runs = []
+    for name, run in runs.items():
+        recorded = run.results.recorded()
+        parts = {key: recorded.get(key) for key in OF_RUNS}
+        knn = run.results.knn.model_dump(include={"k", "tau", "tuned_on"})
+        rows = [vars(row) for row in known[name]]
+        of_runs.append({"name": name, "path": str(run.path.resolve()), **parts, "knn": knn, "published": rows})
+    of_pairs = []
+    for name, pairs in differences.items():
+        for split, by_unit, left_out in pairs:
+            plain = {unit: {metric: each._asdict() for metric, each in of.items()} for unit, of in by_unit.items()}
+            of_pairs.append({"run": name, "split": split, "left_out": left_out, "by_unit": plain})
+    return {"baseline": next(iter(runs)), "runs": of_runs, "differences": of_pairs}

@@ -149,7 +149,7 @@ def _leave_behind(
     from metilr.evaluation.summary import write_answers
     from metilr.report.page import write_report
     from metilr.report.tables import print_table
-    from metilr.report.wandb import log_evaluation, open_wandb, staged_in, unharmed, where_logged
+    from metilr.report.wandb import finishing, log_evaluation, open_wandb, staging_beside, where_logged
 
     written = write_answers(folder, ground_truth, recognition)
     print_table(console, results)  # before the page, so that nothing that happens there hides it
@@ -159,7 +159,7 @@ def _leave_behind(
         pages = [write_report(folder, results, ground_truth, recognition, report.report_pictures, check, quiet)]
     run = open_wandb(report.wandb, report.wandb_project, folder, results.options or {})
     if run is not None:
-        with staged_in(folder), unharmed(run):
+        with staging_beside(folder), finishing(run):
             progress.print(escape(where_logged(run, folder)), soft_wrap=True)
             log_evaluation(run, results, ground_truth, recognition, pages[0].parent if pages else None)
     written = [*pages, results.write(folder), *written]

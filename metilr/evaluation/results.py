@@ -252,6 +252,11 @@ class Results(Part):
         ends = {unit: self.test.intervals[unit].gap for unit in units}
         return max(units, key=lambda unit: ends[unit][1] - ends[unit][0], default=None)
 
+    @property
+    def accepted_from(self) -> float | None:
+        """Log-confidence from which on answers are accepted, chosen on val; None where there is none."""
+        return None if self.threshold is None else self.threshold.log_confidence
+
     def write(self, output: Path) -> Path:
         """Write ``results.json``, the last file of a run: it says that all others are there, and on disk."""
         for name in ("predictions", "report"):

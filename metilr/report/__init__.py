@@ -1,5 +1,1 @@
-"""The report page: what an evaluation found, to be looked at from disk, without a server or a network."""
-
-from metilr.report.page import write_report
-
-__all__ = ["write_report"]
+"""What a reader sees: the table, the plots, the report page, published figures, and the run in Weights & Biases."""

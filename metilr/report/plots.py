@@ -4,22 +4,36 @@ import io
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
-import matplotlib.patches
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
 
-from metilr.data.ground_truth import MET
+from metilr.data.ground_truth import MET, QUERY_FILES, GroundTruth
+from metilr.evaluation.results import LEVEL, Results
+from metilr.files import write_picture
+from metilr.metrics.open_set import precision_recall, risk_coverage
 from metilr.progress import printable
+from metilr.report.published import Published
+from metilr.report.tables import METRICS
+
+if TYPE_CHECKING:
+    from metilr.evaluation.recognition import Recognition
 
 TEXT = "#010203"  # stands for the page's text colour
+DARK = "#333333"  # text and lines on white
 COLOURS = ("#2f7fc1", "#e07b28", "#7d8794", "#3a9a6d", "#b45bb0")  # told apart with any colour vision
 SPLIT_COLOURS = {"val": COLOURS[1], "test": COLOURS[0]}
 ODDS_TICKS = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999, 1 - 1e-6, 1 - 1e-9, 1 - 1e-12)
 MOST_TICKS = 7
 MAX_LOG_ODDS = 40.0  # beyond, float64 has no room for the other classes
+BAR = 0.26  # height of one bar, where a run takes 1
 
 
 def precision_recall_plot(
@@ -43,8 +57,19 @@ def precision_recall_plot(
         if split in threshold_points:
             axes.plot(*threshold_points[split], "o", color=colour, markersize=7, markeredgecolor=TEXT, zorder=5)
     axes.set(xlabel="recall: share of met queries answered right", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    _legend(axes)
+    axes.legend(frameon=False, fontsize=9, labelcolor=TEXT)
     return figure
+
+
+def gap_steps(precision: np.ndarray, recall: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return recall and precision of the corners of the steps whose area is GAP, from rank order.
+
+    Each right answer moves recall on, at the precision that it reaches; wrong answers move nothing.
+    """
+    before = np.concatenate([[0.0], recall[:-1]])
+    is_right = recall > before
+    corners = np.stack([before[is_right], recall[is_right]], axis=1).ravel()
+    return corners, np.repeat(precision[is_right], 2)
 
 
 def tuning_plot(k_grid: Sequence[int], tau_grid: Sequence[float], val_gap: np.ndarray, k: int, tau: float) -> Figure:
@@ -53,12 +78,11 @@ def tuning_plot(k_grid: Sequence[int], tau_grid: Sequence[float], val_gap: np.nd
     percent = 100 * val_gap
     picture = axes.imshow(percent, aspect="auto", cmap="cividis")
     middle = (percent.min() + percent.max()) / 2
-    for i in range(len(k_grid)):
-        for j in range(len(tau_grid)):
-            colour = "black" if percent[i, j] > middle else "white"
-            axes.text(j, i, f"{percent[i, j]:.1f}", ha="center", va="center", color=colour, fontsize=6)
+    for (i, j), value in np.ndenumerate(percent):
+        colour = "black" if value > middle else "white"
+        axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=6)
     i, j = list(k_grid).index(k), list(tau_grid).index(tau)
-    axes.add_patch(matplotlib.patches.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="#e0281e", linewidth=3))
+    axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="#e0281e", linewidth=3))
     axes.set_xticks(range(len(tau_grid)), [f"{value:g}" for value in tau_grid])
     axes.set_yticks(range(len(k_grid)), [str(value) for value in k_grid])
     axes.set(xlabel="τ", ylabel="k")
@@ -73,39 +97,76 @@ def tuning_plot(k_grid: Sequence[int], tau_grid: Sequence[float], val_gap: np.nd
 def confidence_plot(log_confidence: np.ndarray, kinds: Sequence[str], threshold: float | None) -> Figure:
     """Draw how sure the answers are, a histogram a kind of query, on a scale of log-odds."""
     figure, axes = _figure()
-    kinds_of = np.array(kinds)
-    odds = log_odds(log_confidence)
+    odds = _log_odds(log_confidence)
     answered = np.isfinite(odds)
-    present = [MET, *sorted(set(kinds) - {MET})]
     low, high = (odds[answered].min(), odds[answered].max()) if answered.any() else (0.0, 1.0)
     edges = np.linspace(low, max(high, low + 1e-6), 31)
-    for kind, colour in zip(present, itertools.cycle(COLOURS), strict=False):
-        values = odds[answered & (kinds_of == kind)]
+    for kind, colour in zip([MET, *sorted(set(kinds) - {MET})], itertools.cycle(COLOURS), strict=False):
+        values = odds[answered & (np.array(kinds) == kind)]
         share = np.histogram(values, edges)[0] / max(1, len(values))
-        axes.stairs(share, edges, color=colour, linewidth=1.8, label=plain(f"{kind} ({len(values):,})"))
+        axes.stairs(share, edges, color=colour, linewidth=1.8, label=_plain(f"{kind} ({len(values):,})"))
         axes.stairs(share, edges, color=colour, fill=True, alpha=0.15)
     if threshold is not None:
-        at = float(log_odds(np.array([threshold]))[0])
+        at = float(_log_odds(np.array([threshold]))[0])
         axes.axvline(at, color=TEXT, linestyle="--", linewidth=1.2, label="threshold from val")
-    ticks = _apart([tick for tick in ODDS_TICKS if low <= np.log(tick / (1 - tick)) <= high], (high - low) / MOST_TICKS)
-    axes.set_xticks([float(np.log(tick / (1 - tick))) for tick in ticks], [_confidence_name(tick) for tick in ticks])
+    ticks: dict[float, str] = {}  # those in range that are far enough apart
+    for confidence in ODDS_TICKS:
+        at = float(np.log(confidence / (1 - confidence)))
+        if low <= at <= high and (not ticks or at - max(ticks) >= (high - low) / MOST_TICKS):
+            near_1 = f"1−{1 - confidence:.0e}".replace("e-", "e−").replace("−0", "−")
+            ticks[at] = f"{100 * confidence:g}%" if confidence < 0.99995 else near_1
+    axes.set_xticks(list(ticks), list(ticks.values()))
     axes.set(xlabel="confidence, on a scale of log-odds", ylabel="share of queries")
-    _legend(axes)
+    axes.legend(frameon=False, fontsize=9, labelcolor=TEXT)
     return figure
+
+
+def _log_odds(log_confidence: np.ndarray) -> np.ndarray:
+    """Return log(c / (1 - c)) of c = exp(log_confidence), cut at MAX_LOG_ODDS."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        odds = log_confidence - np.log(-np.expm1(log_confidence))
+    return np.minimum(odds, MAX_LOG_ODDS)
 
 
 def risk_coverage_plot(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     """Draw the share of wrong answers over the share of queries answered, the surest first."""
     figure, axes = _figure()
     for split, (coverage, risk) in curves.items():
-        shown = shown_points(len(coverage))
+        n = len(coverage)  # of which the first ones are drawn, where it is steep, and 1,000 in all
+        shown = np.unique(np.concatenate([np.arange(min(n, 200)), np.linspace(0, n - 1, 800).astype(int)]))
         axes.plot(coverage[shown], risk[shown], color=SPLIT_COLOURS[split], linewidth=1.8, label=split)
-    axes.set(
-        xlabel="coverage: share of all queries answered", ylabel="risk: share of answers wrong",
-        xlim=(0, 1), ylim=(0, 1.02),
-    )  # fmt: skip
-    _legend(axes)
+    axes.set(xlabel="coverage: share of all queries answered", ylabel="risk: share of answers wrong")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    axes.legend(frameon=False, fontsize=9, labelcolor=TEXT)
     return figure
+
+
+def draw_plots(results: Results, ground_truth: GroundTruth, recognition: "Recognition") -> dict[str, Figure]:
+    """Draw the plots of an evaluation, by name."""
+    cases = {
+        split: (answers.log_confidence, answers.labels, ground_truth.labels[split])
+        for split, answers in recognition.answers.items()
+    }
+    at_threshold = {} if results.threshold is None else results.threshold.splits
+    points = {
+        split: (point.recall, point.precision)
+        for split, point in at_threshold.items()
+        if point is not None and point.precision is not None
+    }
+    gaps = {split: figures.gap for split, figures in results.splits.items()}
+    curves = {split: precision_recall(*cases[split]) for split in QUERY_FILES}
+    plots = {
+        "precision_recall": precision_recall_plot(curves, gaps, points),
+        "risk_coverage": risk_coverage_plot({split: risk_coverage(*cases[split]) for split in QUERY_FILES}),
+    }
+    for split in QUERY_FILES:
+        plots[f"confidence_{split}"] = confidence_plot(
+            cases[split][0], ground_truth.kinds(split), results.accepted_from
+        )
+    tuning = recognition.tuning
+    if tuning is not None and tuning.surface.size > 1:
+        plots["tuning"] = tuning_plot(tuning.k_grid, tuning.tau_grid, tuning.surface, tuning.k, tuning.tau)
+    return plots
 
 
 def as_svg(figure: Figure, name: str) -> str:
@@ -125,63 +186,85 @@ def as_png(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def gap_steps(precision: np.ndarray, recall: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return recall and precision of the corners of the steps whose area is GAP, from rank order.
-
-    Each right answer moves recall on, at the precision that it reaches; wrong answers move nothing.
-    """
-    before = np.concatenate([[0.0], recall[:-1]])
-    is_right = recall > before
-    corners = np.stack([before[is_right], recall[is_right]], axis=1).ravel()
-    return corners, np.repeat(precision[is_right], 2)
-
-
-def plain(text: str) -> str:
+def _plain(text: str) -> str:
     """A text from a file name, without what matplotlib would read as a formula or as no label."""
     text = "\n".join(map(printable, text.split("\n"))).replace("$", r"\$")  # or a warning passes it to the terminal
     return f"\N{ZERO WIDTH SPACE}{text}" if text.startswith("_") else text
 
 
-def shown_points(n: int) -> np.ndarray:
-    """The places in a curve of n points that are drawn: the first ones, where it is steep, and 1,000 in all."""
-    return np.unique(np.concatenate([np.arange(min(n, 200)), np.linspace(0, n - 1, 800).astype(int)]))
-
-
-def log_odds(log_confidence: np.ndarray) -> np.ndarray:
-    """Return log(c / (1 - c)) of c = exp(log_confidence), cut at MAX_LOG_ODDS."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        odds = log_confidence - np.log(-np.expm1(log_confidence))
-    return np.minimum(odds, MAX_LOG_ODDS)
-
-
-def _apart(ticks: Sequence[float], least: float) -> list[float]:
-    """Those of ascending ticks whose log-odds are at least so far apart."""
-    kept: list[float] = []
-    for tick in ticks:
-        if not kept or np.log(tick / (1 - tick)) - np.log(kept[-1] / (1 - kept[-1])) >= least:
-            kept.append(tick)
-    return kept
-
-
-def _confidence_name(tick: float) -> str:
-    return f"{100 * tick:g}%" if tick < 0.99995 else f"1−{1 - tick:.0e}".replace("e-", "e−").replace("−0", "−")
-
-
-def _figure(width: float = 4.6) -> tuple[Figure, Axes]:
-    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(width, 3.5), layout="constrained")
-        axes = figure.add_subplot()
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.6, 3.5), layout="constrained")
+    axes = figure.add_subplot()
     figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)
     axes.grid(color=TEXT, alpha=0.12)
     axes.set_axisbelow(True)
     axes.tick_params(colors=TEXT, labelsize=9)
-    for spine in axes.spines.values():
-        spine.set_color(TEXT)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[:].set_color(TEXT)
     axes.xaxis.label.set_color(TEXT)
     axes.yaxis.label.set_color(TEXT)
     return figure, axes
 
 
-def _legend(axes: Axes) -> None:
-    axes.legend(frameon=False, fontsize=9, labelcolor=TEXT)
+def plot_comparison(
+    groups: Mapping[str, Mapping[str, Results]], published: Mapping[str, Sequence[Published]], files: Sequence[Path]
+) -> None:
+    """Draw runs as groups of bars, val on the left and test on the right, runs on other data in a row of their own.
+
+    Args:
+        groups: By title of the data and by name of the run.
+        published: By name of the run.
+        files: What to write, .png or .svg.
+    """
+    heights = [len(runs) for runs in groups.values()]
+    figure = Figure(figsize=(9, 1.1 + 0.62 * sum(heights) + 0.55 * len(groups)), dpi=160, layout="constrained")
+    panels = figure.subplots(len(groups), 2, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for (title, runs), (left, right) in zip(groups.items(), panels, strict=True):
+        for split, axes in (("val", left), ("test", right)):
+            _draw_bars(axes, split, runs, published)
+            first = next(iter(runs.values())).splits[split]
+            queries = f"{split}: {first.n_met:,} met of {first.n_queries:,} queries"
+            axes.set_title(_plain(f"{title if split == 'val' else ''}\n{queries}"), fontsize=9, loc="left")
+            axes.set_yticks(range(len(runs)), [_plain(name) if split == "val" else "" for name in runs])
+    for axes in panels[-1]:
+        axes.set_xlabel("%")
+    handles: list[Any] = [
+        Patch(color=colour, label=label) for label, colour in zip(METRICS.values(), COLOURS, strict=False)
+    ]
+    units = {results.unit for runs in groups.values() for results in runs.values()} - {None}
+    if units:
+        label = f"{100 * LEVEL:g}% interval, bootstrap over {' or '.join(sorted(map(str, units)))}"
+        handles.append(Line2D([], [], color=DARK, linewidth=0.9, label=label))
+    if any(published.values()):
+        mark = Line2D([], [], marker="D", linestyle="", markerfacecolor="white", markeredgecolor=DARK)
+        mark.set_label("published, on the same split")
+        handles.append(mark)
+    figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False, fontsize=9)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+        for file in files:
+            write_picture(file, partial(figure.savefig, format=file.suffix[1:]))
+
+
+def _draw_bars(
+    axes: Axes, split: str, runs: Mapping[str, Results], published: Mapping[str, Sequence[Published]]
+) -> None:
+    for y, (name, results) in enumerate(runs.items()):
+        figures = results.splits[split]
+        for i, (metric, colour) in enumerate(zip(METRICS, COLOURS, strict=False)):
+            place, value = y + (i - 1) * BAR, 100 * getattr(figures, metric)
+            axes.barh(place, value, height=0.92 * BAR, color=colour)
+            if results.unit is not None:
+                interval = [100 * end for end in getattr(figures.intervals[results.unit], metric)]
+                axes.plot(interval, [place, place], color=DARK, linewidth=0.9, solid_capstyle="butt")
+            for row in published[name]:
+                if row.split == split:
+                    mark = 100 * getattr(row, metric)
+                    axes.plot(mark, place, "D", markersize=5.5, markerfacecolor="white", markeredgecolor=DARK, zorder=3)
+            axes.text(102, place, f"{value:.1f}", va="center", fontsize=7.5, color=DARK)  # a column beside the bars
+    axes.set(xlim=(0, 100), ylim=(len(runs) - 0.5, -0.5))
+    axes.set_xticks(range(0, 101, 20))
+    axes.grid(axis="x", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)

@@ -7,7 +7,6 @@ Sources: *Augmenting Backbone Approaches to Instance-level Recognition for Artwo
 and 2 (mini); Ypsilantis et al., The Met Dataset, NeurIPS 2021 Datasets and Benchmarks ("Met paper").
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,81 +28,58 @@ WHITENED_DIM = 512
 
 @dataclass(frozen=True)
 class Published:
-    """One published row.
-
-    Attributes:
-        backbone: Name as in ``BACKBONES``.
-        database: Which database the queries were matched against.
-        split: What the figures were measured on, whatever the table's title says.
-        source: Who published them.
-        k: Number of neighbours; None where the source does not say.
-        tau: Inverse temperature; None where the source does not say.
-        gap: In [0, 1].
-        gap_minus: In [0, 1].
-        acc: In [0, 1].
-    """
+    """One published row; figures in [0, 1]."""
 
     backbone: str
     database: DatabaseName
-    split: Split
+    split: Split  # what the figures were measured on, whatever the table's title says
     source: str
-    k: int | None
+    k: int | None  # None where the source does not say, as tau
     tau: float | None
     gap: float
     gap_minus: float
     acc: float
 
 
-# As published, in percent: GAP, GAP⁻, ACC; before them k and τ where stated.
-_REPORT_FULL = {
-    "r18_in": (3, 50, 27.85, 48.01, 52.71),
-    "r50_in": (7, 50, 31.58, 51.77, 55.81),
-    "r50_swav": (15, 50, 41.73, 56.49, 58.91),
-    "r50_sin": (5, 50, 26.17, 44.89, 48.06),
-    "r18_swsl": (5, 50, 35.92, 56.15, 59.68),
-    "r50_swsl": (5, 50, 49.09, 69.00, 71.31),
-    "rx50_32x4d_swsl": (5, 50, 26.07, 50.20, 53.48),
-    "rx101_32x4d_swsl": (5, 50, 25.38, 49.72, 52.71),
-    "rx101_32x8d_swsl": (50, 50, 20.13, 39.19, 44.18),
-    "rx101_32x16d_swsl": (7, 100, 17.85, 42.49, 47.28),
-}
-_REPORT_MINI = {
-    "r18_in": (2, 100, 39.10, 59.75, 62.01),
-    "r50_in": (3, 50, 40.98, 62.50, 64.34),
-    "r50_swav": (5, 50, 51.08, 66.29, 68.21),
-    "r50_sin": (3, 50, 40.81, 57.75, 60.46),
-    "r18_swsl": (3, 50, 47.84, 65.79, 68.21),
-    "r50_swsl": (15, 50, 60.00, 74.95, 75.96),
-    "rx50_32x4d_swsl": (3, 50, 40.22, 60.15, 62.01),
-    "rx101_32x4d_swsl": (3, 50, 37.50, 62.47, 64.34),
-    "rx101_32x8d_swsl": (3, 50, 32.87, 55.95, 60.46),
-    "rx101_32x16d_swsl": (3, 50, 25.63, 56.50, 59.68),
-}
-_PAPER_FULL = {
-    "r18_in": (None, None, 15.9, 37.5, 42.3),
-    "r50_in": (None, None, 22.2, 41.8, 46.4),
-    "r18_swsl": (None, None, 24.7, 47.0, 50.9),
-    "r50_swsl": (None, None, 30.4, 52.9, 56.3),
-}
+# As published, in percent: backbone, database, split, k and τ where stated, GAP, GAP⁻, ACC.
+_ROWS = """
+r18_in            full val   3  50  27.85 48.01 52.71
+r50_in            full val   7  50  31.58 51.77 55.81
+r50_swav          full val  15  50  41.73 56.49 58.91
+r50_sin           full val   5  50  26.17 44.89 48.06
+r18_swsl          full val   5  50  35.92 56.15 59.68
+r50_swsl          full val   5  50  49.09 69.00 71.31
+rx50_32x4d_swsl   full val   5  50  26.07 50.20 53.48
+rx101_32x4d_swsl  full val   5  50  25.38 49.72 52.71
+rx101_32x8d_swsl  full val  50  50  20.13 39.19 44.18
+rx101_32x16d_swsl full val   7 100  17.85 42.49 47.28
+r18_in            mini val   2 100  39.10 59.75 62.01
+r50_in            mini val   3  50  40.98 62.50 64.34
+r50_swav          mini val   5  50  51.08 66.29 68.21
+r50_sin           mini val   3  50  40.81 57.75 60.46
+r18_swsl          mini val   3  50  47.84 65.79 68.21
+r50_swsl          mini val  15  50  60.00 74.95 75.96
+rx50_32x4d_swsl   mini val   3  50  40.22 60.15 62.01
+rx101_32x4d_swsl  mini val   3  50  37.50 62.47 64.34
+rx101_32x8d_swsl  mini val   3  50  32.87 55.95 60.46
+rx101_32x16d_swsl mini val   3  50  25.63 56.50 59.68
+r18_in            full test  -   -   15.9  37.5  42.3
+r50_in            full test  -   -   22.2  41.8  46.4
+r18_swsl          full test  -   -   24.7  47.0  50.9
+r50_swsl          full test  -   -   30.4  52.9  56.3
+"""
 
 
-def _rows(
-    percents: Mapping[str, tuple[int | None, float | None, float, float, float]],
-    database: DatabaseName,
-    split: Split,
-    source: str,
-) -> tuple[Published, ...]:
-    return tuple(
-        Published(backbone, database, split, source, k, tau, gap / 100, gap_minus / 100, acc / 100)
-        for backbone, (k, tau, gap, gap_minus, acc) in percents.items()
-    )
+def _published(line: str) -> Published:
+    backbone, database, split, k, tau, *percents = line.split()
+    source = "Met paper" if split == "test" else f"report, Table {1 if database == 'full' else 2}"
+    gap, gap_minus, acc = (float(percent) / 100 for percent in percents)
+    k_and_tau = {"k": None, "tau": None} if k == "-" else {"k": int(k), "tau": float(tau)}
+    figures = {"gap": gap, "gap_minus": gap_minus, "acc": acc}
+    return Published(backbone, database, split, source, **k_and_tau, **figures)  # type: ignore[arg-type]
 
 
-PUBLISHED = (
-    *_rows(_REPORT_FULL, "full", "val", "report, Table 1"),
-    *_rows(_REPORT_MINI, "mini", "val", "report, Table 2"),
-    *_rows(_PAPER_FULL, "full", "test", "Met paper"),
-)
+PUBLISHED = tuple(map(_published, _ROWS.strip().splitlines()))
 
 
 def published(results: Results) -> tuple[Published, ...]:

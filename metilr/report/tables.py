@@ -1,18 +1,18 @@
-"""The table that an evaluation ends with, and how its figures came about, in words."""
+"""Tables: the one that an evaluation ends with, those of a comparison, and how k and τ came about, in words."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rich import box
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from metilr.evaluation.results import KNN, Figures, Results
+from metilr.evaluation.results import KNN, Results
 from metilr.progress import printable
 
+METRICS = {"gap": "GAP", "gap_minus": "GAP⁻", "acc": "ACC"}
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -22,7 +22,7 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class TextTable:
-    """Columns of text, of which the first ``n_left`` are set to the left and the rest to the right.
+    """Columns of text, the first set to the left and the others to the right.
 
     Attributes:
         title: Above the table.
@@ -31,7 +31,6 @@ class TextTable:
         rows: As many texts each.
         quiet: Numbers of the rows that are set back, because they are not the main thing.
         notes: Lines below the table.
-        n_left: Columns of words rather than numbers.
     """
 
     title: str
@@ -40,72 +39,64 @@ class TextTable:
     rows: Sequence[Sequence[str]]
     quiet: frozenset[int] = frozenset()
     notes: Sequence[str] = field(default_factory=list)
-    n_left: int = 1
 
     def rich(self) -> Table:
         """For the terminal; notes are left to the caller."""
-        table = Table(
-            title=escape(printable(self.title)),
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            show_edge=False,
-            padding=(0, 1, 0, 0),
-        )
-        for i, (span, name) in enumerate(zip(self._spans_by_column(), self.header, strict=True)):
-            span, name = printable(span), printable(name)
-            head = f"{span}\n{name}" if any(text for text, _ in self.spans) else name
-            table.add_column(
-                escape(head), justify="left" if i < self.n_left else "right", no_wrap=i > 0, overflow="fold"
-            )
+        title = escape(printable(self.title))
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+        for i, name in enumerate(self._headings("\n")):
+            table.add_column(escape(name), justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
         for number, row in enumerate(self.rows):
-            table.add_row(
-                *(escape(printable(cell)) for cell in row), style="dim italic" if number in self.quiet else None
-            )
+            style = "dim italic" if number in self.quiet else None
+            table.add_row(*(escape(printable(cell)) for cell in row), style=style)
         return table
 
     def markdown(self) -> str:
         """As GitHub's Markdown, a span's heading before each of its columns."""
-        header = [f"{span} {name}".strip() for span, name in zip(self._spans_by_column(), self.header, strict=True)]
-        rule = ["---" if i < self.n_left else "---:" for i in range(len(header))]
-        rows = [[_markdown(cell) for cell in row] for row in self.rows]
-        rows = [[f"*{cell}*" if cell and i in self.quiet else cell for cell in row] for i, row in enumerate(rows)]
-        lines = [f"| {' | '.join(cells)} |" for cells in ([_markdown(cell) for cell in header], rule, *rows)]
-        notes = [f"- {_markdown(note)}" for note in self.notes]
-        return "\n".join([f"**{_markdown(self.title)}**", "", *lines, *([""] if notes else []), *notes]) + "\n"
+        rule = ["---", *("---:" for _ in self.header[1:])]
+        lines = [[_markdown(cell) for cell in self._headings(" ")], rule]
+        for i, row in enumerate(self.rows):
+            cells = [_markdown(cell) for cell in row]
+            lines.append([f"*{cell}*" if cell and i in self.quiet else cell for cell in cells])
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        notes = "\n".join(f"- {_markdown(note)}" for note in self.notes)
+        return f"**{_markdown(self.title)}**\n\n{table}\n" + (f"\n{notes}\n" if notes else "")
 
     def latex(self) -> str:
         r"""As a ``table`` for ``\usepackage{booktabs}``."""
-        columns = "l" * self.n_left + "r" * (len(self.header) - self.n_left)
-        rows = [[_latex(cell) for cell in row] for row in self.rows]
-        rows = [
-            [rf"\textit{{{cell}}}" if cell and i in self.quiet else cell for cell in row] for i, row in enumerate(rows)
-        ]
         heads, rules, column = [], [], 1
         for text, n in self.spans:
             heads.append(rf"\multicolumn{{{n}}}{{c}}{{{_latex(text)}}}")
             rules += [rf"\cmidrule(lr){{{column}-{column + n - 1}}}"] if text else []
             column += n
-        return "\n".join(
-            [
-                r"\begin{table}",
-                r"\centering",
-                rf"\caption{{{_latex(self.title)}}}",
-                rf"\begin{{tabular}}{{{columns}}}",
-                r"\toprule",
-                *([rf"{' & '.join(heads)} \\", " ".join(rules)] if rules else []),
-                rf"{' & '.join(map(_latex, self.header))} \\",
-                r"\midrule",
-                *(rf"{' & '.join(row)} \\" for row in rows),
-                r"\bottomrule",
-                r"\end{tabular}",
-                *(rf"\par\footnotesize {_latex(note)}" for note in self.notes),
-                r"\end{table}",
-                "",
-            ]
-        )
+        rows = []
+        for i, row in enumerate(self.rows):
+            cells = [_latex(cell) for cell in row]
+            rows.append([rf"\textit{{{cell}}}" if cell and i in self.quiet else cell for cell in cells])
+        lines = [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{_latex(self.title)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}",
+            r"\toprule",
+            *([rf"{' & '.join(heads)} \\", " ".join(rules)] if rules else []),
+            rf"{' & '.join(map(_latex, self.header))} \\",
+            r"\midrule",
+            *(rf"{' & '.join(row)} \\" for row in rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            *(rf"\par\footnotesize {_latex(note)}" for note in self.notes),
+            r"\end{table}",
+        ]
+        return "\n".join(lines) + "\n"
 
-    def _spans_by_column(self) -> list[str]:
-        return [text for text, n in self.spans for _ in range(n)] or [""] * len(self.header)
+    def _headings(self, between: str) -> list[str]:
+        """Each column's name, after the span's where there are some."""
+        if not self.spans:
+            return [printable(name) for name in self.header]
+        spans = [printable(text) for text, n in self.spans for _ in range(n)]
+        names = [f"{span}{between}{printable(name)}" for span, name in zip(spans, self.header, strict=True)]
+        return names if between == "\n" else [name.strip() for name in names]
 
 
 def _markdown(text: str) -> str:
@@ -118,41 +109,32 @@ def _latex(text: str) -> str:
 
 def print_table(console: Console, results: Results) -> None:
     """Print the figures of val and test in percent, and what must be known to read them."""
-    data, knn = results.data, results.knn
-    kind = "SYNTHETIC demo museum" if data.synthetic else escape(data.root)
-    table = Table(title=f"{kind}, {data.database} database", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("split", "met of all", "GAP", "GAP⁻", "ACC"):
+    kind = "SYNTHETIC demo museum" if results.data.synthetic else escape(results.data.root)
+    table = Table(title=f"{kind}, {results.data.database} database", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("split", "met of all", *METRICS.values()):
         table.add_column(column, justify="left" if column == "split" else "right", no_wrap=True)
     unit = results.unit
     for split, figures in results.splits.items():
-        percents = [_with_interval(figures, name, unit) for name in ("gap", "gap_minus", "acc")]
-        table.add_row(split, f"{figures.n_met:,} of {figures.n_queries:,}", *percents)
+        cells = []
+        for metric in METRICS:
+            ends = getattr(figures.intervals[unit], metric) if unit else ()
+            interval = "–".join(f"{100 * end:.0f}" for end in ends)
+            cells.append(f"{100 * getattr(figures, metric):.2f}" + (f" [dim]({interval})[/]" if unit else ""))
+        table.add_row(split, f"{figures.n_met:,} of {figures.n_queries:,}", *cells)
     console.print(table)
-    console.print(f"in percent; {chosen(knn)}; test scored once", soft_wrap=True)
-    for line in chosen_on_val(results):
-        console.print(line, soft_wrap=True)
-    if unit is not None and results.bootstrap is not None:
-        level = 100 * results.bootstrap.level
-        console.print(
-            f"in brackets {level:g}% intervals: bootstrap over {unit} and distractors (a lower bound of the doubt)",
-            soft_wrap=True,
-        )
-    for note in results.notes:
-        console.print(f"[bold yellow]note:[/] {escape(note)}")
-
-
-def chosen_on_val(results: Results) -> list[str]:
-    """What val chose besides k and tau, in words."""
-    lines = []
+    console.print(f"in percent; {chosen(results.knn)}; test scored once", soft_wrap=True)
     check = results.geometric_check
     if check is not None:
-        gate = check.gate
-        idle = "" if gate.weight or check.boost else ": it has no effect"
+        idle = "" if check.gate.weight or check.boost else ": it has no effect"
+        gate = f"gate of weight {check.gate.weight:g}, enough {check.gate.enough:g}"
         boost = f", boost {check.boost:g}" if check.reorder else ""
-        lines.append(
-            f"geometric check: gate of weight {gate.weight:g}, enough {gate.enough:g}{boost}, chosen on val{idle}"
-        )
-    return lines
+        console.print(f"geometric check: {gate}{boost}, chosen on val{idle}", soft_wrap=True)
+    if unit is not None and results.bootstrap is not None:
+        level = 100 * results.bootstrap.level
+        drawn = f"bootstrap over {unit} and distractors (a lower bound of the doubt)"
+        console.print(f"in brackets {level:g}% intervals: {drawn}", soft_wrap=True)
+    for note in results.notes:
+        console.print(f"[bold yellow]note:[/] {escape(note)}")
 
 
 def chosen(knn: KNN, with_values: bool = True) -> str:
@@ -160,15 +142,8 @@ def chosen(knn: KNN, with_values: bool = True) -> str:
     values = {"k": f"k = {knn.k}", "tau": f"τ = {knn.tau:g}"} if with_values else {"k": "k", "tau": "τ"}
     if knn.grid is None:
         return f"{values['k']}, {values['tau']} given"
-    sizes = {"k": len(knn.grid.k), "tau": len(knn.grid.tau)}
-    given = [text for key, text in values.items() if sizes[key] == 1]
-    tuned = [text for key, text in values.items() if sizes[key] > 1]
-    return ", ".join([*(f"{text} given" for text in given), f"{', '.join(tuned)} tuned by GAP on val"])
-
-
-def _with_interval(figures: Figures, name: str, unit: str | None) -> str:
-    value = f"{100 * getattr(figures, name):.2f}"
-    if unit is None:
-        return value
-    low, high = getattr(figures.intervals[unit], name)
-    return f"{value} [dim]({100 * low:.0f}–{100 * high:.0f})[/]"
+    is_tuned = {"k": len(knn.grid.k) > 1, "tau": len(knn.grid.tau) > 1}
+    tuned = ", ".join(text for name, text in values.items() if is_tuned[name])
+    return ", ".join(
+        [*(f"{text} given" for name, text in values.items() if not is_tuned[name]), f"{tuned} tuned by GAP on val"]
+    )

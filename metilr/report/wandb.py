@@ -1,4 +1,4 @@
-"""What W&B is told of an evaluation."""
+"""What Weights & Biases is told of an evaluation; whatever its service or network does, the work goes on."""
 
 import contextlib
 import io
@@ -8,27 +8,44 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from PIL import Image
-
-from metilr.data.decode import BadImageError
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.errors import UserError
-from metilr.evaluation.recognition import Recognition
-from metilr.evaluation.results import Results
+from metilr.evaluation.options import WandbMode
+from metilr.evaluation.results import FIGURES, Results
 from metilr.files import write_atomically
 from metilr.metrics import DISTRACTOR
 from metilr.metrics.open_set import precision_recall
-from metilr.report.gallery import OUTCOMES, arrange, jpeg_thumbnail
-from metilr.report.page import draw_plots
-from metilr.report.plots import as_png, gap_steps
-from metilr.retrieval.knn import NO_LABEL
 
-WandbMode = Literal["auto", "online", "offline", "off"]
-PROJECT = "metilr"
+if TYPE_CHECKING:
+    from metilr.evaluation.recognition import Recognition
+
 TIMEOUT = 30  # seconds for the first contact; then the run goes on offline
+FAILURES = 50  # a split: each has three pictures
+COLUMNS: list[str | int] = [
+    "query", "nearest", "shown exhibit", "outcome", "path", "shows", "answer", "log_confidence",
+]  # fmt: skip
+
+
+def check_key(mode: WandbMode) -> None:
+    """Refuse to log online without a key, before hours of work.
+
+    Raises:
+        UserError: If ``mode`` is online and there is none.
+    """
+    if mode == "online" and not _has_key():
+        raise UserError("online: no key; run wandb login, set WANDB_API_KEY, or take offline", "wandb")
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc().authenticators(host) is not None
+    return False
 
 
 def open_wandb(mode: WandbMode, project: str, folder: Path, options: Mapping[str, Any]) -> Any | None:
@@ -57,110 +74,86 @@ def open_wandb(mode: WandbMode, project: str, folder: Path, options: Mapping[str
     arguments: dict[str, Any] = {
         "project": project, "name": folder.name, "id": id_file.read_text(), "dir": str(folder), "config": dict(options),
     }  # fmt: skip
-    online = mode == "online" or (mode == "auto" and _has_key() and os.environ.get("WANDB_MODE") != "offline")
-    if online:
+    if mode == "online" or (mode == "auto" and _has_key() and os.environ.get("WANDB_MODE") != "offline"):
         try:
             settings = wandb.Settings(silent=True, init_timeout=TIMEOUT)
             return wandb.init(mode="online", resume="allow", settings=settings, **arguments)
         except Exception as error:  # whatever keeps W&B from being reached must not stop the work
-            print(f"W&B cannot be reached ({short(error)}); logging offline", file=sys.stderr)
+            print(f"W&B cannot be reached ({_short(error)}); logging offline", file=sys.stderr)
     try:
         return wandb.init(mode="offline", settings=wandb.Settings(silent=True), **arguments)
     except Exception as error:  # its service cannot start here
-        print(f"W&B cannot start ({short(error)}); going on without it", file=sys.stderr)
+        print(f"W&B cannot start ({_short(error)}); going on without it", file=sys.stderr)
         return None
 
 
-def check_key(mode: WandbMode) -> None:
-    """Refuse to log online without a key, before hours of work.
-
-    Raises:
-        UserError: If ``mode`` is online and there is none.
-    """
-    if mode == "online" and not _has_key():
-        raise UserError("--wandb online: no key; run wandb login, set WANDB_API_KEY, or use --wandb offline")
-
-
 @contextlib.contextmanager
-def staged_in(folder: Path) -> Iterator[None]:
+def staging_beside(folder: Path) -> Iterator[None]:
     """Let pictures of an offline run wait for ``wandb sync`` beside the run, and not in the user's home."""
-    before = os.environ.get("WANDB_DATA_DIR")
-    if before is None:
-        os.environ["WANDB_DATA_DIR"] = str((folder / "wandb").absolute())
+    if "WANDB_DATA_DIR" in os.environ:
+        yield
+        return
+    os.environ["WANDB_DATA_DIR"] = str((folder / "wandb").absolute())
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["WANDB_DATA_DIR"]
+        del os.environ["WANDB_DATA_DIR"]
 
 
 @contextlib.contextmanager
-def unharmed(run: Any) -> Iterator[None]:
-    """Log to a run and end it: the work is done, whatever W&B's service or network does now."""
+def finishing(run: Any) -> Iterator[None]:
+    """Log to a run and end it; what fails is said and not raised, since the work is done."""
     try:
         yield
         run.finish()
     except Exception as error:
-        print(f"W&B could not be finished ({short(error)}); see wandb sync", file=sys.stderr)
+        print(f"W&B could not be finished ({_short(error)}); see wandb sync", file=sys.stderr)
 
 
 def where_logged(run: Any, folder: Path) -> str:
     """Say where the run can be looked at."""
-    if run.offline:
-        return f"W&B: offline; wandb sync {folder}/wandb/offline-run-* sends it"
-    return f"W&B: {run.url}"
+    return f"W&B: offline; wandb sync {folder}/wandb/offline-run-* sends it" if run.offline else f"W&B: {run.url}"
 
 
-def short(error: Exception) -> str:
-    """The first line of an error's message."""
+def _short(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        return netrc.netrc().authenticators(host) is not None
-    return False
-
-
-FAILURES = 50  # a split: each has three pictures
-
-
 def log_evaluation(
-    run: Any,
-    results: Results,
-    ground_truth: GroundTruth,
-    recognition: Recognition,
-    report: Path | None,
+    run: Any, results: Results, ground_truth: GroundTruth, recognition: "Recognition", report: Path | None
 ) -> None:
-    """Log figures, curves, the tuning surface, failures and the report.
-
-    Args:
-        run: An open wandb run.
-        results: What ``results.json`` says.
-        ground_truth: Names the images.
-        recognition: Answers, matches and tuning.
-        report: The report's folder, to be kept as an artifact; None: there is none.
-    """
+    """Log figures, curves, the tuning surface and failures to an open run, and the report's folder, if there is one."""
     import wandb
 
-    run.summary.update(_summary(results))
-    log: dict[str, Any] = {"precision_recall": _curve(ground_truth, recognition)}
+    from metilr.report.plots import as_png, draw_plots, gap_steps
+
+    summary: dict[str, Any] = {"k": results.knn.k, "tau": results.knn.tau}
+    for split, figures in results.splits.items():
+        for metric in FIGURES:
+            summary[f"{split}/{metric}"] = getattr(figures, metric)
+            if results.unit is not None:
+                low, high = getattr(figures.intervals[results.unit], metric)
+                summary |= {f"{split}/{metric}_low": low, f"{split}/{metric}_high": high}
+        summary |= {f"{split}/{name}": figures.open_set[name] for name in ("auroc", "fpr95", "aurc")}
+    run.summary.update(summary)
+
+    steps = []
+    for split, answers in recognition.answers.items():
+        curve = precision_recall(answers.log_confidence, answers.labels, ground_truth.labels[split])
+        steps.append([part.tolist() for part in gap_steps(*curve)])
+    xs, ys = zip(*steps, strict=True)
+    title, keys = "precision and recall", list(recognition.answers)
+    log: dict[str, Any] = {"precision_recall": wandb.plot.line_series([*xs], [*ys], keys, title, "recall")}
     for name, plot in draw_plots(results, ground_truth, recognition).items():
-        log[f"plots/{name}"] = wandb.Image(Image.open(io.BytesIO(as_png(plot))))
+        log[f"plots/{name}"] = _picture(as_png(plot))
     tuning = recognition.tuning
     if tuning is not None:
-        rows = [
-            [k, tau, float(tuning.surface[i, j])]
-            for i, k in enumerate(tuning.k_grid)
-            for j, tau in enumerate(tuning.tau_grid)
-        ]
+        ks, taus = tuning.k_grid, tuning.tau_grid
+        rows = [[k, tau, float(tuning.surface[i, j])] for i, k in enumerate(ks) for j, tau in enumerate(taus)]
         log["tuning"] = wandb.Table(["k", "tau", "val/gap"], rows)
-    assert results.threshold is not None
     for split in QUERY_FILES:
-        log[f"{split}/failures"] = _failures(ground_truth, recognition, split, results.threshold.log_confidence)
+        failures = _failures(ground_truth, recognition, split, results.accepted_from)
+        log[f"{split}/failures"] = wandb.Table(COLUMNS, failures)
     run.log(log)
     if report is not None:
         artifact = wandb.Artifact(f"report-{run.id}", "report")
@@ -169,69 +162,39 @@ def log_evaluation(
         run.log_artifact(artifact)
 
 
-def _summary(results: Results) -> dict[str, Any]:
-    unit = results.unit
-    summary: dict[str, Any] = {"k": results.knn.k, "tau": results.knn.tau}
-    for split, figures in results.splits.items():
-        for metric in ("gap", "gap_minus", "acc"):
-            summary[f"{split}/{metric}"] = getattr(figures, metric)
-            if unit is not None:
-                low, high = getattr(figures.intervals[unit], metric)
-                summary |= {f"{split}/{metric}_low": low, f"{split}/{metric}_high": high}
-        summary |= {f"{split}/{name}": figures.open_set[name] for name in ("auroc", "fpr95", "aurc")}
-    return summary
-
-
-def _curve(ground_truth: GroundTruth, recognition: Recognition) -> Any:
+def _picture(content: bytes) -> Any:
     import wandb
+    from PIL import Image
 
-    xs, ys = [], []
-    for split in QUERY_FILES:
-        answers = recognition.answers[split]
-        precision, recall = precision_recall(answers.log_confidence, answers.labels, ground_truth.labels[split])
-        corners, heights = gap_steps(precision, recall)
-        xs.append(corners.tolist())
-        ys.append(heights.tolist())
-    return wandb.plot.line_series(xs, ys, keys=list(QUERY_FILES), title="precision and recall", xname="recall")
+    return wandb.Image(Image.open(io.BytesIO(content)))
 
 
-def _failures(ground_truth: GroundTruth, recognition: Recognition, split: str, threshold: float | None) -> Any:
-    import wandb
+def _failures(
+    ground_truth: GroundTruth, recognition: "Recognition", split: str, threshold: float | None
+) -> list[list[Any]]:
+    """Rows of COLUMNS: the first wrong answers and false alarms."""
+    from metilr.data.decode import BadImageError
+    from metilr.report.page import OUTCOMES, arrange, jpeg_thumbnail
 
-    gallery = arrange(ground_truth, recognition, split, threshold)
-    failed = [i for i in gallery.order.tolist() if OUTCOMES[gallery.outcomes[i]] in ("wrong", "false alarm")]
     ids, answers, first = ground_truth.exhibit_ids, recognition.answers[split], ground_truth.first_images()
 
     def picture(of: str, row: int) -> Any:
-        if row < 0:
-            return None
         try:
-            content = jpeg_thumbnail(ground_truth.image(ground_truth.paths[of][row]))
+            return _picture(jpeg_thumbnail(ground_truth.image(ground_truth.paths[of][row]))) if row >= 0 else None
         except BadImageError:
             return None
-        return wandb.Image(Image.open(io.BytesIO(content)))
 
+    gallery = arrange(ground_truth, recognition, split, threshold)
+    failed = [i for i in gallery.order.tolist() if OUTCOMES[gallery.outcomes[i]] in ("wrong", "false alarm")]
     rows = []
     for i in failed[:FAILURES]:
         label, answer = int(ground_truth.labels[split][i]), int(answers.labels[i])
-        is_met = label != DISTRACTOR
+        shown = (None, "none") if label == DISTRACTOR else (picture("database", int(first[label])), str(ids[label]))
         rows.append(
             [
-                picture(split, i), picture("database", int(recognition.matches[split].rows[i, 0])),
-                picture("database", int(first[label])) if is_met else None,
-                OUTCOMES[gallery.outcomes[i]], ground_truth.paths[split][i],
-                str(ids[label]) if is_met else "none", "none" if answer == NO_LABEL else str(ids[answer]),
-                float(max(answers.log_confidence[i], -1e9)),
+                picture(split, i), picture("database", int(recognition.matches[split].rows[i, 0])), shown[0],
+                OUTCOMES[gallery.outcomes[i]], ground_truth.paths[split][i], shown[1],
+                str(ids[answer]) if answer >= 0 else "none", float(max(answers.log_confidence[i], -1e9)),
             ]
         )  # fmt: skip
-    columns: list[str | int] = [
-        "query",
-        "nearest",
-        "shown exhibit",
-        "outcome",
-        "path",
-        "shows",
-        "answer",
-        "log_confidence",
-    ]
-    return wandb.Table(columns, rows)
+    return rows

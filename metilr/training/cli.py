@@ -37,10 +37,11 @@ from metilr.distributed import (
     quieten_lightning,
 )
 from metilr.errors import UserError
+from metilr.evaluation.options import PROJECT, WandbMode
 from metilr.extraction.callbacks import ExactFloat32
 from metilr.extraction.describe import PLAN_TIMEOUT
 from metilr.files import write_atomically
-from metilr.report.wandb import PROJECT, WandbMode, open_wandb, staged_in, unharmed, where_logged
+from metilr.report.wandb import finishing, open_wandb, staging_beside, where_logged
 from metilr.training.callbacks import PairPictures, TrainingLines
 from metilr.training.datamodule import PairDataModule
 from metilr.training.module import FineTuning
@@ -266,7 +267,7 @@ def _train(cli: TrainingCLI) -> None:
     needs_its_name = cli.config.output is None  # to be continued: the folder is a dated one
     less_memory = "fewer batch_pairs, smaller views, or gradient_checkpointing true"
     try:
-        with cli.kept_if_of_use(), staged_in(cli.output), faults_in_one_line(less_memory):
+        with cli.kept_if_of_use(), staging_beside(cli.output), faults_in_one_line(less_memory):
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from)
     except SystemExit:  # what Lightning turns Ctrl-C into
         named = f" with --output {cli.output}" if needs_its_name else ""
@@ -284,6 +285,6 @@ def _train(cli: TrainingCLI) -> None:
     if trainer.is_global_zero:
         write_atomically(cli.output / "finished", f"{datetime.now().astimezone().isoformat(timespec='seconds')}\n")
         if wandb_run is not None:
-            with staged_in(cli.output), unharmed(wandb_run):
+            with staging_beside(cli.output), finishing(wandb_run):
                 if cli.config.wandb_checkpoint and cli.best.best_model_path:
                     wandb_run.log_artifact(cli.best.best_model_path, f"model-{wandb_run.id}", "model", ["best"])

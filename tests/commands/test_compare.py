@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from metilr.cli import main
-from metilr.commands.differences import paired_differences, photographers_of
+from metilr.commands.compare import paired_differences, photographers_of
 from metilr.data.ground_truth import load_ground_truth
 from metilr.evaluation.runs import PREDICTION_COLUMNS, read_run
 from metilr.metrics import acc, gap, gap_minus
@@ -203,7 +203,7 @@ def test_photographers_are_drawn_as_the_ground_truth_names_them(museum):
     taken_by = np.array([*(i % 3 for i in range(12)), *[-1] * 6])
     answers = [(run.answers["test"].log_confidence, run.answers["test"].predicted_ids) for run in (first, second)]
     expected = paired_intervals(*answers, first.answers["test"].exhibit_ids, taken_by)
-    assert on_test.differences["photographers"] == expected
+    assert on_test.by_unit["photographers"] == expected
 
 
 def test_without_the_ground_truth_classes_are_drawn_and_it_is_said(museum, capsys):

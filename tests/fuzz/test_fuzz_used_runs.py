@@ -10,13 +10,13 @@ import yaml
 from metilr.cli import options_of
 from metilr.collection.open_collection import open_with_threshold
 from metilr.collection.threshold import collection_document
-from metilr.commands import compare as compare_module
 from metilr.commands.compare import compare
 from metilr.commands.evaluate import evaluate
 from metilr.commands.pack import pack
 from metilr.commands.rerun import _options, compare_results
 from metilr.data.decode import load_image
 from metilr.evaluation.results import read_results
+from metilr.report import plots
 from tests import small_runs
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import HOSTILE_VALUES, cases, mutated_value
@@ -63,13 +63,13 @@ def use(run: Path, whole: Path, output: Path) -> int:
 
 @pytest.fixture
 def changed(whole, tmp_path, monkeypatch) -> Path:
-    plot, n_drawn = compare_module.plot_comparison, iter(range(10**9))
+    plot, n_drawn = plots.plot_comparison, iter(range(10**9))
 
     def plot_some(*arguments):
         if next(n_drawn) % 10 == 0:  # it takes most of the time
             plot(*arguments)
 
-    monkeypatch.setattr(compare_module, "plot_comparison", plot_some)
+    monkeypatch.setattr(plots, "plot_comparison", plot_some)
     monkeypatch.chdir(tmp_path)
     return Path(shutil.copytree(whole, tmp_path / "run"))
 

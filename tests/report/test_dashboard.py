@@ -63,6 +63,6 @@ def test_a_service_that_dies_in_the_middle_loses_nothing(tiny_museum, monkeypatc
 
 
 def test_online_without_a_key_is_refused_before_any_work(tiny_museum):
-    with pytest.raises(UserError, match="--wandb online: no key"):
+    with pytest.raises(UserError, match="wandb online: no key"):
         evaluate(tiny_museum, wandb="online", **CHEAP)
     assert not Path("runs").exists()

@@ -6,7 +6,7 @@ from PIL import Image
 
 from metilr.data.ground_truth import load_ground_truth
 from metilr.evaluation.recognition import Recognition
-from metilr.report.gallery import OUTCOMES, arrange, queries_with_pictures, write_gallery
+from metilr.report.page import OUTCOMES, arrange, write_gallery
 from metilr.retrieval.knn import Matches, Predictions
 
 # The tiny museum's labels by exhibit: 9, 12, 33, 41, 70, 500. Val shows 9, 70, 41, 9 and three distractors.
@@ -48,8 +48,8 @@ def test_without_a_threshold_no_distractor_is_a_false_alarm(answered):
 
 def test_pictures_go_to_the_first_of_each_outcome(answered):
     gallery = arrange(*answered, "val", threshold=-1.0)
-    assert queries_with_pictures(gallery, 1).tolist() == [1, 4, 0, 5]
-    assert sorted(queries_with_pictures(gallery, 9).tolist()) == list(range(7))
+    assert gallery.first(1) == [1, 4, 0, 5]
+    assert sorted(gallery.first(9)) == list(range(7))
 
 
 def test_what_is_written(answered, tmp_path):

@@ -12,7 +12,7 @@ from metilr.evaluation.recognition import Recognition
 from metilr.evaluation.summary import summarise
 from metilr.extraction.descriptors import Descriptors
 from metilr.metrics import acc, gap, gap_minus
-from metilr.report import write_report
+from metilr.report.page import write_report
 from metilr.retrieval.knn import Matches, Predictions, Tuning
 from tests.browser import browser as browser  # a fixture
 from tests.museum import write_museum

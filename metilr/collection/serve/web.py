@@ -19,7 +19,7 @@ from metilr.collection.identify import data_uri
 from metilr.collection.threshold import Threshold, answer_document, collection_document, detail, headline
 from metilr.data.decode import BadImageError
 from metilr.progress import printable
-from metilr.report.gallery import jpeg_thumbnail
+from metilr.report.page import jpeg_thumbnail
 
 HEADERS = {
     "Content-Security-Policy": (
