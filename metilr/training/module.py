@@ -15,7 +15,7 @@ from metilr.distributed import gather_rows
 from metilr.errors import UserError
 from metilr.metrics import ACC, GAP, GAPMinus
 from metilr.models import SCALES, PatchRounding, PoolingName
-from metilr.models.backbone import build_backbone
+from metilr.models.backbone import Backbone, build_backbone
 from metilr.models.checkpoints import FORMAT, model_entry
 from metilr.models.embedder import Embedder, Projector
 from metilr.models.pooling import GeM, build_pooling
@@ -111,9 +111,9 @@ class FineTuning(pl.LightningModule):
         self.embedder = Embedder(network, pool, projector, scales)
         self.loss = NTXentLoss(temperature=0.05) if loss is None else loss
         self.metrics = MetricCollection({"val/gap": GAP(), "val/gap_minus": GAPMinus(), "val/acc": ACC()})
-        self.projector_start, self.freeze_backbone = projector_start, freeze_backbone
-        self.optimizer, self.weight_decay = optimizer, weight_decay
-        self.schedule, self.step_epochs, self.warmup_steps = schedule, step_epochs, warmup_steps
+        self.projector_start, self.freeze_backbone, self.optimizer = projector_start, freeze_backbone, optimizer
+        self.weight_decay, self.schedule = weight_decay, schedule
+        self.step_epochs, self.warmup_steps = step_epochs, warmup_steps
         self.resumed = False
         self.run_config: dict[str, Any] = {}  # the command's, for the checkpoint
         if freeze_backbone:
@@ -121,10 +121,7 @@ class FineTuning(pl.LightningModule):
         else:
             _freeze_unused(self.embedder)
         if gradient_checkpointing:
-            try:
-                network.model.set_grad_checkpointing(True)
-            except (AssertionError, AttributeError):
-                raise UserError(f"true: {backbone} has none; leave it out", "gradient_checkpointing") from None
+            _checkpoint_gradients(network)
 
     @property
     def data(self) -> PairDataModule:
@@ -188,10 +185,10 @@ class FineTuning(pl.LightningModule):
             UserError: If it is not finite.
         """
         if batch.first.shape[1:] == batch.second.shape[1:]:
-            first, second = self.embed(torch.cat([batch.first, batch.second])).chunk(2)
+            views = self.embed(torch.cat([batch.first, batch.second])).chunk(2)
         else:
-            first, second = self.embed(batch.first), self.embed(batch.second)
-        first, second = gather_rows(self, first), gather_rows(self, second)
+            views = self.embed(batch.first), self.embed(batch.second)
+        first, second = (gather_rows(self, each) for each in views)
         positive = gather_rows(self, batch.positive.int()).bool()
         labels = gather_rows(self, batch.first_labels), gather_rows(self, batch.second_labels)
         with torch.autocast(self.device.type, enabled=False):
@@ -310,3 +307,10 @@ def _freeze_unused(embedder: Embedder) -> None:
     for parameter in embedder.backbone.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     embedder.zero_grad(set_to_none=True)
+
+
+def _checkpoint_gradients(backbone: Backbone) -> None:
+    try:
+        backbone.model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError):
+        raise UserError(f"true: {backbone.name} has none; leave it out", "gradient_checkpointing") from None
