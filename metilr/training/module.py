@@ -59,9 +59,6 @@ class FineTuning(pl.LightningModule):
         warmup_steps: Rise to the learning rate over so many steps.
         gradient_checkpointing: Save memory by computing each block's activations again in the backward pass.
         seed: Set by --seed_everything.
-
-    Raises:
-        UserError: If an option is out of range or does not go with another, or the backbone cannot be built.
     """
 
     def __init__(
@@ -143,11 +140,7 @@ class FineTuning(pl.LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        """Check that the loss takes these embeddings, start the projector, and describe what the first pairs need.
-
-        Raises:
-            UserError: If the loss or the data does not go with the model, or the projector cannot be started so.
-        """
+        """Refuse a loss or data that do not go with the model, start the projector, describe what pairs need."""
         data, projector = self.data, self.embedder.projector
         if data.cache_views and not self.freeze_backbone:
             raise UserError("true: needs a frozen backbone; give freeze_backbone true", "cache_views")
@@ -174,16 +167,11 @@ class FineTuning(pl.LightningModule):
         normalised = self.embedder.normalise(images)
         if self.device.type == "cpu":
             normalised = normalised.contiguous(memory_format=torch.channels_last)
-        embeddings: Tensor = self.embedder(normalised)
-        return embeddings
+        return self.embedder(normalised)  # type: ignore[no-any-return]
 
     @override
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the loss of the whole batch, this process's pairs and the others', float32.
-
-        Raises:
-            UserError: If it is not finite.
-        """
+        """Return the loss of the whole batch, this process's pairs and the others', float32; refuse one not finite."""
         if batch.first.shape[1:] == batch.second.shape[1:]:
             views = self.embed(torch.cat([batch.first, batch.second])).chunk(2)
         else:
@@ -252,17 +240,16 @@ class FineTuning(pl.LightningModule):
 
     def _factor(self, step: int) -> float:
         """What the learning rates are multiplied by at an optimizer step."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return 1.0
         limit, n_batches = self.trainer.limit_train_batches, self.data.n_batches  # a share if a float
         n_batches = min(n_batches, limit) if isinstance(limit, int) else int(n_batches * limit)
         steps_per_epoch = max(1, -(-n_batches // self.trainer.accumulate_grad_batches))
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
         if self.schedule == "step":
             return float(0.1 ** (step // steps_per_epoch // self.step_epochs))
-        if self.schedule == "constant":
-            return 1.0
-        assert self.trainer.max_epochs is not None and self.trainer.max_epochs > 0  # the command refuses less
-        total = steps_per_epoch * self.trainer.max_epochs
+        total = steps_per_epoch * (self.trainer.max_epochs or 1)  # the command refuses none
         if self.trainer.max_steps > 0:
             total = min(total, self.trainer.max_steps)
         done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
@@ -287,11 +274,7 @@ class FineTuning(pl.LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with a run, on the data that it began with.
-
-        Raises:
-            UserError: If the data is other.
-        """
+        """Go on with a run; refuse other data than it began with."""
         self.resumed = True
         if checkpoint.get("metilr", {}).get("data", {}).get("fingerprint") != self.data.ground_truth.fingerprint():
             raise UserError("its data changed since (database or valset.json); name another folder", "output")
