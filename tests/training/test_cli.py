@@ -65,6 +65,7 @@ def no_fault(monkeypatch):
     pass
 
 
+LOSSES = "pytorch_metric_learning.losses"
 FROZEN = ("--model.freeze_backbone", "true", "--model.projector_dim", 4)
 
 
@@ -81,6 +82,27 @@ FROZEN = ("--model.freeze_backbone", "true", "--model.projector_dim", 4)
         (no_fault, ["--model.weights", "none.pth"], "none.pth: no such file"),
         (no_fault, ["--model.stage", 9], "--model.stage 9"),
         (no_fault, ["--model.pooling", "cls"], "--model.pooling cls: "),
+        (no_fault, ["--model.bakbone", "x"], "unknown option --model.bakbone"),
+        (no_fault, ["--model.backbone", "r19"], "--model.backbone r19: unknown"),
+        (no_fault, ["--model.freeze_backbone", "true"], "--model.freeze_backbone true: nothing is left to train"),
+        (no_fault, ["--model.lr", "-1"], "--model.lr -1.0: must be"),
+        (no_fault, ["--model.loss", f"{LOSSES}.NoSuchLoss"], "has no attribute 'NoSuchLoss'"),
+        (no_fault, ["--model.loss", f"{LOSSES}.TripletMarginLoss", "--model.loss.marginn", 3], "marginn"),
+        (no_fault, ["--model.loss", f"{LOSSES}.ArcFaceLoss"], "needs num_classes"),
+        (
+            no_fault,
+            ["--model.loss", "metilr.training.losses.ContrastiveLoss", "--model.loss.margin", "-1"],
+            "margin -1.0:",
+        ),
+        (no_fault, ["--data.pairing", "real"], "data.pairing"),
+        (no_fault, ["--data.first_view.scale", "[0.5]"], "scale [0.5]: give two numbers"),
+        (no_fault, ["--trainer.max_epoch", 3], "unknown option --trainer.max_epoch"),
+        (no_fault, ["--trainer.max_epochs", 0], "--trainer.max_epochs 0: give a number from 1 up"),
+        (no_fault, ["--trainer.fast_dev_run", "true"], "--trainer.fast_dev_run True: is decided by this command"),
+        (no_fault, ["--trainer.precision", "bf16-true"], "--trainer.precision bf16-true: choose one of 32"),
+        (no_fault, ["--trainer.strategy", "dpp"], "strategy='dpp'"),
+        (no_fault, ["--seed_everything", "-1"], "--seed_everything -1"),
+        (no_fault, ["--config", "none.yaml"], "--config none.yaml: cannot be read"),
         (no_fault, ["--model.scales", "[0.0]"], "--model.scales"),
         (no_fault, ["--data.max_megapixels", 0], "max_megapixels 0"),
         (no_fault, ["--data.max_megapixels", 1e-5], "max_megapixels"),
