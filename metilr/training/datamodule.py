@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -204,4 +205,5 @@ class PairDataModule(LightningDataModule):
         """This process's share of the val queries, in one batch: their positions, int64 ``(Q,)``."""
         assert self.trainer is not None
         positions = np.arange(len(self.ground_truth.paths["val"]))
-        return DataLoader([positions[self.trainer.global_rank :: self.trainer.world_size]], batch_size=None)
+        mine: Any = [positions[self.trainer.global_rank :: self.trainer.world_size]]
+        return DataLoader(mine, batch_size=None)

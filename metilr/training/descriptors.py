@@ -127,11 +127,8 @@ def _project(trainer: pl.Trainer, embedder: Embedder, data: PairDataModule, pool
 
 def answer_val(store: DescriptorStore, truth: GroundTruth, positions: np.ndarray) -> Predictions:
     """Answer val queries, by position ``(Q,)``, by their nearest neighbour: k = 1, tau = 1, no whitening."""
-    rows, database, is_valid = (
-        np.flatnonzero(store.made("database")),
-        store.rows("database"),
-        store.made("val")[positions],
-    )
+    rows, is_valid = np.flatnonzero(store.made("database")), store.made("val")[positions]
+    database: np.ndarray = store.rows("database")
     database = database if len(rows) == len(database) else database[rows]
     neighbours = search(database, store.rows("val")[positions[is_valid]], 1)
     predictions = classify(neighbours, truth.labels["database"][rows], truth.n_classes, k=1, tau=1.0)

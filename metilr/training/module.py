@@ -26,7 +26,6 @@ from metilr.training.losses import ContrastiveLoss, check_loss, pair_figures
 from metilr.training.pairs import PairBatch
 
 P_BOUNDS = (1.0, 10.0)  # 1 is the mean; beyond 10 GeM is next to the maximum and its gradient next to nothing
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 class FineTuning(pl.LightningModule):
@@ -123,7 +122,7 @@ class FineTuning(pl.LightningModule):
     @property
     def data(self) -> PairDataModule:
         """What is trained on."""
-        return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
+        return self.trainer.datamodule  # type: ignore[attr-defined]
 
     @override
     def train(self, mode: bool = True) -> "FineTuning":
@@ -152,10 +151,11 @@ class FineTuning(pl.LightningModule):
             dim = projector.linear.out_features
             projector.load_state_dict(whitening_start(self.trainer, self.embedder, data, dim, is_learned))
         if data.cache_views:  # behind a frozen backbone they stay the same in all epochs
-            data.cached_views = [
-                cached_views(self.trainer, self.embedder, views, data.n_views, data.batch_pairs, data.workers)
+            first, second = (
+                cached_views(self.trainer, self.embedder, views, data.n_views or 0, data.batch_pairs, data.workers)
                 for views in (data.first_views, data.second_views)
-            ]
+            )
+            data.cached_views = first, second
         if data.needs_descriptors:
             data.descriptors = describe_current(self.trainer, self.embedder, data)
 
@@ -167,7 +167,7 @@ class FineTuning(pl.LightningModule):
         normalised = self.embedder.normalise(images)
         if self.device.type == "cpu":
             normalised = normalised.contiguous(memory_format=torch.channels_last)
-        return self.embedder(normalised)  # type: ignore[no-any-return]
+        return self.embedder(normalised)
 
     @override
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
@@ -234,7 +234,8 @@ class FineTuning(pl.LightningModule):
             {"name": "projector", "params": _trainable(heads), "lr": self.lr_projector},
         ]
         used = [group for group in groups if group["params"]]
-        optimizer = OPTIMIZERS[self.optimizer](used, lr=self.lr, weight_decay=self.weight_decay)
+        kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
+        optimizer = kind(used, lr=self.lr, weight_decay=self.weight_decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
