@@ -84,7 +84,7 @@ FROZEN = ("--model.freeze_backbone", "true", "--model.projector_dim", 4)
         (no_fault, ["--model.pooling", "cls"], "--model.pooling cls: "),
         (no_fault, ["--model.bakbone", "x"], "unknown option --model.bakbone"),
         (no_fault, ["--model.backbone", "r19"], "--model.backbone r19: unknown"),
-        (no_fault, ["--model.freeze_backbone", "true"], "--model.freeze_backbone true: nothing is left to train"),
+        (no_fault, [*FROZEN[:2], "--model.projector_dim", "null"], "--model.freeze_backbone true: nothing is left"),
         (no_fault, ["--model.lr", "-1"], "--model.lr -1.0: must be"),
         (no_fault, ["--model.loss", f"{LOSSES}.NoSuchLoss"], "has no attribute 'NoSuchLoss'"),
         (no_fault, ["--model.loss", f"{LOSSES}.TripletMarginLoss", "--model.loss.marginn", 3], "marginn"),
