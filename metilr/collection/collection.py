@@ -1,9 +1,6 @@
 """What identification needs: the database as it is searched, and the very model that described it."""
 
-import contextlib
 import functools
-import hashlib
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,20 +15,16 @@ from metilr.data.decode import TooManyPixels, max_pixels, open_image, to_tensor,
 from metilr.data.ground_truth import GroundTruth
 from metilr.data.views import CentreCrops
 from metilr.errors import UserError
-from metilr.evaluation.database import Searchable, as_compared, build_searchable, views_of
+from metilr.evaluation.database import Searchable, as_compared
 from metilr.evaluation.options import MethodOptions
 from metilr.extraction.callbacks import keep_float32_exact
 from metilr.extraction.datamodule import ImageBatch
-from metilr.extraction.describe import store_settings
-from metilr.extraction.descriptors import open_descriptors
 from metilr.extraction.module import DescriptorModule
 from metilr.extraction.options import ExtractionOptions
-from metilr.extraction.store import UNIT_TOLERANCE, DescriptorStore, differing_settings
-from metilr.files import map_array, replaced_file
+from metilr.extraction.store import UNIT_TOLERANCE
 from metilr.geometry.check import GeometricCheck, check_photo
 from metilr.geometry.evidence import Checked, apply_evidence
 from metilr.models.embedder import Embedder
-from metilr.retrieval.approximate import ApproximateIndex, build_approximate, check_size
 from metilr.retrieval.knn import N_MATCHES, N_NEIGHBOURS, Matches, Predictions, classify
 from metilr.retrieval.whitening import PCAWhitening
 
@@ -292,114 +285,6 @@ class Collection:
         view = CentreCrops(tuple(self.method.query_crops))
         crops = [self.describer.describe(view(image, "", i)) for i in range(view.n)]
         return np.concatenate([whole, as_compared(np.concatenate(crops), self.whitening)[None]], axis=1)
-
-
-def assemble(
-    name: str,
-    ground_truth: GroundTruth,
-    exhibits: Sequence[str],
-    store: DescriptorStore,
-    embedder: Embedder,
-    options: ExtractionOptions,
-    method: MethodOptions,
-    seed: int,
-    whitening: PCAWhitening | None,
-    k: int,
-    tau: float,
-    check: GeometricCheck | None = None,
-    approximate: Path | None = None,
-) -> Collection:
-    """Put a collection together from a finished store, refusing a model that did not make it.
-
-    ``approximate`` is the folder with the database as it is searched and its index; without it that is made now.
-
-    Raises:
-        UserError: If the store is missing or unfinished, or other settings made it, or ``approximate`` does not belong
-            to it.
-    """
-    wanted = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
-    refuse_another_model(store.path, store.manifest()["settings"], wanted)
-    if approximate is None:
-        used = [view for view in views_of(method, seed) if method.database_views != "none" and "visits" in view.of]
-        opened = open_descriptors([store.path], ground_truth, used)
-        database = build_searchable(opened, ground_truth, method, whitening)
-    else:
-        database = load_searchable(approximate, digest_of_database(store, method, seed, whitening))
-    return Collection(
-        name=name,
-        ground_truth=ground_truth,
-        exhibits=exhibits,
-        describer=Describer(embedder, options),
-        image_size=options.image_size,
-        method=method,
-        whitening=whitening,
-        database=database,
-        k=k,
-        tau=tau,
-        check=check,
-    )
-
-
-def save_searchable(database: Searchable, folder: Path, made_from: str, quiet: bool = False) -> None:
-    """Write the searched rows, what each shows, and an approximate index; what is there already is kept.
-
-    Args:
-        database: Made from the store.
-        folder: Is made if need be.
-        made_from: See ``digest_of_database``.
-        quiet: Show no progress.
-
-    Raises:
-        UserError: If the rows are too few for it to make sense.
-    """
-    check_size(len(database.rows))
-    with contextlib.suppress(UserError):
-        load_searchable(folder, made_from)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, values in (("rows", database.rows), ("columns", np.stack([database.labels, database.images]))):
-        with replaced_file(folder / f"{name}.npy") as stream:
-            np.save(stream, values)
-    build_approximate(database.rows, quiet=quiet).save(folder, made_from)
-
-
-def load_searchable(folder: Path, made_from: str) -> Searchable:
-    """Open what ``save_searchable`` wrote; of the rows none is read.
-
-    Raises:
-        UserError: If a file is missing, damaged, or was made from something else; names it.
-    """
-    index = ApproximateIndex.load(folder, folder / "rows.npy", made_from)
-    again = f"delete {folder}, or make the index again"
-    columns = map_array(folder / "columns.npy", again)
-    if columns.shape != (2, len(index.rows)) or columns.dtype != np.int64:
-        raise UserError(f"{folder / 'columns.npy'}: does not belong to {len(index.rows):,} rows; {again}")
-    return Searchable(index.rows, *np.array(columns), approximate=index)
-
-
-def digest_of_database(store: DescriptorStore, method: MethodOptions, seed: int, whitening: PCAWhitening | None) -> str:
-    """A digest of all that decides the searched rows: the store, its images, the visits, the whitening."""
-    settings = {
-        "store": store.manifest()["settings"],
-        "files": hashlib.sha256(store.files("database").tobytes()).hexdigest(),
-        "whitening": None if whitening is None else whitening.sha256(),
-        "visits": [method.rows_per_image - 1, method.database_views, seed],
-    }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def refuse_another_model(path: Path, found: dict[str, object], wanted: dict[str, object]) -> None:
-    """Refuse to compare descriptors that were made differently.
-
-    Raises:
-        UserError: If the settings differ; names how.
-    """
-    differing = differing_settings(found, wanted)
-    if differing:
-        raise UserError(
-            f"{path}: was made by another model or from other images than photos would be compared by "
-            f"({'; '.join(differing[:3])}); give the --ckpt that made it, or make it again"
-        )
 
 
 def _longest_side(file: Path) -> int:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 from rich.console import Console
 from rich.markup import escape
 
-from metilr.errors import UserError, one_line
+from metilr.errors import UserError
 from metilr.evaluation.options import MethodOptions, without_deleted
+from metilr.evaluation.results import Count, ImageSize, Part, Positive, Text, Vote, read_json, why
 from metilr.extraction.options import ExtractionOptions, Precision
 from metilr.models import RANDOM, Engine, ModelOptions, PatchRounding, PoolingName
 
@@ -104,7 +105,7 @@ def index(
     if whitening is not None:
         whitening.save(output / "whitening.npz")
     if approximate:
-        from metilr.collection.collection import digest_of_database, save_searchable
+        from metilr.collection.approximate import digest_of_database, save_searchable
 
         made_from = digest_of_database(store, method, model.seed, whitening)
         save_searchable(build_searchable(opened, ground_truth, method, whitening), output / APPROXIMATE, made_from)
@@ -162,17 +163,10 @@ def _notes(embedder: Embedder, method: MethodOptions, whitening: PCAWhitening | 
     return notes
 
 
-Name = Annotated[str, pydantic.StringConstraints(pattern=r"^[^\x00]*$")]  # what a file's name can hold
+class Image(Part):
+    """Which exhibit an image shows. index.json may be somebody else's."""
 
-
-class _Entry(pydantic.BaseModel, frozen=True, allow_inf_nan=False):
-    """A part of index.json, which may come from somebody else: each value of the kind that ``metilr index`` writes."""
-
-
-class Image(_Entry):
-    """Which exhibit an image shows."""
-
-    path: Name
+    path: Text
     exhibit: str = pydantic.Field(min_length=1)
 
     @pydantic.field_validator("path")
@@ -186,28 +180,28 @@ class Image(_Entry):
         return path
 
 
-class Model(_Entry):
+class Model(Part):
     """What described the images; an index of before has fewer entries."""
 
-    ckpt: Name | None
+    ckpt: Text | None
     backbone: str
-    weights: Name | None
+    weights: Text | None
     pooling: PoolingName
-    p: pydantic.PositiveFloat
-    scales: list[pydantic.PositiveFloat] | None = pydantic.Field(min_length=1)
+    p: Positive
+    scales: list[Positive] | None = pydantic.Field(min_length=1)
     stage: int | None = None
     patch_rounding: PatchRounding = "nearest"
     precision: Precision = "32"
     engine: Engine = "torch"
 
 
-class Elements(_Entry):
+class Elements(Part):
     """How photos are compared beyond the recipe."""
 
-    visits: pydantic.NonNegativeInt
+    visits: Count
     database_views: Literal["none", "rows"]
     query_crops: list[float]
-    seed: pydantic.NonNegativeInt
+    seed: Count
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -216,25 +210,18 @@ class Elements(_Entry):
         return without_deleted(entry) if isinstance(entry, dict) else entry
 
 
-class Knn(_Entry):
-    """The classifier."""
-
-    k: pydantic.PositiveInt
-    tau: pydantic.PositiveFloat
-
-
-class Index(_Entry):
+class Index(Part):
     """What ``index.json`` says."""
 
     schema_: Literal["metilr.index/2"] = pydantic.Field(alias="schema")
-    folder: Name
+    folder: Text
     images: list[Image] = pydantic.Field(min_length=1)
     model: Model
-    image_size: int | None = pydantic.Field(ge=1, le=1 << 14)
+    image_size: ImageSize | None
     whitening: bool
     elements: Elements
-    knn: Knn
-    versions: dict[str, str | None] = {}
+    knn: Vote
+    versions: dict[str, Any]
 
     @classmethod
     def of(
@@ -267,15 +254,15 @@ class Index(_Entry):
                 query_crops=list(method.query_crops),
                 seed=model.seed,
             ),
-            knn=Knn(k=k, tau=method.tau),
-            versions=library_versions(),
+            knn=Vote(k=k, tau=method.tau or USUAL_TAU),
+            versions=dict(library_versions()),
         )
 
     def save(self, path: Path) -> None:
         """Write ``index.json`` into the index's folder: the last of its files."""
         from metilr.files import write_atomically
 
-        write_atomically(path / "index.json", self.model_dump_json(indent=1, by_alias=True) + "\n")
+        write_atomically(path / "index.json", json.dumps(self.model_dump(by_alias=True), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Index:
@@ -286,18 +273,13 @@ class Index(_Entry):
         """
         file = path / "index.json"
         try:
-            index = cls.model_validate_json(file.read_bytes())
+            index = cls.model_validate(read_json(file))
             _ = index.method, index.model_options  # what they refuse is refused here
             return index
         except FileNotFoundError:
             raise UserError(f"{path}: not an index (it has no index.json); make one with metilr index") from None
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "it"
-            reason = f"{place}: {first['msg']}"
-        except (OSError, ValueError, RecursionError) as error:
-            reason = one_line(error)
-        raise UserError(f"{file}: cannot be read ({reason[:200]}); delete {path} and make the index again")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: cannot be read ({why(error)}); delete {path} and make the index again") from None
 
     @property
     def catalogue(self) -> Catalogue:
@@ -314,13 +296,12 @@ class Index(_Entry):
         options = {field.name: recorded[field.name] for field in fields(ModelOptions) if field.name in recorded}
         if options["ckpt"] is not None:  # a checkpoint carries the rest
             options = {"ckpt": Path(options["ckpt"]), "scales": options["scales"]}
-        return ModelOptions(**options, seed=self.elements.seed)
+        return ModelOptions(**{**options, "seed": self.elements.seed})
 
     @property
     def method(self) -> MethodOptions:
         """How photos are compared with the images, which are whitened already."""
         elements = self.elements
         visits = elements.visits if elements.database_views == "rows" else None
-        crops: Sequence[float] = tuple(elements.query_crops)
         views = elements.database_views
-        return MethodOptions("none", visits=visits, database_views=views, query_crops=crops)
+        return MethodOptions("none", visits=visits, database_views=views, query_crops=tuple(elements.query_crops))

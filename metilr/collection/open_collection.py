@@ -2,24 +2,27 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metilr.collection.collection import Collection, assemble, refuse_another_model
+from metilr.collection.approximate import digest_of_database, load_searchable
+from metilr.collection.collection import Collection, Describer
 from metilr.collection.index import APPROXIMATE, Index, index
 from metilr.collection.threshold import Threshold, choose_threshold
 from metilr.data.decode import MAX_MEGAPIXELS, limit_images
 from metilr.data.folder import read_catalogue
-from metilr.data.ground_truth import load_ground_truth
+from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.demo import DEMO
 from metilr.errors import UserError
+from metilr.evaluation.database import build_searchable, views_of
 from metilr.evaluation.options import MethodOptions, method_of_elements
 from metilr.evaluation.results import MIN_PRECISION
 from metilr.evaluation.runs import RUNS, Run, read_run
 from metilr.extraction.describe import store_settings
+from metilr.extraction.descriptors import open_descriptors
 from metilr.extraction.options import Accelerator, ExtractionOptions
-from metilr.extraction.store import DescriptorStore
+from metilr.extraction.store import DescriptorStore, differing_settings
 from metilr.geometry.check import GeometricCheck, geometric_check_of
 from metilr.geometry.evidence import Gate
 from metilr.models import RANDOM, ModelOptions
@@ -95,7 +98,7 @@ def collection_of_index(path: Path, ckpt: Path | None = None, accelerator: Accel
     if ckpt is not None:
         options = ModelOptions(ckpt=ckpt, scales=options.scales, seed=options.seed)
     approximate = path / APPROXIMATE
-    return assemble(
+    return _assemble(
         index.catalogue.folder.name,
         index.catalogue.ground_truth(),
         index.catalogue.names,
@@ -116,6 +119,66 @@ def collection_of_index(path: Path, ckpt: Path | None = None, accelerator: Accel
     )
 
 
+def _assemble(
+    name: str,
+    ground_truth: GroundTruth,
+    exhibits: Sequence[str],
+    store: DescriptorStore,
+    embedder: Embedder,
+    options: ExtractionOptions,
+    method: MethodOptions,
+    seed: int,
+    whitening: PCAWhitening | None,
+    k: int,
+    tau: float,
+    check: GeometricCheck | None = None,
+    approximate: Path | None = None,
+) -> Collection:
+    """Put a collection together from a finished store, refusing a model that did not make it.
+
+    ``approximate`` is the folder with the database as it is searched and its index; without it that is made now.
+
+    Raises:
+        UserError: If the store is missing or unfinished, or other settings made it, or ``approximate`` does not belong
+            to it.
+    """
+    wanted = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
+    refuse_another_model(store.path, store.manifest()["settings"], wanted)
+    if approximate is None:
+        used = [view for view in views_of(method, seed) if method.database_views != "none" and "visits" in view.of]
+        opened = open_descriptors([store.path], ground_truth, used)
+        database = build_searchable(opened, ground_truth, method, whitening)
+    else:
+        database = load_searchable(approximate, digest_of_database(store, method, seed, whitening))
+    return Collection(
+        name=name,
+        ground_truth=ground_truth,
+        exhibits=exhibits,
+        describer=Describer(embedder, options),
+        image_size=options.image_size,
+        method=method,
+        whitening=whitening,
+        database=database,
+        k=k,
+        tau=tau,
+        check=check,
+    )
+
+
+def refuse_another_model(path: Path, found: dict[str, object], wanted: dict[str, object]) -> None:
+    """Refuse to compare descriptors that were made differently.
+
+    Raises:
+        UserError: If the settings differ; names how.
+    """
+    differing = differing_settings(found, wanted)
+    if differing:
+        raise UserError(
+            f"{path}: was made by another model or from other images than photos would be compared by "
+            f"({'; '.join(differing[:3])}); give the ckpt that made it, or make it again"
+        )
+
+
 def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerator = "auto") -> Collection:
     """Open the database of an evaluation that described images with a model.
 
@@ -126,10 +189,10 @@ def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerat
     """
     results, config, model = run.results, run.config, run.results.model
     if config.get("descriptors") or model.store is None:
-        raise UserError(f"{run.path}: was made from --descriptors, so it has no model for photos; evaluate with --root")
+        raise UserError(f"{run.path}: was made from descriptors, so it has no model for photos; evaluate from a root")
     limit_images(config.get("max_megapixels", MAX_MEGAPIXELS))
     root = DEMO if config.get("root") is None else Path(config["root"])
-    ground_truth = load_ground_truth(_found(run, "--root", root), results.data.database)
+    ground_truth = load_ground_truth(_found(run, "root", root), results.data.database)
     if ground_truth.fingerprint() != results.data.fingerprint:
         raise UserError(f"{ground_truth.root}/ground_truth: changed since the evaluation {run.path}; evaluate again")
 
@@ -143,11 +206,11 @@ def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerat
     wanted = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
     recorded = model.recorded()
     refuse_another_model(run.path, {name: recorded.get(name) for name in wanted["model"]}, wanted["model"])
-    return assemble(
+    return _assemble(
         ground_truth.root.name + (" (synthetic)" if results.data.synthetic else ""),
         ground_truth,
         [str(exhibit_id) for exhibit_id in ground_truth.exhibit_ids.tolist()],
-        DescriptorStore(_found(run, "--store", Path(model.store))),
+        DescriptorStore(_found(run, "store", Path(model.store))),
         embedder,
         options,
         _method(run),
@@ -171,12 +234,12 @@ def embedder_of_run(run: Run, ckpt: Path | None) -> Embedder:
         raise UserError(f"{run.path / 'config.yaml'}: lacks {', '.join(sorted(missing))}; evaluate again")
     scales = [config["scales"]] if isinstance(config["scales"], (int, float)) else config["scales"]
     if ckpt is None and config["ckpt"] is not None:
-        ckpt = _found(run, "--ckpt", Path(config["ckpt"]))
+        ckpt = _found(run, "ckpt", Path(config["ckpt"]))
     if ckpt is not None:
         return load_embedder(Path(ckpt), scales)
     options = {name: config[name] for name in _OF_THE_MODEL}
     if options["weights"] not in (None, RANDOM):
-        options["weights"] = str(_found(run, "--weights", Path(options["weights"])))
+        options["weights"] = str(_found(run, "weights", Path(options["weights"])))
     try:
         return build_embedder(**options, scales=scales)
     except UserError as error:
@@ -223,5 +286,5 @@ def _found(run: Run, option: str, path: Path) -> Path:
     for place in (Path(run.results.directory) / path, path):
         if place.exists():
             return place
-    hint = "give it with --ckpt" if option == "--ckpt" else "put it back, or evaluate again"
+    hint = "give its new place as ckpt" if option == "ckpt" else "put it back, or evaluate again"
     raise UserError(f"{run.path}: {path}, its {option}, is no longer there; {hint}")

@@ -266,7 +266,7 @@ def test_a_checkpoint_that_was_moved_or_exchanged(museum, tmp_path, identify):
     photo = museum / "images/MET/9/2.jpg"
     assert identify(photo, "--run", tmp_path / "run")[0] == 0
     (tmp_path / "a.ckpt").rename(tmp_path / "b.ckpt")
-    assert "give it with --ckpt" in identify(photo, "--run", tmp_path / "run")[2]
+    assert "give its new place as ckpt" in identify(photo, "--run", tmp_path / "run")[2]
     assert identify(photo, "--run", tmp_path / "run", "--ckpt", tmp_path / "b.ckpt")[0] == 0
     write(tmp_path / "a.ckpt", seed=4)
     assert "weights_sha256" in identify(photo, "--run", tmp_path / "run")[2]
@@ -275,7 +275,7 @@ def test_a_checkpoint_that_was_moved_or_exchanged(museum, tmp_path, identify):
 def test_runs_that_have_no_model_or_lost_their_data(copied_run, museum, tmp_path, identify):
     photo = museum / "images/MET/9/2.jpg"
     change_config(copied_run, root=str(tmp_path / "gone"))
-    assert "its --root, is no longer there" in identify(photo, "--run", copied_run)[2]
+    assert "its root, is no longer there" in identify(photo, "--run", copied_run)[2]
     change_config(copied_run, root=str(museum), weights="gone.pth")
     assert "gone.pth, its --weights, is no longer there" in identify(photo, "--run", copied_run)[2]
     (copied_run / "whitening.npz").unlink()
