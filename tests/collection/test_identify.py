@@ -277,12 +277,12 @@ def test_runs_that_have_no_model_or_lost_their_data(copied_run, museum, tmp_path
     change_config(copied_run, root=str(tmp_path / "gone"))
     assert "its root, is no longer there" in identify(photo, "--run", copied_run)[2]
     change_config(copied_run, root=str(museum), weights="gone.pth")
-    assert "gone.pth, its --weights, is no longer there" in identify(photo, "--run", copied_run)[2]
+    assert "gone.pth, its weights, is no longer there" in identify(photo, "--run", copied_run)[2]
     (copied_run / "whitening.npz").unlink()
     change_config(copied_run, weights="random")
     assert "whitening.npz" in identify(photo, "--run", copied_run)[2]
     evaluate(museum, descriptors=[museum.parent / "store"], output=tmp_path / "alone", wandb="off", report=False)
-    assert "made from --descriptors" in identify(photo, "--run", tmp_path / "alone")[2]
+    assert "made from descriptors" in identify(photo, "--run", tmp_path / "alone")[2]
 
 
 def test_a_run_is_used_from_any_folder_and_the_demo_needs_no_root(museum, tmp_path, monkeypatch, identify):
