@@ -43,7 +43,7 @@ def build(folder: Path) -> None:
     numpy.typing.ArrayLike = type("ArrayLike", (), {"__module__": "numpy.typing"})
 
     from metilr import __version__, metrics
-    from metilr.training.module import datamodule as pair_datamodule
+    from metilr.training import datamodule as pair_datamodule
 
     for name in metrics.__all__:  # some are imported when they are first asked for, which pdoc does not do
         setattr(metrics, name, getattr(metrics, name))
