@@ -200,19 +200,16 @@ def _notes(
 
 def _skipped_images(opened: Descriptors, ground_truth: GroundTruth) -> list[dict[str, str]]:
     """Each image that is missing or cannot be decoded: its split, path and reason."""
-    return [
-        {"split": split, "path": paths[i], "reason": _why_bad(ground_truth.image(paths[i]))}
-        for split, paths in ground_truth.paths.items()
-        for i in np.flatnonzero(~opened.made[split])
-    ]
-
-
-def _why_bad(file: Path) -> str:
-    try:
-        load_image(file)
-    except BadImageError as error:
-        return str(error).rpartition("; ")[0]  # without the advice to skip it
-    return "could not be decoded when its descriptor was made"
+    skipped = []
+    for split, paths in ground_truth.paths.items():
+        for i in np.flatnonzero(~opened.made[split]):
+            file, reason = ground_truth.image(paths[i]), "could not be decoded when its descriptor was made"
+            try:
+                load_image(file)
+            except BadImageError as error:
+                reason = f"{file}: cannot be decoded ({error.reason})"
+            skipped.append({"split": split, "path": paths[i], "reason": reason})
+    return skipped
 
 
 def peak_memory_gb() -> float | None:

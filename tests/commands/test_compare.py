@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -307,3 +309,15 @@ def test_what_cannot_be_compared_ends_in_one_line(museum, capsys):
     assert "named twice" in error_of(capsys, "first", "./first")
     assert "runs" in error_of(capsys)
     assert "cannot be written" in error_of(capsys, "first", "--output", "/proc/nowhere")
+
+
+def test_no_heavy_library_is_imported(museum):
+    write_run(Path("first"), museum, 0)
+    code = """if True:
+        import sys
+        from metilr.cli import main
+        main(["compare", "first", "--output", "out"])
+        print("imported", *({"torch", "torchvision", "timm", "pytorch_lightning", "faiss", "cv2"} & sys.modules.keys()))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1].split() == ["imported"]

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -27,6 +28,36 @@ def recorded(tiny_museum, tmp_path, monkeypatch) -> Path:
     Path("elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     return tmp_path / "recorded.json"
+
+
+FIRST_EDITION = Path(__file__).parents[1] / "fixtures" / "first_edition_run"  # of the museum that write_museum draws
+
+
+def test_a_run_of_the_first_edition_comes_out_again(tiny_museum, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, printed = rerun(capsys, FIRST_EDITION, "--root", tiny_museum, "--output", "again")
+    assert status == 0 and "the figures agree" in printed
+    for split in ("val", "test"):
+        before, now = (
+            (folder / "predictions" / f"{split}.csv").read_text() for folder in (FIRST_EDITION, Path("again"))
+        )
+        ids = [[line.split(",")[:3] for line in text.splitlines()] for text in (before, now)]
+        assert ids[0] == ids[1]
+
+
+def test_a_run_with_an_element_that_was_deleted_is_compared_but_not_repeated(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(FIRST_EDITION, "run")
+    change(Path("run/results.json"), "elements.dba", 2)
+    change(Path("run/results.json"), "options.dba", 2)
+    status, printed = rerun(capsys, "run")
+    assert status == 2 and "its options are not this version's: dba 2: metilr no longer has this" in printed
+    main(["compare", "run", str(FIRST_EDITION), "--output", "compared"])
+    assert [run["elements"]["dba"] for run in read_json("compared/comparison.json")["runs"]] == [2, 0]
+
+
+def read_json(file: str) -> Any:
+    return json.loads(Path(file).read_text())
 
 
 def change(file: Path, where: str, value: object) -> None:

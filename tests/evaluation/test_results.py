@@ -16,7 +16,7 @@ from metilr.evaluation import runs, summary
 from metilr.evaluation.options import MethodOptions
 from metilr.evaluation.recognition import Recognition
 from metilr.evaluation.results import Intervals
-from metilr.evaluation.runs import output_folder
+from metilr.evaluation.runs import output_folder, read_run
 from metilr.evaluation.summary import summarise, write_answers
 from metilr.extraction.descriptors import Descriptors
 from metilr.report.tables import print_table
@@ -226,3 +226,10 @@ def test_the_unit_shown_is_the_widest_so_that_two_photographers_do_not_hide_the_
 
     assert with_widths(photographers=0.1, classes=0.3, queries=0.2).unit == "classes"
     assert with_widths().unit is None
+
+
+def test_a_run_of_the_first_edition_is_read_whole():
+    folder = Path(__file__).parents[1] / "fixtures" / "first_edition_run"
+    content, run = json.loads((folder / "results.json").read_text()), read_run(folder)
+    assert run.results.recorded() == content and run.results.test.gap == content["test"]["gap"]
+    assert run.config["seed"] == 5 and len(run.answers["val"].paths) == content["val"]["n_queries"] == 7

@@ -15,6 +15,7 @@ from metilr.commands.evaluate import evaluate
 from metilr.commands.pack import pack
 from metilr.commands.rerun import _options, compare_results
 from metilr.data.decode import load_image
+from metilr.errors import UserError
 from metilr.evaluation.results import read_results
 from metilr.report import plots
 from tests import small_runs
@@ -72,6 +73,15 @@ def changed(whole, tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(plots, "plot_comparison", plot_some)
     monkeypatch.chdir(tmp_path)
     return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("element", "value"), [("dba", 2), ("crop_similarity", "mean"), ("database_views", "mean")])
+def test_elements_that_were_deleted_are_refused_where_photos_are_answered(changed, element, value):
+    content = json.loads((changed / "results.json").read_text())
+    content["elements"][element] = value
+    (changed / "results.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{changed}: was evaluated with {element} '?{value}'?: "):
+        open_with_threshold(changed, None, accelerator="cpu")
 
 
 def test_changed_results_in_use(changed, whole, tmp_path):
