@@ -3,17 +3,15 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from metilr.data.ground_truth import GroundTruth
-from metilr.data.views import CentreCrops, SimulatedVisits, View
 from metilr.errors import UserError, one_line
 from metilr.evaluation.options import MethodOptions
 from metilr.extraction.descriptors import Descriptors
 from metilr.extraction.store import CHUNK_ROWS, row_chunks
-from metilr.models.checkpoints import read_checkpoint
 from metilr.progress import counted
 from metilr.retrieval.approximate import ApproximateIndex
 from metilr.retrieval.knn import NO_ROW, Matches, top_matches
@@ -25,11 +23,16 @@ from metilr.retrieval.whitening import (
     whitening_from_parts,
 )
 
+if TYPE_CHECKING:
+    from metilr.data.views import View
+
 CHECKPOINT = ".ckpt"
 
 
-def views_of(method: MethodOptions, seed: int) -> list[View]:
+def views_of(method: MethodOptions, seed: int) -> "list[View]":
     """The views that must be described besides the images."""
+    from metilr.data.views import CentreCrops, SimulatedVisits  # torchvision: comparing descriptors does without
+
     views: list[View] = [SimulatedVisits(method.n_visits, seed)] if method.n_visits else []
     return [*views, CentreCrops(tuple(method.query_crops))] if method.query_crops else views
 
@@ -72,6 +75,10 @@ def load_whitening(path: str | Path) -> PCAWhitening:
     path = Path(path)
     if path.suffix != CHECKPOINT:
         return PCAWhitening.load(path)
+    import torch  # and timm: a saved whitening does without
+
+    from metilr.models.checkpoints import read_checkpoint
+
     content = read_checkpoint(path).get("metilr")
     entry = content.get("whitening") if isinstance(content, Mapping) else None
     if entry is None:
@@ -87,7 +94,7 @@ def load_whitening(path: str | Path) -> PCAWhitening:
         raise UserError(f"{path}: its whitening cannot be read ({reason}); pack it anew", "whitening") from error
 
 
-def _array(tensor: torch.Tensor) -> np.ndarray:
+def _array(tensor: Any) -> np.ndarray:
     if tensor.nelement() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise ValueError("a tensor claims more numbers than the file has")
     return np.array(tensor.numpy())
