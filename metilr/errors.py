@@ -38,18 +38,12 @@ class _Short(reprlib.Repr):
     """Parts that share their parts would be gigabytes, written out."""
 
     def repr_instance(self, x: Any, level: int) -> str:
-        """Write what is of no kind that the parent shortens."""
         return f"a {type(x).__name__}" if isinstance(x, (dict, list, tuple, set, frozenset)) else repr(x)
 
 
 _SHORT = _Short()
 _SHORT.maxlevel = 4
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
-
-
-def is_text(value: object) -> bool:
-    """Whether it is text that a file and a file's name can hold."""
-    return type(value) is str and "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def check_choices(options: Any) -> None:

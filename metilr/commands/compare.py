@@ -14,7 +14,7 @@ from rich.markup import escape
 from metilr.data.ground_truth import NOT_NAMED, QUERY_FILES, load_ground_truth
 from metilr.errors import UserError
 from metilr.evaluation.results import FIGURES, LEVEL, UNITS
-from metilr.evaluation.runs import Run, make_output, read_run
+from metilr.evaluation.runs import RUNS, Run, make_output, read_run
 from metilr.files import write_atomically
 from metilr.metrics.bootstrap import Difference, paired_intervals, resampling_units
 from metilr.progress import printable, tracked
@@ -144,10 +144,8 @@ def paired_differences(
 def photographers_of(run: Run) -> Mapping[str, np.ndarray] | None:
     """Who took the queries, from the ground truth where the run found it; None if that is gone or has changed."""
     root, data = run.config.get("root"), run.results.data
-    if root is None:
-        from metilr.demo import DEMO
-
-        root = Path(run.results.directory) / DEMO
+    if root is None:  # the demo's
+        root = Path(run.results.directory) / RUNS / data.root
     try:
         ground_truth = load_ground_truth(Path(root), data.database)
     except UserError:

@@ -11,7 +11,7 @@ import numpy as np
 
 from metilr.data.decode import find_images
 from metilr.data.ground_truth import GroundTruth
-from metilr.errors import UserError, is_text, one_line, shown
+from metilr.errors import UserError, one_line, shown
 
 CSV_COLUMNS = ("path", "exhibit")
 
@@ -52,9 +52,14 @@ class Catalogue:
         )
 
 
+def _is_text(value: Any) -> bool:
+    """Whether it is text that a file's name can hold."""
+    return type(value) is str and "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
 def is_place_below(path: Any) -> bool:
     """Whether a path, relative to a folder, names a file that can lie below it."""
-    if not is_text(path):
+    if not _is_text(path):
         return False
     parts = PurePosixPath(path)
     return bool(parts.name) and not parts.is_absolute() and ".." not in parts.parts
@@ -75,7 +80,7 @@ def read_catalogue(folder: Path, csv: Path | None = None) -> Catalogue:
             sub-folder that cannot be listed, or the CSV file is malformed.
     """
     folder = Path(folder).absolute()
-    if not is_text(str(folder)):
+    if not _is_text(str(folder)):
         raise UserError(f"{folder}: its name is not UTF-8, which an index cannot hold; rename it")
     catalogue = _from_folder(folder) if csv is None else _from_csv(folder, Path(csv))
     if len(catalogue.names) < 2:
@@ -125,7 +130,7 @@ def _from_csv(folder: Path, csv: Path) -> Catalogue:
             raise UserError(f"--csv {csv}: line {line}: path {shown(path)} must name a file below {folder}")
         if not exhibit:
             raise UserError(f"--csv {csv}: line {line}: names no exhibit")
-        if not is_text(exhibit):
+        if not _is_text(exhibit):
             raise UserError(f"--csv {csv}: line {line}: exhibit {shown(exhibit)} cannot be a name")
         if seen.setdefault(parts, line) != line:
             raise UserError(

@@ -299,7 +299,8 @@ def why(error: Exception) -> str:
     """What is wrong with a file, in one line: the first field that is, and what it holds."""
     if not isinstance(error, ValidationError):
         return one_line(error)
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = error.errors(include_url=False)[0]
     field = ".".join(map(str, first["loc"])) or "the file"
+    reason = first.get("ctx", {}).get("error") or first["msg"]  # ours, or pydantic's
     held = "" if first["type"] in ("missing", "value_error") else f", is {shown(first['input'])}"
-    return one_line(ValueError(f"{field}: {first['msg'].removeprefix('Value error, ')}{held}"))
+    return one_line(ValueError(f"{field}: {reason}{held}"))
