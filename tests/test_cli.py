@@ -283,7 +283,9 @@ def test_metilr_lists_its_subcommands_by_the_first_lines_of_their_docstrings(cap
 HEAVY = {"torch", "torchvision", "timm", "pytorch_lightning", "matplotlib", "wandb", "openvino", "torchmetrics"}
 
 
-@pytest.mark.parametrize("args", ["--help", "--version", "evaluate --help", "evaluate --bakbone x", "compare --help", "sweep --help"])
+@pytest.mark.parametrize(
+    "args", ["--help", "--version", "evaluate --help", "evaluate --bakbone x", "compare --help", "sweep --help"]
+)
 def test_what_needs_no_library_imports_none(args):
     code = f"""
 import sys

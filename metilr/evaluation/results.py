@@ -157,14 +157,6 @@ class KNN(Vote):
     grid: Grid | None
 
 
-class Bootstrap(Part):
-    """How intervals were drawn."""
-
-    resamples: Count
-    level: Share
-    seed: Count
-
-
 class Accepted(Part):
     """What the threshold gives on a split."""
 
@@ -221,7 +213,7 @@ class Results(Part):
     geometric_check: Check | None = None
     search: dict[str, Any] = {}
     knn: KNN
-    bootstrap: Bootstrap | None = None
+    bootstrap: dict[str, Any] = {}  # resamples, level, seed
     threshold: Threshold | None = None
     val: Figures
     test: Figures

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from metilr.evaluation.results import KNN, Results
+from metilr.evaluation.results import KNN, LEVEL, Results
 from metilr.progress import printable
 
 METRICS = {"gap": "GAP", "gap_minus": "GAP⁻", "acc": "ACC"}
@@ -129,10 +129,9 @@ def print_table(console: Console, results: Results) -> None:
         gate = f"gate of weight {check.gate.weight:g}, enough {check.gate.enough:g}"
         boost = f", boost {check.boost:g}" if check.reorder else ""
         console.print(f"geometric check: {gate}{boost}, chosen on val{idle}", soft_wrap=True)
-    if unit is not None and results.bootstrap is not None:
-        level = 100 * results.bootstrap.level
+    if unit is not None:
         drawn = f"bootstrap over {unit} and distractors (a lower bound of the doubt)"
-        console.print(f"in brackets {level:g}% intervals: {drawn}", soft_wrap=True)
+        console.print(f"in brackets {100 * LEVEL:g}% intervals: {drawn}", soft_wrap=True)
     for note in results.notes:
         console.print(f"[bold yellow]note:[/] {escape(note)}")
 

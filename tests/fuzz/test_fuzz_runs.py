@@ -46,26 +46,15 @@ ROWS = [
 CSV = "\r\n".join([",".join(PREDICTION_COLUMNS), *map(",".join, ROWS), ""]).encode()
 JSON_TOKENS = (b"[" * 3000, b"}", b"NaN", b"9" * 5000, b"\xff")
 CSV_TOKENS = (
-    b",",
-    b'"',
-    b"\r\n",
-    b"\0",
-    b"nan",
-    b"1e999",
-    b"-2",
-    b"9" * 30,
-    b"9" * 5000,
-    b"\xff",
-    b"x" * 140_000,
-    b"7.5",
+    *(b",", b'"', b"\r\n", b"\0", b"nan", b"1e999", b"-2", b"7.5", b"\xff"),
+    *(b"9" * 30, b"9" * 5000, b"x" * 140_000),
 )
 YAML_TOKENS = (
-    b"[" * 2000, b"{" * 2000, b"&a [*a]", b"*a", b"!!python/object/apply:os.system ['x']", b"!!timestamp x",
-    b"!!int ''",
-    b"!!bool x", b"!!float ''", b"!!binary x", b"? [a]\n", b"2024-99-99", b"- ", b"\t", b": ", b"<<: 1\n", b"\x00",
-    b"!!set {a}",
-    b"!!omap x", b"0x", b"1:1:1", b"=", b"!!python/name:os.system", b"9" * 5000, b"---\n", b"\xff",
-)  # fmt: skip
+    *(b"[" * 2000, b"{" * 2000, b"9" * 5000, b"&a [*a]", b"*a", b"? [a]\n", b"2024-99-99", b"- ", b"\t", b": "),
+    *(b"!!python/object/apply:os.system ['x']", b"!!python/name:os.system", b"!!timestamp x", b"!!int ''", b"!!bool x"),
+    *(b"!!float ''", b"!!binary x", b"!!set {a}", b"!!omap x", b"0x", b"1:1:1", b"=", b"---\n", b"<<: 1\n"),
+    *(b"\x00", b"\xff"),
+)
 
 
 def make(folder):
