@@ -209,17 +209,6 @@ def pairs(n=500, width=24, seed=1):
     return (0.1 * rng.standard_normal((n, width)) @ rng.standard_normal((width, width)) + 0.05).astype(np.float32)
 
 
-def test_learned_whitening_gives_pairs_equal_variance_and_decorrelates_the_database():
-    x, d = descriptors(), pairs()
-    learned = fit_learned_whitening([x], [d], shrinkage=1e-12)
-    within = d.astype(np.float64) @ learned.projection
-    np.testing.assert_allclose(within.T @ within / len(d), np.eye(24), atol=1e-7)
-    database = (x.astype(np.float64) - learned.mean) @ learned.projection
-    np.testing.assert_allclose(database.T @ database / len(x), np.diag(learned.eigenvalues), atol=1e-6)
-    assert (np.diff(learned.eigenvalues) <= 0).all()
-    assert (learned.n, learned.n_pairs, learned.dim, learned.supported_dim) == (400, 500, 24, 24)
-
-
 @pytest.mark.parametrize(("n_pairs", "shrinkage"), [(500, 0.1), (7, 0.05), (1, 0.5), (500, 1.0)])
 def test_learned_whitening_solves_the_generalised_eigenproblem(n_pairs, shrinkage):
     x, d = descriptors().astype(np.float64), pairs(n_pairs).astype(np.float64)
@@ -248,7 +237,7 @@ def test_learned_whitening_in_pieces_and_back_from_disk(tmp_path):
     np.testing.assert_allclose(cut.projection, whole.projection, rtol=1e-6, atol=1e-8)
     whole.save(tmp_path / "w.npz")
     loaded = PCAWhitening.load(tmp_path / "w.npz")
-    assert isinstance(loaded, LearnedWhitening) and loaded.n_pairs == 500
+    assert isinstance(loaded, LearnedWhitening) and (loaded.n, loaded.n_pairs, loaded.supported_dim) == (400, 500, 24)
     assert loaded.sha256() == whole.sha256()
     np.testing.assert_array_equal(loaded.transform(x), whole.transform(x))
 
