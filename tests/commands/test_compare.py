@@ -88,6 +88,11 @@ def museum(tmp_path, monkeypatch) -> Path:
     return write_museum_files(tmp_path / "museum")
 
 
+def write_two(museum: Path, **changes: Any) -> None:
+    for seed, name in enumerate(("first", "second")):
+        write_run(Path(name), museum, seed, **changes)
+
+
 def compare(*arguments: object) -> dict[str, Any]:
     main(["compare", *map(str, arguments), "--output", "out"])
     return json.loads(Path("out/comparison.json").read_text())
@@ -102,13 +107,11 @@ def error_of(capsys, *arguments: object) -> str:
 
 
 def test_what_each_run_took_stands_beside_its_interval(museum):
-    write_run(Path("a"), museum, 0, seconds=12.4, peak_memory_gb=1.25)
-    write_run(Path("b"), museum, 1, seconds=1234.0, peak_memory_gb=None)
-    interval = {metric: [0.25, 0.75] for metric in ("gap", "gap_minus", "acc")}
-    for name in "ab":
+    interval = {metric: [0.25, 0.75] for metric in METRICS}
+    for seed, (name, seconds, memory) in enumerate((("a", 12.4, 1.25), ("b", 1234.0, None))):
+        write_run(Path(name), museum, seed, seconds=seconds, peak_memory_gb=memory)
         of_run = results(name)
-        for split in ("val", "test"):
-            of_run[split]["intervals"] = {"queries": interval}
+        of_run |= {split: of_run[split] | {"intervals": {"queries": interval}} for split in ("val", "test")}
         Path(name, "results.json").write_text(json.dumps(of_run))
     compare("a", "b")
     costs = markdown_tables(Path("out/comparison.md").read_text())[-1]
@@ -130,8 +133,7 @@ def markdown_tables(text: str) -> list[list[list[str]]]:
 
 
 def test_every_format_gives_the_runs_figures(museum, capsys):
-    for seed, name in enumerate(("first", "second")):
-        write_run(Path(name), museum, seed)
+    write_two(museum)
     compare("first", "second")
 
     with Path("out/comparison.csv").open(newline="") as stream:
@@ -159,10 +161,8 @@ def test_every_format_gives_the_runs_figures(museum, capsys):
 
 
 def test_what_runs_say_does_not_steer_the_terminal(museum, capsys):
-    for seed, name in enumerate(("first", "second")):
-        of_run = results(str(write_run(Path(name), museum, seed)))
-        of_run["data"]["root"] = "a\x1b[31m"
-        Path(name, "results.json").write_text(json.dumps(of_run))
+    write_run(Path("first"), museum, 0)
+    write_run(Path("second"), museum, 1, data=results("first")["data"] | {"root": "a\x1b[31m", "fingerprint": "0"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # matplotlib's of a missing glyph would hold it
         compare("first", "second")
@@ -171,8 +171,7 @@ def test_what_runs_say_does_not_steer_the_terminal(museum, capsys):
 
 
 def test_a_full_disk_leaves_no_half_of_a_plot(museum, capsys):
-    for seed, name in enumerate(("first", "second")):
-        write_run(Path(name), museum, seed)
+    write_two(museum)
     with files_of_at_most(16_000):
         assert "out/comparison.png: File too large" in error_of(capsys, "first", "second", "--output", "out")
     assert not list(Path("out").glob("*.png"))
@@ -209,8 +208,7 @@ def test_photographers_are_drawn_as_the_ground_truth_names_them(museum):
 
 
 def test_without_the_ground_truth_classes_are_drawn_and_it_is_said(museum, capsys):
-    for seed, name in enumerate(("first", "second")):
-        write_run(Path(name), museum, seed)
+    write_two(museum)
     museum.rename("elsewhere")
     comparison = compare("first", "second")
     assert list(comparison["differences"][0]["by_unit"]) == ["classes", "queries"]

@@ -10,7 +10,7 @@
   const next = document.getElementById("next");
   let page = 0;
 
-  // A query as gallery.py writes it.
+  // A query as page.py writes it.
   const query = ([row, path, kind, label, answer, outcome, logConfidence, margin, matches, similarities, inliers]) =>
     ({ row, path, kind, label, answer, outcome: data.outcomes[outcome], logConfidence, margin, matches, similarities,
       inliers });
