@@ -22,7 +22,7 @@ from metilr.extraction.datamodule import ImageBatch
 from metilr.extraction.module import DescriptorModule
 from metilr.extraction.options import ExtractionOptions
 from metilr.extraction.store import UNIT_TOLERANCE
-from metilr.geometry.check import GeometricCheck, check_photo
+from metilr.geometry.check import GeometricCheck
 from metilr.geometry.evidence import Checked, apply_evidence
 from metilr.models.embedder import Embedder
 from metilr.retrieval.knn import N_MATCHES, N_NEIGHBOURS, Matches, Predictions, classify
@@ -268,13 +268,13 @@ class Collection:
     ) -> tuple[Predictions, list[int], bytes | None]:
         """Check the answer as the evaluation does; with the inliers of each candidate, and the picture."""
         rows = matches.rows[:, : check.candidates]
-        photo = check_photo(check, image, [self.image(row) for row in rows[0].tolist()])
-        inliers = np.array([[found.n_inliers for found in photo.found]])
+        files, features = [self.image(row) for row in rows[0].tolist()], check.extractor.extract(image)
+        inliers = np.array([[check.verify(features, check.features(file)).n_inliers for file in files]])
         database_labels = self.ground_truth.labels["database"]
         checked = Checked(matches, inliers, database_labels, len(self.exhibits), self.tau)
         predictions = apply_evidence(predictions, checked, check.boost, check.gate)
         answered = np.flatnonzero(database_labels[rows[0]] == predictions.labels[0])
-        regions = photo.draw(int(answered[0]), check.image_size) if draw and len(answered) else None
+        regions = check.draw(image, features, files[int(answered[0])]) if draw and len(answered) else None
         return predictions, inliers[0].tolist(), regions
 
     def _compared(self, image: Tensor) -> np.ndarray:

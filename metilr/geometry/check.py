@@ -1,181 +1,221 @@
 """The geometric check of images: local features of a query and of its candidates, and how far they agree.
 
-It needs images: on a store, those of the candidates are read when they are needed.
+Features are computed when they are first needed, on a store too, and kept in a folder that later runs read.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import hashlib
+import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from metilr.data.decode import NO_FILE, BadImageError, load_image
 from metilr.distributed import default_workers
+from metilr.errors import UserError
 from metilr.extraction.callbacks import keep_float32_exact
+from metilr.extraction.store import settings_fingerprint
+from metilr.files import replaced_file
 from metilr.geometry.evidence import OFF, Gate
-from metilr.geometry.features import FeatureCache, LocalFeatureExtractor
 from metilr.geometry.verify import NOTHING_IN_COMMON, LocalFeatures, Verification, matching_picture, verify
-from metilr.models.embedder import Embedder
+from metilr.models import SCALES
+from metilr.models.embedder import BFLOAT16_LEAST_SIDE, Embedder
+from metilr.models.weights import tensors_sha256
 from metilr.progress import tracked
 from metilr.retrieval.knn import NO_ROW
 
 FEATURES = Path("runs/local_features")
+STRIDE = 8  # px; on val nearly as good as 16 at twice the image size, for a sixth of the work; 32 tells little
+N_FEATURES = 1200  # of 4200 in 480 x 320 px; 600 do worse on val, 2000 take twice the time for a match or more
+TOLERANCE = 1.5  # strides: a position is known to half a cell of the coarsest scale (2 strides) in either image
+LEAST_SPREAD = 1e-5  # of a channel, relative to its largest value: below it is rounding
+RECIPE = 2  # to be raised with any change here that changes features
+
+
+class LocalFeatureExtractor:
+    """Turns images into local features with an embedder's weights, and no others, on its device.
+
+    The map is that of the stage with the wanted stride in px or, where none has it, as in ViTs, the one that the
+    embedder pools; ``stride`` is then that one's. Features of all relative image sizes, ``scales``, are put together.
+    """
+
+    def __init__(
+        self, embedder: Embedder, stride: int = STRIDE, scales: Sequence[float] = SCALES, n_features: int = N_FEATURES
+    ) -> None:
+        self.embedder = embedder
+        self.scales = tuple(float(scale) for scale in scales)
+        self.n_features = n_features
+        model = embedder.backbone.model
+        strides = [stage["reduction"] for stage in getattr(model, "feature_info", [])]
+        # The blocks of a ViT all have one stride: the last does best there, with its norm.
+        if hasattr(model, "forward_intermediates") and stride in strides and len(set(strides)) > 1:
+            self._index, self.stride = len(strides) - 1 - strides[::-1].index(stride), stride
+        else:
+            self._index, self.stride = None, strides[-1] if strides else stride
+        self.tolerance = TOLERANCE * self.stride  # what ``verify`` is to be given, in px
+
+    @torch.inference_mode()
+    def extract(self, image: Tensor) -> LocalFeatures:
+        """Compute the features of one image, uint8 ``(3, H, W)``, at most ``n_features``, by scales and rows.
+
+        The backbone runs in the precision of the caller's autocast, with ``Embedder``'s exception for small images.
+        Each channel is standardised over the positions of all scales, so that descriptors tell what differs from place
+        to place; the strongest by their norm are L2-normalised, and rounded to what float16 can say, as they are kept.
+        A map that is the same everywhere or not finite gives none.
+        """
+        height, width = image.shape[1:]
+        normalised = self.embedder.normalise(image[None].to(self.embedder.mean.device))
+        maps = [self._map(self._resize(normalised, scale))[0].float().cpu() for scale in self.scales]  # Cxhxw
+        positions = np.concatenate([cell_centres(m.shape[1], m.shape[2], height, width) for m in maps])
+        features = torch.cat([m.flatten(1).T for m in maps]).numpy()  # Cxhxw to (h*w)xC
+        if not np.isfinite(features).all():
+            return LocalFeatures(positions[:0], features[:0])
+        spread = features.std(axis=0)
+        varies = spread > LEAST_SPREAD * np.abs(features).max(axis=0)
+        standard = np.where(varies, (features - features.mean(axis=0)) / np.where(varies, spread, 1), 0)
+        norms = np.linalg.norm(standard, axis=1)
+        kept = np.sort(np.argsort(-norms, kind="stable")[: self.n_features])
+        kept = kept[norms[kept] > 0]
+        descriptors = (standard[kept] / norms[kept, None]).astype(np.float16)
+        return LocalFeatures(positions[kept], descriptors.astype(np.float32))
+
+    def settings(self) -> dict[str, Any]:
+        """Return everything that determines the features besides the image, as JSON types."""
+        backbone, device = self.embedder.backbone, self.embedder.mean.device.type
+        return {
+            "recipe": RECIPE, "backbone": backbone.name, "weights_sha256": tensors_sha256(backbone.model.state_dict()),
+            "patch_rounding": backbone.patch_rounding if backbone.patch > 1 else None,
+            "mean": self.embedder.mean.flatten().tolist(), "std": self.embedder.std.flatten().tolist(),
+            "map": f"stage {backbone.stage}" if self._index is None else f"index {self._index}",
+            "scales": list(self.scales), "n_features": self.n_features, "device": device,
+            "precision": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "32",
+        }  # fmt: skip
+
+    def _resize(self, images: Tensor, scale: float) -> Tensor:
+        height, width = images.shape[-2:]
+        size = self.embedder.backbone.fit_size(max(1, math.floor(height * scale)), max(1, math.floor(width * scale)))
+        if size == (height, width):
+            return images
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+
+    def _map(self, images: Tensor) -> Tensor:
+        backbone, is_small = self.embedder.backbone, min(images.shape[-2:]) < BFLOAT16_LEAST_SIDE
+        with torch.autocast("cpu", enabled=False) if is_small else contextlib.nullcontext():
+            if self._index is None:
+                features: Tensor = backbone(images).map
+            else:
+                [features] = backbone.model.forward_intermediates(
+                    images, indices=[self._index], stop_early=True, intermediates_only=True
+                )
+        return features
+
+
+def cell_centres(n_rows: int, n_columns: int, height: int, width: int) -> np.ndarray:
+    """Return the centres of a grid's cells that tile an image, x and y in px, row by row, float32 ``(n, 2)``."""
+    y, x = np.meshgrid(np.arange(n_rows) + 0.5, np.arange(n_columns) + 0.5, indexing="ij")
+    return np.stack([x * (width / n_columns), y * (height / n_rows)], axis=-1).reshape(-1, 2).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class GeometricCheck:
-    """A check of each query's best candidates.
-
-    Attributes:
-        extractor: Makes local features, in float32.
-        cache: Keeps them.
-        image_size: See ``load_image``: what the descriptors were made with.
-        candidates: Exhibits that are checked, the nearest image of each.
-        reorder: Whether inliers may decide between them; else the label stays.
-        boost: Of the candidates' similarities, chosen on val; see ``reordered``.
-        gate: Of the confidence, chosen on val.
-    """
+    """A check of each query's best candidates."""
 
     extractor: LocalFeatureExtractor
-    cache: FeatureCache
-    image_size: int | None
-    candidates: int
-    reorder: bool
-    boost: float = 0.0
-    gate: Gate = OFF
+    folder: Path  # of the features of this model and these settings, a file for each image; grows until it is deleted
+    image_size: int | None  # of ``load_image``: what the descriptors were made with
+    candidates: int  # exhibits that are checked, the nearest image of each
+    reorder: bool  # whether inliers may decide between them; else the label stays
+    boost: float = 0.0  # of the candidates' similarities, chosen on val; see ``reordered``
+    gate: Gate = OFF  # of the confidence, chosen on val
 
     def features(self, image: Path) -> LocalFeatures | None:
-        """Return an image file's features, from the cache if they are there; None if it cannot be decoded."""
+        """Return an image file's features, kept or computed; None if it cannot be decoded.
+
+        Of another size or time of change it is another image. It takes from 0.1 MB (lite0_in) to 1.2 MB (a ResNet-50)
+        of the disk, in float16, to which the extractor rounds: figures do not depend on what was kept.
+        """
         try:
-            return self.cache.features(image, lambda: self.extractor.extract(load_image(image, self.image_size)))
+            status = image.stat()
+            name = hashlib.sha256(f"{image.resolve()}\n{status.st_size}\n{status.st_mtime_ns}".encode()).hexdigest()
+            file = self.folder / f"{name[:32]}.npz"
+            with contextlib.suppress(Exception), np.load(file) as arrays:  # damage raises many types
+                return LocalFeatures(arrays["positions"], arrays["descriptors"].astype(np.float32))
+            positions, descriptors = self.extractor.extract(load_image(image, self.image_size))
         except BadImageError:
             return None
         except OSError as error:
             if error.errno not in NO_FILE:
                 raise
             return None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replaced_file(file) as stream:
+                np.savez(stream, positions=positions, descriptors=descriptors.astype(np.float16))
+        except OSError as error:
+            raise UserError(f"{file}: cannot be written ({error.strerror}); free some space") from None
+        return LocalFeatures(positions, descriptors)
 
     def verify(self, query: LocalFeatures, candidate: LocalFeatures | None) -> Verification:
         """Say what a query's features have in common with a candidate's."""
         return NOTHING_IN_COMMON if candidate is None else verify(query, candidate, self.extractor.tolerance)
+
+    def draw(self, photo: Tensor, features: LocalFeatures, candidate: Path) -> bytes | None:
+        """Draw what a photo, uint8 ``(3, H, W)``, and an image have in common, as a JPEG; None if that is nothing."""
+        others = self.features(candidate)
+        verified = self.verify(features, others)
+        if others is None or not verified.n_inliers:
+            return None
+        return matching_picture(photo, load_image(candidate, self.image_size), features, others, verified)
 
 
 def geometric_check_of(
     embedder: Embedder, image_size: int | None, candidates: int, reorder: bool, boost: float = 0.0, gate: Gate = OFF,
     folder: Path = FEATURES,
 ) -> GeometricCheck:  # fmt: skip
-    """Put a check together from a model; features are kept in the folder.
-
-    Raises:
-        UserError: If that folder cannot be made or read.
-    """
+    """Put a check together from a model; features are kept in the folder."""
     keep_float32_exact()
     if embedder.mean.device.type == "cpu":  # as the extraction leaves it, so that features are the same without one
         embedder.to(memory_format=torch.channels_last)
     extractor = LocalFeatureExtractor(embedder)
-    cache = FeatureCache(folder, {"features": extractor.settings(), "image_size": image_size})
-    return GeometricCheck(extractor, cache, image_size, candidates, reorder, boost, gate)
+    kept = folder / settings_fingerprint({"features": extractor.settings(), "image_size": image_size})
+    return GeometricCheck(extractor, kept, image_size, candidates, reorder, boost, gate)
 
 
 def count_inliers(
     check: GeometricCheck, queries: Sequence[Path], candidates: np.ndarray, database: Sequence[Path], quiet: bool = True
 ) -> np.ndarray:
-    """Count the matches of each query with each of its candidates that agree about one transform.
+    """Count the matches of each query with each of its candidates that agree about one transform, int64 ``(Q, M)``.
 
-    Each pair is verified on its own, so neither order nor company changes a count.
-
-    Args:
-        check: Makes and keeps features.
-        queries: Image files, Q.
-        candidates: Rows of ``database``, int64 ``(Q, M)``; NO_ROW for none.
-        database: Image files, N.
-        quiet: Show no progress.
-
-    Returns:
-        int64 ``(Q, M)``; 0 where there is no candidate, or an image cannot be decoded.
-
-    Raises:
-        UserError: If the cache cannot be written.
+    ``candidates`` are rows of ``database``, int64 ``(Q, M)``; where there is none, NO_ROW, or an image cannot be
+    decoded, the count is 0. Each pair is verified on its own, so neither order nor company changes a count.
     """
-    assert candidates.shape[:1] == (len(queries),), (candidates.shape, len(queries))
 
     def of_query(i: int) -> np.ndarray:
         counts = np.zeros(candidates.shape[1], dtype=np.int64)
         query = check.features(queries[i])
-        if query is None:
-            return counts
-        for j in np.flatnonzero(candidates[i] != NO_ROW):
+        for j in np.flatnonzero(candidates[i] != NO_ROW) if query is not None else ():
             counts[j] = check.verify(query, check.features(database[candidates[i, j]])).n_inliers
         return counts
 
-    with ThreadPoolExecutor(default_workers(1)) as pool, _one_thread_each():
-        counts = tracked(pool.map(of_query, range(len(queries))), "checking geometry", len(queries), "queries", quiet)
-        return np.array([*counts], dtype=np.int64).reshape(candidates.shape)
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Leave the cores to the pool: threads of threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the cores are the pool's
     try:
-        yield
+        with ThreadPoolExecutor(default_workers(1)) as pool:
+            counts = pool.map(of_query, range(len(queries)))
+            counts = [*tracked(counts, "checking geometry", len(queries), "queries", quiet)]
     finally:
-        torch.set_num_threads(before)
-
-
-@dataclass(frozen=True, eq=False)
-class CheckedPhoto:
-    """What a photo has in common with each of its candidates.
-
-    Attributes:
-        photo: uint8 ``(3, H, W)``.
-        features: The photo's.
-        files: The candidates' images.
-        candidates: Their features; None where an image cannot be decoded.
-        found: What they have in common.
-    """
-
-    photo: Tensor
-    features: LocalFeatures
-    files: Sequence[Path]
-    candidates: Sequence[LocalFeatures | None]
-    found: Sequence[Verification]
-
-    def draw(self, i: int, image_size: int | None) -> bytes | None:
-        """Draw what photo and candidate i have in common, as a JPEG; None if that is nothing."""
-        candidate = self.candidates[i]
-        if candidate is None or not self.found[i].n_inliers:
-            return None
-        image = load_image(self.files[i], image_size)
-        return matching_picture(self.photo, image, self.features, candidate, self.found[i])
-
-
-def check_photo(
-    check: GeometricCheck, photo: Tensor, files: Sequence[Path], features: LocalFeatures | None = None
-) -> CheckedPhoto:
-    """Verify a photo, uint8 ``(3, H, W)``, with candidates' images; its features are computed unless they are known.
-
-    Raises:
-        UserError: If features cannot be kept.
-    """
-    features = check.extractor.extract(photo) if features is None else features
-    candidates = [check.features(file) for file in files]
-    return CheckedPhoto(photo, features, files, candidates, [check.verify(features, each) for each in candidates])
+        torch.set_num_threads(n_threads)
+    return np.array(counts, dtype=np.int64).reshape(candidates.shape)
 
 
 def draw_matching(check: GeometricCheck, query: Path, candidate: Path) -> bytes | None:
-    """Draw what a query and a database image have in common, as a JPEG; None if that is nothing.
-
-    Raises:
-        UserError: If features cannot be kept.
-    """
+    """Draw what a query and a database image have in common, as a JPEG; None if that is nothing."""
     features = check.features(query)
-    if features is None:
-        return None
-    photo = load_image(query, check.image_size)
-    return check_photo(check, photo, [candidate], features).draw(0, check.image_size)
+    return None if features is None else check.draw(load_image(query, check.image_size), features, candidate)

@@ -3,8 +3,7 @@
 Knows arrays alone, of Q queries with M candidates each; the parameters are chosen by GAP on val.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,15 +20,15 @@ ENOUGH_GRID = (10.0, 30.0, 100.0)  # wrong matches of 1200 features have 0 to 20
 class Gate:
     """How inliers change the confidence of an answer: confidence · ((1 + n) / (1 + n + enough)) ^ weight.
 
-    n is the number of inliers by which the answer leads. Many leave the confidence as it is, few lower it, and it stays
-    below 1. A weight of 0 leaves every confidence as it is; ``enough``, above 0, is about how many inliers do.
+    n is the number of inliers by which the answer leads: many leave the confidence as it is, few lower it. ``enough``,
+    above 0, is about how many are many.
     """
 
     weight: float
     enough: float
 
     def apply(self, log_confidence: np.ndarray, inliers: np.ndarray) -> np.ndarray:
-        """Return log_confidence − weight · log1p(enough / (1 + n)), ``(Q,)``, never larger than before; -inf stays."""
+        """Return log_confidence − weight · log1p(enough / (1 + n)), ``(Q,)``."""
         return log_confidence - self.weight * np.log1p(self.enough / (1 + inliers))
 
 
@@ -52,17 +51,11 @@ class Checked:
         """The candidates that were checked, ``(Q, M)``."""
         return self.matches.rows[:, : self.inliers.shape[1]]
 
-    @property
-    def similarities(self) -> np.ndarray:
-        """Theirs, ``(Q, M)``."""
-        return self.matches.similarities[:, : self.inliers.shape[1]]
-
 
 def tune_evidence(answers: Predictions, checked: Checked, target: np.ndarray, reorder: bool) -> tuple[float, Gate]:
     """Choose the boost (0 without ``reorder``) and the gate by GAP on val, whose true labels are ``target``, ``(Q,)``.
 
-    Nothing is among the choices, so GAP on val is never lower with them than without. Equal GAPs: the smaller boost,
-    then no gate, then the smaller weight, then the smaller ``enough``.
+    Neither is among the choices, so GAP on val never falls; of equal GAPs the first in the grids' order counts.
     """
     best, highest = (0.0, OFF), -1.0
     for boost in BOOST_GRID if reorder else (0.0,):
@@ -78,28 +71,24 @@ def tune_evidence(answers: Predictions, checked: Checked, target: np.ndarray, re
 def apply_evidence(answers: Predictions, checked: Checked, boost: float, gate: Gate) -> Predictions:
     """Reorder and gate answers by what ``tune_evidence`` chose."""
     changed = reordered(answers, checked, boost)
-    return dataclasses.replace(
-        changed, log_confidence=gate.apply(changed.log_confidence, inlier_lead(changed, checked))
-    )
+    return replace(changed, log_confidence=gate.apply(changed.log_confidence, inlier_lead(changed, checked)))
 
 
 def reordered(answers: Predictions, checked: Checked, boost: float) -> Predictions:
     """Answer with the candidate of largest s + boost · n / (n + ENOUGH_TO_REORDER), s its similarity, n its inliers.
 
-    The first of equal ones. The log-confidence is that of the classifier with these numbers in place of similarities:
-    -log1p of the other candidates' summed odds, classes that are no candidate having 0. Unlike a gate this changes
-    labels, so ACC as well. A boost of 0 leaves the answers as they are.
+    The first of equal ones. The log-confidence is the classifier's with these numbers in place of similarities, 0 for
+    classes that are no candidate. A boost of 0 leaves the answers as they are.
     """
     rows = checked.rows
     if boost == 0 or not rows.shape[1]:
         return answers
     is_there = rows != NO_ROW
-    boosted = checked.similarities + boost * checked.inliers / (checked.inliers + ENOUGH_TO_REORDER)
+    similarities = checked.matches.similarities[:, : rows.shape[1]]
+    boosted = similarities + boost * checked.inliers / (checked.inliers + ENOUGH_TO_REORDER)
     boosted = np.where(is_there, boosted, -np.inf)
     place = boosted.argmax(axis=1)[:, None]
-    row, similarity, best = (
-        np.take_along_axis(array, place, axis=1)[:, 0] for array in (rows, checked.similarities, boosted)
-    )
+    row, similarity, best = (np.take_along_axis(array, place, axis=1)[:, 0] for array in (rows, similarities, boosted))
     is_answered = row != NO_ROW
     best = np.where(is_answered, best, 0)
     behind = np.where(np.arange(rows.shape[1]) == place, -np.inf, boosted - best[:, None])
@@ -119,10 +108,7 @@ def inliers_of_answers(answers: Predictions, checked: Checked) -> np.ndarray:
 
 
 def inlier_lead(answers: Predictions, checked: Checked) -> np.ndarray:
-    """Return how many inliers more an answer has than any other candidate, int64 ``(Q,)``, at least 0.
-
-    Inliers by chance lead by few, and an answer beside the right exhibit has no lead at all.
-    """
+    """Return how many inliers more an answer has than any other candidate, int64 ``(Q,)``, at least 0."""
     others = np.where(_speaks(answers, checked), 0, checked.inliers).max(axis=1, initial=0)
     return np.maximum(inliers_of_answers(answers, checked) - others, 0)
 

@@ -34,16 +34,10 @@ class LocalFeatures(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Verification:
-    """What two images have in common.
+    """What two images have in common."""
 
-    Attributes:
-        matches: Features of the first and the second image that agree with the transform, int64 ``(m, 2)``.
-        transform: Homography from the first image to the second, on positions ``(x, y, 1)``, float64 ``(3, 3)``; None
-            where no plausible one was found, so ``matches`` is empty.
-    """
-
-    matches: np.ndarray
-    transform: np.ndarray | None
+    matches: np.ndarray  # features of the first and the second image that agree with the transform, int64 (m, 2)
+    transform: np.ndarray | None  # homography to the second image, float64 (3, 3); None where none is plausible
 
     @property
     def n_inliers(self) -> int:
@@ -55,16 +49,12 @@ NOTHING_IN_COMMON = Verification(np.empty((0, 2), dtype=np.int64), None)
 
 
 def mutual_nearest(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Match unit-length descriptors, ``(n, C)`` and ``(m, C)``, that are each other's nearest.
+    """Match unit-length descriptors, ``(n, C)`` and ``(m, C)``, that are each other's nearest: int64 ``(matches, 2)``.
 
-    Of equally near ones the one of smaller index counts. Descriptors that point away from each other (inner product of
-    0 or less) do not match, so a zero vector never does.
-
-    Returns:
-        Index into ``first`` and into ``second``, int64 ``(matches, 2)``, ascending.
+    Of equally near ones the one of smaller index counts; an inner product of 0 or less is no match.
     """
     if not len(first) or not len(second):
-        return np.empty((0, 2), dtype=np.int64)
+        return NOTHING_IN_COMMON.matches
     similarity = first @ second.T  # n x m
     i = np.arange(len(first))
     j = similarity.argmax(axis=1)
@@ -75,34 +65,36 @@ def mutual_nearest(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def verify(first: LocalFeatures, second: LocalFeatures, tolerance: float) -> Verification:
     """Find the homography that explains most of the mutual nearest neighbours, and keep those.
 
-    A match agrees if the transform puts the first position within ``tolerance`` of the second one. RANSAC fits an
-    affine map first: it needs three matches where a homography needs four, so chance agrees with it less often.
-    A homography is then fitted to the matches near that map, and taken if more agree with it. Nothing is found if
-    those that agree lie in fewer than ``MIN_INLIERS`` squares of the tolerance's size, in either image, or the
-    transform is not one of a surface seen twice, see ``is_plausible``.
+    A match agrees if the transform puts the first position within ``tolerance``, in px of the second image, of the
+    second one. RANSAC, with OpenCV's fixed seed, fits an affine map first: chance agrees less often with three matches
+    than with four. A homography is then fitted to the matches near that map, and taken if more agree with it. Nothing
+    is found if those lie in fewer than ``MIN_INLIERS`` squares of the tolerance's size in either image, or the
+    transform is not plausible.
 
-    OpenCV's RANSAC starts from a fixed seed at each call, so equal features give equal results. The tolerance is in px
-    of the second image, about what a feature's position is uncertain by.
-
-    Source: Fischler and Bolles, Random Sample Consensus, 1981; as a check of retrieved images: Philbin et al.,
-    Object Retrieval with Large Vocabularies and Fast Spatial Matching, CVPR 2007, whose hypotheses come from
-    single matches with a shape, which positions of a map have not.
+    Source: Fischler and Bolles, Random Sample Consensus, 1981; to check retrieved images: Philbin et al., Object
+    Retrieval with Large Vocabularies and Fast Spatial Matching, CVPR 2007.
     """
     matches = mutual_nearest(first.descriptors, second.descriptors)
     if len(matches) < MIN_INLIERS:
         return NOTHING_IN_COMMON
     here, there = first.positions[matches[:, 0]], second.positions[matches[:, 1]]
-    transform = _fit_affine(here, there, tolerance)
-    if transform is None:
+    affine, _ = cv2.estimateAffine2D(
+        here, there, method=cv2.RANSAC, ransacReprojThreshold=tolerance, maxIters=ITERATIONS, confidence=CERTAINTY
+    )
+    if affine is None:
         return NOTHING_IN_COMMON
+    transform = np.vstack([affine, [0.0, 0.0, 1.0]])
     errors = _errors(transform, here, there)
     agrees, near = errors <= tolerance, errors <= NEAR * tolerance
-    refined = _fit_homography(here[near], there[near], tolerance)
-    if refined is not None:
-        agrees_refined = _errors(refined, here, there) <= tolerance
-        if agrees_refined.sum() > agrees.sum() and is_plausible(refined, here[agrees_refined]):
-            transform, agrees = refined, agrees_refined
-    n_places = min(_count_places(here[agrees], tolerance), _count_places(there[agrees], tolerance))
+    if near.sum() >= MIN_INLIERS:
+        search = {"maxIters": ITERATIONS, "confidence": CERTAINTY}
+        refined, _ = cv2.findHomography(here[near], there[near], cv2.RANSAC, tolerance, **search)
+        if refined is not None and refined.any():
+            agrees_refined = _errors(refined, here, there) <= tolerance
+            if agrees_refined.sum() > agrees.sum() and is_plausible(refined, here[agrees_refined]):
+                transform, agrees = refined, agrees_refined
+    # Features of several scales lie together: places count, not features.
+    n_places = min(len(np.unique(np.floor(of[agrees] / tolerance), axis=0)) for of in (here, there))
     if n_places < MIN_INLIERS or not is_plausible(transform, here[agrees]):
         return NOTHING_IN_COMMON
     return Verification(matches[agrees], transform)
@@ -115,12 +107,7 @@ def apply_transform(transform: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 def matching_regions(first: LocalFeatures, verified: Verification) -> tuple[np.ndarray, np.ndarray]:
-    """Outline what two images have in common: the convex hull of the matches.
-
-    Returns:
-        Corners in px of the first image, ``(k, 2)``, and where the transform puts them in the second; k is 0 where
-        nothing agrees.
-    """
+    """Outline what two images have in common: the matches' convex hull in px of either image, each ``(k, 2)``."""
     if verified.transform is None:
         return np.empty((0, 2)), np.empty((0, 2))
     hull = cv2.convexHull(first.positions[verified.matches[:, 0]])[:, 0].astype(np.float64)
@@ -134,8 +121,7 @@ def matching_picture(
 
     ``first`` are the photo's features, ``second`` the image's.
     """
-    left, left_zoom = _thumbnail(photo)
-    right, right_zoom = _thumbnail(image)
+    (left, left_zoom), (right, right_zoom) = _thumbnail(photo), _thumbnail(image)
     offset = np.array([left.width + GAP, 0])
     canvas = Image.new("RGB", (left.width + GAP + right.width, max(left.height, right.height)), "white")
     canvas.paste(left, (0, 0))
@@ -154,8 +140,7 @@ def matching_picture(
     return stream.getvalue()
 
 
-def _thumbnail(image: Tensor) -> tuple[Image.Image, float]:
-    """A small picture and its size relative to the image."""
+def _thumbnail(image: Tensor) -> tuple[Image.Image, float]:  # and its size relative to the image
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     zoom = min(1.0, SIDE / max(picture.size))
     return picture.resize((max(1, round(picture.width * zoom)), max(1, round(picture.height * zoom)))), zoom
@@ -164,8 +149,8 @@ def _thumbnail(image: Tensor) -> tuple[Image.Image, float]:
 def is_plausible(transform: np.ndarray, positions: np.ndarray) -> bool:
     """Say whether a homography can be that of a surface seen twice, near positions ``(n, 2)`` in the first image.
 
-    There it must neither mirror nor pass the horizon, nor scale any direction by more than ``MAX_SCALE`` or less than
-    its inverse, nor one direction ``MAX_STRETCH`` times as much as another.
+    There it may neither mirror, pass the horizon, scale any direction by more than ``MAX_SCALE`` or less than its
+    inverse, nor stretch one ``MAX_STRETCH`` times as much as another.
     """
     depth = positions @ transform[2, :2] + transform[2, 2]
     if not np.isfinite(transform).all() or (depth * depth[0] <= 0).any():
@@ -174,31 +159,8 @@ def is_plausible(transform: np.ndarray, positions: np.ndarray) -> bool:
     # Derivative of the homography at each position, n x 2 x 2.
     linear = (transform[:2, :2] - moved[:, :, None] * transform[2, :2]) / depth[:, None, None]
     largest, smallest = np.linalg.svd(linear, compute_uv=False).T
-    return bool(
-        (np.linalg.det(linear) > 0).all()
-        and (largest <= MAX_SCALE).all()
-        and (smallest >= 1 / MAX_SCALE).all()
-        and (largest <= MAX_STRETCH * smallest).all()
-    )
-
-
-def _fit_affine(here: np.ndarray, there: np.ndarray, tolerance: float) -> np.ndarray | None:
-    affine, _ = cv2.estimateAffine2D(
-        here, there, method=cv2.RANSAC, ransacReprojThreshold=tolerance, maxIters=ITERATIONS, confidence=CERTAINTY
-    )
-    return None if affine is None else np.vstack([affine, [0.0, 0.0, 1.0]])
-
-
-def _fit_homography(here: np.ndarray, there: np.ndarray, tolerance: float) -> np.ndarray | None:
-    if len(here) < MIN_INLIERS:
-        return None
-    homography, _ = cv2.findHomography(here, there, cv2.RANSAC, tolerance, maxIters=ITERATIONS, confidence=CERTAINTY)
-    return None if homography is None or not homography.any() else homography
-
-
-def _count_places(positions: np.ndarray, tolerance: float) -> int:
-    """Count the squares with sides of ``tolerance`` that hold positions: features of several scales lie together."""
-    return len(np.unique(np.floor(positions / tolerance), axis=0))
+    within = (largest <= MAX_SCALE) & (smallest >= 1 / MAX_SCALE) & (largest <= MAX_STRETCH * smallest)
+    return bool((within & (np.linalg.det(linear) > 0)).all())
 
 
 def _errors(transform: np.ndarray, here: np.ndarray, there: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-from metilr.errors import UserError
+from metilr.errors import UserError, check_choices
 
 PoolingName = Literal["gem", "mac", "spoc", "rmac", "cls"]
 PatchRounding = Literal["nearest", "down", "off"]
@@ -21,7 +21,7 @@ RANDOM = "random"  # the weights that ask for none
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The model that describes images: a checkpoint's, or one of named parts. `checkpoints.build_model` builds it.
+    """The model that describes images: a checkpoint's, or one of named parts.
 
     Attributes:
         ckpt: Checkpoint of metilr train, or of the reference code, in place of the model options below.
@@ -38,9 +38,6 @@ class ModelOptions:
         patch_rounding: How a ViT's input sides are made multiples of its patch: to the nearest, down, or off to refuse
             other sizes. No effect on CNNs.
         seed: Seeds random weights and simulated visits.
-
-    Raises:
-        UserError: If a value is out of range, or would be ignored: recorded all the same, it would lie.
     """
 
     ckpt: Path | None = None
@@ -54,16 +51,14 @@ class ModelOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check them against each other."""
+        """Refuse what is out of range, and what would be ignored: recorded all the same, it would lie."""
         if isinstance(self.scales, (int, float)):
             object.__setattr__(self, "scales", (self.scales,))
         changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
         idle = [name for name in changed if name not in ("ckpt", "scales", "seed")] if self.ckpt is not None else []
         if idle:
             raise UserError("has no effect with ckpt, which carries its model; leave it out", idle[0])
-        for name, kind in (("pooling", PoolingName), ("patch_rounding", PatchRounding)):
-            if getattr(self, name) not in get_args(kind):
-                raise UserError(f"{getattr(self, name)}: unknown; choose {', '.join(get_args(kind))}", name)
+        check_choices(self)
         if self.pooling != "gem" and "p" in changed:
             raise UserError(f"has no effect with pooling {self.pooling}; leave it out", "p")
         if not 0 <= self.seed < 2**63:
@@ -71,11 +66,7 @@ class ModelOptions:
 
 
 def check_engine(engine: Engine, device: str) -> None:
-    """Refuse an engine that does not run on a device, before any work.
-
-    Raises:
-        UserError: If it does not, or is not installed.
-    """
+    """Refuse an engine that is not installed or does not run on a device, before any work."""
     if engine not in get_args(Engine):
         raise UserError(f"{engine}: unknown; choose {', '.join(get_args(Engine))}", "engine")
     if engine == "openvino" and device != "cpu":

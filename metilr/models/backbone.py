@@ -27,7 +27,7 @@ from metilr.models.weights import (
     read_state_dict,
     tensors_sha256,
     verify_hub_file,
-)
+)  # fmt: skip
 from metilr.models.zoo import BACKBONES, IMAGENET_MEAN, IMAGENET_STD
 
 FLOAT32_STAGES = 4  # of an EfficientNet, whatever the precision
@@ -46,38 +46,26 @@ class Backbone(nn.Module):
 
     The last stage's map is the output of timm's ``forward_features``: with ``conv_head`` for EfficientNets, after the
     final norm for transformers. Earlier stages are numbered from 1: a ResNet's ``layer1`` and on, a ViT's blocks
-    (without the final norm), and in other families timm's ``feature_info``. What comes after the stage is not computed.
+    (without the final norm), and in other families timm's ``feature_info``. What comes after is not computed.
 
-    Autocast does not reach the stem and the first four stages of an EfficientNet: they run in float32. In bfloat16 they
-    would make most of what it changes in a descriptor, and save next to nothing on CPUs without AMX. (Not with gradient
-    checkpointing, which would have to keep their maps.)
+    Autocast does not reach the stem and the first four stages of an EfficientNet: in bfloat16 they would make most of
+    what it changes in a descriptor, and save next to nothing on CPUs without AMX. (Not with gradient checkpointing,
+    which would have to keep their maps.)
 
-    Attributes:
-        mean: Per-channel mean that images are normalised with, for values in [0, 1]; ``std`` the same way.
-        width: Channels of the map.
-        patch: Side that a ViT's image sides must be a multiple of; 1 where any size will do.
-        has_cls: Whether the features come with a class token.
+    ``mean`` and ``std`` are what images are normalised with, per channel, for values in [0, 1]; ``width`` is the number
+    of the map's channels, ``patch`` what a ViT's image sides must be a multiple of, 1 where any size will do.
     """
 
     model: Any  # a timm model: nn.Module does not declare the methods that timm's models share
 
     def __init__(
-        self,
-        model: nn.Module,
-        name: str,
-        mean: Sequence[float],
-        std: Sequence[float],
-        provenance: Provenance,
-        stage: int | None = None,
-        patch_rounding: PatchRounding = "nearest",
-    ) -> None:
+        self, model: nn.Module, name: str, mean: Sequence[float], std: Sequence[float], provenance: Provenance,
+        stage: int | None = None, patch_rounding: PatchRounding = "nearest",
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.model = model.eval()
-        self.name = name
+        self.model, self.name, self.provenance = model.eval(), name, provenance
         self.mean, self.std = tuple(mean), tuple(std)
-        self.provenance = provenance
-        self.stage = stage
-        self.patch_rounding = patch_rounding
+        self.stage, self.patch_rounding = stage, patch_rounding
         embedding = getattr(self.model, "patch_embed", None)
         # Only non-overlapping patches must tile the image; other stems are strided convolutions.
         self.patch = embedding.patch_size[0] if isinstance(embedding, PatchEmbed) else 1
@@ -123,7 +111,7 @@ class Backbone(nn.Module):
 
     @property
     def sensitive(self) -> nn.Sequential | None:
-        """What runs in float32 whatever the precision; None where nothing does. The output of it is for ``rest``."""
+        """What runs in float32 whatever the precision, before ``rest``; None where nothing does."""
         if self.stage is not None or not isinstance(self.model, EfficientNet):
             return None
         return nn.Sequential(self.model.conv_stem, self.model.bn1, *self.model.blocks[:FLOAT32_STAGES])
@@ -134,13 +122,9 @@ class Backbone(nn.Module):
         return nn.Sequential(*self.model.blocks[FLOAT32_STAGES:], self.model.conv_head, self.model.bn2)
 
     def fit_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the image size to use for a requested one: sides that are multiples of the patch.
+        """Return the size to use for a requested one: multiples of the patch, at least one.
 
-        ``nearest`` rounds to the nearest multiple (up when half-way), ``down`` to the next smaller one, never below one
-        patch; ``off`` takes fitting sizes only. Any size fits a backbone without patches.
-
-        Raises:
-            UserError: If rounding is off and the size does not fit.
+        ``patch_rounding`` "nearest" rounds to the nearest (up when half-way), "down" down; "off" refuses other sizes.
         """
         sides = []
         for side in (height, width):
@@ -153,18 +137,10 @@ class Backbone(nn.Module):
 
 
 def build_backbone(
-    name: str,
-    weights: str | None = None,
-    stage: int | None = None,
-    patch_rounding: PatchRounding = "nearest",
+    name: str, weights: str | None = None, stage: int | None = None, patch_rounding: PatchRounding = "nearest",
     seed: int = 0,
-) -> Backbone:
-    """Build a backbone with its weights, in eval mode, without a classifier; see ``ModelOptions``.
-
-    Raises:
-        UserError: If the name is unknown, the weights cannot be had, verified or fitted, the stage is out of range, or
-            the model takes images of one size only.
-    """
+) -> Backbone:  # fmt: skip
+    """Build a backbone with its weights, in eval mode, without a classifier; see ``ModelOptions``."""
     spec = BACKBONES.get(name)
     config = _timm_config(name) if spec is None else {}
     of_timm = spec is None and weights is None
@@ -180,11 +156,11 @@ def build_backbone(
     elif weights == RANDOM:
         source, licence, digest = RANDOM, None, None
     else:
-        if weights is not None:
-            file, source, licence = Path(weights), Path(weights).name, None
-        else:
+        if weights is None:
             assert spec is not None
             file, source, licence = official_file(spec), spec.url, spec.licence
+        else:
+            file, source, licence = Path(weights), Path(weights).name, None
         state_dict, ignored = read_state_dict(file), classifier
         if spec is None:
             state_dict = _timm_keys(model, state_dict, classifier)
@@ -193,12 +169,9 @@ def build_backbone(
             state_dict = {spec.rename(key): value for key, value in state_dict.items()} if spec.rename else state_dict
         load_strictly(model, state_dict, ignored, f"{file} for {name}")
         digest = file_sha256(file)
-    provenance = Provenance(
-        source, licence, digest, seed if weights == RANDOM else None, tensors_sha256(model.state_dict())
-    )
-    mean, std = (
-        (config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)) if spec is None else (spec.mean, spec.std)
-    )
+    weights_sha256 = tensors_sha256(model.state_dict())
+    provenance = Provenance(source, licence, digest, seed if weights == RANDOM else None, weights_sha256)
+    mean, std = (spec.mean, spec.std) if spec else (config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD))
     backbone = Backbone(model, name, mean, std, provenance, stage, patch_rounding)
     if spec is None:
         _check_any_size(backbone)
@@ -234,15 +207,13 @@ def _timm_config(name: str) -> dict[str, Any]:
 
 
 def _create(name: str, pretrained: bool = False) -> Any:
-    """Create a network without classifier that takes images of any size: Swin by one option, plain ViTs by another.
-
-    A model cannot be asked before it is built; one that does not know an option refuses it by name.
-    """
+    """Create a network without classifier that takes images of any size."""
     if name in BACKBONES:
         return timm.create_model(BACKBONES[name].architecture, num_classes=0)
     model_name = name.removeprefix(TIMM)
     if pretrained and not timm.models.is_model_pretrained(model_name):
         raise UserError(f"{name}: timm has no weights for it; give a file as weights", "backbone")
+    # Of Swin, plain ViTs, others: a model that does not know an option refuses it by name.
     choices: list[dict[str, Any]] = [{"strict_img_size": False}, {"dynamic_img_size": True}, {}]
     for options in choices:
         try:
@@ -252,11 +223,9 @@ def _create(name: str, pretrained: bool = False) -> Any:
             if not any(option in str(error) for option in options):
                 raise
         except OSError as error:  # what huggingface_hub and urllib raise for network, licence gate and disk alike
-            raise UserError(
-                f"{name}: the weights cannot be had from https://huggingface.co/timm/{model_name} ({one_line(error)}); "
-                "get the file by other means and give it as weights",
-                "backbone",
-            ) from error
+            reason = f"the weights cannot be had from https://huggingface.co/timm/{model_name} ({one_line(error)})"
+            remedy = "get the file by other means and give it as weights"
+            raise UserError(f"{name}: {reason}; {remedy}", "backbone") from error
     if not hasattr(model, "reset_classifier"):
         raise UserError(f"{name}: is no image classifier; choose a convolutional network or a plain ViT", "backbone")
     model.reset_classifier(0)
@@ -264,23 +233,20 @@ def _create(name: str, pretrained: bool = False) -> Any:
 
 
 def _timm_keys(model: Any, state_dict: StateDict, classifier: tuple[str, ...]) -> StateDict:
-    """Turn the keys of a model's original publisher into timm's, with timm's own conversion.
-
-    A file whose keys are timm's already is left alone: the conversions also resize, which strict loading is to refuse.
-    """
+    """Turn the keys of a model's publisher into timm's, where they are not: timm's conversion would also resize."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     ours = {key for key in state_dict if not key.startswith(classifier)} == model.state_dict().keys()
     if ours or convert is None:
         return state_dict
     try:
         converted: StateDict = convert(state_dict, model)
+        return converted
     except Exception:  # not the publisher's form either: strict loading is to name the keys
         return state_dict
-    return converted
 
 
 def _check_any_size(backbone: Backbone) -> None:
-    """Refuse a model that cannot take images of any size, as museum photographs come: try a small odd-sized one."""
+    """Refuse a model that cannot take images of any size: try a small odd one."""
     height, width = (max(side // backbone.patch, 1) * backbone.patch for side in (97, 130))
     try:
         with torch.no_grad():
@@ -290,8 +256,5 @@ def _check_any_size(backbone: Backbone) -> None:
         reason = f"its features are {tuple(features.map.shape)}"
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:  # each family in its own way
         reason = f"{type(error).__name__}: {one_line(error)}"
-    raise UserError(
-        f"{backbone.name}: it gives no feature map for a {height}x{width} image ({reason}), and images have any size; "
-        "choose a convolutional network or a plain ViT",
-        "backbone",
-    )
+    problem = f"it gives no feature map for a {height}x{width} image ({reason}), and images have any size"
+    raise UserError(f"{backbone.name}: {problem}; choose a convolutional network or a plain ViT", "backbone")

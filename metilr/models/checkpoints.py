@@ -28,7 +28,7 @@ from metilr.models.weights import (
     read_file,
     refuse_unfit,
     tensors_sha256,
-)
+)  # fmt: skip
 from metilr.models.zoo import BACKBONES, IMAGENET_MEAN, IMAGENET_STD
 
 FORMAT = "metilr.checkpoint/1"
@@ -40,8 +40,7 @@ Positive = Annotated[float, Field(gt=0)]
 class ModelEntry(BaseModel):
     """What `load_embedder` needs besides the weights: ``checkpoint["metilr"]["model"]``."""
 
-    # An input that is written out may be gigabytes.
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, hide_input_in_errors=True)  # it may be gigabytes
 
     backbone: str
     stage: int | None
@@ -56,7 +55,7 @@ class ModelEntry(BaseModel):
 
 
 def model_entry(embedder: Embedder, image_size: int | None) -> dict[str, Any]:
-    """Say what ``load_embedder`` needs besides the weights, as plain values."""
+    """Say in plain values what a ``ModelEntry`` holds."""
     settings = embedder.describe_settings()
     return {
         **{name: settings[name] for name in ("backbone", "stage", "scales", "mean", "std")},
@@ -69,11 +68,7 @@ def model_entry(embedder: Embedder, image_size: int | None) -> dict[str, Any]:
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint whole or not at all.
-
-    Raises:
-        UserError: If it cannot be written; the previous one is intact.
-    """
+    """Write a checkpoint whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced_file(path) as stream:
@@ -81,18 +76,12 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__
         reason = getattr(cause, "strerror", None) or one_line(error)
-        raise UserError(
-            f"{path}: cannot be written ({reason}); the previous checkpoint is intact: free some space and run the "
-            "same command to continue"
-        ) from error
+        remedy = "the previous checkpoint is intact: free some space and run the same command to continue"
+        raise UserError(f"{path}: cannot be written ({reason}); {remedy}") from error
 
 
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
-    """Read a checkpoint to the CPU without executing pickle code.
-
-    Raises:
-        UserError: If the file is missing, damaged, holds more than tensors, plain values and NumPy scalars, or is none.
-    """
+    """Read a checkpoint to the CPU without executing pickle code."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file in it, such as {path / 'best.ckpt'}")
     content = read_file(path, "copy it again, or take another one")
@@ -103,15 +92,13 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 
 def load(model: str | Path) -> Embedder:
     """Open a backbone by name, such as ``r18_swsl`` or ``timm/NAME``, or a checkpoint, for `Embedder.embed`."""
-    name = str(model)
+    name, path = str(model), Path(model)
     is_name = name in BACKBONES or name.startswith(TIMM)
-    if not is_name and (Path(name).suffix or Path(name).exists()):
-        return load_embedder(Path(name))
-    return build_embedder(name)
+    return load_embedder(path) if not is_name and (path.suffix or path.exists()) else build_embedder(name)
 
 
 def build_model(options: ModelOptions) -> Embedder:
-    """Build the model that options name, in eval mode; raises as ``load_embedder`` and ``build_embedder``."""
+    """Build the model that options name, in eval mode."""
     parts = {field.name: getattr(options, field.name) for field in fields(options)}
     ckpt = parts.pop("ckpt")
     return build_embedder(**parts) if ckpt is None else load_embedder(Path(ckpt), options.scales)
@@ -120,10 +107,7 @@ def build_model(options: ModelOptions) -> Embedder:
 def load_embedder(path: Path, scales: Sequence[float] | None = None) -> Embedder:
     """Build the model that a checkpoint holds, in eval mode: metilr's own, or the reference code's.
 
-    Its scales are the checkpoint's (the reference's have none: the paper's), if others are not given.
-
-    Raises:
-        UserError: If the file cannot be read or its weights fit no known architecture.
+    Unless scales are given, they are the checkpoint's or, since the reference's have none, the paper's.
     """
     content = read_checkpoint(path)
     entry, state_dict = content.get("metilr"), content["state_dict"]
@@ -135,19 +119,20 @@ def load_embedder(path: Path, scales: Sequence[float] | None = None) -> Embedder
     if claimed > 2 * path.stat().st_size:  # weights that layers share are in the file once
         raise UserError(f"{path}: its tensors claim more numbers than the file has; take another one")
     try:
-        build = _reference_embedder if entry is None else _own_embedder
-        embedder = build(path, entry or {}, state_dict, scales)
+        if entry is None:
+            embedder = _reference_embedder(path, state_dict, scales)
+        else:
+            embedder = _own_embedder(path, entry, state_dict, scales)
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {one_line(error)}") from error
     except ValidationError as error:
-        [first, *_] = error.errors(include_input=False, include_url=False)
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: makes no model ({place}: {first['msg']}); take another one") from None
+        first = error.errors(include_input=False, include_url=False)[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UserError(f"{path}: makes no model ({reason}); take another one") from None
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"  # values that neither metilr train nor metilr pack writes
         raise UserError(f"{path}: makes no model ({reason}); copy it again, or take another one") from error
-    digest = tensors_sha256(embedder.backbone.model.state_dict())
-    licence = embedder.backbone.provenance.licence
+    digest, licence = tensors_sha256(embedder.backbone.model.state_dict()), embedder.backbone.provenance.licence
     embedder.backbone.provenance = Provenance(f"checkpoint {path.name}", licence, file_sha256(path), None, digest)
     return embedder.eval()
 
@@ -195,11 +180,9 @@ _RESNETS: dict[tuple[bool, tuple[int, ...], int, int], str] = {
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
-def _reference_embedder(path: Path, _: object, state_dict: StateDict, scales: Sequence[float] | None) -> Embedder:
+def _reference_embedder(path: Path, state_dict: StateDict, scales: Sequence[float] | None) -> Embedder:
     """Build the model of a reference checkpoint, whose architecture only the shapes of its weights tell."""
-    weights: StateDict = {}
-    linear: StateDict = {}
-    p = 3.0
+    weights, linear, p = StateDict(), StateDict(), 3.0
     for key, value in state_dict.items():
         name = re.sub(r"^(module\.|backbone\.)+", "", key)
         if name == "pool.p":
@@ -209,7 +192,11 @@ def _reference_embedder(path: Path, _: object, state_dict: StateDict, scales: Se
         else:
             child, _, rest = name.partition(".")
             weights[f"{_CHILDREN.get(child, child)}.{rest}"] = value
-    architecture = _architecture_of(weights)
+    kernel, architecture = weights.get("layer1.0.conv2.weight"), None
+    if kernel is not None and kernel.ndim == 4:
+        blocks = tuple(len({key.split(".")[1] for key in weights if key.startswith(f"layer{i}.")}) for i in range(1, 5))
+        groups = kernel.shape[0] // max(kernel.shape[1], 1)
+        architecture = _RESNETS.get(("layer1.0.conv3.weight" in weights, blocks, groups, kernel.shape[0]))
     if architecture is None:
         raise UserError(f"{path}: neither metilr's nor the reference code's: its weights are of no ResNet known here")
     source = f"{path} for {architecture}"
@@ -222,17 +209,7 @@ def _reference_embedder(path: Path, _: object, state_dict: StateDict, scales: Se
         weight = linear["linear.weight"].flatten(1)  # a 1x1 convolution's or a linear layer's
         if weight.shape[1] != backbone.width:
             raise UserError(f"{path}: its projector takes {weight.shape[1]} channels, {architecture} gives others")
-        projector = Projector(weight.shape[1], weight.shape[0])
         bias = linear.get("linear.bias", torch.zeros(len(weight))).flatten()
+        projector = Projector(backbone.width, len(weight))
         load_strictly(projector, {**linear, "linear.weight": weight, "linear.bias": bias}, (), f"{path}, its projector")
     return Embedder(backbone, build_pooling("gem", p), projector, SCALES if scales is None else scales)
-
-
-def _architecture_of(weights: StateDict) -> str | None:
-    """Name the ResNet whose weights have these shapes; None if none is known."""
-    kernel = weights.get("layer1.0.conv2.weight")
-    if kernel is None or kernel.ndim != 4:
-        return None
-    blocks = tuple(len({key.split(".")[1] for key in weights if key.startswith(f"layer{i}.")}) for i in range(1, 5))
-    groups = kernel.shape[0] // max(kernel.shape[1], 1)
-    return _RESNETS.get(("layer1.0.conv3.weight" in weights, blocks, groups, kernel.shape[0]))

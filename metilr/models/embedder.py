@@ -25,7 +25,7 @@ BFLOAT16_LEAST_SIDE = 128
 
 
 class Projector(nn.Module):
-    """A linear map with bias of the pooled vector: a 1×1 convolution on a map of one position."""
+    """A linear map with bias of the pooled vector."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -49,39 +49,26 @@ class Projector(nn.Module):
 class Embedder(nn.Module):
     """Images to descriptors: f(x) = L2(projector(L2(pooling(backbone(x))))), summed over scales, L2 again.
 
-    Without a projector the normalisation after it is left out, too. The backbone runs in whatever precision the
-    caller's autocast sets, by ``engine`` if one is set, but by PyTorch in float32 on the CPU where a scaled image has a
-    side below ``BFLOAT16_LEAST_SIDE``; all else runs in float32. L2 normalisation leaves a zero vector zero: an image
-    without any activation is similar to nothing.
-
-    ``image_size`` is the length in px of the longest side of the images that it was trained with, to which ``embed``
-    resizes them; None: as they are.
-
-    Raises:
-        UserError: If the pooling needs a class token that the backbone does not give, or a scale is out of range.
+    Without a projector the normalisation after it is left out, too; a zero vector stays zero. The backbone runs in the
+    precision of the caller's autocast, by ``engine`` if one is set, but by PyTorch in float32 on the CPU where a scaled
+    image has a side below ``BFLOAT16_LEAST_SIDE``; all else runs in float32. ``image_size`` is the longest side in px
+    of the images that it was trained with, to which ``embed`` resizes; None: as they are.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self,
-        backbone: Backbone,
-        pooling: Pooling,
-        projector: Projector | None = None,
-        scales: Sequence[float] = SCALES,
-        image_size: int | None = None,
-    ) -> None:
+        self, backbone: Backbone, pooling: Pooling, projector: Projector | None = None,
+        scales: Sequence[float] = SCALES, image_size: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         if pooling.settings()["kind"] == "cls" and not backbone.has_cls:
             raise UserError(f"cls: {backbone.name} gives no class token here; take gem", "pooling")
         if not 0 < len(scales) <= MAX_SCALES or not all(0 < scale <= MAX_SCALE for scale in scales):
-            raise UserError(
-                f"{shown(list(scales))}: give 1 to {MAX_SCALES} numbers above 0, none above {MAX_SCALE}", "scales"
-            )
-        self.backbone = backbone
-        self.pooling = pooling
-        self.projector = projector
+            limits = f"give 1 to {MAX_SCALES} numbers above 0, none above {MAX_SCALE}"
+            raise UserError(f"{shown(list(scales))}: {limits}", "scales")
+        self.backbone, self.pooling, self.projector = backbone, pooling, projector
         self.scales = tuple(float(scale) for scale in scales)
         self.image_size = image_size
         self.engine: Callable[[Tensor], Features] | None = None  # in the backbone's place
@@ -135,51 +122,33 @@ class Embedder(nn.Module):
         if scale == 1 and size == (height, width):
             return images
         if self.backbone.patch == 1 and min(height, width) * scale >= 1:
-            # Samples at exact multiples of 1/scale, as the Met paper's code does; from the size alone,
-            # interpolate would use the ratio of the rounded sides.
+            # Samples at exact multiples of 1/scale, as the Met paper's code does, not of the ratio of rounded sides.
             return F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False, antialias=False)
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=False)
 
     def describe_settings(self) -> dict[str, Any]:
         """Return everything that determines a descriptor besides the image, as JSON types.
 
-        The digests are taken from the tensors as they are now: after training, ``weights_sha256`` differs from that of
-        ``provenance``, which stands for the weights that training started from.
+        The digests are of the tensors as they are now; ``provenance`` is of the weights that training started from.
         """
         backbone, projector = self.backbone, None
         if self.projector is not None:
-            linear = self.projector.linear
-            projector = {
-                "in_dim": linear.in_features,
-                "out_dim": linear.out_features,
-                "sha256": tensors_sha256(self.projector.state_dict()),
-            }
+            sha256 = tensors_sha256(self.projector.state_dict())
+            projector = {"in_dim": backbone.width, "out_dim": self.dim, "sha256": sha256}
         return {
-            "backbone": backbone.name,
-            "weights_sha256": tensors_sha256(backbone.model.state_dict()),
-            "stage": backbone.stage,
-            "width": backbone.width,
-            "patch": backbone.patch,
+            "backbone": backbone.name, "weights_sha256": tensors_sha256(backbone.model.state_dict()),
+            "stage": backbone.stage, "width": backbone.width, "patch": backbone.patch,
             "patch_rounding": backbone.patch_rounding if backbone.patch > 1 else None,
-            "pooling": self.pooling.settings(),
-            "projector": projector,
-            "scales": list(self.scales),
-            "mean": self.mean.flatten().tolist(),
-            "std": self.std.flatten().tolist(),
+            "pooling": self.pooling.settings(), "projector": projector, "scales": list(self.scales),
+            "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist(),
             "provenance": asdict(backbone.provenance),
-        }
+        }  # fmt: skip
 
 
 def build_embedder(
-    backbone: str,
-    weights: str | None = None,
-    pooling: PoolingName = "gem",
-    p: float = 3.0,
-    stage: int | None = None,
-    scales: Sequence[float] | None = None,
-    patch_rounding: PatchRounding = "nearest",
-    seed: int = 0,
-) -> Embedder:
-    """Build a model by the names of its parts, see ``ModelOptions``; raises as ``build_backbone`` and ``Embedder``."""
+    backbone: str, weights: str | None = None, pooling: PoolingName = "gem", p: float = 3.0, stage: int | None = None,
+    scales: Sequence[float] | None = None, patch_rounding: PatchRounding = "nearest", seed: int = 0,
+) -> Embedder:  # fmt: skip
+    """Build a model, in eval mode, by the names of its parts; see ``ModelOptions``."""
     network = build_backbone(backbone, weights, stage, patch_rounding, seed)
     return Embedder(network, build_pooling(pooling, p), scales=SCALES if scales is None else scales).eval()

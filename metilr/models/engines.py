@@ -19,7 +19,7 @@ from metilr.errors import UserError, one_line
 from metilr.models import Engine
 from metilr.models.backbone import Backbone, Features
 
-MOST_GRAPHS = 16  # see CompiledEngine
+MOST_GRAPHS = 16  # what is compiled for a backbone as CompiledEngine says comes to less
 PROBE_SHAPE = (1, 3, 301, 267)  # odd, and beyond 256: bfloat16 cannot count further in steps of 1
 # Cosine to PyTorch in float32 that the probe's map must have: noise is the worst of images for bfloat16.
 LEAST_AGREEMENT = {"32": 0.9999, "bf16-mixed": 0.98}
@@ -28,16 +28,10 @@ LEAST_AGREEMENT = {"32": 0.9999, "bf16-mixed": 0.98}
 def start_engine(
     engine: Engine, backbone: Backbone, precision: str, n_streams: int = 1
 ) -> Callable[[Tensor], Features] | None:
-    """Make an engine ready to compute a backbone's features, in this process; for ``Embedder.engine``.
+    """Make an engine ready to compute the features of a backbone on its device, for ``Embedder.engine``.
 
-    Args:
-        engine: Which; `metilr.models.check_engine` says whether it runs here. ``torch`` makes None.
-        backbone: In its place on its device, in eval mode.
-        precision: ``32`` or ``bf16-mixed``, for OpenVINO; the others take it from autocast.
-        n_streams: Threads that may call the engine at a time, for OpenVINO; the cores are divided among them.
-
-    Raises:
-        UserError: If the engine cannot run this backbone so.
+    `metilr.models.check_engine` says whether it runs here; ``torch`` makes None. The last two are OpenVINO's: others
+    take the precision, ``32`` or ``bf16-mixed``, from autocast. ``n_streams`` threads may call it at a time.
     """
     if engine == "torch":
         return None
@@ -47,13 +41,10 @@ def start_engine(
 class CompiledEngine:
     """Images to features, as ``Backbone.forward``.
 
-    Heights and widths are unknowns of a graph; PyTorch makes another where a layer would be computed by other means:
-    for a batch of 1 and for one of more, on CPUs also for one of 16 and more and for small maps in a batch of 1, and
-    for a ViT at its own image size. ``MOST_GRAPHS`` is above what these make together, except where average pooling
-    rounds up, as in timm's ``resnet50d``: generated code tells odd from even maps at each such layer. A graph is
-    compiled when it is first needed.
-
-    What cannot be compiled whole, or needs more graphs, is refused: PyTorch's own answer is to go on uncompiled.
+    Heights and widths are unknowns of a graph. PyTorch compiles another for a batch of 1, on CPUs also for one of 16
+    and more and for small maps, and for a ViT at its own image size, when it is first needed. What needs more than
+    ``MOST_GRAPHS``, as where average pooling rounds up (``resnet50d``), or cannot be compiled whole is refused:
+    PyTorch's own answer is to go on uncompiled.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -61,11 +52,7 @@ class CompiledEngine:
         self.compiled = torch.compile(backbone.forward, dynamic=True, fullgraph=True)
 
     def __call__(self, images: Tensor) -> Features:
-        """Compute the features of normalised images ``(B, 3, H, W)``, for a ViT of sides that fit its patches.
-
-        Raises:
-            UserError: If PyTorch cannot compile the backbone, or not for all shapes at once.
-        """
+        """Compute the features of normalised images ``(B, 3, H, W)``, for a ViT of sides that fit its patches."""
         from torch._dynamo import config as compiler_config  # seconds to import
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
         from torch.fx.experimental import _config as shape_config
@@ -81,19 +68,18 @@ class CompiledEngine:
             try:
                 features: Features = self.compiled(images)
             except FailOnRecompileLimitHit as error:
-                reason = f"compile: {name} would be compiled anew for most image shapes; take torch"
-                raise UserError(reason, "engine") from error
+                reason = f"{name} would be compiled anew for most image shapes"
+                raise UserError(f"compile: {reason}; take torch", "engine") from error
             except TorchDynamoException as error:
-                reason = f"compile: PyTorch cannot compile {name} ({one_line(error)}); take torch"
-                raise UserError(reason, "engine") from error
+                reason = f"PyTorch cannot compile {name} ({one_line(error)})"
+                raise UserError(f"compile: {reason}; take torch", "engine") from error
         return features
 
 
 def _same_padding(side: int, kernel_size: int, stride: int, dilation: int) -> int:
-    """What timm's layers add to a side, as its ``get_same_padding``, so that an unknown side stays a short formula.
+    """What timm's ``get_same_padding`` adds to a side, as a formula in which an unknown side stays short.
 
-    The side and what is added cancel out, and the next layer's side is 1 + (side − 1) // stride. timm's own rounding
-    and maximum would stay, and nest from layer to layer: minutes of compilation.
+    timm's own rounding and maximum would nest from layer to layer: minutes of compilation.
     """
     extent = (kernel_size - 1) * dilation + 1
     added = (side - 1) // stride * stride + extent - side
@@ -103,12 +89,8 @@ def _same_padding(side: int, kernel_size: int, stride: int, dilation: int) -> in
 class OpenVINOEngine:
     """Images to features, as ``Backbone.forward``, of convolutional networks on the CPU, ``n_streams`` calls at a time.
 
-    A new image shape takes some tens of milliseconds once. In ``bf16-mixed``, sums are of float32. The first use
-    compares one random image with PyTorch.
-
-    Raises:
-        UserError: If the backbone is of another kind, cannot be converted or disagrees with PyTorch, or the CPU has no
-            bfloat16 arithmetic and it is asked for.
+    A new image shape takes some tens of milliseconds once. In ``bf16-mixed``, sums are of float32. A backbone with
+    which it disagrees with PyTorch about one random image is refused.
     """
 
     def __init__(self, backbone: Backbone, precision: str, n_streams: int = 1) -> None:
@@ -129,21 +111,20 @@ class OpenVINOEngine:
             for part, part_precision in parts:
                 options = {
                     "INFERENCE_PRECISION_HINT": "f32" if part_precision == "32" else "bf16",
-                    "NUM_STREAMS": n_streams,
-                    "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                    "NUM_STREAMS": n_streams, "INFERENCE_NUM_THREADS": torch.get_num_threads(),
                     "ENABLE_CPU_PINNING": False,  # several processes would be pinned to the same cores
-                }
+                }  # fmt: skip
                 compiled.append(core.compile_model(_converted(part, example, backbone.name), "CPU", options))
                 example = part(example)
         self.free: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()  # a request to each part, for each stream
         for _ in range(n_streams):
             self.free.put([part.create_infer_request() for part in compiled])
         features = self(probe).map
-        wrong: str | None = f"shape {tuple(features.shape)} in place of {tuple(example.shape)}"
+        agreement, wrong = 0.0, f"shape {tuple(features.shape)} in place of {tuple(example.shape)}"
         if features.shape == example.shape:
             agreement = F.cosine_similarity(features.flatten(), example.flatten(), dim=0).item()
-            wrong = None if agreement >= LEAST_AGREEMENT[precision] else f"cosine {agreement:.4f}"
-        if wrong:
+            wrong = f"cosine {agreement:.4f}"
+        if not agreement >= LEAST_AGREEMENT[precision]:
             reason = f"computes {backbone.name} in precision {precision} otherwise than PyTorch ({wrong})"
             raise UserError(f"openvino: {reason}; take torch", "engine")
 
@@ -172,10 +153,9 @@ class _MapOf(nn.Module):
 
 
 def _same_padding_openvino(side: int | Tensor, kernel_size: int, stride: int, dilation: int) -> Tensor:
-    """What timm's layers add to a side, as its ``get_same_padding``, from whole numbers.
+    """What timm's ``get_same_padding`` adds to a side, from whole numbers.
 
-    timm divides sides as floating-point numbers, which OpenVINO rounds to bfloat16 with all others: a side of 393 px
-    would be padded as 392.
+    timm divides floating-point numbers, which OpenVINO rounds to bfloat16: a side of 393 px would be padded as 392.
     """
     whole = torch.as_tensor(side)
     outputs = (whole + stride - 1) // stride
@@ -204,10 +184,7 @@ def _converted(module: nn.Module, example: Tensor, name: str) -> Any:
 
 
 def _let_convolutions_pad(model: Any, padded: set[str]) -> None:
-    """Join the "same" padding of some modules to their convolutions.
-
-    OpenVINO's own padding layer runs on one core alone, and takes longer than all else to get ready for a new shape.
-    """
+    """Join the "same" padding of some modules to their convolutions: OpenVINO's own padding layer uses one core."""
     from openvino import opset13 as opset
 
     def module_of(node: Any) -> str:
@@ -220,10 +197,8 @@ def _let_convolutions_pad(model: Any, padded: set[str]) -> None:
         pad = node.input_value(0).get_node()
         if pad.get_type_name() != "Pad" or module_of(pad) != module_of(node):
             continue
-        given = node.get_attributes()
-        joined = makers[node.get_type_name()](
-            pad.input_value(0), node.input_value(1), given["strides"], [0, 0], [0, 0], given["dilations"],
-            auto_pad="same_upper",
-        )  # fmt: skip
+        strides, dilations = (node.get_attributes()[name] for name in ("strides", "dilations"))
+        inputs = pad.input_value(0), node.input_value(1)
+        joined = makers[node.get_type_name()](*inputs, strides, [0, 0], [0, 0], dilations, auto_pad="same_upper")
         joined.set_friendly_name(node.get_friendly_name())
         node.output(0).replace(joined.output(0))

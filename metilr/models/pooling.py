@@ -1,7 +1,7 @@
 """Pooling: one vector from a map of local features.
 
-The functions take features ``(B, C, H, W)`` and return ``(B, C)``, float32 or, of float64, float64: no autocast casts
-their operations down from float32.
+The functions take features ``(B, C, H, W)`` and return ``(B, C)``, float32 or, of float64, float64, whatever autocast
+says.
 """
 
 import math
@@ -22,44 +22,32 @@ LEVELS = 3  # of R-MAC
 def gem(features: Tensor, p: Tensor | float = 3.0, eps: float = EPS) -> Tensor:
     """Pool by the generalised mean: the p-th root of the mean p-th power over the positions, p > 0.
 
-    p = 1 is the mean, and large p tends to the maximum. Values below ``eps`` count as ``eps``: after a ReLU that
-    changes next to nothing, but a ViT's tokens are negative about half of the time, and GeM drops that half. Computed
-    in float32: a cube overflows float16. The maximum is taken out of the power before and put back after, so that no p
-    overflows float32 either.
+    p = 1 is the mean, and large p tends to the maximum. Values below ``eps`` count as ``eps``: of a ViT's tokens that
+    drops about half. The maximum is taken out of the power and put back after, so that no p overflows float32.
 
     Source: Radenović et al., Fine-tuning CNN Image Retrieval with No Human Annotation, TPAMI 2019, eq. 3.
     """
     features = _full_precision(features).clamp(min=eps)
     p = torch.as_tensor(p, dtype=features.dtype, device=features.device)
-    # The peak cancels out of the result, so it needs no gradient.
-    peak = features.detach().amax(dim=(-2, -1), keepdim=True)
+    peak = features.detach().amax(dim=(-2, -1), keepdim=True)  # it cancels out, so it needs no gradient
     mean = (features / peak).pow(p.view(1, 1, 1)).mean(dim=(-2, -1))
     return peak[..., 0, 0] * mean.pow(1 / p.view(1))
 
 
 def mac(features: Tensor) -> Tensor:
-    """Pool by the maximum over the positions.
-
-    Source: Tolias et al., Particular Object Retrieval with Integral Max-Pooling, ICLR 2016, section 2.2.
-    """
+    """Pool by the maximum; source: Tolias et al., Particular Object Retrieval, ICLR 2016, section 2.2."""
     return _full_precision(features).amax(dim=(-2, -1))
 
 
 def spoc(features: Tensor) -> Tensor:
-    """Pool by the mean over the positions; on a ViT, the mean of the patch tokens.
-
-    Source: Babenko and Lempitsky, Aggregating Deep Convolutional Features, ICCV 2015; no centre prior.
-    """
+    """Pool by the mean; source: Babenko and Lempitsky, ICCV 2015, without its centre prior."""
     return _full_precision(features).mean(dim=(-2, -1))
 
 
 def rmac(features: Tensor) -> Tensor:
     """Pool by regional maxima: the sum over ``rmac_regions`` of each one's unit-length maximum vector, not normalised.
 
-    Unlike the paper, no PCA is applied to the regional vectors; unlike some public code, the whole map is not added as
-    one more region.
-
-    Source: Tolias et al., as for ``mac``, section 3.2.
+    Source: Tolias et al., section 3.2, without its PCA; unlike in some public code, the whole map is no further region.
     """
     features = _full_precision(features)
     pooled = torch.zeros_like(features[..., 0, 0])
@@ -70,21 +58,18 @@ def rmac(features: Tensor) -> Tensor:
 
 
 def rmac_regions(height: int, width: int, levels: int = LEVELS) -> list[tuple[int, int, int]]:
-    """Return the square regions of R-MAC on a map, in positions, as (top, left, side).
+    """Return R-MAC's square regions on a map, in positions, as (top, left, side).
 
-    Level 1 has the largest squares that fit, as many along the longer side as bring the share that neighbours have in
-    common closest to 40%; level l has squares of side ⌊2·min(H, W)/(l+1)⌋, l along the shorter side and l − 1 more than
-    level 1 along the longer, evenly spaced from edge to edge (starts rounded down). Levels whose squares would be
-    smaller than one position are left out.
+    Level 1 has the largest squares that fit, as many along the longer side as bring the overlap of neighbours closest
+    to 40%; level l has squares of side ⌊2·min(H, W)/(l+1)⌋, l along the shorter side and l − 1 more than level 1 along
+    the longer, evenly spaced from edge to edge, starts rounded down. Levels with squares below one position fall away.
     """
     short, long = min(height, width), max(height, width)
     # 2 to 7 squares along the longer side, as in the authors' code; a square map has one.
     along = 1 if short == long else min(range(2, 8), key=lambda n: abs(1 - (long - short) / (n - 1) / short - 0.4))
     regions: list[tuple[int, int, int]] = []
-    for level in range(1, levels + 1):
+    for level in range(1, min(levels, 2 * short - 1) + 1):
         side = 2 * short // (level + 1)
-        if side == 0:
-            break
         rows = level if height == short else level + along - 1
         columns = level if width == short else level + along - 1
         tops = [i * (height - side) // max(rows - 1, 1) for i in range(rows)]
@@ -107,17 +92,14 @@ class GeM(nn.Module):
         if not (math.isfinite(p) and p > 0):
             raise UserError(f"{p}: GeM's exponent must be a finite number above 0", "p")
         value = torch.full((1,), float(p))
-        if learnable:
-            self.p = nn.Parameter(value)
-        else:
-            self.register_buffer("p", value)
+        self.p = nn.Parameter(value) if learnable else nn.Buffer(value)
 
     def forward(self, features: Features) -> Tensor:
         """Pool a batch of features to ``(B, C)``."""
         return gem(features.map, self.p)
 
     def settings(self) -> dict[str, Any]:
-        """Return what determines the output, in the words of the stores that exist."""
+        """Return what determines the output, in the words that stores keep."""
         return {"kind": "gem", "p": self.p.item(), "p_sha256": None, "eps": EPS}
 
 
@@ -137,7 +119,7 @@ class FixedPooling(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """Return what determines the output."""
-        return {"kind": self.kind, "levels": LEVELS} if self.kind == "rmac" else {"kind": self.kind}
+        return {"kind": self.kind} | ({"levels": LEVELS} if self.kind == "rmac" else {})
 
 
 Pooling = GeM | FixedPooling
@@ -147,8 +129,6 @@ def build_pooling(name: PoolingName, p: float = 3.0, learnable: bool = False) ->
     """Build a pooling by name; ``p`` is GeM's exponent, its start if learnable."""
     if name not in get_args(PoolingName):
         raise UserError(f"{name}: unknown; choose {', '.join(get_args(PoolingName))}", "pooling")
-    if name == "gem":
-        return GeM(p, learnable)
-    if learnable:
+    if learnable and name != "gem":
         raise UserError(f"{name}: has no exponent to learn; take pooling gem", "pooling")
-    return FixedPooling(name)
+    return GeM(p, learnable) if name == "gem" else FixedPooling(name)

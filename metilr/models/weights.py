@@ -6,7 +6,6 @@ import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +43,7 @@ class Provenance:
 def official_file(spec: BackboneSpec) -> Path:
     """Return the path of a backbone's official weights, verified: from a Python package or torch.hub's cache.
 
-    A file without a published digest is trusted once: the digest is recorded beside it (``FILE.sha256``) and a later
-    difference is refused.
-
-    Raises:
-        UserError: If they cannot be had, the package is missing, or the file is not the published one.
+    A file without a published digest is trusted once: its digest is recorded beside it, and a later one is refused.
     """
     if spec.package is not None:
         module, name, install = spec.package
@@ -62,7 +57,18 @@ def official_file(spec: BackboneSpec) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / spec.url.rpartition("/")[2]
     record = path.with_name(path.name + ".sha256")
     if not path.is_file():
-        _download(spec.url, path, spec.sha256)
+        remedy = "run again, or get the file by other means and pass it as weights"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with byte_progress(console=Console(stderr=True)) as progress:
+                bar = progress.add_task(path.name, total=None)
+
+                def report(n: int, total: int | None) -> None:
+                    progress.update(bar, completed=n, total=total)
+
+                fetch(spec.url, path, remedy, sha256=spec.sha256, tries=3, report=report)
+        except OSError as error:
+            raise UserError(f"{spec.url}: cannot be downloaded to {path.parent} ({error}); {remedy}") from error
     digest = file_sha256(path)
     expected = record.read_text(encoding="ascii", errors="replace").strip() if record.is_file() else digest
     if not digest.startswith(spec.sha256 or expected):
@@ -73,26 +79,11 @@ def official_file(spec: BackboneSpec) -> Path:
     return path
 
 
-def _download(url: str, path: Path, sha256: str | None) -> None:
-    remedy = "run again, or get the file by other means and pass it as weights"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with byte_progress(console=Console(stderr=True)) as progress:
-            bar = progress.add_task(path.name, total=None)
-            report = partial(progress.update, bar)
-            fetch(url, path, remedy, sha256=sha256, tries=3, report=lambda n, total: report(completed=n, total=total))
-    except OSError as error:
-        raise UserError(f"{url}: cannot be downloaded to {path.parent} ({error}); {remedy}") from error
-
-
 def verify_hub_file(hub_id: str, filename: str | None = None) -> str | None:
     """Check a weights file in Hugging Face's cache against the sha256 that the hub names it by, and return that.
 
-    The hub's own client compares sizes only. The id is timm's, ``owner/name`` or ``owner/name@revision``; None for the
-    file is the names that timm looks for. Returns None if the file is not in that cache.
-
-    Raises:
-        UserError: If the file is damaged.
+    The hub's own client compares sizes only. The id is timm's, ``owner/name`` or ``owner/name@revision``. Returns None
+    if the file, by default one of the names that timm looks for, is not in that cache.
     """
     repository, _, revision = hub_id.partition("@")
     for name in HUB_FILES if filename is None else (filename,):
@@ -107,46 +98,31 @@ def verify_hub_file(hub_id: str, filename: str | None = None) -> str | None:
 
 
 def read_file(path: Path, remedy: str) -> Any:
-    """Read a PyTorch or safetensors file to the CPU, without executing pickle code.
-
-    Raises:
-        UserError: If the file is missing, damaged, or holds more than tensors, plain values and NumPy scalars.
-    """
+    """Read a PyTorch or safetensors file to the CPU: tensors, plain values, NumPy scalars, and no pickle code."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
         refuse_compressed(path)
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(_numpy_scalars()):
+        # What a pickled NumPy number consists of, under its name of NumPy 1 and of NumPy 2; none of it runs code.
+        scalar = np.float64(0).__reduce__()[0]
+        safe = [*((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")), np.dtype]
+        safe += [type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "?")]
+        with torch.serialization.safe_globals(safe):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as its format has parts
-        raise UserError(
-            f"{path}: cannot be read ({type(error).__name__}): it is damaged, or holds more than tensors and plain "
-            f"values; {remedy}"
-        ) from error
-
-
-def _numpy_scalars() -> list[Any]:
-    """What a pickled NumPy number consists of, under its name of NumPy 1 and of NumPy 2; none of it runs code."""
-    scalar = np.float64(0).__reduce__()[0]
-    kinds = [type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "?")]
-    return [*((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")), np.dtype, *kinds]
+        reason = f"({type(error).__name__}): it is damaged, or holds more than tensors and plain values"
+        raise UserError(f"{path}: cannot be read {reason}; {remedy}") from error
 
 
 def read_state_dict(path: Path) -> StateDict:
-    """Read a state dict from a file, which may be a checkpoint that holds it under ``state_dict``.
-
-    The ``module.`` that DataParallel puts before every key is dropped.
-
-    Raises:
-        UserError: As ``read_file``, or if it holds no state dict.
-    """
+    """Read a state dict from a file, which may hold it under ``state_dict``; DataParallel's ``module.`` is dropped."""
     remedy = "get the file again, or save the state dict alone with torch.save(model.state_dict(), FILE)"
     content = read_file(path, remedy)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    if not isinstance(content, Mapping) or not content or not is_state_dict(content):
+    if not (isinstance(content, Mapping) and content and is_state_dict(content)):
         raise UserError(f"{path}: holds no state dict, a mapping of names to tensors; get the file again")
     prefix = "module." if all(key.startswith("module.") for key in content) else ""
     return {key.removeprefix(prefix): value for key, value in content.items()}
@@ -158,22 +134,18 @@ def is_state_dict(content: Mapping[Any, Any]) -> bool:
 
 
 def load_strictly(model: nn.Module, state_dict: StateDict, ignored: Iterable[str], source: str) -> None:
-    """Load weights into a model without its classifier, and let no key or shape pass that does not fit.
-
-    ``ignored`` are prefixes of keys that the model lacks by design, each with its final dot; ``source`` is what the
-    message calls the weights. BatchNorm's step counters may be missing: they keep the model's zeros, which nothing
-    reads in eval mode.
-
-    Raises:
-        UserError: If a key is missing or unexpected, or a shape differs; the message names the first few.
-    """
+    """Load weights into a model, and refuse what ``refuse_unfit`` does."""
     wanted = model.state_dict()
     refuse_unfit({key: value.shape for key, value in wanted.items()}, state_dict, ignored, source)
     model.load_state_dict({key: state_dict.get(key, value) for key, value in wanted.items()})
 
 
 def refuse_unfit(wanted: Mapping[str, torch.Size], state_dict: StateDict, ignored: Iterable[str], source: str) -> None:
-    """Compare weights with the names and shapes that a model has; raises as ``load_strictly``, and loads nothing."""
+    """Let no key or shape pass that does not fit the names and shapes of a model.
+
+    ``ignored`` are prefixes of keys that the model lacks by design, each with its final dot; ``source`` is what the
+    message calls the weights. BatchNorm's step counters may be missing.
+    """
     given = {key: value.shape for key, value in state_dict.items() if not key.startswith(tuple(ignored))}
     problems = {
         "missing": [key for key in wanted.keys() - given.keys() if not key.endswith(COUNTER)],
@@ -193,10 +165,9 @@ def refuse_unfit(wanted: Mapping[str, torch.Size], state_dict: StateDict, ignore
 
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return the sha256 of named tensors: names in order, dtypes, shapes and bytes.
+    """Return the sha256 of named tensors: names in order, dtypes, shapes and bytes, without BatchNorm's step counters.
 
-    The same for the same values whatever the file, order or device they came from. BatchNorm's step counters are left
-    out: some files of the same weights carry them, some do not, and no descriptor depends on them.
+    The same for the same values whatever the file, order or device they came from.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):

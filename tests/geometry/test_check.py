@@ -1,24 +1,148 @@
-"""The geometric check: inliers of drawn museums by a plain loop."""
+"""Local features against a plain composition, and inliers of a drawn museum against a plain loop."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from metilr.data.decode import load_image
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.demo import MuseumSize, make_demo
 from metilr.errors import UserError
-from metilr.geometry.check import GeometricCheck, count_inliers, geometric_check_of
-from metilr.geometry.features import LocalFeatureExtractor
+from metilr.geometry.check import GeometricCheck, LocalFeatureExtractor, cell_centres, count_inliers, geometric_check_of
 from metilr.geometry.verify import LocalFeatures, verify
-from metilr.models.backbone import build_backbone
-from metilr.models.embedder import Embedder
-from metilr.models.pooling import build_pooling
+from metilr.models.embedder import Embedder, build_embedder
 from metilr.retrieval.knn import NO_ROW
 
 SIZE = MuseumSize(exhibits=6, mini_exhibits=5, val=(6, 2, 1), test=(2, 1, 1), longest_side=200)
+
+
+def embedder_of(name: str, stage: int | None = None) -> Embedder:
+    return build_embedder(name, "random", stage=stage)
+
+
+@pytest.fixture(scope="module")
+def embedder() -> Embedder:
+    return embedder_of("r18_in")
+
+
+def noise(height: int = 96, width: int = 160) -> torch.Tensor:
+    return torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def test_features_are_those_of_a_plain_composition(embedder: Embedder) -> None:
+    image = noise()
+    found = LocalFeatureExtractor(embedder, scales=(1.0, 0.5), n_features=10_000).extract(image)
+
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    normalised = ((image / 255 - mean) / std)[None]
+    half = F.interpolate(normalised, size=(48, 80), mode="bilinear")
+    network = embedder.backbone.model
+    columns, positions = [], []
+    with torch.no_grad():
+        for scaled, cell in ((normalised, 8), (half, 16)):
+            stem = network.maxpool(network.act1(network.bn1(network.conv1(scaled))))
+            features = network.layer2(network.layer1(stem))[0]  # stride 8
+            for row in range(features.shape[1]):
+                for column in range(features.shape[2]):
+                    columns.append(features[:, row, column])
+                    positions.append(((column + 0.5) * cell, (row + 0.5) * cell))
+    rows = torch.stack(columns)
+    standard = torch.nan_to_num((rows - rows.mean(dim=0)) / rows.std(dim=0, correction=0))
+    np.testing.assert_allclose(found.positions, positions, atol=1e-4)
+    np.testing.assert_allclose(found.descriptors, F.normalize(standard, dim=1), atol=5e-4)  # float16
+    assert found.positions.dtype == found.descriptors.dtype == np.float32
+
+
+def test_the_strongest_are_kept_in_order(embedder: Embedder) -> None:
+    every = LocalFeatureExtractor(embedder, scales=(1.0,), n_features=10_000).extract(noise())
+    few = LocalFeatureExtractor(embedder, scales=(1.0,), n_features=30).extract(noise())
+    places = [int(np.flatnonzero((every.positions == position).all(axis=1))[0]) for position in few.positions]
+    assert len(places) == 30 and places == sorted(places)
+    np.testing.assert_array_equal(few.descriptors, every.descriptors[places])
+    np.testing.assert_array_equal(few.descriptors, few.descriptors.astype(np.float16))  # they are kept exactly
+
+
+def test_a_bright_square_is_where_the_features_are(embedder: Embedder) -> None:
+    image = torch.full((3, 256, 384), 20, dtype=torch.uint8)
+    image[:, 96:128, 240:272] = 230
+    found = LocalFeatureExtractor(embedder, scales=(1.0, 0.5), n_features=8).extract(image)
+    assert len(found.positions) == 8
+    assert (np.abs(found.positions - [256, 112]) <= 16 + 16).all()  # half the square's side, a cell at scale 1/2
+
+
+@pytest.mark.parametrize(
+    "image",
+    [*(torch.full((3, 64, 64), v, dtype=torch.uint8) for v in (0, 255)), noise(1, 1), noise(8, 8), noise(9, 200)],
+)
+def test_images_of_one_colour_and_tiny_ones_give_finite_features(embedder: Embedder, image: torch.Tensor) -> None:
+    found = LocalFeatureExtractor(embedder).extract(image)
+    assert found.positions.shape == (len(found.descriptors), 2)
+    np.testing.assert_allclose(np.linalg.norm(found.descriptors, axis=1), 1, atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
+def test_maps_that_are_not_finite_or_all_alike_give_none(embedder: Embedder, monkeypatch, value: float) -> None:
+    monkeypatch.setattr(LocalFeatureExtractor, "_map", lambda self, images: torch.full((1, 8, 4, 4), value))
+    found = LocalFeatureExtractor(embedder).extract(noise())
+    assert found.positions.shape == (0, 2) and found.descriptors.shape == (0, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "stride", "width"),
+    [
+        ("lite0_in", None, 8, 40),
+        ("lite0_in", 5, 8, 40),  # the stage that is pooled does not matter
+        ("r18_in", None, 8, 128),
+        ("timm/test_vit", None, 16, 64),
+    ],
+)
+def test_the_map_is_named_by_its_stride(name: str, stage: int | None, stride: int, width: int) -> None:
+    extractor = LocalFeatureExtractor(embedder_of(name, stage), scales=(1.0,))
+    found = extractor.extract(noise(64, 96))
+    assert (extractor.stride, extractor.tolerance) == (stride, 1.5 * stride)
+    assert len(found.descriptors) <= (64 // stride) * (96 // stride)
+    assert found.descriptors.shape[1] == width
+
+
+def test_a_vits_map_is_the_one_that_is_pooled() -> None:
+    embedder, image = embedder_of("timm/test_vit"), noise(64, 96)
+    found = LocalFeatureExtractor(embedder, scales=(1.0,)).extract(image)
+    with torch.no_grad():
+        rows = embedder.backbone(embedder.normalise(image[None])).map[0].flatten(1).T
+    expected = F.normalize((rows - rows.mean(dim=0)) / rows.std(dim=0, correction=0), dim=1)
+    np.testing.assert_allclose(found.descriptors, expected, atol=5e-4)  # float16
+    np.testing.assert_allclose(found.positions[:7], [[8 + 16 * i, 8] for i in range(6)] + [[8, 24]])
+
+
+def test_settings_tell_what_changes_features(embedder: Embedder) -> None:
+    settings = LocalFeatureExtractor(embedder).settings()
+    assert settings == LocalFeatureExtractor(embedder).settings()
+    others = [
+        LocalFeatureExtractor(embedder, stride=16),
+        LocalFeatureExtractor(embedder, scales=(1.0,)),
+        LocalFeatureExtractor(embedder, n_features=5),
+        LocalFeatureExtractor(build_embedder("r18_in", "random", seed=1)),
+    ]
+    assert all(other.settings() != settings for other in others)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert LocalFeatureExtractor(embedder).settings() != settings
+
+
+def test_autocast_is_the_callers(embedder: Embedder) -> None:
+    image = noise(160, 160)
+    exact = LocalFeatureExtractor(embedder, scales=(1.0,)).extract(image)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = LocalFeatureExtractor(embedder, scales=(1.0,)).extract(image)
+    assert rounded.descriptors.dtype == np.float32
+    assert 0 < np.abs(rounded.descriptors - exact.descriptors).max() < 0.2
+
+
+def test_cells_tile_the_image() -> None:
+    np.testing.assert_allclose(cell_centres(2, 3, 20, 60), [[10, 5], [30, 5], [50, 5], [10, 15], [30, 15], [50, 15]])
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +153,9 @@ def museum(tmp_path_factory) -> GroundTruth:
 @pytest.fixture(scope="module")
 def extractor() -> LocalFeatureExtractor:
     try:
-        backbone = build_backbone("lite0_in")
+        return LocalFeatureExtractor(build_embedder("lite0_in"))
     except UserError:  # its package is not installed
-        backbone = build_backbone("r18_in", "random")
-    return LocalFeatureExtractor(Embedder(backbone, build_pooling("gem")).eval())
+        return LocalFeatureExtractor(embedder_of("r18_in"))
 
 
 def files(museum: GroundTruth, split: str) -> list[Path]:
@@ -44,60 +167,114 @@ def everything(museum: GroundTruth, split: str) -> np.ndarray:
     return np.tile(np.arange(len(museum.paths["database"])), (len(museum.paths[split]), 1))
 
 
-def check_at(folder: Path, extractor: LocalFeatureExtractor) -> GeometricCheck:
-    return geometric_check_of(extractor.embedder, None, 5, False, folder=folder)
+def check_at(folder: Path, extractor: LocalFeatureExtractor, image_size: int | None = None) -> GeometricCheck:
+    return geometric_check_of(extractor.embedder, image_size, 5, False, folder=folder)
 
 
 def test_counts_are_those_of_a_plain_loop(museum, extractor, tmp_path) -> None:
     queries, database = files(museum, "val"), files(museum, "database")
     inliers = count_inliers(check_at(tmp_path, extractor), queries, everything(museum, "val"), database)
-
     seen = [extractor.extract(load_image(file)) for file in database]
     for i in (0, 3, len(queries) - 1):
         asked = extractor.extract(load_image(queries[i]))
         assert inliers[i].tolist() == [verify(asked, other, extractor.tolerance).n_inliers for other in seen]
+    if extractor.embedder.backbone.name == "lite0_in":  # random weights recognise nothing
+        geometric, expected = museum.labels["database"][inliers.argmax(axis=1)], museum.labels["val"]
+        assert (geometric == expected)[expected >= 0].mean() >= 0.6
 
 
-def test_the_right_exhibit_has_most_inliers(museum, extractor, tmp_path) -> None:
-    if extractor.embedder.backbone.name != "lite0_in":
-        pytest.skip("needs metilr[demo]: random weights recognise nothing")
-    candidates = everything(museum, "val")
-    inliers = count_inliers(check_at(tmp_path, extractor), files(museum, "val"), candidates, files(museum, "database"))
-    labels = museum.labels["database"][candidates]
-    is_met = museum.labels["val"] >= 0
-    geometric = np.take_along_axis(labels, inliers.argmax(axis=1)[:, None], axis=1)[:, 0]
-    assert (geometric == museum.labels["val"])[is_met].mean() >= 0.6
-
-
-def test_counts_do_not_depend_on_order_company_or_cache(museum, extractor, tmp_path) -> None:
+def test_counts_do_not_depend_on_order_company_or_what_is_kept(museum, extractor, tmp_path) -> None:
     queries, database = files(museum, "val")[:4], files(museum, "database")
     candidates = everything(museum, "val")[:4, :5]
     counts = count_inliers(check_at(tmp_path / "a", extractor), queries, candidates, database)
-    cached = count_inliers(check_at(tmp_path / "a", extractor), queries, candidates, database)
-    np.testing.assert_array_equal(cached, counts)
+    kept = dataclasses.replace(check_at(tmp_path / "a", extractor), extractor=OfKept(extractor.tolerance))
+    np.testing.assert_array_equal(count_inliers(kept, queries, candidates, database), counts)
     backwards = count_inliers(check_at(tmp_path / "b", extractor), queries[::-1], candidates[::-1, ::-1], database)
     np.testing.assert_array_equal(backwards[::-1, ::-1], counts)
     alone = count_inliers(check_at(tmp_path / "c", extractor), queries[2:3], candidates[2:3, 1:2], database)
     assert alone[0, 0] == counts[2, 1]
 
 
-def test_a_second_check_extracts_nothing(museum, extractor, tmp_path, monkeypatch) -> None:
-    arguments = (files(museum, "val")[:2], everything(museum, "val")[:2, :2], files(museum, "database"))
-    counts = count_inliers(check_at(tmp_path, extractor), *arguments)
+@dataclasses.dataclass
+class OfKept:
+    """Stands for an extractor where all features are kept."""
 
-    def refuse(self, image: torch.Tensor) -> LocalFeatures:
-        raise AssertionError("extracted again")
+    tolerance: float = 1.0
 
-    monkeypatch.setattr(LocalFeatureExtractor, "extract", refuse)
-    np.testing.assert_array_equal(count_inliers(check_at(tmp_path, extractor), *arguments), counts)
+    def extract(self, image: torch.Tensor) -> LocalFeatures:
+        raise AssertionError("computed again")
 
 
 def test_no_candidate_and_bad_images_have_no_inliers(museum, extractor, tmp_path) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"no image")
     database = [files(museum, "database")[0], bad, tmp_path / "missing.jpg"]
-    queries = [database[0], bad, tmp_path / "missing.jpg"]
-    candidates = np.array([[0, 1, 2, NO_ROW]] * 3)
-    inliers = count_inliers(check_at(tmp_path / "cache", extractor), queries, candidates, database)
+    inliers = count_inliers(
+        check_at(tmp_path / "kept", extractor), database, np.array([[0, 1, 2, NO_ROW]] * 3), database
+    )
     assert inliers[0, 0] > 50  # an image and itself
     assert inliers.sum() == inliers[0, 0]
+
+
+@pytest.fixture
+def image(museum, tmp_path) -> Path:
+    file = tmp_path / "a.jpg"
+    file.write_bytes(files(museum, "database")[0].read_bytes())
+    return file
+
+
+def refuses_to_compute(check: GeometricCheck, image: Path) -> LocalFeatures:
+    return dataclasses.replace(check, extractor=OfKept()).features(image)
+
+
+def test_new_and_kept_features_are_the_same(image, extractor, tmp_path) -> None:
+    check = check_at(tmp_path / "kept", extractor)
+    for one, two in zip(check.features(image), refuses_to_compute(check, image), strict=True):
+        assert one.dtype == two.dtype == np.float32 and len(one) > 100
+        np.testing.assert_array_equal(one, two)
+
+
+def test_other_settings_images_and_contents_are_computed(image, extractor, tmp_path) -> None:
+    check, other = check_at(tmp_path / "kept", extractor), tmp_path / "b.jpg"
+    check.features(image)
+    other.write_bytes(image.read_bytes())
+    others = (
+        check_at(tmp_path / "kept", extractor, 100),
+        check_at(tmp_path / "kept", LocalFeatureExtractor(embedder_of("r18_in", 3))),
+    )
+    for another, file in ((others[0], image), (others[1], image), (check, other)):
+        with pytest.raises(AssertionError, match="computed again"):
+            refuses_to_compute(another, file)
+    image.write_bytes(image.read_bytes() + b"longer")
+    with pytest.raises(AssertionError, match="computed again"):
+        refuses_to_compute(check, image)
+
+
+@pytest.mark.parametrize("damage", ["short", "bit", "empty", "text"])
+def test_damaged_features_are_computed_again(image, extractor, tmp_path, damage: str) -> None:
+    check = check_at(tmp_path / "kept", extractor)
+    whole = check.features(image)
+    [entry] = check.folder.iterdir()
+    content = entry.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    entry.write_bytes({"short": content[:-100], "bit": flipped, "empty": b"", "text": b"no features"}[damage])
+    with pytest.raises(AssertionError, match="computed again"):
+        refuses_to_compute(check, image)
+    check.features(image)
+    np.testing.assert_array_equal(refuses_to_compute(check, image).descriptors, whole.descriptors)
+
+
+def test_a_folder_that_cannot_be_made_is_a_users_error(image, extractor, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file.*: cannot be written"):
+        check_at(tmp_path / "file", extractor).features(image)
+
+
+def test_what_two_images_share_is_drawn_where_something_is(image, extractor, tmp_path) -> None:
+    check = check_at(tmp_path / "kept", extractor)
+    photo, features = load_image(image), check.features(image)
+    assert check.draw(photo, features, image).startswith(b"\xff\xd8")
+    assert check.draw(photo, features, tmp_path / "missing.jpg") is None
+    nothing = LocalFeatures(features.positions[:0], features.descriptors[:0])
+    assert check.draw(photo, nothing, image) is None

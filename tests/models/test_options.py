@@ -14,8 +14,8 @@ from metilr.models import ModelOptions
     [
         ({"ckpt": "a.ckpt", "backbone": "r18_in"}, "backbone has no effect with ckpt"),
         ({"ckpt": "a.ckpt", "p": 2.0}, "p has no effect with ckpt"),
-        ({"pooling": "max"}, "pooling max: unknown; choose gem, mac"),
-        ({"patch_rounding": "up"}, "patch_rounding up: unknown; choose nearest"),
+        ({"pooling": "max"}, "pooling max: choose one of gem, mac"),
+        ({"patch_rounding": "up"}, "patch_rounding up: choose one of nearest"),
         ({"pooling": "mac", "p": 2.0}, "p has no effect with pooling mac"),
         ({"seed": -1}, "seed -1: choose a number from 0"),
     ],
