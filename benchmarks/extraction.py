@@ -169,7 +169,7 @@ def main() -> None:
                     growth[sum(map(len, part.paths.values()))] = clock()
                 rates = {kind: max(rate, matrix_rate(kind)) for kind, rate in rates.items()}
             seconds = growth[len(files)] / len(files)
-            fast = np.concatenate([store.rows(split) for split in SPLITS])
+            fast = np.concatenate([store.descriptors(split) for split in SPLITS])
             cosines = (fast[chosen] * plain).sum(axis=1)
             gaps = {}
             if arguments.share == arguments.plain_share == 1:

@@ -52,8 +52,10 @@ def faults(attempts: list[Attempt], truth: GroundTruth, store: Path, output: Pat
     if not (output / "results.json").exists():
         return [*found, f"no results: the last run ended with status {attempts[-1].status}"]
     rows = DescriptorStore(store)
-    n_rows = sum(int((abs(np.linalg.norm(rows.rows(split), axis=1) - 1) < UNIT_TOLERANCE).sum()) for split in SPLITS)
-    if n_rows != n_images or not rows.manifest()["complete"]:
+    n_rows = sum(
+        int((abs(np.linalg.norm(rows.descriptors(split), axis=1) - 1) < UNIT_TOLERANCE).sum()) for split in SPLITS
+    )
+    if n_rows != n_images or not rows.is_complete:
         found.append(f"the store holds {n_rows:,} of {n_images:,} rows")
     results = json.loads((output / "results.json").read_text())
     for split in truth.query_splits:

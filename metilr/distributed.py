@@ -9,35 +9,31 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any
-
-import pytorch_lightning as pl
-import torch
-import torch.distributed
-from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning_utilities.core import rank_zero
-from torch import Tensor
-from torch.multiprocessing.spawn import ProcessExitedException
-from torch.nn import functional as F
+from typing import TYPE_CHECKING, Any
 
 from metilr.errors import UserError, one_line
 
+if TYPE_CHECKING:  # seconds to import, and a command's --help needs none of it
+    import pytorch_lightning as pl
+    from torch import Tensor
+
 
 def has_launcher() -> bool:
-    """Whether a launcher has started one process per device already."""
-    return bool(TorchElasticEnvironment.detect() or SLURMEnvironment.detect())
+    """Whether torchrun or SLURM has started one process per device already (not in an interactive SLURM job)."""
+    in_slurm = "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    return "TORCHELASTIC_RUN_ID" in os.environ or in_slurm
 
 
 def launched_as_first() -> bool:
     """Whether this process speaks for all: true unless a launcher started it as another than the first."""
-    if TorchElasticEnvironment.detect():
-        return os.environ["RANK"] == "0"
-    return not SLURMEnvironment.detect() or os.environ["SLURM_PROCID"] == "0"
+    rank = "RANK" if "TORCHELASTIC_RUN_ID" in os.environ else "SLURM_PROCID"
+    return not has_launcher() or os.environ[rank] == "0"
 
 
 def is_first_process() -> bool:
     """Whether this process speaks for all, those that Lightning itself starts included."""
+    from lightning_utilities.core import rank_zero
+
     only: Any = rank_zero.rank_zero_only
     return int(getattr(only, "rank", 0) or 0) == 0
 
@@ -49,6 +45,9 @@ def process_as_before() -> Iterator[None]:
     Variables that tell started processes who they are, the rank, PyTorch's settings and number of threads, and Ctrl-C,
     which Lightning switches off once it was pressed.
     """
+    import torch
+    from lightning_utilities.core import rank_zero
+
     only: Any = rank_zero.rank_zero_only
     variables, rank, n_threads = dict(os.environ), getattr(only, "rank", None), torch.get_num_threads()
     benchmark, deterministic = torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
@@ -90,9 +89,26 @@ def faults_in_one_line(less_memory: str | None = None) -> Iterator[None]:
         reason = _reason_in(error)
         if reason is None and less_memory and (isinstance(error, MemoryError) or re.search(_NO_MEMORY, str(error))):
             reason = f"memory does not suffice ({one_line(error)}): take {less_memory}; {CONTINUE}"
-        if reason is None or (isinstance(error, UserError) and reason == str(error)):
+        if reason is None:
             raise
         raise UserError(reason) from None
+
+
+def _reason_in(error: Exception) -> str | None:
+    """The last error in another process's traceback that the user can mend; None if there is none."""
+    text = str(error)
+    if of_users := re.findall(r"^metilr\.\S*Error: (.*)$", text, flags=re.MULTILINE):
+        return str(of_users[-1])
+    if of_disks := re.findall(r"^\w+Error: \[Errno \d+\] (.*)$", text, flags=re.MULTILINE):
+        return f"{of_disks[-1]}; {CONTINUE}"
+    if worker := re.search(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is )?(.*)", text):
+        how = worker[1].rstrip(". ")
+        return f"a decoding process was ended ({how}); was memory short? Then take fewer num_workers; {CONTINUE}"
+    is_gone = type(error).__name__ == "ProcessExitedException"  # of torch.multiprocessing
+    if not isinstance(error, UserError) and (is_gone or re.search(_GONE, text)):
+        how = f" ({error})" if is_gone else ""
+        return f"a process of this run was ended from outside{how}; was memory short? {CONTINUE.capitalize()}"
+    return None
 
 
 def end_with_parent() -> None:
@@ -110,29 +126,8 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="parent-watch").start()
 
 
-def _reason_in(error: Exception) -> str | None:
-    """The last error in a text that the user can mend; None if there is none."""
-    text = str(error)
-    of_users = re.findall(r"^metilr\.\S*Error: (.*)$", text, flags=re.MULTILINE)
-    if of_users:
-        return str(of_users[-1])
-    if isinstance(error, UserError):
-        return text
-    of_disks = re.findall(r"^\w+Error: \[Errno \d+\] (.*)$", text, flags=re.MULTILINE)
-    if of_disks:
-        return f"{of_disks[-1]}; {CONTINUE}"
-    worker = re.search(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (.*)", text)
-    if worker:
-        how = re.sub(r"^is ", "was ", worker[1]).rstrip(". ")
-        return f"a decoding process {how}; was memory short? Then take fewer --num_workers; {CONTINUE}"
-    if isinstance(error, ProcessExitedException) or re.search(_GONE, text):
-        how = f" ({error})" if isinstance(error, ProcessExitedException) else ""
-        return f"a process of this run was ended from outside{how}; was memory short? {CONTINUE.capitalize()}"
-    return None
-
-
 @contextlib.contextmanager
-def agree(trainer: pl.Trainer) -> Iterator[None]:
+def agree(trainer: "pl.Trainer") -> Iterator[None]:
     """Let a user's mistake or a disk's fault that one process meets in the block end all of them.
 
     Without it the others would wait in their next collective for a process that is gone.
@@ -150,14 +145,15 @@ def agree(trainer: pl.Trainer) -> Iterator[None]:
         message = f"{error.filename or 'disk'}: {error.strerror}"
     messages: list[str | None] = [message]
     if trainer.world_size > 1:
+        from torch import distributed
+
         messages = [None] * trainer.world_size
-        torch.distributed.all_gather_object(messages, message)
-    failed = [found for found in messages if found is not None]
-    if failed:
-        raise UserError(failed[0])
+        distributed.all_gather_object(messages, message)
+    for failed in filter(None, messages):
+        raise UserError(failed)
 
 
-def gather_rows(module: pl.LightningModule, local: Tensor) -> Tensor:
+def gather_rows(module: "pl.LightningModule", local: "Tensor") -> "Tensor":
     """Put the rows of all processes under each other, in the processes' order, with gradients.
 
     Each process then computes the same loss of the whole batch, of which it keeps the gradients of its own rows.
@@ -171,6 +167,9 @@ def gather_rows(module: pl.LightningModule, local: Tensor) -> Tensor:
     Returns:
         ``(N, ...)``, N the sum of all n.
     """
+    import torch
+    from torch.nn import functional as F
+
     world_size, rank = module.trainer.world_size, module.trainer.global_rank
     if world_size == 1:
         return local
@@ -184,16 +183,11 @@ def gather_rows(module: pl.LightningModule, local: Tensor) -> Tensor:
     return torch.cat([local if i == rank else gathered[i, :count] for i, count in enumerate(counts)])
 
 
-def hidden(trainer: pl.Trainer) -> bool | None:
+def hidden(trainer: "pl.Trainer") -> bool | None:
     """What tqdm's ``disable`` takes: a bar in the first process, and there on a terminal alone."""
     return None if trainer.is_global_zero else True
 
 
-LOGGERS = (
-    "pytorch_lightning.utilities.rank_zero",
-    "lightning_fabric.utilities.rank_zero",
-    "pytorch_lightning.trainer.connectors.signal_connector",
-)
 HINTS = (
     ".*does not have many workers.*",
     ".*persistent_workers=True.*",  # there is one pass
@@ -204,32 +198,27 @@ HINTS = (
     ".*does not have a `val_dataloader`.*|.*You defined a `validation_step`.*",
     ".*TensorFloat32.*",
     ".*sync_dist=True.*",  # the logged values are the same in all processes
-    # Lightning's own calls.
-    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
-    ".*instantiate_classes.*deprecated.*",
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*|.*instantiate_classes.*deprecated.*",  # Lightning's own
     ".*all_gather is deprecated.*",
 )
 
 
 def quieten_lightning() -> None:
     """Keep hints out of this process's terminal."""
-    for name in LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for package in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(f"{package}.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning.trainer.connectors.signal_connector").setLevel(logging.WARNING)
     for hint in HINTS:
         warnings.filterwarnings("ignore", message=hint)
 
 
 def default_workers(n_processes: int) -> int:
-    """Decoding processes beside each of so many processes: the cores, at most 8."""
-    return max(1, min(8, _usable_cores() // n_processes))
+    """Decoding processes beside each of so many processes: the cores that this one may use, at most 8."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, n_cores // n_processes))
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach the whole group; workers end when their parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _usable_cores() -> int:
-    """Cores that this process may use, which a container or a scheduler can have limited."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

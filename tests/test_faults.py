@@ -166,7 +166,7 @@ def test_a_decoding_process_that_fails(place, name, where, option, how):
 RANK_DIES = """
 import os, signal
 import metilr.extraction.describe as extraction
-from metilr.extraction.callbacks import DescriptorWriter
+from metilr.extraction.module import DescriptorWriter
 from pytorch_lightning.strategies import DDPStrategy
 extraction._strategy = lambda options: DDPStrategy(start_method="fork", timeout=extraction.PLAN_TIMEOUT)
 write = DescriptorWriter.write_on_batch_end

@@ -82,7 +82,7 @@ def test_a_fork_that_ends_leaves_it_held(tmp_path):
 WAITS = """
 import time
 from pathlib import Path
-from metilr.extraction.callbacks import DescriptorWriter
+from metilr.extraction.module import DescriptorWriter
 from metilr.training.module import FineTuning
 write, step = DescriptorWriter.write_on_batch_end, FineTuning.training_step
 

@@ -17,11 +17,9 @@ from metilr.data.views import CentreCrops
 from metilr.errors import UserError
 from metilr.evaluation.database import Searchable, as_compared
 from metilr.evaluation.options import MethodOptions
-from metilr.extraction.callbacks import keep_float32_exact
-from metilr.extraction.datamodule import ImageBatch
 from metilr.extraction.module import DescriptorModule
 from metilr.extraction.options import ExtractionOptions
-from metilr.extraction.store import UNIT_TOLERANCE
+from metilr.extraction.store import has_unit_length
 from metilr.geometry.check import GeometricCheck
 from metilr.geometry.evidence import Checked, apply_evidence
 from metilr.models.embedder import Embedder
@@ -130,12 +128,10 @@ class Describer:
 
     def __init__(self, embedder: Embedder, options: ExtractionOptions) -> None:
         self.device = torch.device(options.device)
-        self.precision = options.precision
         # Compiling takes a minute, a photo in plain PyTorch less than a second, with the same rows up to rounding.
         engine = "torch" if options.engine == "compile" else options.engine
         self.module = DescriptorModule(embedder, engine, options.precision).to(self.device).eval()
         self.module.on_predict_start()
-        keep_float32_exact()
 
     def describe(self, image: Tensor) -> np.ndarray:
         """Describe an image, uint8 ``(3, H, W)``: float32 ``(1, D)`` of unit length.
@@ -143,14 +139,8 @@ class Describer:
         Raises:
             BadPhotoError: If the model makes nothing of it.
         """
-        batch = ImageBatch(np.zeros(1, dtype=np.int64), image[None].to(self.device), [])
-        dtype = torch.float16 if self.precision == "16-mixed" else torch.bfloat16
-        with (
-            torch.inference_mode(),
-            torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "32"),
-        ):
-            descriptor = self.module.describe(batch).float().cpu().numpy()
-        if not abs(np.linalg.norm(descriptor) - 1) < UNIT_TOLERANCE:  # also true for NaN
+        descriptor = self.module.describe(image[None].to(self.device)).float().cpu().numpy()
+        if not has_unit_length(descriptor).all():
             raise BadPhotoError("gives a descriptor that is not finite or all zero; take another photo")
         return descriptor
 

@@ -64,7 +64,7 @@ def index(
     from metilr.distributed import launched_as_first, quieten_lightning
     from metilr.evaluation.database import build_searchable, views_of, whitening_of
     from metilr.evaluation.recognition import check_method
-    from metilr.extraction.describe import describe_images, describe_views
+    from metilr.extraction.describe import describe_images
     from metilr.extraction.descriptors import open_descriptors
     from metilr.models.checkpoints import build_model
     from metilr.retrieval.approximate import check_size
@@ -87,10 +87,8 @@ def index(
     check_method(method, n_images, embedder.dim, n_exhibits)
     if approximate:
         check_size(n_images * method.rows_per_image)
-    store = describe_images(embedder, ground_truth, output / "store", extraction, console)
     views = [view for view in views_of(method, model.seed) if "visits" in view.of]  # crops are those of photos to come
-    for view in views:
-        describe_views(embedder, ground_truth, view, store, extraction, console)
+    store = describe_images(embedder, ground_truth, output / "store", extraction, console, views)
     if not launched_as_first():
         return None
     opened = open_descriptors([store.path], ground_truth, views)

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pydantic
@@ -183,8 +184,8 @@ class Obtaining:
         url = self.base + archive.name
         try:
             if not path.is_file():
-                published = {"size": archive.size, "sha256": archive.sha256}
-                fetch(url, path, REMEDY, **published, report=lambda done, total: show("downloading", done, total))
+                report = partial(show, "downloading")
+                fetch(url, path, REMEDY, size=archive.size, sha256=archive.sha256, report=report)
             with path.open("rb") as file:
                 is_gzip = file.read(2) == GZIP
             if not is_gzip:  # networks that want a log-in send a page in its place

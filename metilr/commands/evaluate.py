@@ -75,7 +75,7 @@ def evaluate(
     from metilr.evaluation.recognition import check_method, recognise
     from metilr.evaluation.runs import output_folder
     from metilr.evaluation.summary import summarise
-    from metilr.extraction.describe import describe_images, describe_views
+    from metilr.extraction.describe import describe_images
     from metilr.extraction.descriptors import open_descriptors
     from metilr.geometry.check import geometric_check_of
     from metilr.models.checkpoints import build_model
@@ -112,9 +112,7 @@ def evaluate(
     # Opened before the long part, so as not to fail after it.
     with output_folder(output, name, options) if is_first else nullcontext() as folder:
         if embedder is not None:
-            made = describe_images(embedder, ground_truth, store, extraction, progress)
-            for view in views:
-                describe_views(embedder, ground_truth, view, made, extraction, progress)
+            made = describe_images(embedder, ground_truth, store, extraction, progress, views)
             if not is_first:
                 return None  # another process goes on
             descriptors = [made.path]

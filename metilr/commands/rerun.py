@@ -119,7 +119,8 @@ def _options(path: Path, recorded: Results) -> dict[str, Any]:
 
 def _is_current(path: Path, options: Mapping[str, Any]) -> bool:
     """Whether a store, with the views that the run needs, is finished and of the image files as they are."""
-    from metilr.data.ground_truth import image_sizes, load_ground_truth
+    from metilr.data.ground_truth import load_ground_truth
+    from metilr.extraction.describe import image_sizes
     from metilr.demo import DEMO
     from metilr.evaluation.database import views_of
     from metilr.extraction.descriptors import views_store

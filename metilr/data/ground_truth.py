@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metilr.data.decode import file_size
 from metilr.errors import UserError, one_line, shown
 from metilr.metrics import DISTRACTOR
 
@@ -141,49 +140,6 @@ def load_ground_truth(
         labels[split] = _query_labels(files[split], entries[split], exhibit_ids, database)
     photographers = {split: _photographers(entries[split]) for split in queries}
     return GroundTruth(root, database, paths, labels, exhibit_ids, digests, photographers)
-
-
-def image_sizes(ground_truth: GroundTruth, splits: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """Size in bytes of every image file, int64 ``(n,)`` by split (None: all); 0 for a missing (or empty) file."""
-    return {
-        split: np.fromiter((file_size(ground_truth.image(path)) or 0 for path in paths), np.int64, len(paths))
-        for split, paths in ground_truth.paths.items()
-        if splits is None or split in splits
-    }
-
-
-def require_images(ground_truth: GroundTruth, sizes: Mapping[str, np.ndarray]) -> None:
-    """Refuse a data root with missing images: all are counted, the first few named.
-
-    Raises:
-        UserError: If a file of ``ground_truth`` is missing or empty by ``sizes`` (from ``image_sizes``).
-    """
-    missing = {
-        split: [path for path, size in zip(paths, sizes[split], strict=True) if size == 0]
-        for split, paths in ground_truth.paths.items()
-    }
-    total = sum(len(paths) for paths in missing.values())
-    if not total:
-        return
-    by_split = ", ".join(f"{split} {len(paths):,}" for split, paths in missing.items() if paths)
-    named = ", ".join([path for paths in missing.values() for path in paths][:3])
-    more = ", ..." if total > 3 else ""
-    folder = ground_truth.root / ground_truth.folder
-    raise UserError(
-        f"{folder}: {total:,} image files are missing or empty ({by_split}): {named}{more}; "
-        "put them there, or leave them out with --bad_images skip"
-    )
-
-
-def require_some_images(ground_truth: GroundTruth, sizes: Mapping[str, np.ndarray]) -> None:
-    """Refuse a data root without any image: its disk is not there, which is no reason to leave all images out.
-
-    Raises:
-        UserError: If every file is missing or empty by ``sizes`` (from ``image_sizes``).
-    """
-    if not any(of_split.any() for of_split in sizes.values()):
-        folder = ground_truth.root / ground_truth.folder
-        raise UserError(f"{folder}: not one of the images is there; is the disk mounted?")
 
 
 def _read_entries(file: Path) -> tuple[list[Any], str]:

@@ -90,7 +90,7 @@ def unpack(file: Path, archive: Archive, folder: Path, report: Callable[[int], N
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with file.open("rb") as raw, gzip.open(raw) as stream:
-            with tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar:  # type: ignore[call-overload]
+            with tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar:  # type: ignore[arg-type,call-overload]
                 for member in tar:
                     tarfile.data_filter(member, str(folder))  # refuses ways out of the folder, links and devices
                     n_bytes += member.size

@@ -2,18 +2,13 @@
 
 import contextlib
 import heapq
-import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
@@ -23,113 +18,8 @@ from metilr.data.views import ImageRows, Images
 from metilr.distributed import leave_signals_to_the_parent
 from metilr.errors import UserError
 from metilr.extraction.options import BadImages
-from metilr.extraction.store import DescriptorStore, RowWriter
+from metilr.extraction.store import DescriptorStore, RowWriter, has_unit_length
 from metilr.progress import tracked
-
-
-class HostCopy:
-    """Descriptors on their way from a GPU, which may still be computing them; used as a future is.
-
-    Args:
-        descriptors: On a GPU; the copy is in line behind what computes them.
-    """
-
-    def __init__(self, descriptors: Tensor) -> None:
-        self._copy = descriptors.to("cpu", non_blocking=True)
-        self._copied = torch.cuda.Event()
-        self._copied.record(torch.cuda.current_stream(descriptors.device))
-
-    def done(self) -> bool:
-        """Whether they have arrived."""
-        return bool(self._copied.query())
-
-    def result(self) -> Tensor:
-        """Wait for them, and for nothing that was begun later."""
-        self._copied.synchronize()
-        return self._copy
-
-
-class SideStream:
-    """Where batches are copied to a GPU while it computes what was begun before."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-
-    def copy(self, images: Tensor) -> Tensor:
-        """Begin to copy images from pinned memory; what uses them from here on waits for the copy."""
-        computing = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._stream):
-            copied = images.to(self._device, non_blocking=True)
-        computing.wait_stream(self._stream)
-        copied.record_stream(computing)  # else its memory would be given to the next copy too early
-        return copied
-
-
-_ADDING = threading.Lock()  # not in StageTimes, which spawned processes are handed
-STAGES = ("decode", "wait", "transfer", "network", "write")
-_WHAT = {
-    "decode": "files to pixels, in parallel in the decoding processes",
-    "wait": "for decoded images, and between the steps",
-    "transfer": "pixels to the device",
-    "network": "resizing, backbone, pooling",
-    "write": "descriptors to the store",
-}
-
-
-@dataclass
-class StageTimes:
-    """Seconds by stage, of this process and its decoding processes.
-
-    Attributes:
-        is_on: Whether to measure: on a GPU, that stops it from running ahead.
-        seconds: By stage; ``collect`` is the time that the process waits for batches described side by side, whose
-            ``network`` is the sum over all of them.
-        n_images: That were described.
-    """
-
-    is_on: bool = False
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*STAGES, "collect"), 0.0))
-    n_images: int = 0
-    started: float = 0.0
-
-    @contextlib.contextmanager
-    def measured(self, stage: str) -> Iterator[None]:
-        """Add the time that the block takes."""
-        start = time.perf_counter()
-        yield
-        if not self.is_on:
-            return
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        with _ADDING:
-            self.seconds[stage] += time.perf_counter() - start
-
-    def count(self, n_images: int, decode_seconds: float) -> None:
-        """Add images that were described, and how long their decoding took elsewhere."""
-        self.n_images += n_images
-        self.seconds["decode"] += decode_seconds
-
-    def start(self) -> None:
-        """Begin with the first batch's decoding."""
-        self.started = time.perf_counter()
-
-    def print(self, console: Console, n_workers: int, n_processes: int, n_streams: int = 1) -> None:
-        """Print a table; what no stage accounts for is waiting."""
-        of_process = f", the first of {n_processes} processes" if n_processes > 1 else ""
-        total = time.perf_counter() - self.started
-        computing = "network" if n_streams == 1 else "collect"
-        self.seconds["wait"] = total - sum(self.seconds[stage] for stage in ("transfer", computing, "write"))
-        table = Table(title=f"{self.n_images:,} images in {total:.1f} s{of_process}", title_justify="left", box=None)
-        for name in ("stage", "seconds", "ms an image", ""):
-            table.add_column(name, justify="left" if name in ("stage", "") else "right")
-        for stage in STAGES:
-            seconds = self.seconds[stage]
-            what = _WHAT[stage] + (f" ({n_workers})" if stage == "decode" else "")
-            what += f", of {n_streams} batches side by side" if stage == "network" and n_streams > 1 else ""
-            table.add_row(stage, f"{seconds:.1f}", f"{1000 * seconds / max(1, self.n_images):.1f}", what)
-        console.print(table)
-
 
 FULL_BATCH_PIXELS = 500 * 500  # the Met's images have at most 500 px a side
 
@@ -179,12 +69,7 @@ def deal(work: Sequence[int], n_processes: int) -> list[list[int]]:
 
 
 class PlannedBatch(NamedTuple):
-    """Rows whose images have one shape. Not decoded yet.
-
-    Attributes:
-        rows: Row of each image in the descriptors, int64 ``(B,)``.
-        shape: Height and width of all, in px.
-    """
+    """Rows of the store, int64 ``(B,)``, whose images have one shape, height and width in px. Not decoded yet."""
 
     rows: np.ndarray
     shape: tuple[int, int]
@@ -194,25 +79,18 @@ class ImageBatch(NamedTuple):
     """Decoded images of one shape.
 
     Attributes:
-        rows: Row of each image in the descriptors, int64 ``(B,)``.
+        rows: Row of each image in the store, int64 ``(B,)``.
         images: uint8 ``(B, 3, H, W)``.
         bad: Rows that could not be decoded, each with the reason.
-        decode_seconds: That reading and decoding took.
     """
 
     rows: np.ndarray
     images: Tensor
     bad: list[tuple[int, str]]
-    decode_seconds: float = 0.0
 
 
 class BatchDataset(Dataset[ImageBatch]):
-    """An item is a whole batch, so the loader must not batch again (``batch_size=None``).
-
-    Args:
-        images: What is decoded.
-        batches: The plan: rows of equal image shape.
-    """
+    """An item is a whole planned batch, decoded, so the loader must not batch again (``batch_size=None``)."""
 
     def __init__(self, images: ImageRows, batches: Sequence[PlannedBatch]) -> None:
         self.images = images
@@ -222,7 +100,7 @@ class BatchDataset(Dataset[ImageBatch]):
         return len(self.batches)
 
     def __getitem__(self, i: int) -> ImageBatch:
-        planned, start = self.batches[i], time.perf_counter()
+        planned = self.batches[i]
         rows, images, bad = [], [], []
         for row in planned.rows.tolist():
             try:
@@ -235,7 +113,7 @@ class BatchDataset(Dataset[ImageBatch]):
                 rows.append(row)
                 images.append(image)
         stacked = torch.stack(images) if images else torch.empty((0, 3, *planned.shape), dtype=torch.uint8)
-        return ImageBatch(np.array(rows, dtype=np.int64), stacked, bad, time.perf_counter() - start)
+        return ImageBatch(np.array(rows, dtype=np.int64), stacked, bad)
 
 
 NOTHING = PlannedBatch(np.empty(0, dtype=np.int64), (1, 1))
@@ -275,8 +153,7 @@ class ImageDataModule(LightningDataModule):
         self.bad_images = bad_images
         self.quiet = quiet
         self.plan: list[PlannedBatch] = []
-        self.times = StageTimes()
-        self.side_stream: SideStream | None = None
+        self.side_stream: torch.cuda.Stream | None = None
 
     def pending_rows(self) -> np.ndarray:
         """Rows that the store lacks, ascending."""
@@ -288,12 +165,75 @@ class ImageDataModule(LightningDataModule):
         ]
         return np.flatnonzero(np.concatenate(pending))
 
-    def mark_bad(self, writer: RowWriter, row: int) -> None:
-        """Note that a row's image cannot be decoded and is left out.
+    def make_plan(self) -> list[PlannedBatch]:
+        """Cut the pending images into batches of one shape; marks those whose header cannot be read.
 
         Raises:
-            UserError: If it was there when the run began: then a disk has gone, which is no reason to leave images out.
+            BadImageError: If a header cannot be read, with ``bad_images="stop"``.
         """
+
+        def shape_or_error(row: int) -> tuple[int, int] | BadImageError:
+            try:
+                return self.rows.shape(row)
+            except BadImageError as error:
+                return error
+
+        rows = self.pending_rows()
+        shapes = np.zeros((len(rows), 2), dtype=np.int64)
+        # In threads: the time goes into waiting for the disk.
+        with contextlib.closing(self.store.writer()) as writer, ThreadPoolExecutor(8) as pool:
+            found = pool.map(shape_or_error, rows.tolist())
+            for i, shape in enumerate(tracked(found, "reading image sizes", len(rows), "images", self.quiet)):
+                if not isinstance(shape, BadImageError):
+                    shapes[i] = shape
+                elif self.bad_images == "stop":
+                    pool.shutdown(cancel_futures=True)
+                    raise shape
+                else:
+                    self._mark_bad(writer, int(rows[i]))
+        rows, shapes = rows[shapes[:, 0] > 0], shapes[shapes[:, 0] > 0]
+        return [
+            PlannedBatch(rows[batch], (int(shapes[batch[0], 0]), int(shapes[batch[0], 1])))
+            for batch in same_shape_batches(shapes, self.batch_size)
+        ]
+
+    def share(self, rank: int, world_size: int) -> list[PlannedBatch]:
+        """A process's batches of the plan."""
+        work = [len(batch.rows) * batch.shape[0] * batch.shape[1] for batch in self.plan]
+        return [self.plan[i] for i in deal(work, world_size)[rank]]
+
+    def loader(self, batches: Sequence[PlannedBatch], pin_memory: bool) -> DataLoader[ImageBatch]:
+        """The batches, decoded one after the other."""
+        return DataLoader(
+            BatchDataset(self.rows, batches),
+            batch_size=None,
+            num_workers=min(self.num_workers, len(batches)),
+            worker_init_fn=leave_signals_to_the_parent,
+            pin_memory=pin_memory,
+        )
+
+    def write(self, writer: RowWriter, batch: ImageBatch, descriptors: Tensor) -> None:
+        """Write a batch's descriptors, those of the images that could be decoded, ``(B, D)``, to their rows.
+
+        Raises:
+            UserError: If a descriptor is not of unit length.
+            BadImageError: If an image is bad, with ``bad_images="stop"``.
+        """
+        made = descriptors.float().cpu().numpy()
+        for row, descriptor, is_unit in zip(batch.rows.tolist(), made, has_unit_length(made), strict=True):
+            if not is_unit:
+                raise UserError(
+                    f"{self.rows.file(row)}: its descriptor is not finite or all zero; "
+                    "take precision 32, or another pooling"
+                )
+            writer.write(*self.rows.locate(row), descriptor, int(self.sizes[row]))
+        for row, reason in batch.bad:  # after the good ones, so that stopping loses nothing
+            if self.bad_images == "stop":
+                raise BadImageError(reason)
+            self._mark_bad(writer, row)
+
+    def _mark_bad(self, writer: RowWriter, row: int) -> None:
+        """Note that an image is left out, unless it was there when the run began: then a disk has gone."""
         if self.sizes[row] and not self.rows.file(row).exists():
             raise UserError(
                 f"{self.rows.file(row)}: has vanished during the run; is its disk still there? Finished work is kept, "
@@ -305,71 +245,30 @@ class ImageDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Make the plan in the first process, and tell it to the others."""
         assert self.trainer is not None
-        plan = self.make_plan() if self.trainer.is_global_zero else []
-        self.plan = self.trainer.strategy.broadcast(plan)
+        self.plan = self.trainer.strategy.broadcast(self.make_plan() if self.trainer.is_global_zero else [])
 
     @override
-    def predict_dataloader(self) -> Iterable[ImageBatch]:
-        """Return this process's part of the plan, as decoded batches."""
+    def predict_dataloader(self) -> DataLoader[ImageBatch]:
         assert self.trainer is not None
-        mine = self.share() or [NOTHING]  # Lightning refuses a process without a batch
-        dataset = BatchDataset(self.rows, mine)
-        return DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=min(self.num_workers, len(mine)),
-            worker_init_fn=leave_signals_to_the_parent,
-            pin_memory=self.trainer.strategy.root_device.type == "cuda",
-        )
-
-    def share(self) -> list[PlannedBatch]:
-        """This process's batches of the plan."""
-        assert self.trainer is not None
-        work = [len(batch.rows) * batch.shape[0] * batch.shape[1] for batch in self.plan]
-        return [self.plan[i] for i in deal(work, self.trainer.world_size)[self.trainer.global_rank]]
+        mine = self.share(self.trainer.global_rank, self.trainer.world_size)
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        return self.loader(mine or [NOTHING], pin_memory=on_gpu)  # Lightning refuses a process without a batch
 
     @override
     def transfer_batch_to_device(self, batch: ImageBatch, device: torch.device, dataloader_idx: int) -> ImageBatch:
-        """Move a batch's images, on a GPU while it describes the batch before; and measure how long that takes."""
-        with self.times.measured("transfer"):
-            if device.type != "cuda":
-                return batch._replace(images=batch.images.to(device))
-            if self.side_stream is None:  # not before: a spawned process cannot be handed one
-                self.side_stream = SideStream(device)
-            return batch._replace(images=self.side_stream.copy(batch.images))
+        """Move a batch's images; to a GPU from pinned memory, while it describes the batch before."""
+        if device.type != "cuda":
+            return batch._replace(images=batch.images.to(device))
+        if self.side_stream is None:  # not before: a spawned process cannot be handed one
+            self.side_stream = torch.cuda.Stream(device)
+        return batch._replace(images=copy_beside(batch.images, self.side_stream))
 
-    def make_plan(self) -> list[PlannedBatch]:
-        """Cut the pending images into batches of one shape; marks those whose header cannot be read."""
-        rows = self.pending_rows()
-        shapes, readable = self._read_shapes(rows)
-        rows, shapes = rows[readable], shapes[readable]
-        return [
-            PlannedBatch(rows[batch], (int(shapes[batch[0], 0]), int(shapes[batch[0], 1])))
-            for batch in same_shape_batches(shapes, self.batch_size)
-        ]
 
-    def _read_shapes(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shapes int ``(n, 2)`` from the headers, and which headers could be read, bool ``(n,)``."""
-        shapes = np.zeros((len(rows), 2), dtype=np.int64)
-        writer = self.store.writer()
-        try:
-            with ThreadPoolExecutor(8) as pool:  # the time goes into waiting for the disk
-                found = pool.map(self._shape_or_error, rows.tolist())
-                bar = tracked(found, "reading image sizes", len(rows), "images", self.quiet)
-                for i, shape in enumerate(bar):
-                    if not isinstance(shape, BadImageError):
-                        shapes[i] = shape
-                    elif self.bad_images == "stop":
-                        pool.shutdown(cancel_futures=True)
-                        raise shape
-                    else:
-                        self.mark_bad(writer, int(rows[i]))
-        finally:
-            writer.close()
-        return shapes, shapes[:, 0] > 0
-
-    def _shape_or_error(self, row: int) -> tuple[int, int] | BadImageError:
-        try:
-            return self.rows.shape(row)
-        except BadImageError as error:
-            return error
+def copy_beside(images: Tensor, stream: torch.cuda.Stream) -> Tensor:
+    """Begin to copy images from pinned memory to a stream's GPU; what uses them from here on waits for the copy."""
+    computing = torch.cuda.current_stream(stream.device)
+    with torch.cuda.stream(stream):
+        copied = images.to(stream.device, non_blocking=True)
+    computing.wait_stream(stream)
+    copied.record_stream(computing)  # else its memory would be given to the next copy too early
+    return copied

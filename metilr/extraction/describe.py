@@ -1,8 +1,8 @@
 """From images to descriptors on disk: a Lightning prediction loop over batches of one shape."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,24 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from rich.console import Console
 from rich.markup import escape
+from tqdm import tqdm
 
-from metilr.data.ground_truth import GroundTruth, image_sizes, require_images, require_some_images
+from metilr.data.decode import file_size
+from metilr.data.ground_truth import GroundTruth
 from metilr.data.views import Images, View, images_of
-from metilr.distributed import default_workers, faults_in_one_line, has_launcher, launched_as_first, process_as_before
+from metilr.distributed import (
+    agree,
+    default_workers,
+    faults_in_one_line,
+    has_launcher,
+    launched_as_first,
+    process_as_before,
+)
 from metilr.errors import UserError
-from metilr.extraction.callbacks import DescriptorWriter, ExactFloat32, ImageProgress
 from metilr.extraction.datamodule import ImageDataModule
 from metilr.extraction.descriptors import views_store
-from metilr.extraction.module import DescriptorModule
-from metilr.extraction.options import ExtractionOptions, Precision
+from metilr.extraction.module import DescriptorModule, DescriptorWriter, ImageProgress, StageProfiler
+from metilr.extraction.options import BadImages, ExtractionOptions, Precision
 from metilr.extraction.store import DescriptorStore, settings_fingerprint
 from metilr.models import Engine
 from metilr.models.backbone import FLOAT32_STAGES
@@ -31,7 +39,7 @@ from metilr.models.engines import start_engine
 from metilr.provenance import library_versions, processor
 
 STORES = Path("runs/descriptors")
-RECIPE = 1  # raise it when the code between image and descriptor changes what a row is
+RECIPE = 1  # raise it when the code between image and descriptor changes what a descriptor is
 MANY_IMAGES = 1000  # from here on a hint at a faster way is worth a line
 PLAN_TIMEOUT = timedelta(hours=6)  # the others wait while the first process reads the headers of all images
 
@@ -42,8 +50,13 @@ def describe_images(
     path: Path | None,
     options: ExtractionOptions,
     console: Console,
+    views: Sequence[View] = (),
 ) -> DescriptorStore:
-    """Give the descriptor store of a ground truth's images: reused, continued or made.
+    """Give the descriptor store of a ground truth's images, and of views of them: reused, continued or made.
+
+    Batches hold images of equal height and width, so a descriptor does not depend on its neighbours; each process
+    takes some of the batches and writes its descriptors where they belong, so none depends on the number of processes
+    either (beyond float32 rounding, about 1e-6).
 
     Args:
         embedder: Describes the images.
@@ -51,98 +64,92 @@ def describe_images(
         path: The store's folder; None: ``runs/descriptors/BACKBONE-FINGERPRINT``.
         options: How images are read and where the backbone runs.
         console: Told what is done.
+        views: Described too, each in a store of its own in the images' store; row ``i * view.n + v`` is view v of
+            image i.
 
     Returns:
-        The store, finished; in processes of a launcher other than the first, as far as this one filled it.
+        The images' store, finished; in processes of a launcher other than the first, as far as this one filled it.
 
     Raises:
-        UserError: If images are missing or cannot be decoded (with ``bad_images="stop"``), or the store was
-            made with other settings or cannot be written.
-        KeyboardInterrupt: If interrupted; finished rows are kept.
+        UserError: If images are missing or cannot be decoded (with ``bad_images="stop"``), one gives a descriptor
+            that is not finite, the store was made with other settings or cannot be written, or a process of the run
+            fails or is killed.
+        KeyboardInterrupt: If interrupted; finished work is kept.
     """
     settings = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
     sizes = image_sizes(ground_truth)
-    (require_images if options.bad_images == "stop" else require_some_images)(ground_truth, sizes)
+    require_images(ground_truth, sizes, options.bad_images)
     if path is None:
         path = STORES / f"{embedder.backbone.name.replace('/', '_')}-{settings_fingerprint(settings)}"
     store = DescriptorStore(path)
-    if options.engine == "openvino" and launched_as_first() and not (path / "manifest.json").exists():
+    if options.engine == "openvino" and launched_as_first() and not store.exists:
         start_engine(options.engine, embedder.backbone, options.precision)  # what it refuses leaves no store behind
     images = images_of(ground_truth, options.image_size)
     _fill(store, f"[bold]descriptors[/]  {escape(str(path))}", settings, embedder, images, sizes, options, console)
+    for view in views:
+        name = f"[bold]views[/]        {view.settings()['kind']}, {view.n} an image"
+        of_view, settings = views_store(store, view)
+        viewed = {split: dataclasses.replace(images[source], view=view) for split, source in view.of.items()}
+        repeated = {split: np.repeat(sizes[source], view.n) for split, source in view.of.items()}
+        _fill(of_view, name, settings, embedder, viewed, repeated, options, console)
     return store
 
 
-def describe_views(
-    embedder: Embedder,
-    ground_truth: GroundTruth,
-    view: View,
-    store: DescriptorStore,
-    options: ExtractionOptions,
-    console: Console,
-) -> DescriptorStore:
-    """Give the descriptor store of views of images, a folder in the store of the images: as ``describe_images``.
-
-    Args:
-        embedder: Describes the views.
-        ground_truth: Names the images.
-        view: Makes the views; row ``i * view.n + v`` is view v of image i.
-        store: The images', made with the same options.
-        options: How images are read and where the backbone runs.
-        console: Told what is done.
+def describe_in_training(trainer: pl.Trainer, embedder: Embedder, data: ImageDataModule) -> None:
+    """Fill in what a prepared store lacks, in float32, in the processes of a trainer at work. All must call it.
 
     Raises:
-        UserError: As ``describe_images``.
-        KeyboardInterrupt: If interrupted; finished rows are kept.
+        UserError: In all processes, if one of them met an image that cannot be decoded or described.
     """
-    views, settings = views_store(store, view)
-    whole = images_of(ground_truth, options.image_size)
-    images = {split: dataclasses.replace(whole[source], view=view) for split, source in view.of.items()}
-    all_sizes = image_sizes(ground_truth, view.of.values())
-    sizes = {split: np.repeat(all_sizes[source], view.n) for split, source in view.of.items()}
-    name = f"[bold]views[/]        {view.settings()['kind']}, {view.n} an image"
-    _fill(views, name, settings, embedder, images, sizes, options, console)
-    return views
+    device, store = trainer.strategy.root_device, data.store
+    with agree(trainer):
+        if trainer.is_global_zero:
+            data.plan = data.make_plan()
+    data.plan = trainer.strategy.broadcast(data.plan)
+    mine = data.share(trainer.global_rank, trainer.world_size)
+    with agree(trainer):
+        if mine:
+            module = DescriptorModule(embedder).to(device)
+            module.on_predict_start()
+            is_hidden = None if trainer.is_global_zero else True  # None: shown on a terminal alone
+            n = sum(len(batch.rows) for batch in mine)
+            bar = tqdm(total=n, desc="describing images", unit="image", leave=False, disable=is_hidden)
+            with contextlib.closing(store.writer()) as writer, bar:
+                for batch in data.loader(mine, pin_memory=device.type == "cuda"):
+                    data.write(writer, batch, module.describe(batch.images.to(device)))
+                    bar.update(len(batch.rows) + len(batch.bad))
+    with agree(trainer):  # all descriptors are there now
+        if trainer.is_global_zero and not store.is_complete:
+            _finish(data)
 
 
-def _fill(
-    store: DescriptorStore,
-    name: str,
-    settings: Mapping[str, Any],
-    embedder: Embedder,
-    images: Mapping[str, Images],
-    sizes: Mapping[str, np.ndarray],
-    options: ExtractionOptions,
-    console: Console,
-) -> None:
-    """Reuse, continue or make a store, and print under its name which. One run at a time makes rows."""
-    store.prepare(settings, {split: len(part) for split, part in images.items()}, embedder.dim)
-    num_workers = default_workers(options.n_processes) if options.num_workers is None else options.num_workers
-    # OpenVINO gains nothing from batches, which take memory, and each number of images would be a new shape.
-    batch_size = 1 if options.engine == "openvino" else options.batch_size
-    data = ImageDataModule(images, sizes, store, batch_size, num_workers, options.bad_images, options.quiet)
-    n_all = len(data.sizes)
-    if store.manifest()["complete"] and not len(data.pending_rows()):
-        console.print(f"{name}: reusing {n_all:,} rows", soft_wrap=True)
-        return
-    with store.alone() if launched_as_first() else nullcontext():
-        n_pending = len(data.pending_rows())  # after the lock: another run may have made them meanwhile
-        console.print(f"{name}: {_progress_so_far(n_all, n_pending)}", soft_wrap=True)
-        device = f"{options.n_processes} x {_device_name(options.device)}"
-        console.print(f"[bold]running on[/]   {device}, precision {options.precision}, engine {options.engine}")
-        is_convolutional = embedder.backbone.patch == 1 and not embedder.backbone.has_cls
-        if options.device == "cpu" and options.engine == "torch" and n_pending >= MANY_IMAGES and is_convolutional:
-            console.print("             (on a CPU --engine openvino is faster, with the same rows up to rounding)")
-        if launched_as_first() and n_pending:
-            weights_from = embedder.describe_settings()["provenance"]
-            made_with = {"weights_from": weights_from, "device": device, "processor": processor()}
-            store.begin({**made_with, "versions": library_versions()})
-        extract_descriptors(embedder, data, options)
-        if not launched_as_first():
-            return
-        if len(data.pending_rows()):
-            raise UserError(f"{store.path}: image files changed during the run; run again to describe them anew")
-        store.finish()
+def image_sizes(ground_truth: GroundTruth) -> dict[str, np.ndarray]:
+    """Size in bytes of every image file, int64 ``(n,)`` by split; 0 for a missing (or empty) file."""
+    return {
+        split: np.fromiter((file_size(ground_truth.image(path)) or 0 for path in paths), np.int64, len(paths))
+        for split, paths in ground_truth.paths.items()
+    }
+
+
+def require_images(ground_truth: GroundTruth, sizes: Mapping[str, np.ndarray], bad_images: BadImages) -> None:
+    """Refuse a data root with missing images: all are counted, the first few named.
+
+    Raises:
+        UserError: If a file is missing or empty by ``sizes``; with ``bad_images="skip"``, if all are: then the disk is
+            not there, which is no reason to leave them out.
+    """
+    folder = ground_truth.root / ground_truth.folder
+    missing = {split: np.flatnonzero(of_split == 0) for split, of_split in sizes.items()}
+    total = sum(map(len, missing.values()))
+    if bad_images == "skip" and total == sum(map(len, sizes.values())):
+        raise UserError(f"{folder}: not one of the images is there; is the disk mounted?")
+    if bad_images == "stop" and total:
+        by_split = ", ".join(f"{split} {len(rows):,}" for split, rows in missing.items() if len(rows))
+        names = [ground_truth.paths[split][row] for split, rows in missing.items() for row in rows[:3]]
+        raise UserError(
+            f"{folder}: {total:,} image files are missing or empty ({by_split}): {', '.join(names[:3])}"
+            f"{', ...' if total > 3 else ''}; put them there, or leave them out with bad_images skip"
+        )
 
 
 def store_settings(
@@ -152,9 +159,9 @@ def store_settings(
     precision: Precision,
     engine: Engine = "torch",
 ) -> dict[str, Any]:
-    """Everything that determines the rows of a store, as JSON types."""
+    """Everything that determines the descriptors of a store, as JSON types."""
     model = embedder.describe_settings()
-    del model["provenance"]  # the same weights from another file make the same rows
+    del model["provenance"]  # the same weights from another file make the same descriptors
     model["precision"] = precision
     if engine != "torch":
         model["engine"] = engine
@@ -168,38 +175,72 @@ def store_settings(
     }
 
 
-def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: ExtractionOptions) -> None:
-    """Fill in the rows that a prepared store lacks.
+def _fill(
+    store: DescriptorStore,
+    name: str,
+    settings: Mapping[str, Any],
+    embedder: Embedder,
+    images: Mapping[str, Images],
+    sizes: Mapping[str, np.ndarray],
+    options: ExtractionOptions,
+    console: Console,
+) -> None:
+    """Reuse, continue or make a store, and print under its name which. One run at a time fills it."""
+    store.prepare(settings, {split: len(part) for split, part in images.items()}, embedder.dim)
+    num_workers = default_workers(options.n_processes) if options.num_workers is None else options.num_workers
+    # OpenVINO gains nothing from batches, which take memory, and each number of images would be a new shape.
+    batch_size = 1 if options.engine == "openvino" else options.batch_size
+    data = ImageDataModule(images, sizes, store, batch_size, num_workers, options.bad_images, options.quiet)
+    n_all = len(data.sizes)
+    if store.is_complete and not len(data.pending_rows()):
+        console.print(f"{name}: reusing {n_all:,} rows", soft_wrap=True)
+        return
+    with store.alone() if launched_as_first() else contextlib.nullcontext():
+        n_pending = len(data.pending_rows())  # after the lock: another run may have made them meanwhile
+        doing = f"describing {n_all:,}" if n_pending == n_all else f"reusing {n_all:,} rows"
+        if 0 < n_pending < n_all:
+            doing = f"continuing, {n_all - n_pending:,} of {n_all:,} rows are there"
+        console.print(f"{name}: {doing}", soft_wrap=True)
+        kind = torch.cuda.get_device_name(0) if options.device == "cuda" else options.device.upper()
+        device = f"{options.n_processes} x {kind}"
+        console.print(f"[bold]running on[/]   {device}, precision {options.precision}, engine {options.engine}")
+        is_convolutional = embedder.backbone.patch == 1 and not embedder.backbone.has_cls
+        if options.device == "cpu" and options.engine == "torch" and n_pending >= MANY_IMAGES and is_convolutional:
+            console.print("             (on a CPU the engine openvino is faster, with the same rows up to rounding)")
+        if launched_as_first() and n_pending:
+            weights_from = embedder.describe_settings()["provenance"]
+            made_with = {"weights_from": weights_from, "device": device, "processor": processor()}
+            store.begin({**made_with, "versions": library_versions()})
+        _predict(embedder, data, options)
+        if launched_as_first():
+            _finish(data)
 
-    Batches hold images of equal height and width, so a row does not depend on its neighbours; each process
-    takes some of the batches and writes its rows where they belong, so a row does not depend on the number of
-    processes either (beyond float32 rounding, about 1e-6).
 
-    Raises:
-        UserError: If an image cannot be decoded (with ``"stop"``), gives a descriptor that is not finite, or a
-            process of the run fails or is killed.
-        KeyboardInterrupt: If interrupted; finished rows are kept.
-    """
-    data.times.is_on = options.profile
-    callbacks: list[pl.Callback] = [DescriptorWriter(data, options.n_streams), ExactFloat32()]
-    if not options.quiet:
-        callbacks.append(ImageProgress())
+def _finish(data: ImageDataModule) -> None:
+    if len(data.pending_rows()):
+        raise UserError(f"{data.store.path}: image files changed during the run; run again to describe them anew")
+    data.store.finish()
+
+
+def _predict(embedder: Embedder, data: ImageDataModule, options: ExtractionOptions) -> None:
+    """Fill in what a prepared store lacks, in one process or several."""
+    callbacks: list[pl.Callback] = [DescriptorWriter(data, options.n_streams)]
     trainer = pl.Trainer(
         accelerator=options.device,
         devices=options.n_processes,
         num_nodes=options.num_nodes,
-        precision=options.precision,
         strategy=_strategy(options),
-        callbacks=callbacks,
+        callbacks=callbacks if options.quiet else [*callbacks, ImageProgress()],
+        profiler=StageProfiler() if options.profile else None,
         use_distributed_sampler=False,  # it would pad the last batch with images counted twice
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = DescriptorModule(embedder, options.engine, options.precision, data.times, options.n_streams)
+    module = DescriptorModule(embedder, options.engine, options.precision, options.n_streams)
     try:
-        with process_as_before(), faults_in_one_line("a smaller --batch_size or --image_size, or fewer --scales"):
+        with process_as_before(), faults_in_one_line("a smaller batch_size or image_size, or fewer scales"):
             trainer.predict(module, datamodule=data, return_predictions=False)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         for process in getattr(trainer.strategy.launcher, "procs", None) or []:
@@ -208,18 +249,6 @@ def extract_descriptors(embedder: Embedder, data: ImageDataModule, options: Extr
     finally:
         module.teardown("predict")
         embedder.engine = None
-
-
-def _progress_so_far(n_all: int, n_pending: int) -> str:
-    if n_pending == 0:
-        return f"reusing {n_all:,} rows"
-    if n_pending == n_all:
-        return f"describing {n_all:,}"
-    return f"continuing, {n_all - n_pending:,} of {n_all:,} rows are there"
-
-
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name(0) if device == "cuda" else device.upper()
 
 
 def _strategy(options: ExtractionOptions) -> str | Strategy:

@@ -92,19 +92,19 @@ def _open_store(path: Path, ground_truth: GroundTruth, views: Sequence[View]) ->
                 f"{path}: was made for another {split} file than {ground_truth.root}/ground_truth has; "
                 "give the --root and --database that it was made with"
             )
-    matrices: dict[str, np.ndarray] = {split: store.rows(split) for split in ground_truth.paths}
+    matrices: dict[str, np.ndarray] = {split: store.descriptors(split) for split in ground_truth.paths}
     _check(path, matrices, {split: len(paths) for split, paths in ground_truth.paths.items()})
-    made = {split: store.made(split) for split in ground_truth.paths}
+    made = {split: store.is_valid(split) for split in ground_truth.paths}
     made_of_views = []
     for view in views:
         of_view = _open_views(store, view)
         made_with = of_view.manifest().get("made_with", [])
         made_of_views.append({**view.settings(), "store": str(of_view.path), "made_with": made_with})
         expected = {split: len(ground_truth.paths[source]) * view.n for split, source in view.of.items()}
-        rows = {split: of_view.rows(split) for split in view.of}
+        rows = {split: of_view.descriptors(split) for split in view.of}
         _check(of_view.path, {"database": matrices["database"][:1], **rows}, expected)
         matrices.update(rows)
-        made.update({split: of_view.made(split) for split in view.of})
+        made.update({split: of_view.is_valid(split) for split in view.of})
     parts = {split: [matrix] for split, matrix in matrices.items()}
     files = [store.files(split).tobytes() for split in ground_truth.paths]
     origin = {
@@ -127,7 +127,7 @@ def _open_views(store: DescriptorStore, view: View) -> DescriptorStore:
             f"--descriptors {store.path}: holds no descriptors of {kind}; run the evaluation that made it (with --root "
             f"and --store {store.path}) with the same options, which adds them"
         )
-    if not found.manifest()["complete"]:
+    if not found.is_complete:
         raise UserError(f"{found.path}: is not finished; run the evaluation that makes it again to complete it")
     return found
 

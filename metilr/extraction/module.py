@@ -1,23 +1,52 @@
-"""Multi-scale descriptors as a Lightning module, a batch of one shape at a time."""
+"""Multi-scale descriptors as a Lightning module, a batch of one shape at a time, and its callbacks."""
 
+import contextlib
 import os
+import signal
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import BasePredictionWriter, Callback
+from pytorch_lightning.profilers import SimpleProfiler
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
 
-from metilr.distributed import quieten_lightning
-from metilr.extraction.datamodule import HostCopy, ImageBatch, StageTimes
+from metilr.distributed import end_with_parent, has_launcher, quieten_lightning
+from metilr.extraction.datamodule import ImageBatch, ImageDataModule
+from metilr.extraction.store import RowWriter
 from metilr.models import Engine
 from metilr.models.embedder import Embedder
 from metilr.models.engines import start_engine
+from metilr.progress import progress_bar
 
 # PyTorch's convolutions on CPUs keep what they compiled for an image shape, by default of the last 1,024: gigabytes
 # where shapes change all the time. Batches of one shape follow each other, and at three scales EfficientNet-Lite0 has
 # 127 different ones, ResNet-50 94. Read at the first convolution of a process.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+
+
+class HostCopy:
+    """Descriptors on their way from a GPU, which may still be computing them; used as a future is."""
+
+    def __init__(self, descriptors: Tensor) -> None:
+        self._copy = descriptors.to("cpu", non_blocking=True)  # in line behind what computes them
+        self._copied = torch.cuda.Event()
+        self._copied.record(torch.cuda.current_stream(descriptors.device))
+
+    def done(self) -> bool:
+        """Whether they have arrived."""
+        return bool(self._copied.query())
+
+    def result(self) -> Tensor:
+        """Wait for them, and for nothing that was begun later."""
+        self._copied.synchronize()
+        return self._copy
 
 
 class DescriptorModule(pl.LightningModule):
@@ -26,22 +55,13 @@ class DescriptorModule(pl.LightningModule):
     Args:
         embedder: The model.
         engine: What computes the features.
-        precision: Of the backbone, for the engine; autocast is the caller's.
-        times: Told how long transfer and network took.
+        precision: Of the backbone: ``32``, ``bf16-mixed`` or ``16-mixed``.
         n_streams: Batches that are described side by side, by OpenVINO: what one core alone can do for a new image
             shape then leaves the others at work. Beyond 1, a step returns the descriptors' future.
     """
 
-    def __init__(
-        self,
-        embedder: Embedder,
-        engine: Engine = "torch",
-        precision: str = "32",
-        times: StageTimes | None = None,
-        n_streams: int = 1,
-    ) -> None:
+    def __init__(self, embedder: Embedder, engine: Engine = "torch", precision: str = "32", n_streams: int = 1) -> None:
         super().__init__()
-        self.times = StageTimes() if times is None else times
         self.embedder = embedder
         self.engine: Engine = engine
         self.precision = precision
@@ -56,6 +76,7 @@ class DescriptorModule(pl.LightningModule):
     @override
     def on_predict_start(self) -> None:
         """Start the engine here: a spawned process cannot be handed one."""
+        keep_float32_exact()
         # PyTorch's convolutions run faster with channels last on CPUs, and on GPUs with tensor cores.
         if self.engine != "openvino" and (self.device.type == "cpu" or self.precision != "32"):
             self.memory_format = torch.channels_last
@@ -65,27 +86,24 @@ class DescriptorModule(pl.LightningModule):
             self.n_threads = torch.get_num_threads()
             torch.set_num_threads(max(1, self.n_threads // self.n_streams))
             self.streams = ThreadPoolExecutor(self.n_streams)
-        self.times.start()
 
     @override
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | Future[Tensor] | HostCopy:
-        """Describe a batch (see ``describe``), or begin to: side by side with others, or on a GPU."""
+        """Describe a batch, or begin to: side by side with others, or on a GPU."""
         if self.streams is not None:
-            return self.streams.submit(self._describe_timed, batch)
-        descriptors = self._describe_timed(batch)
+            return self.streams.submit(self.describe, batch.images)
+        descriptors = self.describe(batch.images)
         return HostCopy(descriptors) if descriptors.is_cuda else descriptors
 
-    def _describe_timed(self, batch: ImageBatch) -> Tensor:
-        with self.times.measured("network"):
-            return self.describe(batch)
-
     @torch.inference_mode()
-    def describe(self, batch: ImageBatch) -> Tensor:
-        """Describe the images of a batch that could be decoded: float32 ``(B, D)``, unit length."""
-        if not len(batch.images):  # none of the batch could be decoded
+    def describe(self, images: Tensor) -> Tensor:
+        """Describe images of one shape, uint8 ``(B, 3, H, W)``: float32 ``(B, D)``, unit length. B may be 0."""
+        if not len(images):
             return torch.empty(0, self.embedder.dim)
-        images = self.embedder.normalise(batch.images)
-        return self.embedder.describe(images.contiguous(memory_format=self.memory_format))
+        dtype = torch.float16 if self.precision == "16-mixed" else torch.bfloat16
+        with torch.autocast(images.device.type, dtype=dtype, enabled=self.precision != "32"):
+            normalised = self.embedder.normalise(images)
+            return self.embedder.describe(normalised.contiguous(memory_format=self.memory_format))
 
     @override
     def teardown(self, stage: str) -> None:
@@ -93,3 +111,185 @@ class DescriptorModule(pl.LightningModule):
             self.streams.shutdown(cancel_futures=True)
             self.streams = None
             torch.set_num_threads(self.n_threads)
+
+
+def keep_float32_exact() -> None:
+    """Switch TF32 off for this process: GPUs would round float32 convolutions to it, in mixed precision too."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+
+
+class ExactFloat32(Callback):
+    """Keep float32 float32 on GPUs, in each process of a trainer."""
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        keep_float32_exact()
+
+
+class DescriptorWriter(BasePredictionWriter):
+    """Write each batch's descriptors to their rows as soon as they are computed.
+
+    Args:
+        data: Knows the store, the rows and what to do with a bad image.
+        n_streams: Batches that are described at a time; predictions may be futures of descriptors.
+    """
+
+    def __init__(self, data: ImageDataModule, n_streams: int = 1) -> None:
+        super().__init__(write_interval="batch")
+        self.data = data
+        self.n_streams = n_streams
+        self.writer: RowWriter | None = None
+        self.unwritten: deque[tuple[ImageBatch, Future[Tensor] | HostCopy]] = deque()
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Open the store."""
+        self.writer = self.data.store.writer()
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let this process end with the command that started it."""
+        if trainer.world_size > 1 and not has_launcher():  # this process was started by the command
+            end_with_parent()
+            # Lightning's answer would tell the other processes, of which one has just died.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    @override
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Tensor | Future[Tensor] | HostCopy,
+        batch_indices: Any,  # Lightning's count of arrivals; the batch carries the rows
+        batch: ImageBatch,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write a batch's descriptors; those of batches that are still described, later."""
+        if isinstance(prediction, Tensor):
+            self._write(trainer, batch, prediction)
+            return
+        self.unwritten.append((batch, prediction))
+        self._write_all_but(self.n_streams, trainer)  # one more than are described waits its turn
+
+    def _write_all_but(self, n: int, trainer: pl.Trainer) -> None:
+        while len(self.unwritten) > n:
+            batch, future = self.unwritten[0]
+            with trainer.profiler.profile("descriptors.wait"):  # type: ignore[attr-defined]
+                descriptors = future.result()
+            self._write(trainer, batch, descriptors)
+            self.unwritten.popleft()
+
+    def _write(self, trainer: pl.Trainer, batch: ImageBatch, descriptors: Tensor) -> None:
+        assert self.writer is not None
+        with trainer.profiler.profile("descriptors.write"):  # type: ignore[attr-defined]
+            self.data.write(self.writer, batch, descriptors)
+
+    @override
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the store, and wait until all processes have."""
+        self._write_all_but(0, trainer)
+        self._close()
+        if isinstance(trainer.profiler, StageProfiler) and trainer.is_global_zero:  # type: ignore[attr-defined]
+            trainer.profiler.print(trainer.world_size)  # type: ignore[attr-defined]
+        trainer.strategy.barrier()  # the first process goes on alone: by then the rows of all are there
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Write what is described already, and close the store."""
+        for batch, future in self.unwritten:
+            with contextlib.suppress(Exception):  # the exception that is on its way was first
+                if future.done():
+                    self._write(trainer, batch, future.result())
+        self._close()
+
+    def _close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+
+class ImageProgress(Callback):
+    """A bar with images done, images per second and time left.
+
+    The first process draws it. It knows its own share of the images alone, and the shares, which are of equal work, are
+    done at about the same pace: of all images it shows as large a part as of its own. At the end all are done.
+    """
+
+    def __init__(self) -> None:
+        self.bar: Progress | None = None
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        own = data.share(trainer.global_rank, trainer.world_size)
+        self.n_all, self.n_own = (sum(len(batch.rows) for batch in part) for part in (data.plan, own))
+        self.n_done = 0  # of its own
+        self.bar = progress_bar("images")
+        self.bar.start()
+        self.task = self.bar.add_task("describing images", total=self.n_all)
+
+    @override
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: ImageBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.bar is not None:
+            self.n_done += len(batch.rows) + len(batch.bad)
+            self.bar.update(self.task, completed=self.n_all * self.n_done // max(self.n_own, 1))
+
+    @override
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.bar is not None:  # the writer's barrier was before
+            self.bar.update(self.task, completed=self.n_all)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "predict")
+
+
+class StageProfiler(SimpleProfiler):
+    """Lightning's profiler, which tells of the stages between image and descriptor, of one process."""
+
+    STAGES: ClassVar = {  # by the end of Lightning's or our name of the action
+        "decoding": ("predict_next", "waiting for files to become pixels, in decoding processes"),
+        "transfer": ("batch_to_device", "pixels to the device"),
+        "network": ("predict_step", "resizing, backbone, pooling"),
+        "waiting": ("descriptors.wait", "for descriptors of batches described side by side, or on a GPU"),
+        "writing": ("descriptors.write", "descriptors to the store"),
+    }
+
+    @override
+    def stop(self, action_name: str) -> None:
+        """Let a GPU, which computes while this process goes on, finish what belongs to the action."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        super().stop(action_name)
+
+    def print(self, n_processes: int) -> None:
+        """Print a table of seconds by stage."""
+        of_process = f" of the first of {n_processes} processes" if n_processes > 1 else ""
+        table = Table("stage", "seconds", "", title=f"time{of_process}", title_justify="left", box=None)
+        for stage, (action, what) in self.STAGES.items():
+            durations = [seconds for name, all_of_it in self.recorded_durations.items() for seconds in all_of_it
+                         if name.endswith(action) and "LightningModule" not in name]  # fmt: skip
+            table.add_row(stage, f"{sum(durations):.1f}", what)
+        Console(highlight=False).print(table)
+
+    @override
+    def describe(self) -> None:
+        """Leave Lightning's own report, of all its hooks, away."""

@@ -280,16 +280,16 @@ def export_descriptors(store: Path, output: Path) -> None:
             exists.
     """
     source = DescriptorStore(store)
-    if not source.manifest()["complete"]:
+    if not source.is_complete:
         raise UserError(f"{store}: is not finished; run the evaluation that makes it again to complete it")
-    left_out = sum(int((~source.made(split)).sum()) for split in SPLITS)
+    left_out = sum(int((~source.is_valid(split)).sum()) for split in SPLITS)
     if left_out:
         raise UserError(
             f"{store}: {left_out:,} images were left out, which descriptors.pkl cannot say; mend them first"
         )
     if output.exists():
         raise UserError(f"{output}: exists already; name another file")
-    content = {KEYS[split]: np.array(source.rows(split)) for split in SPLITS}
+    content = {KEYS[split]: np.array(source.descriptors(split)) for split in SPLITS}
     try:
         with new_file(output) as stream:
             pickle.dump(content, stream, protocol=4)  # the first protocol without a 4 GB limit

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from metilr.data.decode import NO_FILE, BadImageError, load_image
 from metilr.distributed import default_workers
 from metilr.errors import UserError
-from metilr.extraction.callbacks import keep_float32_exact
+from metilr.extraction.module import keep_float32_exact
 from metilr.extraction.store import settings_fingerprint
 from metilr.files import replaced_file
 from metilr.geometry.evidence import OFF, Gate

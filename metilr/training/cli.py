@@ -38,8 +38,8 @@ from metilr.distributed import (
 )
 from metilr.errors import UserError
 from metilr.evaluation.options import PROJECT, WandbMode
-from metilr.extraction.callbacks import ExactFloat32
 from metilr.extraction.describe import PLAN_TIMEOUT
+from metilr.extraction.module import ExactFloat32
 from metilr.files import write_atomically
 from metilr.report.wandb import finishing, open_wandb, staging_beside, where_logged
 from metilr.training.callbacks import PairPictures, TrainingLines

@@ -14,18 +14,12 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from metilr.data.decode import MAX_MEGAPIXELS, limit_images
-from metilr.data.ground_truth import (
-    DatabaseName,
-    GroundTruth,
-    image_sizes,
-    load_ground_truth,
-    require_images,
-    require_some_images,
-)
+from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_truth
 from metilr.demo import DEMO, make_demo
 from metilr.distributed import agree, default_workers, leave_signals_to_the_parent
 from metilr.errors import UserError
 from metilr.evaluation.runs import RUNS
+from metilr.extraction.describe import image_sizes, require_images
 from metilr.extraction.options import BadImages
 from metilr.extraction.store import DescriptorStore
 from metilr.training.augmentations import Augmentation, RandomCrop, SimulatedVisit, Views
@@ -133,7 +127,7 @@ class PairDataModule(LightningDataModule):
         root = DEMO if self.root is None else self.root
         truth = self.ground_truth = load_ground_truth(root, self.database, queries=("val",))
         self.sizes = image_sizes(truth)
-        (require_images if self.bad_images == "stop" else require_some_images)(truth, self.sizes)
+        require_images(truth, self.sizes, self.bad_images)
         if self.pairing != "syn" and truth.n_classes < 2:
             raise UserError(f"{self.pairing}: negatives need at least two exhibits, {root} has one; use syn", "pairing")
         self.workers = default_workers(self.trainer.num_devices) if self.num_workers is None else self.num_workers
@@ -176,8 +170,8 @@ class PairDataModule(LightningDataModule):
         labels = self.ground_truth.labels["database"]
         rows, descriptors = np.arange(len(labels)), None
         if self.needs_descriptors:
-            rows = np.flatnonzero(self.descriptors.made("database"))
-            descriptors = np.asarray(self.descriptors.rows("database"))
+            rows = np.flatnonzero(self.descriptors.is_valid("database"))
+            descriptors = np.asarray(self.descriptors.descriptors("database"))
         on_gpu = self.trainer.strategy.root_device.type == "cuda" and faiss.get_num_gpus() > 0
         return draw_pairs(
             rows,

@@ -22,10 +22,8 @@ from metilr.errors import UserError
 from metilr.evaluation.database import exhibit_differences, visit_differences
 from metilr.evaluation.options import VISITS
 from metilr.evaluation.runs import RUNS
-from metilr.extraction.callbacks import write_rows
 from metilr.extraction.datamodule import ImageDataModule
-from metilr.extraction.describe import store_settings
-from metilr.extraction.module import DescriptorModule
+from metilr.extraction.describe import describe_in_training, store_settings
 from metilr.extraction.store import CHUNK_ROWS, DescriptorStore, row_chunks, settings_fingerprint
 from metilr.metrics import DISTRACTOR
 from metilr.models.embedder import Embedder, Projector
@@ -63,20 +61,10 @@ def _describe(trainer: pl.Trainer, embedder: Embedder, data: PairDataModule, fol
     images = ImageDataModule(
         images_of(truth, data.image_size), data.sizes, store, data.extraction_batch_size, data.workers, data.bad_images
     )
-    images.trainer = trainer
     with agree(trainer):
         if trainer.is_global_zero:
             _prepare(store, embedder, data)
-            images.plan = images.make_plan()
-    images.plan = trainer.strategy.broadcast(images.plan)
-    with agree(trainer):
-        if images.plan:
-            _fill(trainer, embedder, images)
-    with agree(trainer):  # all rows are there now
-        if trainer.is_global_zero and not store.manifest()["complete"]:
-            if len(images.pending_rows()):
-                raise UserError(f"{folder}: image files changed during the run; run again")
-            store.finish()
+    describe_in_training(trainer, embedder, images)
     return store
 
 
@@ -91,28 +79,16 @@ def _prepare(store: DescriptorStore, embedder: Embedder, data: PairDataModule) -
     store.prepare(settings, counts, embedder.dim)
 
 
-def _fill(trainer: pl.Trainer, embedder: Embedder, images: ImageDataModule) -> None:
-    module = DescriptorModule(embedder).to(trainer.strategy.root_device)
-    module.on_predict_start()
-    n = sum(len(batch.rows) for batch in images.share())
-    bar = tqdm(total=n, desc="describing images", unit="image", leave=False, disable=hidden(trainer))
-    with contextlib.closing(images.store.writer()) as writer, torch.inference_mode(), bar:
-        for batch in images.predict_dataloader():
-            on_device = batch._replace(images=batch.images.to(trainer.strategy.root_device))
-            write_rows(writer, images, batch, module.describe(on_device))
-            bar.update(len(batch.rows) + len(batch.bad))
-
-
 def _project(trainer: pl.Trainer, embedder: Embedder, data: PairDataModule, pooled: DescriptorStore) -> DescriptorStore:
     """Describe from pooled vectors."""
     store, device = DescriptorStore(data.folder / "descriptors"), trainer.strategy.root_device
     with agree(trainer):
         if trainer.is_global_zero:
             _prepare(store, embedder, data)
-    is_done = store.manifest()["complete"]
+    is_done = store.is_complete
     with agree(trainer), contextlib.closing(store.writer()) as writer, torch.inference_mode():
         for split in [] if is_done else data.ground_truth.paths:
-            files, vectors = pooled.files(split), pooled.rows(split)
+            files, vectors = pooled.files(split), pooled.descriptors(split)
             rows = np.flatnonzero(files > 0)
             for start in range(0, len(rows), CHUNK_ROWS)[trainer.global_rank :: trainer.world_size]:
                 chunk = rows[start : start + CHUNK_ROWS]
@@ -127,10 +103,10 @@ def _project(trainer: pl.Trainer, embedder: Embedder, data: PairDataModule, pool
 
 def answer_val(store: DescriptorStore, truth: GroundTruth, positions: np.ndarray) -> Predictions:
     """Answer val queries, by position ``(Q,)``, by their nearest neighbour: k = 1, tau = 1, no whitening."""
-    rows, is_valid = np.flatnonzero(store.made("database")), store.made("val")[positions]
-    database: np.ndarray = store.rows("database")
+    rows, is_valid = np.flatnonzero(store.is_valid("database")), store.is_valid("val")[positions]
+    database: np.ndarray = store.descriptors("database")
     database = database if len(rows) == len(database) else database[rows]
-    neighbours = search(database, store.rows("val")[positions[is_valid]], 1)
+    neighbours = search(database, store.descriptors("val")[positions[is_valid]], 1)
     predictions = classify(neighbours, truth.labels["database"][rows], truth.n_classes, k=1, tau=1.0)
     return with_skipped(predictions, ~is_valid)
 
@@ -152,7 +128,7 @@ def whitening_start(
     state: dict[str, Tensor] | None = None
     with agree(trainer):
         if trainer.is_global_zero:
-            database, is_valid = [store.rows("database")], store.made("database")
+            database, is_valid = [store.descriptors("database")], store.is_valid("database")
             try:
                 if visits is None:
                     whitening = fit_pca_whitening(row_chunks(database, is_valid), dim)
@@ -192,7 +168,7 @@ def cached_views(
         with agree(trainer):
             if trainer.is_global_zero:
                 store.prepare(settings, {SPLIT: n}, pooled.dim)
-                if not store.manifest()["complete"]:
+                if not store.is_complete:
                     held.enter_context(store.alone())
         pending = np.flatnonzero(store.pending(SPLIT, np.ones(n, dtype=np.int64), retry_bad=True))
         trainer.strategy.barrier()  # nobody writes before all have looked
@@ -209,9 +185,9 @@ def cached_views(
                 for row, vector in zip(numbers.tolist(), vectors, strict=True):
                     writer.write(SPLIT, row, vector, 1)
         with agree(trainer):
-            if trainer.is_global_zero and not store.manifest()["complete"]:
+            if trainer.is_global_zero and not store.is_complete:
                 store.finish()
-    return store.rows(SPLIT)
+    return store.descriptors(SPLIT)
 
 
 class _ViewBatches(Dataset[Tensor]):

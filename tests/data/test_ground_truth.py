@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from metilr.data.ground_truth import image_sizes, load_ground_truth, require_images
+from metilr.data.ground_truth import load_ground_truth
 from metilr.errors import UserError
+from metilr.extraction.describe import image_sizes, require_images
 from tests.museum import DATABASE_IDS, write_ground_truth
 
 DATABASE = [{"id": 7, "path": "MET/7/0.jpg"}, {"id": 3, "path": "MET/3/0.jpg"}, {"id": 7, "path": "MET/7/1.jpg"}]
@@ -136,13 +137,13 @@ def test_missing_and_empty_images_are_all_counted_and_three_named(tiny_museum):
     sizes = image_sizes(truth)
     assert {split: len(s) for split, s in sizes.items()} == {"database": 8, "val": 7, "test": 7}
     assert sizes["val"][2] == len(truth.image(truth.paths["val"][2]).read_bytes())
-    require_images(truth, sizes)
+    require_images(truth, sizes, "stop")
     gone = [truth.paths["database"][1], *truth.paths["test"][:3]]
     for path in gone[:-1]:
         truth.image(path).unlink()
     truth.image(gone[-1]).write_bytes(b"")
     with pytest.raises(UserError) as caught:
-        require_images(truth, image_sizes(truth))
+        require_images(truth, image_sizes(truth), "stop")
     message = str(caught.value)
     assert "4 image files are missing or empty (database 1, test 3)" in message and "--bad_images skip" in message
     assert f"{', '.join(gone[:3])}, ...;" in message and gone[3] not in message

@@ -18,10 +18,10 @@ from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.data.views import CentreCrops, SimulatedVisits
 from metilr.demo import MuseumSize, make_demo
 from metilr.errors import UserError
-from metilr.extraction.callbacks import DescriptorWriter
-from metilr.extraction.datamodule import HostCopy, SideStream
-from metilr.extraction.describe import describe_images, describe_views
-from metilr.extraction.descriptors import open_descriptors
+from metilr.extraction.datamodule import copy_beside
+from metilr.extraction.describe import describe_images
+from metilr.extraction.descriptors import open_descriptors, views_store
+from metilr.extraction.module import DescriptorWriter, HostCopy
 from metilr.extraction.options import ExtractionOptions
 from metilr.extraction.store import SPLITS, DescriptorStore
 from metilr.models.backbone import build_backbone
@@ -52,10 +52,8 @@ def embedder() -> Embedder:
     return Embedder(backbone, build_pooling("gem")).eval()
 
 
-def describe(embedder, museum, path, options=ON_CPU) -> DescriptorStore:
-    store = describe_images(embedder, museum, path, options, Console(quiet=True))
-    assert store is not None
-    return store
+def describe(embedder, museum, path, options=ON_CPU, views=()) -> DescriptorStore:
+    return describe_images(embedder, museum, path, options, Console(quiet=True), views)
 
 
 def one_by_one(embedder, museum, split) -> np.ndarray:
@@ -72,7 +70,7 @@ def one_by_one(embedder, museum, split) -> np.ndarray:
 
 
 def n_made(store: DescriptorStore) -> int:
-    return sum(int(store.made(split).sum()) for split in SPLITS)
+    return sum(int(store.is_valid(split).sum()) for split in SPLITS)
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])
@@ -80,7 +78,7 @@ def test_rows_are_those_of_batch_size_1_in_ground_truth_order(embedder, museum, 
     options = ExtractionOptions(accelerator="cpu", num_workers=2, batch_size=batch_size)
     store = describe(embedder, museum, tmp_path / "store", options)
     for split in SPLITS:
-        np.testing.assert_allclose(store.rows(split), one_by_one(embedder, museum, split), atol=1e-5)
+        np.testing.assert_allclose(store.descriptors(split), one_by_one(embedder, museum, split), atol=1e-5)
 
 
 def test_decoding_processes_change_no_byte_and_threads_no_more_than_rounding(embedder, museum, tmp_path):
@@ -95,8 +93,8 @@ def test_decoding_processes_change_no_byte_and_threads_no_more_than_rounding(emb
     finally:
         torch.set_num_threads(n_threads)
     for split in SPLITS:
-        np.testing.assert_array_equal(workers.rows(split), plain.rows(split))
-        np.testing.assert_allclose(threads.rows(split), plain.rows(split), atol=1e-5)
+        np.testing.assert_array_equal(workers.descriptors(split), plain.descriptors(split))
+        np.testing.assert_allclose(threads.descriptors(split), plain.descriptors(split), atol=1e-5)
 
 
 def test_two_processes_give_the_rows_of_one(embedder, museum, tmp_path, monkeypatch):
@@ -107,17 +105,16 @@ def test_two_processes_give_the_rows_of_one(embedder, museum, tmp_path, monkeypa
     two = describe(embedder, museum, tmp_path / "two", options)
     assert state_of_process() == before
     for split in SPLITS:
-        np.testing.assert_allclose(two.rows(split), one.rows(split), atol=1e-5)
-        assert two.made(split).all()
+        np.testing.assert_allclose(two.descriptors(split), one.descriptors(split), atol=1e-5)
+        assert two.is_valid(split).all()
 
 
 @pytest.mark.parametrize("view", [SimulatedVisits(4, seed=3), CentreCrops((0.8, 0.5))])
 def test_views_are_described_as_one_by_one_by_one_process_and_by_two(embedder, museum, tmp_path, view):
-    store = describe(embedder, museum, tmp_path / "store")
-    views = describe_views(embedder, museum, view, store, ON_CPU, Console(quiet=True))
+    store = describe(embedder, museum, tmp_path / "store", views=[view])
+    views, _ = views_store(store, view)
     options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=32)
-    other = describe(embedder, museum, tmp_path / "other")
-    by_two = describe_views(embedder, museum, view, other, options, Console(quiet=True))
+    by_two, _ = views_store(describe(embedder, museum, tmp_path / "other", options, [view]), view)
     assert views.path.parent == store.path and views.path.name == by_two.path.name
     assert views.manifest()["settings"]["view"] == view.settings()
     for split, source in view.of.items():
@@ -127,17 +124,17 @@ def test_views_are_described_as_one_by_one_by_one_process_and_by_two(embedder, m
                 for path in museum.paths[source]
                 for number in range(view.n)
             ]
-        np.testing.assert_allclose(views.rows(split), torch.stack(expected).numpy(), atol=1e-5)
-        np.testing.assert_allclose(by_two.rows(split), views.rows(split), atol=1e-5)
+        np.testing.assert_allclose(views.descriptors(split), torch.stack(expected).numpy(), atol=1e-5)
+        np.testing.assert_allclose(by_two.descriptors(split), views.descriptors(split), atol=1e-5)
 
 
 def test_one_pending_image_is_enough_for_two_processes(embedder, museum, tmp_path):
     store = describe(embedder, museum, tmp_path / "store")
-    before = np.array(store.rows("val"))
+    before = np.array(store.descriptors("val"))
     path = museum.image(museum.paths["val"][2])
     Image.effect_noise((72, 60), 80).convert("RGB").save(path)
     options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=4)
-    after = describe(embedder, museum, tmp_path / "store", options).rows("val")
+    after = describe(embedder, museum, tmp_path / "store", options).descriptors("val")
     assert np.flatnonzero((before != after).any(axis=1)).tolist() == [2]
 
 
@@ -145,9 +142,9 @@ def test_a_bad_image_has_no_views(embedder, museum, tmp_path):
     museum.image(museum.paths["database"][3]).write_bytes(b"not an image")
     skip = ExtractionOptions(accelerator="cpu", num_workers=0, bad_images="skip")
     view = SimulatedVisits(3)
-    store = describe(embedder, museum, tmp_path / "store", skip)
-    views = describe_views(embedder, museum, view, store, skip, Console(quiet=True))
-    assert np.flatnonzero(~views.made("visits")).tolist() == [9, 10, 11]
+    store = describe(embedder, museum, tmp_path / "store", skip, [view])
+    views, _ = views_store(store, view)
+    assert np.flatnonzero(~views.is_valid("visits")).tolist() == [9, 10, 11]
     opened = open_descriptors([store.path], museum, [view])
     assert np.flatnonzero(~opened.made["database"]).tolist() == [3]
     with pytest.raises(UserError, match="holds no descriptors of 4 simulated visits an image"):
@@ -158,7 +155,7 @@ def test_a_bad_image_ends_two_processes_with_one_line(embedder, museum, tmp_path
     path = museum.image(museum.paths["val"][1])
     path.write_bytes(path.read_bytes()[:-200])
     options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=4)
-    with pytest.raises(UserError, match="--bad_images skip") as error:
+    with pytest.raises(UserError, match="bad_images skip") as error:
         describe(embedder, museum, tmp_path / "store", options)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
@@ -188,7 +185,7 @@ def test_an_interrupted_run_continues_where_it_stopped(embedder, museum, tmp_pat
     continued = describe(embedder, museum, tmp_path / "store")
     assert len(decoded) == n_made(whole) - made
     for split in SPLITS:
-        np.testing.assert_array_equal(continued.rows(split), whole.rows(split))
+        np.testing.assert_array_equal(continued.descriptors(split), whole.descriptors(split))
 
 
 def interrupt_after(batches: int, patch: pytest.MonkeyPatch) -> None:
@@ -206,7 +203,7 @@ def interrupt_after(batches: int, patch: pytest.MonkeyPatch) -> None:
 
 KILLED_RUN = """
 import os, sys
-from metilr.extraction.callbacks import DescriptorWriter
+from metilr.extraction.module import DescriptorWriter
 from metilr.cli import run_command
 from metilr.commands.evaluate import evaluate
 
@@ -252,12 +249,12 @@ def test_a_killed_command_continues_to_the_same_bytes(embedder, museum, tmp_path
     whole = describe(embedder, museum, tmp_path / "whole", ExtractionOptions(accelerator="cpu", batch_size=4))
     continued = describe(embedder, museum, tmp_path / "store", ExtractionOptions(accelerator="cpu", batch_size=4))
     for split in SPLITS:
-        np.testing.assert_array_equal(continued.rows(split), whole.rows(split))
+        np.testing.assert_array_equal(continued.descriptors(split), whole.descriptors(split))
 
 
 SLOW_SECOND_PROCESS = """
 import os, sys, time
-from metilr.extraction.callbacks import DescriptorWriter
+from metilr.extraction.module import DescriptorWriter
 from metilr.cli import run_command
 from metilr.commands.evaluate import evaluate
 
@@ -293,7 +290,9 @@ def test_torchrun_gives_one_result_and_the_rows_of_one_process(embedder, museum,
     assert len(list((tmp_path / "runs").glob("20*/results.json"))) == 3
     one = describe(embedder, museum, tmp_path / "one")
     for split in SPLITS:
-        np.testing.assert_allclose(DescriptorStore(tmp_path / "store").rows(split), one.rows(split), atol=1e-5)
+        np.testing.assert_allclose(
+            DescriptorStore(tmp_path / "store").descriptors(split), one.descriptors(split), atol=1e-5
+        )
 
 
 def test_a_truncated_image_stops_the_run_and_loses_nothing(embedder, museum, tmp_path, monkeypatch):
@@ -321,20 +320,20 @@ def test_skipped_images_are_left_out_and_a_mended_one_is_described(embedder, mus
     museum.image(museum.paths["test"][1]).unlink()
     skip = ExtractionOptions(accelerator="cpu", num_workers=0, bad_images="skip")
     store = describe(embedder, museum, tmp_path / "store", skip)
-    left_out = {(split, int(i)) for split in SPLITS for i in np.flatnonzero(~store.made(split))}
+    left_out = {(split, int(i)) for split in SPLITS for i in np.flatnonzero(~store.is_valid(split))}
     assert left_out == {("database", 3), ("val", 0), ("test", 1)}
 
     truncated.write_bytes(intact)
-    assert describe(embedder, museum, tmp_path / "store", skip).made("database").all()
+    assert describe(embedder, museum, tmp_path / "store", skip).is_valid("database").all()
     with pytest.raises(UserError, match="missing or empty"):
         describe(embedder, museum, tmp_path / "store")
 
 
 def test_an_exchanged_image_is_described_anew(embedder, museum, tmp_path):
-    before = np.array(describe(embedder, museum, tmp_path / "store").rows("database"))
+    before = np.array(describe(embedder, museum, tmp_path / "store").descriptors("database"))
     path = museum.image(museum.paths["database"][5])
     Image.effect_noise((72, 60), 80).convert("RGB").save(path)
-    after = describe(embedder, museum, tmp_path / "store").rows("database")
+    after = describe(embedder, museum, tmp_path / "store").descriptors("database")
     changed = np.flatnonzero((before != after).any(axis=1))
     assert changed.tolist() == [5]
     np.testing.assert_allclose(after, one_by_one(embedder, museum, "database"), atol=1e-5)
@@ -397,8 +396,8 @@ def test_bfloat16_is_close_to_float32_and_kept_apart(embedder, museum, tmp_path)
     larger = {"accelerator": "cpu", "num_workers": 0, "image_size": 160}
     exact = describe(embedder, museum, tmp_path / "exact", ExtractionOptions(**larger))
     rounded = describe(embedder, museum, tmp_path / "rounded", ExtractionOptions(**larger, precision="bf16-mixed"))
-    cosines = (exact.rows("database") * rounded.rows("database")).sum(axis=1)
-    assert cosines.min() > 0.99 and (exact.rows("database") != rounded.rows("database")).any()
+    cosines = (exact.descriptors("database") * rounded.descriptors("database")).sum(axis=1)
+    assert cosines.min() > 0.99 and (exact.descriptors("database") != rounded.descriptors("database")).any()
     with pytest.raises(UserError, match="precision"):
         describe(embedder, museum, tmp_path / "exact", ExtractionOptions(**larger, precision="bf16-mixed"))
 
@@ -408,7 +407,7 @@ def test_small_images_are_spared_the_unreliable_bfloat16_of_the_cpu(embedder, mu
     options = ExtractionOptions(accelerator="cpu", num_workers=0, batch_size=4, precision="bf16-mixed")
     rounded = describe(embedder, museum, tmp_path / "rounded", options)
     for split in SPLITS:  # at 72 px a map gets 1 px wide, where bfloat16 gave random rows
-        np.testing.assert_array_equal(rounded.rows(split), exact.rows(split))
+        np.testing.assert_array_equal(rounded.descriptors(split), exact.descriptors(split))
 
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -422,7 +421,7 @@ def test_the_gpu_gives_the_rows_of_the_cpu(engine, embedder, museum, tmp_path):
     options = ExtractionOptions(accelerator="gpu", devices=1, engine=engine, batch_size=2)  # many batches in flight
     gpu = describe(embedder, museum, tmp_path / "gpu", options)
     for split in SPLITS:
-        np.testing.assert_allclose(gpu.rows(split), cpu.rows(split), atol=1e-5)
+        np.testing.assert_allclose(gpu.descriptors(split), cpu.descriptors(split), atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -432,7 +431,7 @@ def test_half_precision_on_a_gpu_is_close_to_float32(precision, embedder, museum
     cpu = describe(embedder, museum, tmp_path / "cpu")
     gpu = describe(embedder, museum, tmp_path / "gpu", ExtractionOptions(accelerator="gpu", precision=precision))
     for split in SPLITS:
-        assert (cpu.rows(split) * gpu.rows(split)).sum(axis=1).min() > 0.99
+        assert (cpu.descriptors(split) * gpu.descriptors(split)).sum(axis=1).min() > 0.99
 
 
 @pytest.mark.gpu
@@ -440,10 +439,10 @@ def test_half_precision_on_a_gpu_is_close_to_float32(precision, embedder, museum
 def test_what_is_on_its_way_arrives_whole():
     device, rng = torch.device("cuda", 0), torch.Generator().manual_seed(0)
     images = [torch.randint(256, (8, 3, 500, 500), dtype=torch.uint8, generator=rng).pin_memory() for _ in range(20)]
-    side, work = SideStream(device), torch.randn(4096, 4096, device=device)
+    side, work = torch.cuda.Stream(device), torch.randn(4096, 4096, device=device)
     arrived = []
     for batch in images:
-        on_gpu = side.copy(batch)
+        on_gpu = copy_beside(batch, side)
         for _ in range(20):  # so that each copy is begun while the batch before is computed
             work = (work @ work).clamp(-1, 1)
         arrived.append(HostCopy(on_gpu.double().sum(dim=(1, 2, 3))))

@@ -45,7 +45,7 @@ def refused(call, *arguments):
 
 def test_rows_lie_in_ground_truth_order_whatever_the_order_of_writing(tmp_path):
     store = prepared(tmp_path / "new" / "store")
-    assert store.manifest()["complete"] is False
+    assert store.is_complete is False
     for split, n in COUNTS.items():
         fill(store, split, np.random.default_rng(3).permutation(n).tolist())
     store.begin({"device": "here"})
@@ -53,9 +53,9 @@ def test_rows_lie_in_ground_truth_order_whatever_the_order_of_writing(tmp_path):
     reopened = DescriptorStore(tmp_path / "new" / "store")
     for split in COUNTS:
         np.testing.assert_array_equal(np.load(tmp_path / "new" / "store" / f"{split}.npy"), ROWS[split])
-        np.testing.assert_array_equal(reopened.rows(split), ROWS[split])
-        assert isinstance(reopened.rows(split), np.memmap) and reopened.rows(split).dtype == np.float32
-        assert reopened.made(split).all() and not reopened.pending(split, SIZES[split], retry_bad=True).any()
+        np.testing.assert_array_equal(reopened.descriptors(split), ROWS[split])
+        assert isinstance(reopened.descriptors(split), np.memmap) and reopened.descriptors(split).dtype == np.float32
+        assert reopened.is_valid(split).all() and not reopened.pending(split, SIZES[split], retry_bad=True).any()
     manifest = json.loads((reopened.path / "manifest.json").read_text())
     assert manifest["complete"] is True and manifest["made_with"] == [{"device": "here"}]
     assert manifest["settings"] == SETTINGS and manifest["counts"] == COUNTS and manifest["width"] == WIDTH
@@ -66,7 +66,7 @@ def test_rows_lie_in_ground_truth_order_whatever_the_order_of_writing(tmp_path):
 
 def test_preparing_again_changes_no_row(tmp_path):
     fill(prepared(tmp_path), "val", [0, 1, 2])
-    np.testing.assert_array_equal(prepared(tmp_path).rows("val"), ROWS["val"])
+    np.testing.assert_array_equal(prepared(tmp_path).descriptors("val"), ROWS["val"])
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_other_settings_are_refused_by_key(tmp_path, change, said):
     wanted = {"settings": SETTINGS, "counts": COUNTS, "width": WIDTH, **change}
     message = refused(DescriptorStore(tmp_path).prepare, wanted["settings"], wanted["counts"], wanted["width"])
     assert said in message and message.startswith(f"{tmp_path}: ")
-    np.testing.assert_array_equal(DescriptorStore(tmp_path).rows("val")[0], ROWS["val"][0])
+    np.testing.assert_array_equal(DescriptorStore(tmp_path).descriptors("val")[0], ROWS["val"][0])
 
 
 def test_tuples_and_lists_are_the_same_settings(tmp_path):
@@ -112,7 +112,7 @@ def test_a_run_killed_while_it_prepared_is_continued(tmp_path):
     (tmp_path / "test.npy").unlink()
     (tmp_path / ".manifest.json.123").write_text("{")
     store = prepared(tmp_path)
-    assert store.rows("test").shape == (4, WIDTH)
+    assert store.descriptors("test").shape == (4, WIDTH)
     assert all(store.pending(split, SIZES[split], retry_bad=True).all() for split in COUNTS)
 
 
@@ -124,7 +124,7 @@ def test_a_killed_run_leaves_exactly_the_rest_pending(tmp_path):
         writer.write("database", row, ROWS["database"][row], int(SIZES["database"][row]))
     pending = prepared(tmp_path).pending("database", SIZES["database"], retry_bad=True)
     assert np.flatnonzero(~pending).tolist() == sorted(done)
-    assert DescriptorStore(tmp_path).manifest()["complete"] is False
+    assert DescriptorStore(tmp_path).is_complete is False
     writer.close()
 
 
@@ -147,7 +147,7 @@ def test_bad_files_are_settled_only_for_those_who_skip_them(tmp_path):
     writer.close()
     sizes = SIZES["test"].copy()
     sizes[2] = 0
-    assert store.made("test").tolist() == [True, False, False, True]
+    assert store.is_valid("test").tolist() == [True, False, False, True]
     assert store.pending("test", sizes, retry_bad=False).tolist() == [False] * 4
     assert store.pending("test", sizes, retry_bad=True).tolist() == [False, True, True, False]
     mended = sizes + np.array([0, 5, 7, 0])
@@ -186,8 +186,8 @@ def test_two_processes_write_interleaved_rows(tmp_path):
         process.join(30)
         assert process.exitcode == 0
     store = DescriptorStore(tmp_path)
-    np.testing.assert_array_equal(store.rows("database"), ROWS["database"])
-    assert store.made("database").all()
+    np.testing.assert_array_equal(store.descriptors("database"), ROWS["database"])
+    assert store.is_valid("database").all()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema": "other"}', '{"schema": "metilr.descriptors/1"}', "\ufffd"])
@@ -226,7 +226,7 @@ def test_a_file_system_that_cannot_reserve_space_will_do(tmp_path, monkeypatch):
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    assert prepared(tmp_path).rows("val").shape == (3, WIDTH)
+    assert prepared(tmp_path).descriptors("val").shape == (3, WIDTH)
 
 
 def test_reserved_space_is_really_taken(tmp_path):

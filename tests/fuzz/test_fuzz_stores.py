@@ -57,7 +57,7 @@ def use(store):
         assert all(type(n) is int and n >= 0 for n in manifest["counts"].values())
         assert all(type(made) is dict for made in manifest.get("made_with", []))
         for split in SPLITS:
-            rows, made = store.rows(split), store.made(split)
+            rows, made = store.descriptors(split), store.is_valid(split)
             assert rows.dtype == np.float32 and rows.ndim == 2 and np.isfinite(rows.sum(dtype=np.float64)) is not None
             assert made.dtype == bool and made.ndim == 1
             assert store.pending(split, np.arange(len(made)), retry_bad=True).shape == made.shape
@@ -130,8 +130,8 @@ def test_whatever_is_written_is_read_again(tmp_path, made_with, counts, width, s
         "schema": SCHEMA, "settings": made_with, "counts": counts, "width": width, "complete": False
     }  # fmt: skip
     for split, n in counts.items():
-        assert np.array_equal(again.rows(split), rows[:n]) and again.files(split).tolist() == sizes[:n]
-        assert again.made(split).tolist() == [size > 0 for size in sizes[:n]]
+        assert np.array_equal(again.descriptors(split), rows[:n]) and again.files(split).tolist() == sizes[:n]
+        assert again.is_valid(split).tolist() == [size > 0 for size in sizes[:n]]
         pending = again.pending(split, np.array(sizes[:n]), retry_bad=True)
         assert pending.tolist() == [size <= 0 for size in sizes[:n]]
     again.prepare(made_with, counts, width)

@@ -185,7 +185,9 @@ def test_a_store_is_that_of_its_engine(tiny_museum, tmp_path):
     rows, console = {}, Console(quiet=True)
     for engine in ("torch", "openvino"):
         options = ExtractionOptions(accelerator="cpu", engine=engine, num_workers=0, quiet=True)
-        rows[engine] = np.array(describe_images(embedder, truth, tmp_path / engine, options, console).rows("database"))
+        rows[engine] = np.array(
+            describe_images(embedder, truth, tmp_path / engine, options, console).descriptors("database")
+        )
         assert embedder.engine is None  # not left behind
     np.testing.assert_allclose(rows["openvino"], rows["torch"], rtol=0, atol=2e-6)
     with pytest.raises(UserError, match="engine"):
@@ -222,7 +224,7 @@ def test_batches_described_side_by_side_give_the_rows_of_one_after_another(tiny_
     assert options.n_streams == 1
     one = describe_images(embedder, truth, tmp_path / "one", options, Console(quiet=True))
     for split in ("database", "val", "test"):
-        np.testing.assert_allclose(side_by_side.rows(split), one.rows(split), rtol=0, atol=2e-6)
+        np.testing.assert_allclose(side_by_side.descriptors(split), one.descriptors(split), rtol=0, atol=2e-6)
 
 
 def test_a_fault_in_a_stream_is_told_and_finished_rows_are_kept(tiny_museum, tmp_path, two_threads, monkeypatch):
