@@ -145,7 +145,7 @@ def test_missing_and_empty_images_are_all_counted_and_three_named(tiny_museum):
     with pytest.raises(UserError) as caught:
         require_images(truth, image_sizes(truth), "stop")
     message = str(caught.value)
-    assert "4 image files are missing or empty (database 1, test 3)" in message and "--bad_images skip" in message
+    assert "4 image files are missing or empty (database 1, test 3)" in message and "bad_images skip" in message
     assert f"{', '.join(gone[:3])}, ...;" in message and gone[3] not in message
 
 

@@ -362,15 +362,15 @@ def test_a_descriptor_that_is_not_finite_stops_the_run_and_names_the_image(museu
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "16-mixed", "accelerator": "cpu"}, "--precision 16-mixed"),
-        ({"batch_size": 0}, "--batch_size 0"),
-        ({"devices": 0}, "--devices 0"),
-        ({"num_workers": -1}, "--num_workers -1"),
-        ({"image_size": 0}, "--image_size 0"),
-        ({"image_size": 10**9}, "--image_size 1000000000: must be at most 16,384"),
-        ({"batch_size": 10**9}, "--batch_size 1000000000: must be at most 4,096"),
-        ({"devices": 10**17, "accelerator": "cpu"}, "--devices 100000000000000000: this machine has"),
-        ({"num_workers": 10**6}, "--num_workers 1000000: choose"),
+        ({"precision": "16-mixed", "accelerator": "cpu"}, "precision 16-mixed"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"devices": 0}, "devices 0"),
+        ({"num_workers": -1}, "num_workers -1"),
+        ({"image_size": 0}, "image_size 0"),
+        ({"image_size": 10**9}, "image_size 1000000000: must be at most 16,384"),
+        ({"batch_size": 10**9}, "batch_size 1000000000: must be at most 4,096"),
+        ({"devices": 10**17, "accelerator": "cpu"}, "devices 100000000000000000: this machine has"),
+        ({"num_workers": 10**6}, "num_workers 1000000: choose"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(options, message):
@@ -381,14 +381,14 @@ def test_options_out_of_range_are_refused_by_name(options, message):
 def test_memory_that_does_not_suffice_is_said_with_what_to_take_less_of(embedder, museum, tmp_path):
     huge = Embedder(embedder.backbone, embedder.pooling, None, (1.0,)).eval()
     huge.normalise = lambda images: torch.empty(2**45, dtype=torch.uint8)  # more than there are addresses for
-    with pytest.raises(UserError, match=r"memory does not suffice .*: take a smaller --batch_size or --image_size, or"):
+    with pytest.raises(UserError, match=r"memory does not suffice .*: take a smaller batch_size or image_size, or"):
         describe(huge, museum, tmp_path / "store")
     assert n_made(DescriptorStore(tmp_path / "store")) == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_no_silent_cpu():
-    with pytest.raises(UserError, match="--accelerator gpu"):
+    with pytest.raises(UserError, match="accelerator gpu"):
         ExtractionOptions(accelerator="gpu")
 
 

@@ -206,7 +206,7 @@ def test_a_folder_without_manifest_is_no_store(tmp_path):
 def test_a_truncated_array_is_refused(tmp_path, length):
     store = prepared(tmp_path)
     os.truncate(tmp_path / "database.npy", length)
-    message = refused(store.rows, "database")
+    message = refused(store.descriptors, "database")
     assert "database.npy: cannot be read" in message and "delete" in message
 
 
