@@ -26,7 +26,7 @@ from large_museum import make_large_museum
 from soaking import Attempt, attempt, report
 
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
-from metilr.extraction.store import SPLITS, UNIT_TOLERANCE, DescriptorStore
+from metilr.extraction.store import SPLITS, DescriptorStore, has_unit_length
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -52,9 +52,7 @@ def faults(attempts: list[Attempt], truth: GroundTruth, store: Path, output: Pat
     if not (output / "results.json").exists():
         return [*found, f"no results: the last run ended with status {attempts[-1].status}"]
     rows = DescriptorStore(store)
-    n_rows = sum(
-        int((abs(np.linalg.norm(rows.descriptors(split), axis=1) - 1) < UNIT_TOLERANCE).sum()) for split in SPLITS
-    )
+    n_rows = sum(int(has_unit_length(rows.descriptors(split)).sum()) for split in SPLITS)
     if n_rows != n_images or not rows.is_complete:
         found.append(f"the store holds {n_rows:,} of {n_images:,} rows")
     results = json.loads((output / "results.json").read_text())

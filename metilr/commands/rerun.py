@@ -120,9 +120,9 @@ def _options(path: Path, recorded: Results) -> dict[str, Any]:
 def _is_current(path: Path, options: Mapping[str, Any]) -> bool:
     """Whether a store, with the views that the run needs, is finished and of the image files as they are."""
     from metilr.data.ground_truth import load_ground_truth
-    from metilr.extraction.describe import image_sizes
     from metilr.demo import DEMO
     from metilr.evaluation.database import views_of
+    from metilr.extraction.describe import image_sizes
     from metilr.extraction.descriptors import views_store
 
     try:

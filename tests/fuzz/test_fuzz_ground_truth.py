@@ -5,8 +5,8 @@ import json
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from metilr.data.download_records import DownloadRecord, DownloadRecords
 
+from metilr.commands.download import Record, Records
 from metilr.data.ground_truth import load_ground_truth
 from metilr.metrics import DISTRACTOR
 from tests.fuzz.guard import refusal
@@ -91,8 +91,8 @@ def test_records_of_downloads_are_numbers_and_text_or_refused(tmp_path):
     for content in contents:
         file.write_bytes(content)
         with refusal(file):
-            records = DownloadRecords(file)
+            records = Records(file)
             for record in filter(None, map(records.get, json.loads(file.read_text()))):
-                assert type(record) is DownloadRecord
-                assert type(record.bytes) is type(record.unpacked) is int and record.bytes >= -1
+                assert type(record) is Record
+                assert type(record.bytes) is type(record.unpacked) is int and record.bytes >= 0
                 assert record.unpacked >= -1 and type(record.url) is type(record.sha256) is type(record.date) is str
