@@ -54,11 +54,11 @@ class LocalFeatureExtractor:
         self.n_features = n_features
         model = embedder.backbone.model
         strides = [stage["reduction"] for stage in getattr(model, "feature_info", [])]
+        self._index: int | None = None  # in timm's ``feature_info``; None is the pooled map
+        self.stride: int = strides[-1] if strides else stride
         # The blocks of a ViT all have one stride: the last does best there, with its norm.
         if hasattr(model, "forward_intermediates") and stride in strides and len(set(strides)) > 1:
             self._index, self.stride = len(strides) - 1 - strides[::-1].index(stride), stride
-        else:
-            self._index, self.stride = None, strides[-1] if strides else stride
         self.tolerance = TOLERANCE * self.stride  # what ``verify`` is to be given, in px
 
     @torch.inference_mode()
@@ -200,16 +200,17 @@ def count_inliers(
     def of_query(i: int) -> np.ndarray:
         counts = np.zeros(candidates.shape[1], dtype=np.int64)
         query = check.features(queries[i])
-        for j in np.flatnonzero(candidates[i] != NO_ROW) if query is not None else ():
-            counts[j] = check.verify(query, check.features(database[candidates[i, j]])).n_inliers
+        if query is not None:
+            for j in np.flatnonzero(candidates[i] != NO_ROW):
+                counts[j] = check.verify(query, check.features(database[candidates[i, j]])).n_inliers
         return counts
 
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the cores are the pool's
     try:
         with ThreadPoolExecutor(default_workers(1)) as pool:
-            counts = pool.map(of_query, range(len(queries)))
-            counts = [*tracked(counts, "checking geometry", len(queries), "queries", quiet)]
+            done = pool.map(of_query, range(len(queries)))
+            counts = [*tracked(done, "checking geometry", len(queries), "queries", quiet)]
     finally:
         torch.set_num_threads(n_threads)
     return np.array(counts, dtype=np.int64).reshape(candidates.shape)

@@ -87,8 +87,9 @@ def verify(first: LocalFeatures, second: LocalFeatures, tolerance: float) -> Ver
     errors = _errors(transform, here, there)
     agrees, near = errors <= tolerance, errors <= NEAR * tolerance
     if near.sum() >= MIN_INLIERS:
-        search = {"maxIters": ITERATIONS, "confidence": CERTAINTY}
-        refined, _ = cv2.findHomography(here[near], there[near], cv2.RANSAC, tolerance, **search)
+        refined, _ = cv2.findHomography(
+            here[near], there[near], cv2.RANSAC, tolerance, maxIters=ITERATIONS, confidence=CERTAINTY
+        )
         if refined is not None and refined.any():
             agrees_refined = _errors(refined, here, there) <= tolerance
             if agrees_refined.sum() > agrees.sum() and is_plausible(refined, here[agrees_refined]):

@@ -19,15 +19,8 @@ from torch import Tensor, nn
 from metilr.errors import UserError, one_line
 from metilr.files import file_sha256
 from metilr.models import RANDOM, PatchRounding
-from metilr.models.weights import (
-    Provenance,
-    StateDict,
-    load_strictly,
-    official_file,
-    read_state_dict,
-    tensors_sha256,
-    verify_hub_file,
-)  # fmt: skip
+from metilr.models import weights as weight_files
+from metilr.models.weights import Provenance, StateDict
 from metilr.models.zoo import BACKBONES, IMAGENET_MEAN, IMAGENET_STD
 
 FLOAT32_STAGES = 4  # of an EfficientNet, whatever the precision
@@ -152,24 +145,24 @@ def build_backbone(
     if of_timm:
         hub_id = config.get("hf_hub_id")
         source, licence = f"hf-hub:{hub_id}" if hub_id else config["url"], config.get("license")
-        digest = verify_hub_file(hub_id, config.get("hf_hub_filename")) if hub_id else None
+        digest = weight_files.verify_hub_file(hub_id, config.get("hf_hub_filename")) if hub_id else None
     elif weights == RANDOM:
         source, licence, digest = RANDOM, None, None
     else:
         if weights is None:
             assert spec is not None
-            file, source, licence = official_file(spec), spec.url, spec.licence
+            file, source, licence = weight_files.official_file(spec), spec.url, spec.licence
         else:
             file, source, licence = Path(weights), Path(weights).name, None
-        state_dict, ignored = read_state_dict(file), classifier
+        state_dict, ignored = weight_files.read_state_dict(file), classifier
         if spec is None:
             state_dict = _timm_keys(model, state_dict, classifier)
         else:
             ignored += spec.training_only
             state_dict = {spec.rename(key): value for key, value in state_dict.items()} if spec.rename else state_dict
-        load_strictly(model, state_dict, ignored, f"{file} for {name}")
+        weight_files.load_strictly(model, state_dict, ignored, f"{file} for {name}")
         digest = file_sha256(file)
-    weights_sha256 = tensors_sha256(model.state_dict())
+    weights_sha256 = weight_files.tensors_sha256(model.state_dict())
     provenance = Provenance(source, licence, digest, seed if weights == RANDOM else None, weights_sha256)
     mean, std = (spec.mean, spec.std) if spec else (config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD))
     backbone = Backbone(model, name, mean, std, provenance, stage, patch_rounding)

@@ -28,7 +28,7 @@ from metilr.models.weights import (
     read_file,
     refuse_unfit,
     tensors_sha256,
-)  # fmt: skip
+)
 from metilr.models.zoo import BACKBONES, IMAGENET_MEAN, IMAGENET_STD
 
 FORMAT = "metilr.checkpoint/1"
@@ -55,7 +55,7 @@ class ModelEntry(BaseModel):
 
 
 def model_entry(embedder: Embedder, image_size: int | None) -> dict[str, Any]:
-    """Say in plain values what a ``ModelEntry`` holds."""
+    """Say in plain values what ``ModelEntry`` reads."""
     settings = embedder.describe_settings()
     return {
         **{name: settings[name] for name in ("backbone", "stage", "scales", "mean", "std")},
@@ -132,19 +132,20 @@ def load_embedder(path: Path, scales: Sequence[float] | None = None) -> Embedder
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"  # values that neither metilr train nor metilr pack writes
         raise UserError(f"{path}: makes no model ({reason}); copy it again, or take another one") from error
-    digest, licence = tensors_sha256(embedder.backbone.model.state_dict()), embedder.backbone.provenance.licence
+    digest, licence = (
+        tensors_sha256(embedder.backbone.model.state_dict()),
+        embedder.backbone.provenance.licence,
+    )
     embedder.backbone.provenance = Provenance(f"checkpoint {path.name}", licence, file_sha256(path), None, digest)
     return embedder.eval()
 
 
-def _own_embedder(
-    path: Path, entry: Mapping[str, Any], state_dict: StateDict, scales: Sequence[float] | None
-) -> Embedder:
+def _own_embedder(path: Path, entry: Mapping[str, Any], state: StateDict, scales: Sequence[float] | None) -> Embedder:
     model = ModelEntry.model_validate(entry["model"])
     licence = entry["provenance"]["licence"]
     if not isinstance(licence, (str, type(None))):
         raise TypeError("the licence is no text")
-    weights = {key.removeprefix(EMBEDDER): value for key, value in state_dict.items() if key.startswith(EMBEDDER)}
+    weights = {key.removeprefix(EMBEDDER): value for key, value in state.items() if key.startswith(EMBEDDER)}
     source = f"{path} for {model.backbone}"
     # The file may name a network of any size: compared before there is memory for it.
     shapes = {f"backbone.model.{name}": shape for name, shape in backbone_shapes(model.backbone).items()}

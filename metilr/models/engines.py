@@ -148,8 +148,8 @@ class _MapOf(nn.Module):
         self.backbone = backbone
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.backbone(images).map
-        return features
+        features: Features = self.backbone(images)
+        return features.map
 
 
 def _same_padding_openvino(side: int | Tensor, kernel_size: int, stride: int, dilation: int) -> Tensor:

@@ -107,7 +107,7 @@ def read_file(path: Path, remedy: str) -> Any:
             return safetensors.torch.load_file(path)
         # What a pickled NumPy number consists of, under its name of NumPy 1 and of NumPy 2; none of it runs code.
         scalar = np.float64(0).__reduce__()[0]
-        safe = [*((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")), np.dtype]
+        safe: list[Any] = [*((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")), np.dtype]
         safe += [type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "?")]
         with torch.serialization.safe_globals(safe):
             return torch.load(path, map_location="cpu", weights_only=True)
