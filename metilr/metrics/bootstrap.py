@@ -31,34 +31,20 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How much larger the second run's metric is, in [-1, 1], with its interval.
+    """How much larger the second run's metric is, in [-1, 1], with its interval."""
 
-    Attributes:
-        difference: On the queries as they are.
-        low: Lower end; above 0, the second run is better at the chosen level.
-        high: Upper end; below 0, the first run is better.
-    """
-
-    difference: float
-    low: float
-    high: float
+    difference: float  # on the queries as they are
+    low: float  # above 0, the second run is better at the chosen level
+    high: float  # below 0, the first run is better
 
 
 def resampling_units(labels: np.ndarray, photographers: np.ndarray) -> dict[str, np.ndarray]:
-    """Name the ways in which the met queries of a split can be drawn.
+    """Name the ways in which the met queries of a split can be drawn, with the ``units`` that ``bootstrap`` takes.
 
     ``"queries"``: each alone. ``"classes"``: those of one exhibit together. ``"photographers"``: those of one
-    photographer together; a query whose photographer is not named alone. With few photographers, or a few who
-    took most photos (two took four fifths of the Met test split), the last is still too narrow: in a simulation
-    with that split's photographers, 95 % intervals covered the truth about 84 times in 100.
-
-    Args:
-        labels: Label of each query, ``(Q,)``; DISTRACTOR where no exhibit is shown.
-        photographers: Number of who took each query, ``(Q,)`` integers; negative where not named.
-
-    Returns:
-        By scheme, the ``units`` that ``bootstrap`` takes, ``(Q,)``. A scheme that cannot vary is left out:
-        it needs 2 met queries, 2 exhibits among them, or 2 named photographers.
+    photographer together; a query whose photographer is not named (negative) alone. Where a few took most photos, as in
+    the Met test split, the last is still too narrow: in a simulation of it, 95 % intervals covered the truth about 84
+    times in 100. A scheme that cannot vary is left out.
     """
     labels, photographers = np.asarray(labels), np.asarray(photographers)
     schemes = {"queries": np.arange(len(labels)), "classes": labels, "photographers": photographers}
@@ -71,43 +57,22 @@ def resampling_units(labels: np.ndarray, photographers: np.ndarray) -> dict[str,
 
 
 def intervals(
-    log_confidence: ArrayLike,
-    predicted: ArrayLike,
-    target: ArrayLike,
-    units: ArrayLike,
-    n_resamples: int = N_RESAMPLES,
-    seed: int = 0,
-    level: float = 0.95,
-) -> dict[str, Interval]:
-    """Compute percentile intervals of GAP, GAP⁻ and ACC.
-
-    Args:
-        units: As in ``bootstrap``, ``(Q,)``.
-        level: Share of resamples inside the interval, between 0 and 1.
-    """
+    log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike, units: ArrayLike,
+    n_resamples: int = N_RESAMPLES, seed: int = 0, level: float = 0.95,
+) -> dict[str, Interval]:  # fmt: skip
+    """Compute percentile intervals of GAP, GAP⁻ and ACC that hold the share ``level`` of the resamples."""
     _check_level(level)
     values = bootstrap(log_confidence, predicted, target, units, n_resamples, seed)
     return {metric: Interval(*_ends(values[metric], level)) for metric in METRICS}
 
 
 def paired_intervals(
-    first: tuple[ArrayLike, ArrayLike],
-    second: tuple[ArrayLike, ArrayLike],
-    target: ArrayLike,
-    units: ArrayLike,
-    n_resamples: int = N_RESAMPLES,
-    seed: int = 0,
-    level: float = 0.95,
-) -> dict[str, Difference]:
-    """Compute percentile intervals of the differences of two runs, second minus first.
+    first: tuple[ArrayLike, ArrayLike], second: tuple[ArrayLike, ArrayLike], target: ArrayLike, units: ArrayLike,
+    n_resamples: int = N_RESAMPLES, seed: int = 0, level: float = 0.95,
+) -> dict[str, Difference]:  # fmt: skip
+    """Compute percentile intervals of the differences of two runs' ``(log_confidence, predicted)``, second minus first.
 
     Both runs are measured on the same resamples, so what makes a resample hard for both cancels.
-
-    Args:
-        first: ``(log_confidence, predicted)`` of the first run, each ``(Q,)``.
-        second: The same of the second run; queries in the same order.
-        units: As in ``bootstrap``, ``(Q,)``.
-        level: Share of resamples inside the interval, between 0 and 1.
     """
     _check_level(level)
     # What is drawn depends on target, units and seed alone, so it is the same for both.
@@ -120,14 +85,10 @@ def paired_intervals(
 
 
 def bootstrap(
-    log_confidence: ArrayLike,
-    predicted: ArrayLike,
-    target: ArrayLike,
-    units: ArrayLike,
-    n_resamples: int = N_RESAMPLES,
-    seed: int = 0,
-) -> dict[str, np.ndarray]:
-    """Compute GAP, GAP⁻ and ACC of resampled queries.
+    log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike, units: ArrayLike,
+    n_resamples: int = N_RESAMPLES, seed: int = 0,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Compute GAP, GAP⁻ and ACC of resampled queries, by metric one value a resample, ``(B,)`` float64.
 
     A resample draws with replacement as many units of met queries as there are, each with all its queries, and
     apart from them as many distractors as there are, one by one. Its value is exactly the metric of the list in
@@ -139,14 +100,6 @@ def bootstrap(
             unit of its own. Not read at distractors.
         n_resamples: Number of resamples, B.
         seed: Of the draws. More resamples of one seed begin with those of fewer.
-
-    Returns:
-        By metric (``METRICS``), one value a resample, ``(B,)`` float64 in [0, 1].
-
-    Raises:
-        UserError: If shapes differ, a confidence is NaN, no query shows an exhibit, all met queries are one
-            unit (each resample would repeat the same ones), or ``n_resamples`` is below 1.
-        ValueError: If ``units`` is not of integers, one a query.
     """
     if n_resamples < 1:
         raise UserError(f"n_resamples {n_resamples}: choose at least 1")

@@ -42,10 +42,7 @@ def gap_minus(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike
 
 
 def acc(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike) -> float:
-    """Compute ACC: the share of met queries whose label is right.
-
-    Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021.
-    """
+    """Compute ACC: the share of met queries whose label is right; source as for GAP⁻."""
     _, right, is_met = checked(log_confidence, predicted, target)
     return float(right.sum() / is_met.sum())
 
@@ -53,11 +50,8 @@ def acc(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike) -> f
 def gap_bounds(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike) -> tuple[float, float]:
     """Compute the least and the greatest GAP that any order of equally confident answers allows.
 
-    Wrong answers first within each tie give the least, right ones first the greatest. The two are equal if no
-    right answer ties with a wrong one; a wide interval means that the confidence has saturated.
-
-    Returns:
-        Least and greatest GAP, each in [0, 1].
+    Wrong answers first within each tie give the least, right ones first the greatest. A wide interval means that the
+    confidence has saturated.
     """
     confidence, right, is_met = checked(log_confidence, predicted, target)
     wrong_first, right_first = np.lexsort((right, -confidence)), np.lexsort((~right, -confidence))

@@ -20,43 +20,26 @@ CLASS_SIZES = {"1": (1, 1), "2-3": (2, 3), "4+": (4, np.inf)}  # database images
 
 
 class OperatingPoint(NamedTuple):
-    """Where to put the threshold, and what it gives.
+    """Where to put the threshold, and what it gives."""
 
-    Attributes:
-        threshold: Answers with at least this log-confidence are accepted.
-        precision: Share of accepted answers that are right.
-        recall: Share of met queries whose answer is right and accepted.
-        n_accepted: Number of accepted answers: few make a shaky threshold.
-    """
-
-    threshold: float
-    precision: float
-    recall: float
-    n_accepted: int
+    threshold: float  # answers with at least this log-confidence are accepted
+    precision: float  # share of accepted answers that are right
+    recall: float  # share of met queries whose answer is right and accepted
+    n_accepted: int  # few make a shaky threshold
 
 
 def open_set_figures(
-    log_confidence: ArrayLike,
-    predicted: ArrayLike,
-    target: ArrayLike,
-    kinds: Sequence[str],
-    class_sizes: np.ndarray,
+    log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike, kinds: Sequence[str], class_sizes: np.ndarray
 ) -> dict[str, Any]:
-    """Compute all figures of one split, also by kind of distractor and by size of the true class.
+    """Compute all figures of one split, ready for JSON: ``auroc``, ``fpr95``, ``aurc``, ``dir`` (by false alarm rate).
+
+    The same by kind of distractor, ``by_kind``, with all met queries, and by the number of images of the shown exhibit,
+    ``by_class_size``, with all distractors, there also ``acc`` and ``gap_minus``; ``n`` counts the distractors or met
+    queries of the group. None where a figure is undefined: without distractors, or in a bin without queries.
 
     Args:
         kinds: What each query shows, ``Q`` names; read at distractors only.
         class_sizes: Number of database images of each class, ``(n_classes,)``; a met query's class has some.
-
-    Returns:
-        Figures ready for JSON: ``auroc``, ``fpr95``, ``aurc``, ``dir`` (by false alarm rate); the same by kind of
-        distractor, ``by_kind``, with all met queries, and by the number of images of the shown exhibit,
-        ``by_class_size``, with all distractors; ``n`` is the number of distractors or met queries of the group. The
-        latter also have ``acc`` and ``gap_minus``. None where a figure is undefined: without distractors, or in a
-        bin without queries.
-
-    Raises:
-        ValueError: If ``kinds`` or ``class_sizes`` does not fit the queries.
     """
     confidence, _, is_met = checked(log_confidence, predicted, target)
     answers, truth, kind_of = np.asarray(predicted), np.asarray(target), np.asarray(kinds)
@@ -99,16 +82,11 @@ def _rejection_figures(confidence: np.ndarray, answers: np.ndarray, truth: np.nd
 
 
 def auroc(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike) -> float:
-    """Compute the area under the ROC curve: how often a met query is more confident than a distractor.
+    """Compute the area under the ROC curve, in [0, 1]: 0.5 is chance.
 
-    The share of (met query, distractor) pairs in which the met query is surer; equal ones count half. Whether
-    the answers are right does not matter.
+    The share of (met query, distractor) pairs in which the met query is surer; equal ones count half.
 
-    Returns:
-        Scalar in [0, 1]; 0.5 is chance.
-
-    Source: Hendrycks and Gimpel, A Baseline for Detecting Misclassified and Out-of-Distribution Examples,
-    ICLR 2017.
+    Source: Hendrycks and Gimpel, A Baseline for Detecting Misclassified and Out-of-Distribution Examples, ICLR 2017.
     """
     met, _, distractors = _strata(log_confidence, predicted, target)
     distractors = np.sort(distractors)
@@ -118,14 +96,7 @@ def auroc(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike) ->
 
 
 def fpr_at_tpr(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike, level: float = 0.95) -> float:
-    """Compute the share of distractors accepted by the highest threshold that keeps ``level`` of met queries.
-
-    Args:
-        level: Least share of met queries to accept, in (0, 1]; their answers may be wrong.
-
-    Returns:
-        Scalar in [0, 1]; 0 is best.
-
+    """Compute the share of distractors accepted by the highest threshold that keeps a share of met queries, ``level``.
 
     Source: Liang et al., Enhancing the Reliability of Out-of-Distribution Image Detection, ICLR 2018.
     """
@@ -143,12 +114,8 @@ def detection_identification_rate(
 ) -> float:
     """Compute DIR: the share of met queries that are right and accepted when at most ``far`` of distractors are.
 
-    The threshold is as low as that allows: just above the most confident distractor that may not pass. So an
-    answer as confident as that one is rejected with it.
-
-    Args:
-        far: False alarm rate, the greatest share of distractors to accept, in [0, 1]. At 1, DIR is ACC.
-
+    The threshold is as low as that allows: just above the most confident distractor that may not pass, so that an
+    answer as confident is rejected with it. At ``far`` 1, DIR is ACC.
 
     Source: Phillips, Grother and Micheals, Evaluation Methods in Face Recognition, Handbook of Face Recognition,
     2011 (open-set identification, rank 1). NIST's FRVT reports 1 - DIR as FNIR at a FPIR of ``far``.
@@ -164,13 +131,10 @@ def detection_identification_rate(
 
 
 def risk_coverage(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the risk of answering only the surest queries, for each number of answers.
+    """Compute coverage and risk of answering only the surest queries, both ``(Q,)`` float64.
 
-    Queries are ranked as in ``gap``: equal ones keep their input order. An answer to a distractor is wrong.
-
-    Returns:
-        Coverage, the share of all queries that are answered, ascending, and risk, the share of these answers
-        that are wrong; both ``(Q,)`` float64.
+    Coverage is the share of all queries that are answered, ascending, risk the share of these answers that are wrong,
+    as are all to distractors. Queries are ranked as in ``gap``.
 
     Source: Geifman and El-Yaniv, Selective Classification for Deep Neural Networks, NeurIPS 2017.
     """
@@ -179,11 +143,9 @@ def risk_coverage(log_confidence: ArrayLike, predicted: ArrayLike, target: Array
 
 
 def aurc(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike) -> float:
-    """Compute the area under the risk-coverage curve: the mean risk over all coverages 1/Q, 2/Q, ..., 1.
+    """Compute the area under the risk-coverage curve: the mean risk over all coverages 1/Q, 2/Q, ..., 1; 0 is best.
 
-    Returns:
-        Scalar in [0, 1]; lower is better. Its floor rises with the share of distractors, so only figures on the
-        same queries compare.
+    Its floor rises with the share of distractors, so only figures on the same queries compare.
 
     Source: Geifman, Uziel and El-Yaniv, Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers, ICLR 2019.
     """
@@ -196,12 +158,8 @@ def precision_recall(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute precision and recall after each query in rank order: the curve whose step area is GAP.
 
-    Queries are ranked as in ``gap``: equal ones keep their input order. The area is Σ p(i) (recall(i) -
-    recall(i-1)), without interpolation. Recall ends at ACC, not at 1.
-
-    Returns:
-        Precision, the share of right answers so far, and recall, the right answers so far over all met
-        queries; both ``(Q,)`` float64.
+    Queries are ranked as in ``gap``. The area is Σ p(i) (recall(i) - recall(i-1)), not interpolated. Recall is over
+    all met queries, so it ends at ACC. Both are ``(Q,)`` float64.
     """
     confidence, right, is_met = checked(log_confidence, predicted, target)
     n_right = np.cumsum(right[np.argsort(-confidence, kind="stable")])
@@ -213,17 +171,10 @@ def threshold_for_precision(
 ) -> OperatingPoint | None:
     """Find the lowest threshold at which at least ``precision`` of the accepted answers are right.
 
-    Lowest accepts most, so no other threshold of this precision has more recall. A higher one can be less
-    precise, since precision does not fall steadily. -inf stands for no answer and is never accepted.
-
-    Args:
-        precision: Least share of right answers among the accepted, in (0, 1].
-
-    Returns:
-        The threshold, midway between the least sure accepted answer and the next one (so that rounding does not
-        move a query across; that answer's own log-confidence if no other is less sure), with what it gives on these
-        queries (chosen on them, it is optimistic there: choose on val); None if no threshold is that precise.
-
+    Lowest accepts most, so no other threshold of this precision has more recall; a higher one can be less precise. -inf
+    stands for no answer and is never accepted. The threshold lies midway between the least sure accepted answer and the
+    next one, so that rounding does not move a query across. What it gives on these queries is optimistic there: choose
+    it on val. None if no threshold is that precise.
     """
     if not 0 < precision <= 1:
         raise UserError(f"precision {precision}: choose a share of right answers above 0, at most 1")

@@ -49,17 +49,7 @@ class AnswerMetric(Metric):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, log_confidence: Tensor, predicted: Tensor, target: Tensor, index: Tensor) -> None:
-        """Add a batch of answers.
-
-        Args:
-            log_confidence: Higher is surer, ``(B,)``.
-            predicted: Predicted labels, ``(B,)``.
-            target: True labels, ``(B,)``; DISTRACTOR where no exhibit is shown.
-            index: Position of each query in its split, ``(B,)``.
-
-        Raises:
-            ValueError: If shapes differ.
-        """
+        """Add a batch of answers as `metilr.metrics.functional` takes, and their positions in the split; ``(B,)``."""
         batch = {"log_confidence": log_confidence, "predicted": predicted, "target": target, "index": index}
         if log_confidence.ndim != 1 or any(values.shape != log_confidence.shape for values in batch.values()):
             shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in batch.items())
@@ -68,11 +58,7 @@ class AnswerMetric(Metric):
             getattr(self, name).append(values.detach().to(self.device, self._dtypes[name]))
 
     def compute(self) -> Tensor:
-        """Return the metric over all distinct queries, a float64 scalar in [0, 1].
-
-        Raises:
-            UserError: If a confidence is NaN; without a met query if ``no_met`` says so.
-        """
+        """Return the metric over all distinct queries, a float64 scalar in [0, 1]."""
         self._fill_empty_states()
         index, log_confidence, predicted, target = (
             dim_zero_cat(getattr(self, name)).cpu().numpy()
