@@ -45,11 +45,7 @@ def output_folder(output: Path | None, name: str, options: Mapping[str, Any]) ->
     """Open the output folder of a run, held against others, and write the resolved configuration before any work.
 
     A dated folder goes again if the run fails. What a run left that did not get to its ``results.json`` goes first.
-
-    Args:
-        output: The folder; None: a dated one under ``runs/``.
-        name: Ends the dated folder's name.
-        options: All options as resolved; ``config.yaml`` repeats the run.
+    ``config.yaml`` holds the ``options``, all as resolved: it repeats the run.
 
     Raises:
         UserError: If the folder cannot be written, holds results already, or another run is at work there.

@@ -43,17 +43,9 @@ def summarise(
     synthetic: bool,
     seconds: float,
 ) -> Results:
-    """Put together what ``results.json`` says.
+    """Put together what ``results.json`` says of an evaluation with such a method and, once tuned, such a check.
 
-    Args:
-        ground_truth: Knows what each query shows, who took it, and how many images an exhibit has.
-        recognition: Knows what was answered.
-        opened: Know what made the descriptors.
-        method: How they were compared.
-        check: The geometric check, as tuned; None for none.
-        options: Of the command, flat.
-        synthetic: Whether the museum is the demo's.
-        seconds: That the evaluation took.
+    ``options`` are the command's, flat; ``synthetic`` says that the museum is the demo's.
     """
     grid, skipped = None, _skipped_images(opened, ground_truth)
     if (tuning := recognition.tuning) is not None:

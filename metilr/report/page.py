@@ -59,20 +59,16 @@ def write_report(
     check: GeometricCheck | None = None,
     quiet: bool = False,
 ) -> Path:
-    """Write the page of an evaluation.
+    """Write the page of an evaluation; images that are missing are left out of it.
 
     Args:
         output: The run's folder.
         results: The figures.
-        ground_truth: Names the images; those that are missing are left out of the page.
+        ground_truth: Names the images.
         recognition: Answers, matches and tuning.
-        pictures_per_outcome: Queries of each split and outcome (wrong, false alarm, right, passed over) with
-            pictures; the gallery lists all queries in any case.
+        pictures_per_outcome: Queries of each split and outcome with pictures; the gallery lists all in any case.
         check: What was done, for pictures of the matching regions; None for none.
         quiet: Show no progress.
-
-    Returns:
-        The page.
     """
     from metilr.report.plots import as_svg, draw_plots  # matplotlib, which a thumbnail does not need
 
