@@ -1,3 +1,52 @@
-"""Instance-level recognition of artworks: which exhibit a photo shows, and how sure that is."""
+"""Instance-level recognition of artworks: which exhibit a photo shows, and how sure that is.
+
+What a researcher uses is here, imported when it is first named, so that ``import metilr`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from metilr.collection.collection import Collection, open_collection
+    from metilr.commands.evaluate import evaluate
+    from metilr.data.ground_truth import GroundTruth, load_ground_truth
+    from metilr.errors import UserError
+    from metilr.extraction.describe import describe_images
+    from metilr.extraction.store import DescriptorStore
+    from metilr.metrics.functional import DISTRACTOR, acc, gap, gap_minus
+    from metilr.metrics.torchmetrics import ACC, GAP, GAPMinus
+    from metilr.models.checkpoints import load, load_embedder
+    from metilr.models.embedder import Embedder, build_embedder
+    from metilr.retrieval.knn import Predictions, classify, tune
+    from metilr.retrieval.search import Neighbours, search
+    from metilr.retrieval.whitening import PCAWhitening, fit_pca_whitening
+
+_HOMES = {
+    "collection.collection": ("Collection", "open_collection"),
+    "commands.evaluate": ("evaluate",),
+    "data.ground_truth": ("GroundTruth", "load_ground_truth"),
+    "errors": ("UserError",),
+    "extraction.describe": ("describe_images",),
+    "extraction.store": ("DescriptorStore",),
+    "metrics.functional": ("DISTRACTOR", "acc", "gap", "gap_minus"),
+    "metrics.torchmetrics": ("ACC", "GAP", "GAPMinus"),
+    "models.checkpoints": ("load", "load_embedder"),
+    "models.embedder": ("Embedder", "build_embedder"),
+    "retrieval.knn": ("Predictions", "classify", "tune"),
+    "retrieval.search": ("Neighbours", "search"),
+    "retrieval.whitening": ("PCAWhitening", "fit_pca_whitening"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = [*sorted(_HOME)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'metilr' has no attribute {name!r}")
+    return getattr(import_module(f"metilr.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
