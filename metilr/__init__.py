@@ -39,7 +39,34 @@ _HOMES = {
     "retrieval.whitening": ("PCAWhitening", "fit_pca_whitening"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = [*sorted(_HOME)]  # noqa: PLE0604
+__all__ = [
+    "ACC",
+    "DISTRACTOR",
+    "GAP",
+    "Collection",
+    "DescriptorStore",
+    "Embedder",
+    "GAPMinus",
+    "GroundTruth",
+    "Neighbours",
+    "PCAWhitening",
+    "Predictions",
+    "UserError",
+    "acc",
+    "build_embedder",
+    "classify",
+    "describe_images",
+    "evaluate",
+    "fit_pca_whitening",
+    "gap",
+    "gap_minus",
+    "load",
+    "load_embedder",
+    "load_ground_truth",
+    "open_collection",
+    "search",
+    "tune",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

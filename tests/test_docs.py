@@ -1,7 +1,5 @@
 """What Markdown files and docstrings name is there, and the checks of the API reference find what is not."""
 
-import ast
-import fnmatch
 import importlib.util
 import itertools
 import pkgutil
@@ -72,38 +70,6 @@ def test_modules_and_what_they_hold_exist(page):
     for token in inline(page):
         if token.type == "code_inline" and re.fullmatch(r"metilr(\.\w+)+", token.content):
             pkgutil.resolve_name(token.content)
-
-
-def rows_of_tests() -> Iterator[list[Token]]:
-    """The last cell of each row of a table whose last column is headed "test"."""
-    cells: list[Token] = []
-    names_tests = False
-    for token in tokens(ROOT / "docs/reliability.md"):
-        if token.type == "thead_open":
-            names_tests = False
-        elif token.type == "tr_open":
-            cells = []
-        elif token.type == "inline":
-            cells.append(token)
-        elif token.type == "thead_close":
-            names_tests = cells[-1].content == "test"
-        elif token.type == "tr_close" and names_tests:
-            yield cells[-1].children or []
-
-
-def test_every_fault_names_tests_that_exist():
-    rows = list(rows_of_tests())
-    assert len(rows) > 40
-    for row in rows:
-        named = [token.content for token in row if token.type == "code_inline"]
-        assert named or row[0].content == "(not tested)"
-        functions: list[str] = []
-        for name in named:
-            file, _, function = name.partition("::")
-            if file:
-                tree = ast.parse((ROOT / "tests" / file).read_text())
-                functions = [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-            assert not function or fnmatch.filter(functions, function), name
 
 
 def test_docstrings_describe_what_is_there():
