@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from metilr.collection.collection import Collection, open_collection
+    from metilr.collection.collection import Collection
+    from metilr.collection.open_collection import open_collection
     from metilr.commands.evaluate import evaluate
     from metilr.data.ground_truth import GroundTruth, load_ground_truth
     from metilr.errors import UserError
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from metilr.retrieval.whitening import PCAWhitening, fit_pca_whitening
 
 _HOMES = {
-    "collection.collection": ("Collection", "open_collection"),
+    "collection.collection": ("Collection",),
+    "collection.open_collection": ("open_collection",),
     "commands.evaluate": ("evaluate",),
     "data.ground_truth": ("GroundTruth", "load_ground_truth"),
     "errors": ("UserError",),

@@ -12,7 +12,9 @@ import pytest
 
 from metilr.cli import SUBCOMMANDS, main, run_command, run_main
 from metilr.commands import evaluate as evaluation
+from metilr import demo
 from metilr.demo import MuseumSize, make_demo
+from metilr.demo import museum as demo_museum
 from metilr.training import datamodule as pair_datamodule
 from tests import small_runs
 from tests.mirror import UNKNOWN, serve
@@ -42,8 +44,11 @@ def workplace(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(Path(__file__).parents[1] / "configs")
     make_demo(tmp_path / "DIR", size=SMALL, progress=False)
-    for module in (evaluation, pair_datamodule):
-        monkeypatch.setattr(module, "make_demo", lambda root, **_: make_demo(root, size=SMALL, progress=False))
+    def small_demo(root: Path, **_: object) -> Path:
+        return make_demo(root, size=SMALL, progress=False)
+
+    for module in (demo, demo_museum, pair_datamodule):
+        monkeypatch.setattr(module, "make_demo", small_demo)
     return tmp_path
 
 
@@ -163,7 +168,7 @@ PLACEHOLDERS = {"--trainer.x", "--model.x", "--data.x", "--model.loss.temperatur
 OTHERS_COMMANDS = {  # of pip, torchrun, srun and benchmarks
     "--index", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint", "--nodes", "--ntasks-per-node",
     "--gpus-per-node", "--index-url", "--views", "--node_rank", "--master_addr", "--master_port", "--backbones",
-    "--share", "--plain_share", "--growth", "--plot",
+    "--share", "--plain_share", "--growth", "--plot", "--rows",
 }  # fmt: skip
 
 
