@@ -2,6 +2,7 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,9 +21,9 @@ def small(seed: int, longest_side: int = 16) -> dict:
     return {"seed": seed, "size": MuseumSize(3, 2, (1, 0, 0), (1, 0, 1), longest_side), "progress": False}
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return make_demo(tmp_path_factory.mktemp("demo") / "museum", seed=3, size=TINY, progress=False)
+def write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
 
 
 def read(root: Path, name: str) -> list[dict]:
@@ -32,6 +33,11 @@ def read(root: Path, name: str) -> list[dict]:
 def hashes(root: Path) -> dict[str, str]:
     files = (path for path in sorted(root.rglob("*")) if path.is_file() and path.suffix != ".lock")
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return make_demo(tmp_path_factory.mktemp("demo") / "museum", seed=3, size=TINY, progress=False)
 
 
 def test_annotations_have_the_published_form_and_the_counts_asked_for(root):
@@ -50,14 +56,10 @@ def test_annotations_have_the_published_form_and_the_counts_asked_for(root):
             assert set(row) == {"path", "url"} | own
         kinds = [row["path"].split("/")[0] for row in rows]
         assert tuple(kinds.count(kind) for kind in ("test_met", "test_other", "test_noart")) == counts
-
-
-def test_splits_share_neither_class_nor_photographer_and_mini_holds_both(root):
     val, test = ([row for row in read(root, name) if "MET_id" in row] for name in ("valset", "testset"))
-    val_ids, test_ids = {row["MET_id"] for row in val}, {row["MET_id"] for row in test}
-    assert val_ids and test_ids and not val_ids & test_ids
     assert not {row["photographer"] for row in val} & {row["photographer"] for row in test}
-    assert val_ids | test_ids <= {row["id"] for row in read(root, "mini_MET_database")}
+    val_ids, test_ids = {row["MET_id"] for row in val}, {row["MET_id"] for row in test}
+    assert val_ids and test_ids and not val_ids & test_ids and val_ids | test_ids <= mini_ids
 
 
 def test_every_image_is_named_once_and_is_a_jpeg_of_the_right_size_unlike_all_others(root):
@@ -67,10 +69,8 @@ def test_every_image_is_named_once_and_is_a_jpeg_of_the_right_size_unlike_all_ot
     assert len(set(found.values())) == len(found)
     for path in paths:
         with Image.open(root / "images" / path) as image:
-            image.load()
-            assert (image.format, image.mode) == ("JPEG", "RGB")
-            assert max(image.size) <= TINY.longest_side
             assert np.asarray(image).std() > 1
+            assert (image.format, image.mode) == ("JPEG", "RGB") and max(image.size) <= TINY.longest_side
 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_another_museum(root, tmp_path, monkeypatch):
@@ -97,12 +97,11 @@ def test_near_twins_differ_but_less_than_strangers_and_turn(kind):
     assert kind != "vessel" or min(np.abs(pixels(seed, 0) - pixels(seed, 0, 0.7)).mean() for seed in seeds) > 0.1
 
 
-@pytest.mark.parametrize("version", [museum.VERSION, museum.VERSION - 1])
+@pytest.mark.parametrize("version", [museum.VERSION, 1])
 def test_demo_of_another_seed_or_version_is_replaced(tmp_path, version):
     root = make_demo(tmp_path / "museum", **small(0))
-    before = hashes(root)
-    marker = json.loads((root / "demo.json").read_text())
-    (root / "demo.json").write_text(json.dumps({**marker, "version": version, "counts": {"valset": 1}}))
+    before, marker = hashes(root), json.loads((root / "demo.json").read_text())
+    write(root / "demo.json", json.dumps({**marker, "version": version, "counts": {"valset": 1}}))
     make_demo(root, **small(1))
     assert hashes(root) == hashes(make_demo(tmp_path / "fresh", **small(1))) != before
 
@@ -112,10 +111,7 @@ def test_interrupted_run_leaves_nothing_and_keeps_what_was_there(tmp_path, monke
     old = make_demo(tmp_path / "old", **small(0))
     before = hashes(tmp_path)
 
-    def fail(*arguments):
-        raise interruption
-
-    monkeypatch.setattr(museum.Work, "draw_photograph", fail)
+    monkeypatch.setattr(museum.Work, "draw_photograph", Mock(side_effect=interruption))
     for root in (tmp_path / "new", old):
         with pytest.raises(interruption):
             make_demo(root, **small(1))
@@ -130,11 +126,6 @@ def test_two_runs_at_once_leave_one_whole_museum_and_nothing_of_a_killed_one(tmp
         assert [*executor.map(lambda _: make_demo(root, **small(0)), range(2))] == [root, root]
     assert {path.name for path in tmp_path.iterdir()} <= {"museum", ".museum.lock"}
     assert hashes(root) == hashes(make_demo(tmp_path / "alone", **small(0)))
-
-
-def write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
 
 
 @pytest.mark.parametrize(
@@ -162,16 +153,11 @@ def test_command_takes_root_and_seed_and_says_where_the_demo_is(tmp_path, monkey
     main(["demo", str(root), "--seed", "4"])
     assert str(root) in capsys.readouterr().out
     assert json.loads((root / "demo.json").read_text())["seed"] == 4
-    with pytest.raises(SystemExit):
-        main(["demo", str(root), "--size.exhibits", "3"])
-    assert "--size.exhibits" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("seed", [-1, 2**63])
-def test_seed_out_of_range_is_refused(tmp_path, seed):
-    with pytest.raises(UserError, match=f"seed {seed}"):
-        make_demo(tmp_path / "museum", **small(seed))
-    assert [*tmp_path.iterdir()] == []
+    for wrong in (["--size.exhibits", "3"], ["--seed", "-1"], ["--seed", str(2**63)]):
+        with pytest.raises(SystemExit):
+            main(["demo", str(tmp_path / "other"), *wrong])
+        assert wrong[0] in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_cannot_be_written_is_named_and_leaves_no_halves(tmp_path):
