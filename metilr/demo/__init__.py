@@ -8,6 +8,38 @@ What makes it hard on purpose: one exhibit in seven is a near-twin of another, o
 same hands as the exhibits, and some visitors take bad photographs.
 """
 
-from metilr.demo.museum import DEMO, MuseumSize, draw_demo, make_demo
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from metilr.demo.museum import MuseumSize, make_demo
 
 __all__ = ["DEMO", "MuseumSize", "draw_demo", "make_demo"]
+
+DEMO = Path("runs/demo")
+"""Where commands without a data root draw it."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import what draws when it is first asked for: it needs PyTorch, which a command's help does not."""
+    if name not in ("MuseumSize", "make_demo"):
+        raise AttributeError(name)
+    from metilr.demo import museum
+
+    return getattr(museum, name)
+
+
+def draw_demo(root: Path, seed: int = 0) -> None:
+    """Draw the synthetic museum of the demo, in the Met's layout.
+
+    It is what ``metilr evaluate`` draws for itself when no ``--root`` is given: a place to try every command without
+    a download. No image in it is a photograph; figures measured on it say nothing about real museums.
+
+    Args:
+        root: Folder to write, and what ``--root`` of other commands then takes. A demo already there is kept if
+            it is the same and replaced if not; a folder with anything else in it is refused.
+        seed: Another seed, from 0 up, gives another museum.
+    """
+    from metilr.demo.museum import make_demo
+
+    print(f"the demo is in {make_demo(root, seed)}")

@@ -21,9 +21,6 @@ from metilr.data.visits import PRESETS, VisitStrengths, derive_seed, refuse_bad_
 from metilr.demo import drawing
 from metilr.errors import UserError
 
-DEMO = Path("runs/demo")
-"""Where commands without a data root draw it."""
-
 VERSION = 2  # raise it with every change that changes a pixel or an annotation
 _MARKER = "demo.json"
 _KIND = "synthetic museum drawn by metilr"
@@ -168,20 +165,6 @@ def _plan_queries(drawings: _Drawings, split: str, exhibits: list[Any], seed: in
         rows.append(row)
         drawings[row["path"]] = partial(work.draw_photograph, PRESETS[presets[visitor]], query_seed)
     return [rows[place] for place in rng.permutation(len(rows))]  # nothing about a query can be told from its place
-
-
-def draw_demo(root: Path, seed: int = 0) -> None:
-    """Draw the synthetic museum of the demo, in the Met's layout.
-
-    It is what ``metilr evaluate`` draws for itself when no ``--root`` is given: a place to try every command without
-    a download. No image in it is a photograph; figures measured on it say nothing about real museums.
-
-    Args:
-        root: Folder to write, and what ``--root`` of other commands then takes. A demo already there is kept if
-            it is the same and replaced if not; a folder with anything else in it is refused.
-        seed: Another seed, from 0 up, gives another museum.
-    """
-    print(f"the demo is in {make_demo(root, seed)}")
 
 
 def make_demo(root: Path, seed: int = 0, size: MuseumSize | None = None, progress: bool = True) -> Path:
