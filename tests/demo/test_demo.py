@@ -2,22 +2,28 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from metilr.cli import main
-from metilr.demo import MuseumSize, exhibits, make_demo, museum, plan
+from metilr.demo import MuseumSize, make_demo, museum
+from metilr.demo.drawing import View
 from metilr.errors import UserError
 from tests.full_disk import files_of_at_most
 
 TINY = MuseumSize(exhibits=14, mini_exhibits=9, val=(3, 2, 2), test=(5, 2, 3), longest_side=48)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return make_demo(tmp_path_factory.mktemp("demo") / "museum", seed=3, size=TINY, progress=False)
+def small(seed: int, longest_side: int = 16) -> dict:
+    return {"seed": seed, "size": MuseumSize(3, 2, (1, 0, 0), (1, 0, 1), longest_side), "progress": False}
+
+
+def write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
 
 
 def read(root: Path, name: str) -> list[dict]:
@@ -25,223 +31,134 @@ def read(root: Path, name: str) -> list[dict]:
 
 
 def hashes(root: Path) -> dict[str, str]:
-    files = (path for path in sorted(root.rglob("*")) if path.is_file())
+    files = (path for path in sorted(root.rglob("*")) if path.is_file() and path.suffix != ".lock")
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def hidden(folder: Path) -> list[Path]:
-    return list(folder.glob(".*"))
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return make_demo(tmp_path_factory.mktemp("demo") / "museum", seed=3, size=TINY, progress=False)
 
 
-def test_annotations_have_the_published_form(root):
-    database = read(root, "MET_database")
-    assert all(set(row) == {"id", "path"} and isinstance(row["id"], int) for row in database)
-    for row in database:
-        assert row["path"].rsplit("/", 1)[0] == f"MET/{row['id']}"
-    for split in ("valset", "testset"):
-        for row in read(root, split):
-            if row["path"].startswith("test_met/"):
-                assert set(row) == {"MET_id", "path", "photographer", "url"}
-            else:
-                assert set(row) == {"path", "url", "category"}
-                assert row["path"].split("/")[0] in {"test_other", "test_noart"}
-
-
-def test_counts_are_as_asked(root):
+def test_annotations_have_the_published_form_and_the_counts_asked_for(root):
     database = read(root, "MET_database")
     ids = {row["id"] for row in database}
-    assert len(ids) == TINY.exhibits <= len(database)
+    assert [row["path"] for row in database] == [f"MET/{row['id']}/{Path(row['path']).name}" for row in database]
+    assert len(ids) == TINY.exhibits < len(database)  # some have several views
     assert max(ids) - min(ids) >= 2 * len(ids)  # a museum's numbers have gaps
-    assert len({row["id"] for row in read(root, "mini_MET_database")}) == TINY.mini_exhibits
+    mini_ids = {row["id"] for row in read(root, "mini_MET_database")}
+    assert len(mini_ids) == TINY.mini_exhibits
+    assert [row for row in database if row["id"] in mini_ids] == read(root, "mini_MET_database")
     for name, counts in (("valset", TINY.val), ("testset", TINY.test)):
-        kinds = [row["path"].split("/")[0] for row in read(root, name)]
+        rows = read(root, name)
+        for row in rows:
+            own = {"MET_id", "photographer"} if row["path"].startswith("test_met/") else {"category"}
+            assert set(row) == {"path", "url"} | own
+        kinds = [row["path"].split("/")[0] for row in rows]
         assert tuple(kinds.count(kind) for kind in ("test_met", "test_other", "test_noart")) == counts
-
-
-def test_every_image_is_named_once_and_is_a_jpeg_of_the_right_size(root):
-    rows = [row for name in ("MET_database", "valset", "testset") for row in read(root, name)]
-    paths = [row["path"] for row in rows]
-    assert len(paths) == len(set(paths))
-    images = root / "images"
-    assert {path.relative_to(images).as_posix() for path in images.rglob("*.jpg")} == set(paths)
-    for path in paths:
-        with Image.open(images / path) as image:
-            image.load()
-            assert (image.format, image.mode) == ("JPEG", "RGB")
-            assert max(image.size) <= TINY.longest_side
-            assert np.asarray(image).std() > 1
-
-
-def test_no_two_images_are_equal(root):
-    found = [digest for name, digest in hashes(root).items() if name.startswith("images/")]
-    assert len(found) == len(set(found))
-
-
-def test_splits_share_neither_class_nor_photographer_and_mini_holds_both(root):
     val, test = ([row for row in read(root, name) if "MET_id" in row] for name in ("valset", "testset"))
-    val_ids, test_ids = {row["MET_id"] for row in val}, {row["MET_id"] for row in test}
-    assert val_ids and test_ids and not val_ids & test_ids
     assert not {row["photographer"] for row in val} & {row["photographer"] for row in test}
-    database, mini = read(root, "MET_database"), read(root, "mini_MET_database")
-    assert val_ids | test_ids <= {row["id"] for row in mini}
-    assert [row for row in database if row["id"] in {other["id"] for other in mini}] == mini
+    val_ids, test_ids = {row["MET_id"] for row in val}, {row["MET_id"] for row in test}
+    assert val_ids and test_ids and not val_ids & test_ids and val_ids | test_ids <= mini_ids
 
 
-def test_same_seed_gives_the_same_bytes_and_another_seed_another_museum(root, tmp_path):
-    again = make_demo(tmp_path / "again", seed=3, size=TINY, progress=False)
-    assert hashes(again) == hashes(root)
+def test_every_image_is_named_once_and_is_a_jpeg_of_the_right_size_unlike_all_others(root):
+    paths = [row["path"] for name in ("MET_database", "valset", "testset") for row in read(root, name)]
+    found = {name.removeprefix("images/"): sha for name, sha in hashes(root).items() if name.startswith("images/")}
+    assert sorted(paths) == sorted(found)
+    assert len(set(found.values())) == len(found)
+    for path in paths:
+        with Image.open(root / "images" / path) as image:
+            assert np.asarray(image).std() > 1
+            assert (image.format, image.mode) == ("JPEG", "RGB") and max(image.size) <= TINY.longest_side
+
+
+def test_same_seed_gives_the_same_bytes_and_another_seed_another_museum(root, tmp_path, monkeypatch):
+    assert hashes(make_demo(tmp_path / "again", seed=3, size=TINY, progress=False)) == hashes(root)
     other = hashes(make_demo(tmp_path / "other", seed=4, size=TINY, progress=False))
     assert not set(other.values()) & set(hashes(root).values())
-
-
-def test_marker_says_that_it_is_synthetic(root):
     marker = json.loads((root / "demo.json").read_text())
     assert "synthetic" in marker["kind"] and marker["seed"] == 3
-    assert marker["counts"]["valset"] == 7 and marker["counts"]["testset"] == 10
-
-
-def test_complete_demo_is_not_drawn_again(root, monkeypatch):
     monkeypatch.setattr(museum, "plan_museum", None)
-    assert make_demo(root, seed=3, size=TINY) == root
+    assert make_demo(root, seed=3, size=TINY) == root  # a complete one is not drawn again
 
 
-@pytest.mark.parametrize("kind", exhibits._KINDS)
-def test_near_twins_differ_but_less_than_strangers(kind):
-    def pixels(work: exhibits.Work) -> np.ndarray:
-        return np.asarray(exhibits._draw(work, exhibits.View()), dtype=float)
+@pytest.mark.parametrize("kind", museum._ART)
+def test_near_twins_differ_but_less_than_strangers_and_turn(kind):
+    def pixels(work_seed: int, detail_seed: int, turn: float = 0.0) -> np.ndarray:
+        view = [View(turn, -0.6, (200, 200, 200), (150, 150, 150))] if kind == "vessel" else []
+        return np.asarray(museum.Work(kind, (48, 64), work_seed, detail_seed).draw(*view), dtype=float)
 
-    to_twin, to_stranger = [], []
-    for seed in range(12):
-        work = exhibits.Work(kind, (48, 64), seed, seed)
-        twin, stranger = exhibits.invent_twin(work, 0), exhibits.Work(kind, (48, 64), seed + 100, seed + 100)
-        to_twin.append(np.abs(pixels(work) - pixels(twin)).mean())
-        to_stranger.append(np.abs(pixels(work) - pixels(stranger)).mean())
-    # Equal exhibits would be an error in the annotations, and a zero eigenvalue in the whitening.
-    assert min(to_twin) > 0.1
+    seeds = range(12)
+    to_twin = [np.abs(pixels(seed, seed) - pixels(seed, seed + 50)).mean() for seed in seeds]
+    to_stranger = [np.abs(pixels(seed, seed) - pixels(seed + 100, seed + 100)).mean() for seed in seeds]
+    assert min(to_twin) > 0.1  # equal exhibits would be an error in the annotations
     assert np.mean(to_twin) < 0.6 * np.mean(to_stranger)
+    assert kind != "vessel" or min(np.abs(pixels(seed, 0) - pixels(seed, 0, 0.7)).mean() for seed in seeds) > 0.1
 
 
-def small(seed: int) -> dict:
-    return {"seed": seed, "size": MuseumSize(3, 2, (1, 0, 0), (1, 0, 1), 16), "progress": False}
-
-
-def test_demo_of_another_seed_is_replaced(tmp_path):
-    root = make_demo(tmp_path / "museum", **small(0))
+def test_demo_of_another_seed_or_version_is_replaced(tmp_path):
+    root, fresh = make_demo(tmp_path / "museum", **small(0)), make_demo(tmp_path / "fresh", **small(1))
     before = hashes(root)
-    make_demo(root, **small(1))
-    assert hashes(root) == hashes(make_demo(tmp_path / "fresh", **small(1))) != before
-    assert not hidden(tmp_path)
+    assert hashes(make_demo(root, **small(1))) == hashes(fresh) != before
+    write(root / "demo.json", json.dumps({**json.loads((root / "demo.json").read_text()), "version": 1, "counts": {}}))
+    assert hashes(make_demo(root, **small(1))) == hashes(fresh)
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
 def test_interrupted_run_leaves_nothing_and_keeps_what_was_there(tmp_path, monkeypatch, interruption):
-    old = make_demo(tmp_path / "old", **small(0))
-    before = hashes(old)
-
-    def fail(*arguments):
-        raise interruption
-
-    monkeypatch.setattr(plan, "draw_scene_visit", fail)
-    for root in (tmp_path / "new", old):
+    make_demo(tmp_path / "old", **small(0))
+    before = hashes(tmp_path)
+    monkeypatch.setattr(museum.Work, "draw_photograph", Mock(side_effect=interruption))
+    for name in ("new", "old"):
         with pytest.raises(interruption):
-            make_demo(root, **small(1))
-    assert not (tmp_path / "new").exists()
-    assert hashes(old) == before
-    assert not hidden(tmp_path)
+            make_demo(tmp_path / name, **small(1))
+    assert not (tmp_path / "new").exists() and hashes(tmp_path) == before
 
 
-def test_killed_run_is_no_museum_and_is_swept_up_when_old(tmp_path, monkeypatch):
-    killed = tmp_path / ".museum.partial-x" / "museum" / "images"
-    killed.mkdir(parents=True)
-    make_demo(tmp_path / "museum", **small(0))
-    assert killed.exists()  # it might be another process at work
-    monkeypatch.setattr(museum, "_SECONDS_UNTIL_ABANDONED", -1)
-    make_demo(tmp_path / "museum", **small(1))
-    assert not hidden(tmp_path)
-
-
-def test_two_runs_at_once_leave_one_whole_museum(tmp_path):
-    root = tmp_path / "museum"
+def test_two_runs_at_once_leave_one_whole_museum_and_nothing_of_a_killed_one(tmp_path):
+    (root := tmp_path / "museum").mkdir()  # an empty folder is filled
+    (tmp_path / ".museum.unfinished" / "museum" / "images").mkdir(parents=True)
     with ThreadPoolExecutor(2) as executor:
-        for made in [executor.submit(make_demo, root, **small(0)) for _ in range(2)]:
-            assert made.result() == root
+        assert [*executor.map(lambda _: make_demo(root, **small(0)), range(2))] == [root, root]
+    assert {path.name for path in tmp_path.iterdir()} <= {"museum", ".museum.lock"}
     assert hashes(root) == hashes(make_demo(tmp_path / "alone", **small(0)))
-    assert not hidden(tmp_path)
-
-
-def test_empty_folder_is_filled(tmp_path):
-    (tmp_path / "museum").mkdir()
-    assert (make_demo(tmp_path / "museum", **small(0)) / "demo.json").exists()
-
-
-def make_photos(root: Path) -> None:
-    root.mkdir()
-    (root / "holiday.jpg").write_bytes(b"dear")
-
-
-def make_real_museum(root: Path) -> None:
-    (root / "ground_truth").mkdir(parents=True)
-
-
-def make_demo_with_notes(root: Path) -> None:
-    make_demo(root, **small(0))
-    (root / "notes.txt").write_text("mine")
-
-
-def make_other_marker(root: Path) -> None:
-    root.mkdir()
-    (root / "demo.json").write_text('{"kind": "something else"}')
 
 
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (make_photos, r"holiday\.jpg"),
-        (make_real_museum, "ground_truth"),
-        (make_demo_with_notes, r"notes\.txt"),
-        (make_other_marker, r"demo\.json"),
-        (lambda root: root.write_text("a file"), "not a folder"),
+        (lambda root: write(root / "holiday.jpg", "dear"), r"holiday\.jpg"),
+        (lambda root: write(root / "ground_truth" / "testset.json", "[]"), "ground_truth"),
+        (lambda root: write(make_demo(root, **small(0)) / "notes.txt", "mine"), r"notes\.txt"),
+        (lambda root: write(root / "demo.json", '{"kind": "something else"}'), r"demo\.json"),
+        (lambda root: write(root, "a file"), "not a folder"),
     ],
 )
 def test_foreign_content_is_never_overwritten(tmp_path, make, named):
-    root = tmp_path / "museum"
-    make(root)
+    make(tmp_path / "museum")
     before = hashes(tmp_path)
-    with pytest.raises(UserError, match=f"museum.*{named}") as caught:
-        make_demo(root, **small(1))
-    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=f"^[^\n]*museum.*{named}[^\n]*$"):
+        make_demo(tmp_path / "museum", **small(1))
     assert hashes(tmp_path) == before
 
 
 def test_command_takes_root_and_seed_and_says_where_the_demo_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(museum, "make_demo", lambda root, seed: make_demo(root, **small(seed)))
-    root = tmp_path / "museum"
-    main(["demo", str(root), "--seed", "4"])
-    assert str(root) in capsys.readouterr().out
-    assert json.loads((root / "demo.json").read_text())["seed"] == 4
-    with pytest.raises(SystemExit):
-        main(["demo", str(root), "--size.exhibits", "3"])
-    assert "--size.exhibits" in capsys.readouterr().err
+    main(["demo", str(tmp_path / "museum"), "--seed", "4"])
+    assert str(tmp_path / "museum") in capsys.readouterr().out
+    assert json.loads((tmp_path / "museum" / "demo.json").read_text())["seed"] == 4
+    for wrong in (["--size.exhibits", "3"], ["--seed", "-1"], ["--seed", str(2**63)]):
+        with pytest.raises(SystemExit):
+            main(["demo", str(tmp_path / "other"), *wrong])
+        assert wrong[0] in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63])
-def test_seed_out_of_range_is_refused(tmp_path, seed):
-    with pytest.raises(UserError, match=f"--seed {seed}"):
-        make_demo(tmp_path / "museum", **small(seed))
-    assert not (tmp_path / "museum").exists()
-
-
-def test_a_full_disk_leaves_no_demo_with_halves_of_images(tmp_path):
-    larger = {**small(0), "size": MuseumSize(3, 2, (1, 0, 0), (1, 0, 1), 160)}  # of more bytes than the annotations
-    with (
-        files_of_at_most(4096),
-        pytest.raises(UserError, match=r"museum: .* \(File too large\); choose another folder"),
-    ):
-        make_demo(tmp_path / "museum", **larger)
-    assert [*tmp_path.iterdir()] == []
-
-
-def test_unwritable_place_is_named(tmp_path):
+def test_what_cannot_be_written_is_named_and_leaves_no_halves(tmp_path):
+    with files_of_at_most(4096), pytest.raises(UserError, match=r"museum: .*\(File too large\); choose another folder"):
+        make_demo(tmp_path / "museum", **small(0, 160))  # of more bytes than the annotations
+    assert {path.name for path in tmp_path.iterdir()} <= {".museum.lock"}
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/museum"):
         make_demo(tmp_path / "file" / "museum", **small(0))
