@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from metilr import demo
 from metilr.cli import SUBCOMMANDS, main, run_command, run_main
 from metilr.commands import evaluate as evaluation
-from metilr import demo
 from metilr.demo import MuseumSize, make_demo
 from metilr.demo import museum as demo_museum
 from metilr.training import datamodule as pair_datamodule
@@ -44,6 +44,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(Path(__file__).parents[1] / "configs")
     make_demo(tmp_path / "DIR", size=SMALL, progress=False)
+
     def small_demo(root: Path, **_: object) -> Path:
         return make_demo(root, size=SMALL, progress=False)
 

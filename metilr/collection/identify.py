@@ -15,7 +15,8 @@ from rich.markup import escape
 from metilr.collection.collection import MAX_PHOTO_MEGAPIXELS, BadPhotoError, Collection, TooManyPixelsError, load_photo
 from metilr.collection.open_collection import open_with_threshold
 from metilr.collection.threshold import Identified, Threshold, answer_document, collection_document
-from metilr.data.decode import BadImageError, find_images, pixels_of
+from metilr.data.decode import BadImageError, pixels_of
+from metilr.data.folder import find_images
 from metilr.errors import UserError
 from metilr.evaluation.results import MIN_PRECISION
 from metilr.extraction.options import Accelerator

@@ -7,7 +7,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from metilr.data.decode import BadImageError, find_images, load_image
+from metilr.data.decode import BadImageError, load_image
+from metilr.data.folder import find_images
 from metilr.data.visits import PRESETS, derive_seed, refuse_bad_seed, simulate_visit
 from metilr.errors import UserError
 from metilr.files import write_picture

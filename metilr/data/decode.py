@@ -6,10 +6,9 @@ import contextlib
 import errno
 import os
 import stat
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,13 +18,6 @@ from metilr.files import named
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-OTHER_SUFFIXES = frozenset({
-    ".arw", ".avif", ".cr2", ".cr3", ".dng", ".eps", ".heic", ".heif", ".j2k", ".jp2", ".jpe", ".jpx", ".jxl", ".nef",
-    ".orf", ".pgm", ".ppm", ".psd", ".raf", ".raw", ".rw2", ".svg", ".tga",
-})  # fmt: skip
-"""Of images that are not read."""
 
 NO_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 """What a system says of a name under which no file can be had: of the image, not of the disk."""
@@ -45,58 +37,6 @@ def file_size(path: Path) -> int | None:
         raise
 
 
-class FoundImages(NamedTuple):
-    """What a folder holds.
-
-    Attributes:
-        files: Its images with its sub-folders', in the order of their paths.
-        left_aside: What looks like more images, in words that end a sentence; empty if there is nothing.
-    """
-
-    files: list[Path]
-    left_aside: str
-
-
-def find_images(folder: Path) -> FoundImages:
-    """List a folder's images with its sub-folders', in the order of their paths.
-
-    Told by their endings. Names that begin with a dot are passed over; links to folders are not followed.
-
-    Raises:
-        UserError: If the folder is missing or holds no image, or it or a sub-folder cannot be listed.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name a folder of images")
-    paths: list[Path] = []
-    others: Counter[str] = Counter()
-    for parent, folders, names in os.walk(folder, onerror=_cannot_list):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        others["links to folders"] += sum(Path(parent, name).is_symlink() for name in folders)
-        for name in names:
-            suffix = Path(name).suffix.lower()
-            if name.startswith("."):
-                continue
-            if suffix in IMAGE_SUFFIXES:
-                paths.append(Path(parent, name))
-            elif suffix in OTHER_SUFFIXES:
-                others[suffix] += 1
-    left_aside = ", ".join(f"{n:,} {what}" for what, n in sorted(others.items()) if n)
-    if not paths:
-        besides = f" (but {left_aside})" if left_aside else ""
-        raise UserError(
-            f"{folder}: no images inside{besides}; name a folder with {', '.join(sorted(IMAGE_SUFFIXES))} files whose "
-            "names do not begin with a dot"
-        )
-    return FoundImages(sorted(paths), left_aside)
-
-
-def _cannot_list(error: OSError) -> NoReturn:
-    """Stop: what lies in there would be left out without a word."""
-    raise UserError(
-        f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or move it elsewhere"
-    ) from None
-
-
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # Pillow knows more, and some of them start programs
 MAX_MEGAPIXELS = 180.0  # the largest cameras take 150 at once; decoded, that is half a gigabyte a process
 MAX_IMAGE_SIZE = 16_384  # px that an image is resized to: the longest side of one of 180 megapixels is not much longer
@@ -114,13 +54,9 @@ class TooManyPixels(ValueError):
 
 
 def pixels_of(max_megapixels: float) -> int:
-    """Turn the option ``--max_megapixels`` into pixels.
-
-    Raises:
-        UserError: If it is not a positive number.
-    """
+    """Megapixels as pixels; UserError if they are no positive number."""
     if not 0 < max_megapixels < float("inf"):
-        raise UserError(f"--max_megapixels {max_megapixels}: choose a number above 0")
+        raise UserError(f"{max_megapixels}: choose a number above 0", "max_megapixels")
     return max(1, int(max_megapixels * 10**6))
 
 

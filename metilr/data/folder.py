@@ -2,18 +2,77 @@
 
 import hashlib
 import json
+import os
+from collections import Counter
 from csv import DictReader, Error
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from metilr.data.decode import find_images
 from metilr.data.ground_truth import GroundTruth
 from metilr.errors import UserError, one_line, shown
 
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+OTHER_SUFFIXES = frozenset({
+    ".arw", ".avif", ".cr2", ".cr3", ".dng", ".eps", ".heic", ".heif", ".j2k", ".jp2", ".jpe", ".jpx", ".jxl", ".nef",
+    ".orf", ".pgm", ".ppm", ".psd", ".raf", ".raw", ".rw2", ".svg", ".tga",
+})  # fmt: skip
+"""Of images that are not read."""
 CSV_COLUMNS = ("path", "exhibit")
+
+
+class FoundImages(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        files: Its images with its sub-folders', in the order of their paths.
+        left_aside: What looks like more images, in words that end a sentence; empty if there is nothing.
+    """
+
+    files: list[Path]
+    left_aside: str
+
+
+def find_images(folder: Path) -> FoundImages:
+    """List a folder's images with its sub-folders', in the order of their paths.
+
+    Told by their endings. Names that begin with a dot are passed over; links to folders are not followed.
+
+    Raises:
+        UserError: If the folder is missing or holds no image, or it or a sub-folder cannot be listed.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name a folder of images")
+    paths: list[Path] = []
+    others: Counter[str] = Counter()
+    for parent, folders, names in os.walk(folder, onerror=_cannot_list):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        others["links to folders"] += sum(Path(parent, name).is_symlink() for name in folders)
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            if name.startswith("."):
+                continue
+            if suffix in IMAGE_SUFFIXES:
+                paths.append(Path(parent, name))
+            elif suffix in OTHER_SUFFIXES:
+                others[suffix] += 1
+    left_aside = ", ".join(f"{n:,} {what}" for what, n in sorted(others.items()) if n)
+    if not paths:
+        besides = f" (but {left_aside})" if left_aside else ""
+        raise UserError(
+            f"{folder}: no images inside{besides}; name a folder with {', '.join(sorted(IMAGE_SUFFIXES))} files whose "
+            "names do not begin with a dot"
+        )
+    return FoundImages(sorted(paths), left_aside)
+
+
+def _cannot_list(error: OSError) -> NoReturn:
+    """Stop: what lies in there would be left out without a word."""
+    raise UserError(
+        f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or move it elsewhere"
+    ) from None
 
 
 @dataclass(frozen=True)
