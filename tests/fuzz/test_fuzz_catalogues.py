@@ -40,7 +40,7 @@ def check_catalogue(catalogue, folder):
 
 def test_changed_lists(tmp_path):
     file, n_read = tmp_path / "list.csv", 0
-    for rng in cases(1200):
+    for rng in cases(600):
         file.write_bytes(mutated(CSV, rng, TOKENS))
         with refusal(file) as said:
             check_catalogue(read_catalogue(tmp_path, file), tmp_path)
@@ -86,8 +86,8 @@ def read_index(folder):
 def test_changed_indices(tmp_path):
     file, whole, n_read = tmp_path / "index.json", json.dumps(INDEX).encode(), 0
     contents = [json.dumps(changed).encode() for changed in each_replaced(INDEX)]
-    contents += [json.dumps(mutated_value(INDEX, rng)).encode() for rng in cases(150)]
-    contents += [mutated(whole, rng, JSON_TOKENS) for rng in cases(250)]
+    contents += [json.dumps(mutated_value(INDEX, rng)).encode() for rng in cases(75)]
+    contents += [mutated(whole, rng, JSON_TOKENS) for rng in cases(125)]
     for content in contents:
         file.write_bytes(content)
         n_read += not read_index(tmp_path)
