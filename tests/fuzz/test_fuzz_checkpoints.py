@@ -82,7 +82,7 @@ def test_changed_weights_files(tmp_path, form):
         n_read += not read_weights(file)
         with refusal(file):
             assert isinstance(read_checkpoint(file)["state_dict"], dict)
-    assert not canary.exists() and (n_read > 5 or form == "bare pickle")
+    assert not canary.exists() and (n_read or form == "bare pickle")
 
 
 def test_changed_safetensors(tmp_path):
