@@ -5,7 +5,7 @@
 Makes the rows on disk (20 GB for 10 million), builds the approximate index, saves it, loads it and searches; then
 FAISS's exact `faiss.knn` answers the same queries over the same memory-mapped file in the same run. Each searches all
 queries in one call, the approximate one twice: the first time its candidates may have to come from the disk. Prints a
-table and a JSON line. A second run in the same folder reuses rows and index; an interrupted one continues the rows.
+table and a JSON line. A second run in the same folder reuses rows and index, if they were finished.
 
 The rows are synthetic: exhibits have 1 to 10 images each, an image has similarity 0.8 with its exhibit's centre, and
 centres are uniform on the sphere. A query is a copy of a random row with noise, of similarity 0.8 with it; further
@@ -27,7 +27,7 @@ import numpy as np
 from measuring import Clock, PeakMemory, show
 
 from metilr.errors import UserError
-from metilr.files import map_array, reserve_array, write_atomically
+from metilr.files import map_array, write_atomically
 from metilr.progress import counted
 from metilr.retrieval.approximate import ApproximateIndex, build_approximate
 
@@ -105,30 +105,19 @@ def main() -> None:
 
 
 def make_rows(folder: Path, n: int, seed: int) -> Path:
-    """Write the rows, or the rest of them, chunk by chunk; returns the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file, note = folder / "rows.npy", folder / "rows.json"
-    made_with = {"rows": n, "width": WIDTH, "seed": seed, "chunk": CHUNK, "similarity": SIMILARITY}
-    written = 0
-    if note.exists():
-        noted = json.loads(note.read_text())
-        written = noted.pop("written")
-        if noted != made_with:
-            raise UserError(f"--folder {folder}: holds other rows ({noted}); name another folder, or delete it")
-    elif file.exists():
-        raise UserError(f"--folder {folder}: holds rows of unknown origin; name another folder, or delete it")
-    else:
-        write_atomically(note, json.dumps({**made_with, "written": 0}))
-    reserve_array(file, (n, WIDTH), np.dtype(np.float32))
-    rows = np.load(file, mmap_mode="r+")
-    with counted("making rows", n, "rows") as done:
-        done(written)
-        for start in range(written, n, CHUNK):
-            size = min(CHUNK, n - start)
-            rows[start : start + size] = make_chunk(np.random.default_rng([seed, start]), size)
-            rows.flush()
-            write_atomically(note, json.dumps({**made_with, "written": start + size}))
-            done(size)
+    """Write the rows chunk by chunk, unless they are there; returns the file."""
+    file = folder / f"rows-{n}-{seed}.npy"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".unfinished")
+        rows = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=(n, WIDTH))
+        with counted("making rows", n, "rows") as done:
+            for start in range(0, n, CHUNK):
+                size = min(CHUNK, n - start)
+                rows[start : start + size] = make_chunk(np.random.default_rng([seed, start]), size)
+                done(size)
+        rows.flush()
+        unfinished.rename(file)
     return file
 
 

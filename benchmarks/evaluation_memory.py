@@ -51,7 +51,8 @@ def make_store(path: Path, root: Path, width: int) -> None:
     truth = load_ground_truth(root)
     counts = {split: len(paths) for split, paths in truth.paths.items()}
     store = DescriptorStore(path)
-    store.prepare({"ground_truth": dict(truth.digests), "made": "up"}, counts, width)
+    made_up = {"backbone": "made up", "image_size": None, "pooling": {"kind": "gem", "p": 3.0}, "precision": "32"}
+    store.prepare({"ground_truth": dict(truth.digests), **made_up}, counts, width)
     for split, n in counts.items():
         write_rows(path / f"{split}.npy", n, width)
         files = np.load(path / f"{split}.files.npy", mmap_mode="r+")

@@ -5,7 +5,7 @@ sum over three scales. Both take all images of a data root; ``--plain_share`` me
 over all. Prints, for each backbone, the time of an image by both, the peak memory of both with the decoding processes
 (the plain way comes first, and what it leaves behind counts as metilr's), the lowest cosine between their descriptors,
 GAP of both (with all images), and the multiply-adds a second beside those of large bfloat16 and float32 matrix products
-measured in between. Before that, how long Pillow and torchvision take to decode a sample of the JPEG files.
+measured in between.
 
     python benchmarks/extraction.py --root DIR --backbones lite0_in r18_in r50_in
 """
@@ -16,7 +16,6 @@ import math
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,10 +26,9 @@ from PIL import Image
 from rich.console import Console
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.io import ImageReadMode, read_image
 from torchvision.transforms.functional import to_tensor
 
-from metilr.data.decode import image_shape, load_image
+from metilr.data.decode import image_shape
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.demo import DEMO, make_demo
 from metilr.distributed import quieten_lightning
@@ -44,7 +42,6 @@ from metilr.models import SCALES
 from metilr.models.embedder import Embedder, build_embedder
 
 SPLITS = ("database", "val", "test")
-DECODED = 200  # files that are decoded both ways, at most
 PRODUCTS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PRODUCT_SIDE, PRODUCT_SECONDS = 4096, 1.0
 
@@ -59,34 +56,6 @@ def plain_descriptor(file: Path, embedder: Embedder) -> torch.Tensor:
         features = embedder.backbone.model.forward_features(scaled)
         total += F.normalize(features.clamp(min=1e-6).pow(3).mean(dim=(2, 3)).pow(1 / 3), dim=1)[0]
     return F.normalize(total, dim=0)
-
-
-def show_decoding(files: Sequence[Path]) -> None:
-    """Measure and print how long a core takes to decode an image as metilr does, with Pillow, and by torchvision."""
-    files = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg")]
-    files = files[:: math.ceil(len(files) / DECODED) or 1]
-    if not files:
-        return
-
-    def by_torchvision(file: Path) -> torch.Tensor:
-        return read_image(str(file), ImageReadMode.RGB, apply_exif_orientation=True)
-
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    identical = sum(torch.equal(load_image(file), by_torchvision(file)) for file in files) / len(files)
-    milliseconds = {}
-    for name, decode in (("Pillow", load_image), ("torchvision", by_torchvision)):
-        clock = Clock()
-        for file in files:
-            decode(file)
-        milliseconds[name] = 1000 * clock() / len(files)
-    torch.set_num_threads(n_threads)
-    show(
-        f"decoding of {len(files)} JPEG files",
-        ["decoder", "ms an image and core"],
-        list(milliseconds.items()),
-        {"ms": milliseconds, "identical": identical, "ratio": milliseconds["Pillow"] / milliseconds["torchvision"]},
-    )
 
 
 def matrix_rate(kind: str) -> float:
@@ -145,7 +114,6 @@ def main() -> None:
     names = [(split, i) for split in SPLITS for i in range(len(ground_truth.paths[split]))]
     files = [ground_truth.image(ground_truth.paths[split][i]) for split, i in names]
     shapes = Counter(image_shape(file) for file in files)
-    show_decoding(files)
     RUNS.mkdir(exist_ok=True)
     folder, silent = Path(tempfile.mkdtemp(dir=RUNS)), Console(quiet=True)
     options = ExtractionOptions(

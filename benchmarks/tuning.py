@@ -10,7 +10,7 @@ that the answers are equal). Two claims:
 2. `recognise`: unit rows, search, tuning, both splits' answers, figures and matches, against nothing but FAISS's exact
    search of both splits with as many neighbours.
 
-    python benchmarks/tuning.py [--rounds 1] [--rows 397121] [--growth]
+    python benchmarks/tuning.py [--rounds 1] [--rows 397121]
 """
 
 import argparse
@@ -90,7 +90,6 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=1, choices=range(1, len(TAU_GRID) + 1), help="over all k, of the plain way"
     )
-    parser.add_argument("--growth", action="store_true", help="also a quarter and half of the rows")
     arguments = parser.parse_args()
     rows, labels, n_classes = synthetic(arguments.rows)
 
@@ -117,36 +116,33 @@ def main() -> None:
          "peak_added_bytes": {"plain": plain_memory.added, "metilr": memory.added}},
     )  # fmt: skip
 
-    sizes = [arguments.rows // 4, arguments.rows // 2] if arguments.growth else []
-    for n in [*sizes, arguments.rows]:
-        database = rows["database"][:n]
-        truth = cast(Any, SimpleNamespace(labels={**labels, "database": labels["database"][:n]}, n_classes=n_classes))
-        made = {split: np.ones(len(part), dtype=bool) for split, part in {**rows, "database": database}.items()}
-        parts = {**{split: [part] for split, part in rows.items()}, "database": [database]}
-        with PeakMemory() as memory:
-            clock = Clock()
-            recognition = recognise(Descriptors(parts, made, []), cast(GroundTruth, truth), MethodOptions("none"))
-            seconds = clock()
-        widths = {"val": K_GRID[-1], "test": max(20, recognition.k)}
-        with PeakMemory() as plain_memory:
-            clock = Clock()
-            faiss_found = {
-                split: faiss.knn(rows[split], database, widths[split], metric=faiss.METRIC_INNER_PRODUCT)
-                for split in QUERIES
-            }
-            plain_seconds = clock()
-        nearest = faiss_found["test"][1][:, 0]
-        answered = recognition.answers["test"].nearest
-        equal = (nearest == answered)[recognition.answers["test"].similarity > 0]
-        show(
-            f"tuning and both splits, {n:,} x {WIDTH}",
-            ["way", "seconds", "added GB"],
-            [["FAISS's two searches alone", plain_seconds, plain_memory.added / 1e9],
-             ["metilr, all of it", seconds, memory.added / 1e9]],
-            {"seconds": seconds, "share_of_raw_searches": seconds / plain_seconds,
-             "same_nearest": float(equal.mean()),
-             "peak_added_bytes": {"plain": plain_memory.added, "metilr": memory.added}},
-        )  # fmt: skip
+    truth = cast(Any, SimpleNamespace(labels=labels, n_classes=n_classes))
+    made = {split: np.ones(len(part), dtype=bool) for split, part in rows.items()}
+    parts = {split: [part] for split, part in rows.items()}
+    with PeakMemory() as memory:
+        clock = Clock()
+        recognition = recognise(Descriptors(parts, made, []), cast(GroundTruth, truth), MethodOptions("none"))
+        seconds = clock()
+    widths = {"val": K_GRID[-1], "test": max(20, recognition.k)}
+    with PeakMemory() as plain_memory:
+        clock = Clock()
+        faiss_found = {
+            split: faiss.knn(rows[split], rows["database"], widths[split], metric=faiss.METRIC_INNER_PRODUCT)
+            for split in QUERIES
+        }
+        plain_seconds = clock()
+    nearest = faiss_found["test"][1][:, 0]
+    answered = recognition.answers["test"].nearest
+    equal = (nearest == answered)[recognition.answers["test"].similarity > 0]
+    show(
+        f"tuning and both splits, {arguments.rows:,} x {WIDTH}",
+        ["way", "seconds", "added GB"],
+        [["FAISS's two searches alone", plain_seconds, plain_memory.added / 1e9],
+         ["metilr, all of it", seconds, memory.added / 1e9]],
+        {"seconds": seconds, "share_of_raw_searches": seconds / plain_seconds,
+         "same_nearest": float(equal.mean()),
+         "peak_added_bytes": {"plain": plain_memory.added, "metilr": memory.added}},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

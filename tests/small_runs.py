@@ -56,6 +56,14 @@ class Place:
         return self.forks.run(self.folder / folder, self.commands[name], **fault)
 
 
+def assert_same_run(name: str, found: Path, clean: Path) -> None:
+    """Whether a run of a command in one folder left what a clean one left in another."""
+    if name == "evaluate":
+        assert_same_evaluation(found, clean)
+    else:
+        assert_same_training(found / "out", clean / "out")
+
+
 def assert_same_evaluation(found: Path, clean: Path) -> None:
     assert_same_store(found / "store", clean / "store")
     for file in ("predictions/val.csv", "predictions/test.csv", "config.yaml"):

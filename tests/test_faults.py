@@ -12,19 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_runs import assert_same_evaluation, assert_same_store, assert_same_training
+from tests.small_runs import assert_same_run, assert_same_store
 
 ERRORS = ("EIO", "ENOSPC", "ESTALE")
 MINUTE = 60  # seconds after which at the latest a run says that one of its processes has died
-KINDS = {"evaluate": ("row", "fsync", "allocate", "rename", "open"), "train": ("row", "fsync", "save", "rmdir", "open")}
-
-
-def same(place, name: str, folder: Path) -> None:
-    if name == "evaluate":
-        assert_same_evaluation(folder, place.folder / "clean_evaluate")
-    else:
-        assert_same_training(folder / "out", place.folder / "clean_train/out")
-    shutil.rmtree(folder)
+KINDS = {"evaluate": ("row", "fsync", "allocate", "rename", "open"), "train": ("save", "rmdir", "open")}
 
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in KINDS.items() for kind in kinds])
@@ -40,7 +32,8 @@ def test_a_disk_that_fails_once_or_from_then_on(place, name, kind):
     assert failed.error.startswith(f"{name}.py: error: "), fault  # one line, no traceback
     again = place.run(name, "failed")
     assert again.status == 0, again.printed
-    same(place, name, place.folder / "failed")
+    assert_same_run(name, place.folder / "failed", place.folder / f"clean_{name}")
+    shutil.rmtree(place.folder / "failed")
 
 
 def test_a_flush_that_fails_is_one_error(place):
@@ -114,7 +107,7 @@ def test_a_full_disk_with_a_little_more_room_each_time(place, small_disk):
         leave_free(small_disk, 4 + 4 * len(said))
     assert outcome.status == 0 and len(set(said)) > 2, said
     assert any("cannot reserve" in line for line in said) and "store" not in said[-1]
-    same(place, "evaluate", run)
+    assert_same_run("evaluate", run, place.folder / "clean_evaluate")
 
 
 def leave_free(disk: Path, kilobytes: int) -> None:
@@ -141,13 +134,17 @@ images.load_image = augmentations.load_image = die
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
-@pytest.mark.parametrize("how", [KILLED, "raise OSError(5, 'Input/output error', str(path))"])
+FAILS = "raise OSError(5, 'Input/output error', str(path))"
+
+
 @pytest.mark.parametrize(
-    ("name", "where", "option"),
+    ("name", "where", "option", "how"),
     [
-        ("evaluate", '"val" in path.name', "--num_workers"),
-        ("train", '"val" in path.name', "--data.num_workers"),  # while it describes
-        ("train", "not arguments", "--data.num_workers"),  # while it trains
+        ("evaluate", '"val" in path.name', "--num_workers", KILLED),
+        ("evaluate", '"val" in path.name', "--num_workers", FAILS),
+        ("train", '"val" in path.name', "--data.num_workers", KILLED),  # while it describes
+        ("train", "not arguments", "--data.num_workers", KILLED),  # while it trains
+        ("train", "not arguments", "--data.num_workers", FAILS),
     ],
 )
 def test_a_decoding_process_that_fails(place, name, where, option, how):
@@ -156,7 +153,7 @@ def test_a_decoding_process_that_fails(place, name, where, option, how):
     failed = place.forks.wait(started, since=place.folder / "failed/died")
     assert 0 < failed.seconds < MINUTE
     if how == KILLED:
-        assert "a decoding process" in failed.error and option in failed.error
+        assert "a decoding process" in failed.error and "num_workers" in failed.error
     else:
         assert ".jpg" in failed.error and "Input/output error" in failed.error
     assert "continue" in failed.error

@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from metilr.errors import UserError
 from metilr.files import alone_in
-from tests.small_runs import assert_same_evaluation, assert_same_training
+from tests.small_runs import assert_same_run
 
 HOLDER = """
 import sys, time
@@ -104,40 +103,24 @@ def started(place, name: str, folder: Path):
     return run
 
 
-def test_two_evaluations_that_want_one_store(place):
+@pytest.mark.parametrize(
+    ("name", "other", "held"),
+    [("evaluate", ["--output", "other"], "store"), ("evaluate", ["--store", "other", "--k", 3], "out"),
+     ("train", ["--model.lr", "0.5"], "out")],
+    ids=["one store", "one output", "one training"],
+)  # fmt: skip
+def test_two_commands_at_once(place, name, other, held):
     folder = place.folder / "two"
-    first = started(place, "evaluate", folder)
-    second = place.forks.run(folder, [*place.commands["evaluate"], "--output", "other"])
-    assert "store: another run is at work there" in second.error
+    first = started(place, name, folder)
+    second = place.forks.run(folder, [*place.commands[name], *other])
+    assert f"{held}: another run is at work there" in second.error
+    assert held == "store" or ("name another --output" in second.error and not (folder / "other").exists())
     (folder / "go").touch()
     assert place.forks.wait(first).status == 0
-    after = place.forks.run(folder, [*place.commands["evaluate"], "--output", "other"])
-    assert after.status == 0 and "reusing 22 rows" in after.printed
-    assert_same_evaluation(folder, place.folder / "clean_evaluate")
-    shutil.rmtree(folder)
-
-
-def test_two_evaluations_into_one_folder(place):
-    folder = place.folder / "two"
-    first = started(place, "evaluate", folder)
-    second = place.forks.run(folder, [*place.commands["evaluate"], "--store", "other", "--k", 3])
-    assert "out: another run is at work there" in second.error
-    assert "name another --output" in second.error and not (folder / "other").exists()
-    (folder / "go").touch()
-    assert place.forks.wait(first).status == 0
-    assert_same_evaluation(folder, place.folder / "clean_evaluate")
-    shutil.rmtree(folder)
-
-
-def test_another_training_does_not_touch_one_in_its_first_epoch(place):
-    folder = place.folder / "two"
-    first = started(place, "train", folder)
-    second = place.forks.run(folder, [*place.commands["train"], "--model.lr", "0.5"])
-    assert "out: another run is at work there" in second.error
-    assert yaml.safe_load((folder / "out/config.yaml").read_text())["model"]["lr"] != 0.5
-    (folder / "go").touch()
-    assert place.forks.wait(first).status == 0
-    assert_same_training(folder / "out", place.folder / "clean_train/out")
+    if held == "store":  # whole now, it is read by any number
+        after = place.forks.run(folder, [*place.commands[name], *other])
+        assert after.status == 0 and "reusing 22 rows" in after.printed
+    assert_same_run(name, folder, place.folder / f"clean_{name}")
     shutil.rmtree(folder)
 
 
@@ -150,7 +133,7 @@ def test_what_a_killed_run_held_is_free_at_once(place):
     assert place.forks.wait(first).status == -signal.SIGKILL
     again = place.run("evaluate", "two")
     assert again.status == 0, again.printed
-    assert_same_evaluation(folder, place.folder / "clean_evaluate")
+    assert_same_run("evaluate", folder, place.folder / "clean_evaluate")
     shutil.rmtree(folder)
 
 

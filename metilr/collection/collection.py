@@ -1,6 +1,9 @@
 """What identification needs: the database as it is searched, and the very model that described it."""
 
+import contextlib
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,7 +11,6 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from metilr.data.decode import TooManyPixels, max_pixels, open_image, to_tensor, why_undecodable
@@ -19,18 +21,22 @@ from metilr.evaluation.database import Searchable, as_compared
 from metilr.evaluation.options import MethodOptions
 from metilr.extraction.module import DescriptorModule
 from metilr.extraction.options import ExtractionOptions
-from metilr.extraction.store import has_unit_length
+from metilr.extraction.store import DescriptorStore, has_unit_length
+from metilr.files import map_array, replaced_file
 from metilr.geometry.check import GeometricCheck
 from metilr.geometry.evidence import Checked, apply_evidence
 from metilr.models.embedder import Embedder
+from metilr.retrieval.approximate import ApproximateIndex, build_approximate, check_size
 from metilr.retrieval.knn import N_MATCHES, N_NEIGHBOURS, Matches, Predictions, classify
 from metilr.retrieval.whitening import PCAWhitening
 
 MAX_PHOTO_MEGAPIXELS = 50.0  # phones take 12 to 50; decoded, that is 150 MB
+SIDE_OF_LOST_IMAGES = 1024  # px, where the images that tell are gone
+MAX_HEADERS = 5000  # of images, read for the largest size: about a second
 
 
 class BadPhotoError(UserError):
-    """A photograph that is not decoded; the message says why, and leaves the name to the caller."""
+    """A photograph that gives no answer; the message says why, and leaves the name to the caller."""
 
 
 class TooManyPixelsError(BadPhotoError):
@@ -38,12 +44,7 @@ class TooManyPixelsError(BadPhotoError):
 
 
 class Photo(NamedTuple):
-    """A decoded photograph.
-
-    Attributes:
-        image: RGB, uint8 ``(3, H, W)``.
-        reduced: Whether it was made smaller to fit ``largest_side``.
-    """
+    """A decoded photograph, RGB, uint8 ``(3, H, W)``, and whether it was made smaller to fit ``largest_side``."""
 
     image: Tensor
     reduced: bool
@@ -60,7 +61,7 @@ def load_photo(
     Args:
         file: Its path, or the opened file.
         image_size: Length in px that the longest side is resized to; None keeps the size.
-        largest_side: Without ``image_size``: reduce a photograph whose longest side is longer to this; None does not.
+        largest_side: Without ``image_size``: a photograph whose longest side is longer is reduced to this.
         max_pixels: More are refused, before anything is decoded.
 
     Raises:
@@ -78,20 +79,9 @@ def load_photo(
         raise BadPhotoError(f"cannot be decoded ({why_undecodable(error)})") from None
 
 
-SIDE_OF_LOST_IMAGES = 1024  # px, where the images that tell are gone
-MAX_HEADERS = 5000  # of images, read for the largest size: about a second
-
-
 @dataclass(frozen=True)
 class Match:
-    """A database image that a photo resembles.
-
-    Attributes:
-        row: Of the ground truth's database, for ``Collection.image``.
-        exhibit: What it shows.
-        similarity: Inner product with the photo's descriptor.
-        inliers: Local features that agree about one transform; None without a geometric check.
-    """
+    """A database image that a photo resembles; ``row`` is the ground truth's, ``inliers`` of a geometric check."""
 
     row: int
     exhibit: str
@@ -108,7 +98,7 @@ class Answer:
         log_confidence: As in an evaluation's predictions.
         similarity: Of the nearest image of that exhibit; 0 if none of the neighbours shows it.
         matches: The nearest image of each of the nearest exhibits, most similar first.
-        regions: What the photo and the answer's image have in common, a JPEG; None where nothing is found or asked for.
+        regions: What the photo and the answer's image have in common, a JPEG, where it is found and asked for.
     """
 
     exhibit: str
@@ -119,18 +109,12 @@ class Answer:
 
 
 class Describer:
-    """Describes one photo at a time as the extraction describes images.
-
-    Args:
-        embedder: The model.
-        options: Where it runs and in which precision.
-    """
+    """Describes one photo at a time as the extraction describes images."""
 
     def __init__(self, embedder: Embedder, options: ExtractionOptions) -> None:
-        self.device = torch.device(options.device)
         # Compiling takes a minute, a photo in plain PyTorch less than a second, with the same rows up to rounding.
         engine = "torch" if options.engine == "compile" else options.engine
-        self.module = DescriptorModule(embedder, engine, options.precision).to(self.device).eval()
+        self.module = DescriptorModule(embedder, engine, options.precision).to(options.device).eval()
         self.module.on_predict_start()
 
     def describe(self, image: Tensor) -> np.ndarray:
@@ -139,7 +123,7 @@ class Describer:
         Raises:
             BadPhotoError: If the model makes nothing of it.
         """
-        descriptor = self.module.describe(image[None].to(self.device)).float().cpu().numpy()
+        descriptor = self.module.describe(image[None].to(self.module.device)).float().cpu().numpy()
         if not has_unit_length(descriptor).all():
             raise BadPhotoError("gives a descriptor that is not finite or all zero; take another photo")
         return descriptor
@@ -149,18 +133,7 @@ class Describer:
 class Collection:
     """A museum's exhibits, ready to be recognised.
 
-    Attributes:
-        name: Of the data root.
-        ground_truth: Names the images.
-        exhibits: Name of each label.
-        describer: Makes descriptors of photos.
-        image_size: That images were resized to; None: they kept their size.
-        method: How photos are compared with the database.
-        whitening: Applied to descriptors; None for none.
-        database: As it is searched.
-        k: Number of neighbours.
-        tau: Inverse temperature.
-        check: Geometric check of the best candidates; None for none.
+    ``exhibits`` names each label; ``image_size`` is what images were resized to, None if they kept their size.
     """
 
     name: str
@@ -198,7 +171,7 @@ class Collection:
         """Longest side in px of the images that were described at their own size; None if their size was set.
 
         A photo beyond it is to be reduced to it: no descriptor here was made at such a scale. Of more than
-        ``MAX_HEADERS`` images as many are looked at, evenly spread; missing ones are passed over.
+        ``MAX_HEADERS`` images as many are looked at, evenly spread.
         """
         if self.image_size is not None:
             return None
@@ -208,21 +181,17 @@ class Collection:
             return max(pool.map(_longest_side, chosen)) or SIDE_OF_LOST_IMAGES
 
     def identify(self, photo: str | Path) -> Answer:
-        """Recognise what a photograph's file shows; as ``answer``, whatever its size.
-
-        Raises:
-            UserError: If it cannot be decoded; names it.
-        """
+        """Recognise what a photograph's file shows, whatever its size; a UserError names one that gives no answer."""
         try:
             return self.answer(load_photo(Path(photo), self.image_size, self.largest_side).image)
         except BadPhotoError as error:
             raise UserError(f"{photo}: {error}") from None
 
     def answer(self, image: Tensor, n_matches: int = N_MATCHES, draw: bool = False) -> Answer:
-        """Recognise what a photo shows, as the evaluation does.
+        """Recognise what a photo, uint8 ``(3, H, W)``, shows, as the evaluation does.
 
         Args:
-            image: uint8 ``(3, H, W)``, of the size that ``image_size`` or ``largest_side`` says.
+            image: Of the size that ``image_size`` or ``largest_side`` says.
             n_matches: Exhibits in the answer's matches.
             draw: Draw what the photo and the answer's image have in common, where geometry is checked.
 
@@ -283,3 +252,46 @@ def _longest_side(file: Path) -> int:
             return max(image.size)
     except Exception:  # as in load_image
         return 0
+
+
+def save_searchable(database: Searchable, folder: Path, made_from: str) -> None:
+    """Write the searched rows, what each shows, and an approximate index; what is there already is kept.
+
+    Raises:
+        UserError: If the rows are too few for it to make sense.
+    """
+    check_size(len(database.rows))
+    with contextlib.suppress(UserError):
+        load_searchable(folder, made_from)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in (("rows", database.rows), ("columns", np.stack([database.labels, database.images]))):
+        with replaced_file(folder / f"{name}.npy") as stream:
+            np.save(stream, values)
+    build_approximate(database.rows).save(folder, made_from)
+
+
+def load_searchable(folder: Path, made_from: str) -> Searchable:
+    """Open what ``save_searchable`` wrote; of the rows none is read.
+
+    Raises:
+        UserError: If a file is missing, damaged, or was made from something else; names it.
+    """
+    index = ApproximateIndex.load(folder, folder / "rows.npy", made_from)
+    again = f"delete {folder}, or make the index again"
+    columns = map_array(folder / "columns.npy", again)
+    if columns.shape != (2, len(index.rows)) or columns.dtype != np.int64:
+        raise UserError(f"{folder / 'columns.npy'}: does not belong to {len(index.rows):,} rows; {again}")
+    labels, images = np.array(columns)
+    return Searchable(index.rows, labels, images, index)
+
+
+def digest_of_database(store: DescriptorStore, method: MethodOptions, seed: int, whitening: PCAWhitening | None) -> str:
+    """A digest of all that decides the searched rows: the store, its images, the visits, the whitening."""
+    settings = {
+        "store": store.manifest()["settings"],
+        "files": hashlib.sha256(store.files("database").tobytes()).hexdigest(),
+        "whitening": None if whitening is None else whitening.sha256(),
+        "visits": [method.rows_per_image - 1, method.database_views, seed],
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,7 @@
 """``metilr identify``: which exhibit of a collection each photo shows."""
 
 import base64
+import contextlib
 import importlib.resources
 from collections.abc import Iterator, Sequence
 from json import dumps
@@ -24,42 +25,6 @@ from metilr.files import write_atomically
 from metilr.progress import printable
 from metilr.report.page import jpeg_of, jpeg_thumbnail
 from metilr.retrieval.knn import N_MATCHES
-
-
-def write_page(file: Path, collection: Collection, threshold: Threshold, photos: Sequence[Identified]) -> None:
-    """Write the answers as one page with the pictures in it; names of files and exhibits are escaped."""
-    templates = jinja2.Environment(loader=jinja2.PackageLoader("metilr.collection.serve"), autoescape=True)
-    templates.filters |= {"shown": printable, "data_uri": data_uri}
-    style = importlib.resources.files("metilr.collection.serve") / "static" / "style.css"
-    page = templates.get_template("answers.html").render(
-        collection=collection,
-        threshold=threshold,
-        photos=photos,
-        pictures=_pictures(collection, photos),
-        style=Markup(style.read_text(encoding="utf-8")),
-    )
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, page)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror}); name another file", "page") from None
-
-
-def _pictures(collection: Collection, photos: Sequence[Identified]) -> dict[int, bytes]:
-    rows = {match.row for photo in photos if photo.answer is not None for match in photo.answer.matches}
-    pictures = {}
-    for row in rows:
-        try:
-            pictures[row] = jpeg_thumbnail(collection.image(row))
-        except BadImageError:  # gone since it was described: the page says so in its place
-            continue
-    return pictures
-
-
-def data_uri(picture: bytes) -> str:
-    """A JPEG as an address that holds it."""
-    return "data:image/jpeg;base64," + base64.b64encode(picture).decode()
-
 
 SCHEMA = "metilr.identify/1"
 
@@ -110,7 +75,7 @@ def identify(
     console.print(_head(collection, chosen), soft_wrap=True)
 
     answered = []
-    for photo in _answers(collection, chosen, photos, matches, max_pixels, with_pictures=page is not None):
+    for photo in _answers(collection, chosen, photos, matches, max_pixels, page is not None):
         console.print(_lines(photo, collection), soft_wrap=True)
         answered.append(photo)
     if json:
@@ -123,12 +88,7 @@ def identify(
 
 
 def _answers(
-    collection: Collection,
-    threshold: Threshold,
-    photos: Sequence[Path],
-    n_matches: int,
-    max_pixels: int,
-    with_pictures: bool,
+    collection: Collection, threshold: Threshold, photos: Sequence[Path], n_matches: int, max_pixels: int, draw: bool
 ) -> Iterator[Identified]:
     for named in map(Path, photos):
         try:
@@ -141,12 +101,12 @@ def _answers(
         for file in files:
             try:
                 photo = load_photo(file, collection.image_size, collection.largest_side, max_pixels)
-                answer = collection.answer(photo.image, n_matches, draw=with_pictures)
+                answer = collection.answer(photo.image, n_matches, draw)
             except BadPhotoError as error:
-                hint = ", or raise --max_megapixels" if isinstance(error, TooManyPixelsError) else ""
+                hint = ", or raise max_megapixels" if isinstance(error, TooManyPixelsError) else ""
                 yield Identified(str(file), error=f"{error}{hint}")
                 continue
-            picture = jpeg_of(photo.image) if with_pictures else None
+            picture = jpeg_of(photo.image) if draw else None
             decision = threshold.decide(answer.log_confidence)
             yield Identified(str(file), answer, decision, reduced=photo.reduced, picture=picture)
 
@@ -172,9 +132,8 @@ def _lines(photo: Identified, collection: Collection) -> str:
         f"{escape(printable(photo.detail))} (log {answer.log_confidence:.4g})"
     ]
     if photo.reduced:
-        lines.append(
-            f"  reduced to {collection.largest_side} px, the longest side that the collection was described at"
-        )
+        side = collection.largest_side
+        lines.append(f"  reduced to {side} px, the longest side that the collection was described at")
     width = max(len(match.exhibit) for match in answer.matches)
     for place, match in enumerate(answer.matches, start=1):
         exhibit, path = printable(match.exhibit), printable(collection.path(match.row))
@@ -198,3 +157,27 @@ def _document(collection: Collection, threshold: Threshold, photos: Sequence[Ide
         "threshold": threshold.as_json(),
         "photos": listed,
     }
+
+
+def write_page(file: Path, collection: Collection, threshold: Threshold, photos: Sequence[Identified]) -> None:
+    """Write the answers as one page with the pictures in it; names of files and exhibits are escaped."""
+    pictures = {}
+    for row in {match.row for photo in photos if photo.answer is not None for match in photo.answer.matches}:
+        with contextlib.suppress(BadImageError):  # gone since it was described: the page says so in its place
+            pictures[row] = jpeg_thumbnail(collection.image(row))
+    templates = jinja2.Environment(loader=jinja2.PackageLoader("metilr.collection.serve"), autoescape=True)
+    templates.filters |= {"shown": printable, "data_uri": data_uri}
+    style = (importlib.resources.files("metilr.collection.serve") / "static" / "style.css").read_text(encoding="utf-8")
+    page = templates.get_template("answers.html").render(
+        collection=collection, threshold=threshold, photos=photos, pictures=pictures, style=Markup(style)
+    )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, page)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror}); name another file", "page") from None
+
+
+def data_uri(picture: bytes) -> str:
+    """A JPEG as an address that holds it."""
+    return "data:image/jpeg;base64," + base64.b64encode(picture).decode()

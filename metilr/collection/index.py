@@ -15,6 +15,7 @@ from metilr.errors import UserError
 from metilr.evaluation.options import MethodOptions, without_deleted
 from metilr.evaluation.results import Count, ImageSize, Part, Positive, Text, Vote, read_json, why
 from metilr.extraction.options import ExtractionOptions, Precision
+from metilr.files import write_atomically
 from metilr.models import RANDOM, Engine, ModelOptions, PatchRounding, PoolingName
 
 if TYPE_CHECKING:
@@ -80,10 +81,14 @@ def index(
     console.print(f"[bold]data[/]         {escape(str(catalogue.folder))}: {what}", soft_wrap=True)
     if catalogue.left_aside:
         console.print(f"[bold yellow]note:[/] left aside: {catalogue.left_aside}", soft_wrap=True)
-    model = replace(model, ckpt=_absolute(model.ckpt, "ckpt"), weights=_weights(model.weights))
+    if model.ckpt is not None:
+        model = replace(model, ckpt=_absolute(model.ckpt, "ckpt"))
+    if model.weights is not None and model.weights != RANDOM:
+        model = replace(model, weights=str(_absolute(model.weights, "weights")))
     embedder = build_model(model)
     extraction = replace(extraction, image_size=extraction.image_size or embedder.image_size or IMAGE_SIZE)
-    method = replace(method, tau=USUAL_TAU if method.tau is None else method.tau)
+    tau = method.tau or USUAL_TAU
+    method = replace(method, tau=tau)
     check_method(method, n_images, embedder.dim, n_exhibits)
     if approximate:
         check_size(n_images * method.rows_per_image)
@@ -103,11 +108,11 @@ def index(
     if whitening is not None:
         whitening.save(output / "whitening.npz")
     if approximate:
-        from metilr.collection.approximate import digest_of_database, save_searchable
+        from metilr.collection.collection import digest_of_database, save_searchable
 
         made_from = digest_of_database(store, method, model.seed, whitening)
         save_searchable(build_searchable(opened, ground_truth, method, whitening), output / APPROXIMATE, made_from)
-    Index.of(catalogue, model, extraction, method, k, whitening is not None).save(output)
+    _write(output / "index.json", catalogue, model, extraction, method, Vote(k=k, tau=tau), whitening)
     for note in _notes(embedder, method, whitening, n_images - int(is_valid.sum())):
         console.print(f"[bold yellow]note:[/] {escape(note)}", soft_wrap=True)
     where = escape(str(output))
@@ -128,19 +133,13 @@ def _check(folder: Path, output: Path, method: MethodOptions, approximate: bool)
         raise UserError("has no effect on an index; leave it out", "search_device")
 
 
-def _absolute(path: Path | str | None, name: str) -> Path | None:
+def _absolute(path: Path | str, name: str) -> Path:
     """A path that is right from any folder, in which an index may be used."""
-    if path is None:
-        return None
     try:
         str(path).encode()
     except UnicodeEncodeError:
         raise UserError(f"{path}: its name is not UTF-8, which an index cannot hold; rename it", name) from None
     return Path(path).absolute()
-
-
-def _weights(weights: str | None) -> str | None:
-    return weights if weights in (None, RANDOM) else str(_absolute(weights, "weights"))
 
 
 def _notes(embedder: Embedder, method: MethodOptions, whitening: PCAWhitening | None, n_skipped: int) -> list[str]:
@@ -159,6 +158,38 @@ def _notes(embedder: Embedder, method: MethodOptions, whitening: PCAWhitening | 
     if n_skipped:
         notes.append(f"{n_skipped:,} images are missing or cannot be decoded and were left out")
     return notes
+
+
+def _write(
+    file: Path,
+    catalogue: Catalogue,
+    model: ModelOptions,
+    extraction: ExtractionOptions,
+    method: MethodOptions,
+    vote: Vote,
+    whitening: PCAWhitening | None,
+) -> None:
+    """Write ``index.json``: the last of an index's files."""
+    from metilr.provenance import library_versions
+
+    entry = {**asdict(model), "precision": str(extraction.precision), "engine": extraction.engine}
+    made = Index(
+        schema="metilr.index/2",
+        folder=str(catalogue.folder),
+        images=[Image(path=path, exhibit=name) for path, name in zip(catalogue.paths, catalogue.exhibits, strict=True)],
+        model=Model(**{**entry, "ckpt": None if model.ckpt is None else str(model.ckpt)}),
+        image_size=extraction.image_size,
+        whitening=whitening is not None,
+        elements=Elements(
+            visits=method.n_visits,
+            database_views=method.database_views,
+            query_crops=list(method.query_crops),
+            seed=model.seed,
+        ),
+        knn=vote,
+        versions=dict(library_versions()),
+    )
+    write_atomically(file, json.dumps(made.model_dump(by_alias=True), indent=1) + "\n")
 
 
 class Image(Part):
@@ -222,49 +253,8 @@ class Index(Part):
     versions: dict[str, Any]
 
     @classmethod
-    def of(
-        cls,
-        catalogue: Catalogue,
-        model: ModelOptions,
-        extraction: ExtractionOptions,
-        method: MethodOptions,
-        k: int,
-        is_whitened: bool,
-    ) -> Index:
-        """Put together what an index says of itself."""
-        from metilr.provenance import library_versions
-
-        of_model = {**asdict(model), "precision": str(extraction.precision), "engine": extraction.engine}
-        of_model |= {"ckpt": None if model.ckpt is None else str(model.ckpt)}
-        return cls(
-            schema="metilr.index/2",
-            folder=str(catalogue.folder),
-            images=[
-                Image(path=path, exhibit=exhibit)
-                for path, exhibit in zip(catalogue.paths, catalogue.exhibits, strict=True)
-            ],
-            model=Model(**of_model),
-            image_size=extraction.image_size,
-            whitening=is_whitened,
-            elements=Elements(
-                visits=method.n_visits,
-                database_views=method.database_views,
-                query_crops=list(method.query_crops),
-                seed=model.seed,
-            ),
-            knn=Vote(k=k, tau=method.tau or USUAL_TAU),
-            versions=dict(library_versions()),
-        )
-
-    def save(self, path: Path) -> None:
-        """Write ``index.json`` into the index's folder: the last of its files."""
-        from metilr.files import write_atomically
-
-        write_atomically(path / "index.json", json.dumps(self.model_dump(by_alias=True), indent=1) + "\n")
-
-    @classmethod
     def load(cls, path: Path) -> Index:
-        """Read what ``save`` wrote.
+        """Read ``index.json`` of a folder.
 
         Raises:
             UserError: If the folder holds no index, or one of another schema.

@@ -1,13 +1,13 @@
 """Collections from what earlier commands wrote: the folder of an evaluation, or an index."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metilr.collection.approximate import digest_of_database, load_searchable
-from metilr.collection.collection import Collection, Describer
+from metilr.collection.collection import Collection, Describer, digest_of_database, load_searchable
 from metilr.collection.index import APPROXIMATE, Index, index
 from metilr.collection.threshold import Threshold, choose_threshold
 from metilr.data.decode import MAX_MEGAPIXELS, limit_images
@@ -17,7 +17,7 @@ from metilr.demo import DEMO
 from metilr.errors import UserError
 from metilr.evaluation.database import build_searchable, views_of
 from metilr.evaluation.options import MethodOptions, method_of_elements
-from metilr.evaluation.results import MIN_PRECISION
+from metilr.evaluation.results import MIN_PRECISION, Vote
 from metilr.evaluation.runs import RUNS, Run, read_run
 from metilr.extraction.describe import store_settings
 from metilr.extraction.descriptors import open_descriptors
@@ -48,10 +48,10 @@ def open_with_threshold(
     """
     if (run is None) == (store is None):
         raise UserError("give either run (a folder of metilr evaluate) or store (one of metilr index)")
-    if run is None:
-        assert store is not None
+    if store is not None:
         chosen = choose_threshold(None, threshold, min_precision)
         return collection_of_index(Path(store), ckpt, accelerator), chosen
+    assert run is not None
     finished = read_run(Path(run))
     chosen = choose_threshold(finished, threshold, min_precision)
     return collection_of_run(finished, ckpt, accelerator), chosen
@@ -94,27 +94,23 @@ def collection_of_index(path: Path, ckpt: Path | None = None, accelerator: Accel
     """
     index = Index.load(path)
     limit_images(MAX_MEGAPIXELS)
-    options = index.model_options
+    model = index.model_options
     if ckpt is not None:
-        options = ModelOptions(ckpt=ckpt, scales=options.scales, seed=options.seed)
-    approximate = path / APPROXIMATE
+        model = ModelOptions(ckpt=ckpt, scales=model.scales, seed=model.seed)
+    catalogue, approximate = index.catalogue, path / APPROXIMATE
     return _assemble(
-        index.catalogue.folder.name,
-        index.catalogue.ground_truth(),
-        index.catalogue.names,
+        catalogue.folder.name,
+        catalogue.ground_truth(),
+        catalogue.names,
         DescriptorStore(path / "store"),
-        build_model(options),
+        build_model(model),
         ExtractionOptions(
-            index.image_size,
-            accelerator=accelerator,
-            precision=index.model.precision,
-            engine=index.model.engine,
+            index.image_size, accelerator=accelerator, precision=index.model.precision, engine=index.model.engine
         ),
         index.method,
-        options.seed,
+        model.seed,
         PCAWhitening.load(path / "whitening.npz") if index.whitening else None,
-        index.knn.k,
-        index.knn.tau,
+        index.knn,
         approximate=approximate if approximate.exists() else None,
     )
 
@@ -129,18 +125,13 @@ def _assemble(
     method: MethodOptions,
     seed: int,
     whitening: PCAWhitening | None,
-    k: int,
-    tau: float,
+    vote: Vote,
     check: GeometricCheck | None = None,
     approximate: Path | None = None,
 ) -> Collection:
     """Put a collection together from a finished store, refusing a model that did not make it.
 
     ``approximate`` is the folder with the database as it is searched and its index; without it that is made now.
-
-    Raises:
-        UserError: If the store is missing or unfinished, or other settings made it, or ``approximate`` does not belong
-            to it.
     """
     wanted = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
     refuse_another_model(store.path, store.manifest()["settings"], wanted)
@@ -150,29 +141,13 @@ def _assemble(
         database = build_searchable(opened, ground_truth, method, whitening)
     else:
         database = load_searchable(approximate, digest_of_database(store, method, seed, whitening))
-    return Collection(
-        name=name,
-        ground_truth=ground_truth,
-        exhibits=exhibits,
-        describer=Describer(embedder, options),
-        image_size=options.image_size,
-        method=method,
-        whitening=whitening,
-        database=database,
-        k=k,
-        tau=tau,
-        check=check,
-    )
+    describer, size, (k, tau) = Describer(embedder, options), options.image_size, (vote.k, vote.tau)
+    return Collection(name, ground_truth, exhibits, describer, size, method, whitening, database, k, tau, check)
 
 
 def refuse_another_model(path: Path, found: dict[str, object], wanted: dict[str, object]) -> None:
-    """Refuse to compare descriptors that were made differently.
-
-    Raises:
-        UserError: If the settings differ; names how.
-    """
-    differing = differing_settings(found, wanted)
-    if differing:
+    """Refuse to compare descriptors that were made differently; the error names the differing settings."""
+    if differing := differing_settings(found, wanted):
         raise UserError(
             f"{path}: was made by another model or from other images than photos would be compared by "
             f"({'; '.join(differing[:3])}); give the ckpt that made it, or make it again"
@@ -196,12 +171,12 @@ def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerat
     if ground_truth.fingerprint() != results.data.fingerprint:
         raise UserError(f"{ground_truth.root}/ground_truth: changed since the evaluation {run.path}; evaluate again")
 
-    try:
+    with _named(f"{run.path}: was described with"):
         options = ExtractionOptions(
             model.image_size, accelerator=accelerator, precision=model.precision, engine=model.engine
         )
-    except UserError as error:
-        raise UserError(f"{run.path}: was described with {error}") from None
+    with _named(f"{run.path}: was evaluated with"):  # a run older than ``elements`` had none on
+        method = method_of_elements(results.elements.recorded() if results.elements else {})
     embedder = embedder_of_run(run, ckpt)
     wanted = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
     recorded = model.recorded()
@@ -213,11 +188,10 @@ def collection_of_run(run: Run, ckpt: Path | None = None, accelerator: Accelerat
         DescriptorStore(_found(run, "store", Path(model.store))),
         embedder,
         options,
-        _method(run),
+        method,
         config["seed"],
         whitening_of_run(run),
-        results.knn.k,
-        results.knn.tau,
+        results.knn,
         _check(run, embedder, options),
     )
 
@@ -240,18 +214,17 @@ def embedder_of_run(run: Run, ckpt: Path | None) -> Embedder:
     options = {name: config[name] for name in _OF_THE_MODEL}
     if options["weights"] not in (None, RANDOM):
         options["weights"] = str(_found(run, "weights", Path(options["weights"])))
-    try:
+    with _named(f"{run.path}: was described with"):
         return build_embedder(**options, scales=scales)
-    except UserError as error:
-        raise UserError(f"{run.path}: was described with {error}") from None
 
 
-def _method(run: Run) -> MethodOptions:
-    """How the run compared descriptors; a run older than ``elements`` had none on."""
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Begin a refusal with what it is about."""
     try:
-        return method_of_elements(run.results.elements.recorded() if run.results.elements else {})
+        yield
     except UserError as error:
-        raise UserError(f"{run.path}: was evaluated with {error}") from None
+        raise UserError(f"{what} {error}") from None
 
 
 def _check(run: Run, embedder: Embedder, options: ExtractionOptions) -> GeometricCheck | None:

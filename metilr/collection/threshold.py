@@ -15,12 +15,10 @@ Decision = Literal["exhibit", "not in the collection", "undecided"]
 
 @dataclass(frozen=True)
 class Threshold:
-    """Least log-confidence to name an exhibit, and where it comes from.
+    """Least log-confidence to name an exhibit: None where there is none, and then nothing is decided.
 
-    Attributes:
-        log_confidence: None where there is none: then nothing is decided.
-        origin: Where it comes from, or why there is none, in words.
-        figures: What it gives on the val queries that it was chosen on: precision, recall, n_queries; else None.
+    ``origin`` says in words where it comes from, or why there is none; ``figures`` what it gives on the val queries
+    that it was chosen on.
     """
 
     log_confidence: float | None
@@ -47,12 +45,9 @@ class Threshold:
 
 
 def choose_threshold(run: Run | None, threshold: float | None, min_precision: float = MIN_PRECISION) -> Threshold:
-    """Take the threshold that was given, or the lowest one that is precise enough on val of a run.
+    """Take the log-confidence that was given, or the lowest one that is precise enough on val of a run.
 
-    Args:
-        run: Its val answers are looked at; None for an index, which has no val.
-        threshold: A log-confidence, given by hand.
-        min_precision: Least share of right answers among those accepted.
+    An index, without a ``run``, has no val; ``min_precision`` is the least share of right answers among those accepted.
 
     Raises:
         UserError: If a number is out of range or would have no effect.
@@ -87,15 +82,10 @@ def choose_threshold(run: Run | None, threshold: float | None, min_precision: fl
 
 @dataclass(frozen=True)
 class Identified:
-    """One photo's answer, or why there is none.
+    """One photo's answer, or the ``error`` why there is none.
 
-    Attributes:
-        name: As the user named it.
-        answer: None where it could not be read.
-        decision: What the answer comes to.
-        error: Why it could not be read.
-        reduced: Whether it was larger than what was described of the collection, and made smaller.
-        picture: A small JPEG, where pictures were asked for.
+    ``reduced`` says whether it was larger than what was described of the collection, and made smaller; ``picture`` is a
+    small JPEG, where pictures were asked for.
     """
 
     name: str

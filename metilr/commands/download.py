@@ -59,7 +59,10 @@ def download(
     Raises:
         UserError: If an archive cannot be had or is not what it should be, or the disk is too small.
     """
-    chosen = _chosen(queries, mini, full)
+    sets: dict[DataSet, bool] = {"queries": queries, "mini": mini or not (queries or full), "full": full}
+    chosen, *others = [name for name, wanted in sets.items() if wanted]
+    if others:
+        raise UserError(f"and {others[0]} exclude each other; choose one", chosen)
     base = OFFICIAL if mirror is None else mirror if mirror.endswith("/") else mirror + "/"
     if not base.startswith(("http://", "https://")):
         raise UserError(f"{mirror}: must be an address such as http://host/folder/", "mirror")
@@ -81,7 +84,13 @@ def download(
                 Obtaining(root, base, records, progress).obtain_all(pending)
         found = check(root, PARTS_OF[chosen], quiet=quiet)
         print_verification(console, found)
-        _note_other_counts(console, found)
+        for part, paths in found.paths.items():
+            if len(paths) != PUBLISHED_IMAGES[part]:
+                console.print(
+                    f"[bold yellow]note:[/] {FILES[part]} names {len(paths):,} images, {PUBLISHED_IMAGES[part]:,} were "
+                    "published: figures measured on it are not comparable",
+                    soft_wrap=True,
+                )
         if found.faults:
             _unpack_again(root, records, found, chosen)
             console.print("the same command unpacks these again")
@@ -110,24 +119,20 @@ class Records:
         self.file, self._lock = file, threading.Lock()
         self._type = pydantic.TypeAdapter(dict[str, Record])
         try:
-            self._records = self._type.validate_json(file.read_bytes()) if file.exists() else {}
+            self.of = self._type.validate_json(file.read_bytes()) if file.exists() else {}
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: not readable ({one_line(error)}); delete it, then all is checked anew") from None
 
-    def get(self, name: str) -> Record | None:
-        """The record of an archive; None if there is none."""
-        return self._records.get(name)
-
     def is_done(self, archive: Archive) -> bool:
         """Whether an archive is unpacked, all of it, and was the published one."""
-        record = self.get(archive.name)
+        record = self.of.get(archive.name)
         return record is not None and record.unpacked == ALL and archive.sha256 in (None, record.sha256)
 
     def put(self, name: str, record: Record) -> None:
         """Write the record of an archive."""
         with self._lock:
-            self._records[name] = record
-            write_atomically(self.file, self._type.dump_json(self._records, indent=1).decode() + "\n")
+            self.of[name] = record
+            write_atomically(self.file, self._type.dump_json(self.of, indent=1).decode() + "\n")
 
 
 class _Stopped(Exception):
@@ -208,7 +213,7 @@ class Obtaining:
 
     def _checked(self, archive: Archive, path: Path, url: str, digest: str) -> Record:
         """Refuse what is not the published archive or not the one that was here before; record a new one."""
-        record = self.records.get(archive.name)
+        record = self.records.of.get(archive.name)
         if archive.sha256 not in (None, digest):
             raise UserError(
                 f"{path}: its sha256 is {digest}, the published archive's {archive.sha256}; delete it, and the same "
@@ -224,14 +229,6 @@ class Obtaining:
                 f"download it again, or, if the publisher has changed it, its entry in {self.records.file}"
             )
         return record
-
-
-def _chosen(queries: bool, mini: bool, full: bool) -> DataSet:
-    sets: dict[DataSet, bool] = {"queries": queries, "mini": mini, "full": full}
-    chosen = [name for name, wanted in sets.items() if wanted]
-    if len(chosen) > 1:
-        raise UserError(f"and {chosen[1]} exclude each other; choose one", chosen[0])
-    return chosen[0] if chosen else "mini"
 
 
 def _require_space(archives: Sequence[Archive], root: Path, folder: Path, base: str) -> str:
@@ -258,21 +255,11 @@ def _require_space(archives: Sequence[Archive], root: Path, folder: Path, base: 
     return need
 
 
-def _note_other_counts(console: Console, found: Verification) -> None:
-    for part, paths in found.paths.items():
-        if len(paths) != PUBLISHED_IMAGES[part]:
-            console.print(
-                f"[bold yellow]note:[/] {FILES[part]} names {len(paths):,} images, {PUBLISHED_IMAGES[part]:,} were "
-                "published: figures measured on it are not comparable",
-                soft_wrap=True,
-            )
-
-
 def _unpack_again(root: Path, records: Records, found: Verification, chosen: DataSet) -> None:
     """Remove what is broken, and have the archives unpacked anew from which something is missing or broken."""
     for path in found.faults:
         (root / "images" / path).unlink(missing_ok=True)
     for archive in ARCHIVES[chosen]:
-        folder, record = archive.folder.removeprefix("images/") + "/", records.get(archive.name)
+        folder, record = archive.folder.removeprefix("images/") + "/", records.of.get(archive.name)
         if record is not None and any(path.startswith(folder) for path in found.faults):
             records.put(archive.name, record.model_copy(update={"unpacked": 0}))

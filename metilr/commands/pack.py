@@ -31,13 +31,13 @@ def pack(run: Path, output: Path) -> None:
     """
     output = Path(output)
     if output.suffix != CHECKPOINT:
-        raise UserError(f"{output}: name a file that ends in {CHECKPOINT}")
+        raise UserError(f"{output}: name a file that ends in {CHECKPOINT}", "output")
     if output.exists():
-        raise UserError(f"{output}: is there already; name another file, or delete it")
+        raise UserError(f"{output}: is there already; name another file, or delete it", "output")
     finished = read_run(Path(run))
     model = finished.results.model
     if finished.config.get("descriptors") or model.store is None:
-        raise UserError(f"{run}: was made from --descriptors, so it has no model; evaluate with --root")
+        raise UserError(f"{run}: was made from descriptors, so it has no model; evaluate from a root")
     whitening = whitening_of_run(finished)
     if whitening is None:
         raise UserError(f"{run}: was evaluated without whitening; its checkpoint, if it has one, is all there is")

@@ -41,11 +41,8 @@ KEPT_OF_ERRORS = 1 << 16  # bytes at the end of a failed row's stderr
 class Row:
     """One evaluation of a sweep.
 
-    Attributes:
-        name: Of its folder, and in tables.
-        folder: Where it writes.
-        arguments: Of ``metilr evaluate``, without ``--output``.
-        options: The same as resolved, as ``config.yaml`` keeps them.
+    ``arguments`` are those of ``metilr evaluate``, without the folder that it writes; ``options`` the same as resolved,
+    as ``config.yaml`` keeps them.
     """
 
     name: str
@@ -111,9 +108,14 @@ def sweep(
         outcomes[row.name] = outcome, reason
 
     console.rule("sweep", align="left")
-    if any(row.is_finished for row in rows):
-        compare([row.folder for row in rows if row.is_finished], output)
-    _print_outcomes(console, outcomes)
+    if folders := [row.folder for row in rows if row.is_finished]:
+        compare(folders, output)
+    table = Table("row", "outcome", "reason", title="rows of the sweep", title_justify="left")
+    for column in table.columns:
+        column.overflow = "fold"
+    for name, (outcome, reason) in outcomes.items():
+        table.add_row(escape(name), f"{'[bold red]' if reason else '[green]'}{outcome}[/]", escape(reason or ""))
+    console.print(table)
     failed = {name: reason for name, (_, reason) in outcomes.items() if reason}
     if failed:
         raise UserError(
@@ -139,13 +141,13 @@ def plan_rows(
     """
     shared = _shared_options(root, database, options)
     if vary is None and values:
-        raise UserError("--values: has no effect without --vary; name the option to vary, or leave it out")
+        raise UserError("has no effect without vary; name the option to vary, or leave it out", "values")
     if vary is not None:
-        _check_option("--vary", vary)
+        _check_option("vary", vary)
         if not values:
-            raise UserError(f"--vary {vary}: needs its values, as --values A B C")
+            raise UserError(f"{vary}: needs its values", "vary")
         if vary in shared:
-            raise UserError(f"--vary {vary}: is set for all rows as well; leave one of the two out")
+            raise UserError(f"{vary}: is set for all rows as well; leave one of the two out", "vary")
     varied = [{}] if vary is None else [{vary: value} for value in values]
     rows: dict[str, Row] = {}
     for config in configs:
@@ -163,15 +165,14 @@ def plan_rows(
 
 
 def _shared_options(root: Path | None, database: str | None, options: Sequence[str]) -> dict[str, str]:
-    shared = {"root": root, "database": database}
-    found = {name: str(value) for name, value in shared.items() if value is not None}
+    found = {name: str(value) for name, value in (("root", root), ("database", database)) if value is not None}
     for option in options:
         name, equals, value = option.partition("=")
         if not equals:
-            raise UserError(f"--options {option}: write it as NAME=VALUE, such as accelerator=cpu")
-        _check_option("--options", name)
+            raise UserError(f"{option}: write it as NAME=VALUE, such as accelerator=cpu", "options")
+        _check_option("options", name)
         if name in found:
-            raise UserError(f"--options {option}: {name} is set already; leave one of the two out")
+            raise UserError(f"{option}: {name} is set already; leave one of the two out", "options")
         found[name] = value
     return found
 
@@ -182,14 +183,13 @@ def _written(option: str, value: str) -> list[str]:
     return [f"--{option}", *value[1:-1].replace(",", " ").split()] if is_list else [f"--{option}={value}"]
 
 
-def _check_option(where: str, name: str) -> None:
+def _check_option(parameter: str, name: str) -> None:
     known = set(flat_defaults(evaluate)) - {"output"}
     if name == "output":
-        raise UserError(f"{where} output: every row has a folder of its own; leave it out")
+        raise UserError("output: every row has a folder of its own; leave it out", parameter)
     if name not in known:
-        raise UserError(
-            f"{where} {name}: metilr evaluate has no such option{did_you_mean(name, known)}; its --help lists them"
-        )
+        hint = did_you_mean(name, known)
+        raise UserError(f"{name}: metilr evaluate has no such option{hint}; its help lists them", parameter)
 
 
 def _refuse_other_options(row: Row) -> None:
@@ -200,7 +200,7 @@ def _refuse_other_options(row: Row) -> None:
         if name not in CHANGE_NO_FIGURE and before[name] != value:
             raise UserError(
                 f"{row.folder}: was made with {name} {before[name]}, and is now to have {value}; "
-                "name another --output, or delete it"
+                "name another output, or delete it"
             )
 
 
@@ -215,16 +215,15 @@ def _run(row: Row) -> str | None:
         return None
     printed = bytes(errors[-KEPT_OF_ERRORS:]).decode(errors="replace")
     reason = _reason(process.returncode, printed)
-    write_atomically(record, f"{reason}\n\n{shlex.join(_as_typed(row))}\n\n{printed}")
+    write_atomically(
+        record,
+        f"{reason}\n\n{shlex.join(['metilr', 'evaluate', *row.arguments, '--output', str(row.folder)])}\n\n{printed}",
+    )
     return reason
 
 
 def _command(row: Row) -> list[str]:
-    return [sys.executable, "-m", *_as_typed(row)]
-
-
-def _as_typed(row: Row) -> list[str]:
-    return ["metilr", "evaluate", *row.arguments, "--output", str(row.folder)]
+    return [sys.executable, "-m", "metilr", "evaluate", *row.arguments, "--output", str(row.folder)]
 
 
 @contextlib.contextmanager
@@ -266,13 +265,3 @@ def _reason(code: int, printed: str) -> str:
         return f"ended by {signal.Signals(-code).name}{hint}"
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
     return lines[-1].removeprefix("metilr evaluate: error: ") if lines else f"ended with status {code} and said nothing"
-
-
-def _print_outcomes(console: Console, outcomes: Mapping[str, tuple[str, str | None]]) -> None:
-    table = Table(title="rows of the sweep", title_justify="left")
-    for column in ("row", "outcome", "reason"):
-        table.add_column(column, overflow="fold")
-    for name, (outcome, reason) in outcomes.items():
-        style = "[bold red]" if reason else "[green]"
-        table.add_row(escape(name), f"{style}{outcome}[/]", escape(reason or ""))
-    console.print(table)

@@ -47,10 +47,9 @@ def official_file(spec: BackboneSpec) -> Path:
     """
     if spec.package is not None:
         module, name, install = spec.package
-        found = importlib.util.find_spec(module)
-        if found is None or found.origin is None:
+        if (found := importlib.util.find_spec(module)) is None:
             raise UserError(f"the package {module} is not installed; run: {install}")
-        path = Path(found.origin).parent / name
+        path = Path(str(found.origin)).parent / name
         if not path.is_file() or file_sha256(path) != spec.sha256:
             raise UserError(f"{path}: missing or not the published file; reinstall it: {install} --force-reinstall")
         return path

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from metilr.cli import main
-from metilr.collection.collection import load_photo
+from metilr.collection.collection import Collection, load_photo
 from metilr.collection.open_collection import open_with_threshold
 from metilr.data.decode import load_image
 from metilr.errors import UserError
@@ -70,8 +70,8 @@ def change_config(run: Path, **options: object) -> None:
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **options}))
 
 
-def answers_of(run: Path, split: str):
-    """What a collection answers to the queries of a split, beside what the evaluation answered."""
+def same_answers(run: Path, split: str, tolerance: float = 1e-4) -> Collection:
+    """A collection, which answers the queries of a split as the evaluation did."""
     collection, _ = open_with_threshold(run, None, accelerator="cpu")
     expected = read_run(run).answers[split]
     answers = []
@@ -79,37 +79,27 @@ def answers_of(run: Path, split: str):
         photo = load_photo(collection.ground_truth.image(path), collection.image_size, collection.largest_side)
         assert not photo.reduced
         answers.append(collection.answer(photo.image))
-    return answers, expected
+    assert [answer.exhibit for answer in answers] == [str(id_) for id_ in expected.predicted_ids]
+    confidences = [answer.log_confidence for answer in answers]
+    np.testing.assert_allclose(confidences, expected.log_confidence, rtol=tolerance, atol=tolerance)
+    return collection
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_known_queries_give_the_evaluation_s_answers(run, split):
-    answers, expected = answers_of(run, split)
-    assert [answer.exhibit for answer in answers] == [str(id_) for id_ in expected.predicted_ids]
-    np.testing.assert_allclose([a.log_confidence for a in answers], expected.log_confidence, rtol=1e-4, atol=1e-4)
+    same_answers(run, split)
 
 
 def test_answers_are_the_evaluation_s_by_openvino(museum, tmp_path):
-    options = {
-        "engine": "openvino",
-        "image_size": 160,
-    }  # larger images than the museum's: small ones are left to PyTorch
+    options = {"engine": "openvino", "image_size": 160}  # small images, as the museum's, are left to PyTorch
     evaluate(museum, store=tmp_path / "store", output=tmp_path / "run", **UNTRAINED, **options)
-    collection, _ = open_with_threshold(tmp_path / "run", None, accelerator="cpu")
-    assert collection.describer.module.embedder.engine is not None
-    answers, expected = answers_of(tmp_path / "run", "test")
-    assert [answer.exhibit for answer in answers] == [str(id_) for id_ in expected.predicted_ids]
-    np.testing.assert_allclose([a.log_confidence for a in answers], expected.log_confidence, rtol=1e-3, atol=1e-3)
+    assert same_answers(tmp_path / "run", "test", 1e-3).describer.module.embedder.engine is not None
 
 
 def test_answers_are_the_evaluation_s_with_all_elements(museum, run, tmp_path):
-    elements = {
-        "whitening": "learned", "visits": 2, "database_views": "rows", "query_crops": [0.8, 0.5],
-    }  # fmt: skip
+    elements = {"whitening": "learned", "visits": 2, "database_views": "rows", "query_crops": [0.8, 0.5]}
     evaluate(museum, store=museum.parent / "store", output=tmp_path / "run", **UNTRAINED, **elements)
-    answers, expected = answers_of(tmp_path / "run", "test")
-    assert [answer.exhibit for answer in answers] == [str(id_) for id_ in expected.predicted_ids]
-    np.testing.assert_allclose([a.log_confidence for a in answers], expected.log_confidence, rtol=1e-4, atol=1e-4)
+    same_answers(tmp_path / "run", "test")
 
 
 @pytest.mark.parametrize("reorder", [False, True])
@@ -117,10 +107,7 @@ def test_answers_are_the_evaluation_s_with_a_geometric_check(museum, tmp_path, m
     monkeypatch.chdir(tmp_path)
     elements = {"query_crops": [0.7], "geometric_check": 4, "geometric_reorder": reorder}
     evaluate(museum, store=tmp_path / "store", output=tmp_path / "run", **UNTRAINED, **elements)
-    answers, expected = answers_of(tmp_path / "run", "test")
-    assert [answer.exhibit for answer in answers] == [str(id_) for id_ in expected.predicted_ids]
-    np.testing.assert_allclose([a.log_confidence for a in answers], expected.log_confidence, rtol=1e-4, atol=1e-4)
-    collection, _ = open_with_threshold(tmp_path / "run", None, accelerator="cpu")
+    collection = same_answers(tmp_path / "run", "test")
     assert collection.check is not None and collection.check.candidates == 4
     itself = collection.answer(load_image(collection.image(3)), n_matches=2, draw=True)
     assert itself.matches[0].row == 3 and itself.matches[0].inliers > 20 and len(itself.matches) == 2
@@ -344,11 +331,8 @@ def test_real_photographs(tmp_path):
         (tmp_path / "museum" / "ground_truth" / f"{name}.json").write_text(json.dumps(content))
     evaluate(tmp_path / "museum", scales=[0.5], store=tmp_path / "store", output=tmp_path / "run", **OPTIONS)
 
-    for split in ("val", "test"):
-        answers, expected = answers_of(tmp_path / "run", split)
-        assert [answer.exhibit for answer in answers] == [str(id_) for id_ in expected.predicted_ids]
-        np.testing.assert_allclose([a.log_confidence for a in answers], expected.log_confidence, rtol=1e-4, atol=1e-5)
-    collection, _ = open_with_threshold(tmp_path / "run", None, accelerator="cpu")
+    same_answers(tmp_path / "run", "val")
+    collection = same_answers(tmp_path / "run", "test")
     for row in range(0, 40, 4):
         best = collection.answer(load_photo(collection.image(row)).image).matches[0]
         assert best.row == row and best.similarity == pytest.approx(1, abs=1e-4)

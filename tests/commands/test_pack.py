@@ -51,7 +51,7 @@ def test_what_cannot_be_packed_is_refused_in_one_line(museum, capsys):
     evaluate(museum, output=Path("plain"), store=Path("store"), whitening="none", **UNTRAINED)
     assert "evaluated without whitening" in failure(capsys, "pack", "plain", "a.ckpt")
     evaluate(museum, output=Path("descriptors"), descriptors=[Path("store")], report=False)
-    assert "made from --descriptors" in failure(capsys, "pack", "descriptors", "a.ckpt")
+    assert "made from descriptors" in failure(capsys, "pack", "descriptors", "a.ckpt")
     assert "ends in .ckpt" in failure(capsys, "pack", "plain", "a.npz")
     Path("a.ckpt").touch()
     assert "is there already" in failure(capsys, "pack", "plain", "a.ckpt")

@@ -14,7 +14,7 @@ PROPERTIES = settings(
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=200 * TIMES,
+    max_examples=80 * TIMES,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 DEEP: Any = 1

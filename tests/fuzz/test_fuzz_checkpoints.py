@@ -10,8 +10,6 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from metilr.evaluation.database import load_whitening
 from metilr.models.backbone import backbone_shapes
@@ -20,7 +18,7 @@ from metilr.models.embedder import Embedder, build_embedder
 from metilr.models.weights import read_state_dict
 from metilr.retrieval.whitening import PCAWhitening
 from tests.fuzz.guard import refusal
-from tests.fuzz.mutations import PROPERTIES, SHARED, cases, each_replaced, mutated, mutated_value
+from tests.fuzz.mutations import SHARED, cases, each_replaced, mutated, mutated_value
 
 STATE = {"module.a.weight": torch.arange(6.0).reshape(2, 3), "module.b": torch.tensor([1], dtype=torch.int64)}
 TOKENS = (
@@ -78,18 +76,18 @@ def test_changed_weights_files(tmp_path, form):
     contents = [saved(STATE, **options), saved(hostile, **options), saved({"state_dict": STATE}, **options)]
     if form == "bare pickle":
         contents = [pickle.dumps(content, 2) for content in (hostile, {"a": Program(f"touch {canary}")})]
-    for rng in cases(250):
+    for rng in cases(125):
         content = rng.choice(contents)
         file.write_bytes(with_pickle(content, rng) if form == "zip's pickle" else mutated(content, rng, TOKENS))
         n_read += not read_weights(file)
         with refusal(file):
             assert isinstance(read_checkpoint(file)["state_dict"], dict)
-    assert not canary.exists() and (n_read > 5 or form == "bare pickle")
+    assert not canary.exists() and (n_read or form == "bare pickle")
 
 
 def test_changed_safetensors(tmp_path):
     file, whole, n_read = tmp_path / "w.safetensors", safetensors.torch.save(STATE), 0
-    for rng in cases(700):
+    for rng in cases(350):
         head = int.from_bytes(whole[:8], "little") + 8
         file.write_bytes(mutated(whole[:head], rng, SAFE_TOKENS) + whole[head:])
         n_read += not read_weights(file)
@@ -115,7 +113,7 @@ def tiny_checkpoint():
 def test_changed_entries_of_checkpoints(tmp_path):
     file, whole, n_read = tmp_path / "a.ckpt", tiny_checkpoint(), 0
     whole["metilr"]["model"]["scales"] = [*whole["metilr"]["model"]["scales"]]
-    for rng in cases(150):
+    for rng in cases(75):
         torch.save({**whole, "metilr": mutated_value(whole["metilr"], rng)}, file)
         with refusal(file) as said:
             embedder = load_embedder(file)
@@ -125,31 +123,6 @@ def test_changed_entries_of_checkpoints(tmp_path):
             assert embedder.mean.numel() == embedder.std.numel() == 3 and (embedder.std > 0).all()
         n_read += not said
     assert n_read > 5
-
-
-@settings(PROPERTIES, max_examples=8)  # a network is built for each
-@given(
-    scales=st.lists(st.floats(1e-3, 8), min_size=1, max_size=4),
-    p=st.floats(0.1, 10),
-    image_size=st.none() | st.integers(1, 16_384),
-    mean=st.tuples(*[st.floats(-9, 9)] * 3),
-    std=st.tuples(*[st.floats(1e-3, 9)] * 3),
-    licence=st.none() | st.text(max_size=9),
-)
-def test_whatever_is_written_is_read_again(tmp_path, scales, p, image_size, mean, std, licence):
-    file, whole = tmp_path / "a.ckpt", tiny_checkpoint()
-    whole["metilr"]["model"] |= {"scales": scales, "p": p, "image_size": image_size, "mean": mean, "std": std}
-    whole["metilr"]["provenance"]["licence"] = licence
-    torch.save(whole, file)
-    with refusal(file) as said:
-        embedder = load_embedder(file)
-        assert embedder.image_size == image_size and list(embedder.scales) == scales
-        assert (embedder.backbone.mean, embedder.backbone.std) == (mean, std)
-        assert embedder.backbone.provenance.licence == licence
-        state = embedder.state_dict()
-        for name, value in whole["state_dict"].items():
-            assert torch.equal(state[name.removeprefix("embedder.")], value)
-    assert not said
 
 
 def test_entries_whose_parts_share_their_parts(tmp_path):
@@ -164,7 +137,7 @@ def test_entries_whose_parts_share_their_parts(tmp_path):
 
 def test_changed_tensors_of_checkpoints(tmp_path):
     file, whole = tmp_path / "a.ckpt", tiny_checkpoint()
-    for rng in cases(60):
+    for rng in cases(30):
         state = dict(whole["state_dict"])
         state[rng.choice([*state, "embedder.new", "other", 3])] = rng.choice(HOSTILE)
         if rng.random() < 0.3:
@@ -177,32 +150,40 @@ def test_changed_tensors_of_checkpoints(tmp_path):
 HUGE = "timm/vit_gigantic_patch14_clip_224"  # 7 GB, where a case has 1
 
 
-def test_a_network_that_is_named_takes_no_memory_before_its_weights_are_compared(tmp_path):
-    file, whole = tmp_path / "a.ckpt", tiny_checkpoint()
+def name_huge(whole):
     whole["metilr"]["model"]["backbone"] = HUGE
-    torch.save(whole, file)
-    assert f"{file} for {HUGE}: the weights do not fit (missing: backbone.model.blocks.0" in why_refused(file)
 
 
-def test_weights_that_are_one_number_many_times(tmp_path):
+def one_number_many_times(whole):
     """All names and shapes are right, and the file is small."""
-    file, whole = tmp_path / "a.ckpt", tiny_checkpoint()
-    whole["metilr"]["model"]["backbone"] = HUGE
+    name_huge(whole)
     claims = {f"embedder.backbone.model.{name}": shape for name, shape in backbone_shapes(HUGE).items()}
     whole["state_dict"] = {name: torch.zeros(()).expand(shape) for name, shape in claims.items()}
-    torch.save(whole, file)
-    assert "its tensors claim more numbers than the file has" in why_refused(file)
 
 
-@pytest.mark.parametrize("shape", [(2**20, 1), (1, 2**20)])
-def test_a_projector_of_another_width(tmp_path, shape):
+def wide_projector(whole, shape=(2**20, 1)):
     """As a layer of the network's width it would take 2 GB."""
-    file, whole = tmp_path / "a.ckpt", tiny_checkpoint()
     whole["metilr"]["model"]["projector_dim"] = shape[0]
     whole["state_dict"]["embedder.projector.linear.weight"] = torch.zeros(shape)
     whole["state_dict"]["embedder.projector.linear.bias"] = torch.zeros(shape[0])
+
+
+def projector_of_another_width(whole):
+    wide_projector(whole, (1, 2**20))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(name_huge, f"for {HUGE}: the weights do not fit (missing: backbone.model.blocks.0"),
+     (one_number_many_times, "its tensors claim more numbers than the file has"),
+     (wide_projector, "makes no model (ValueError: the projector has another shape"),
+     (projector_of_another_width, "makes no model (ValueError: the projector has another shape")],
+)  # fmt: skip
+def test_a_model_that_takes_memory_is_refused_before(tmp_path, change, said):
+    file, whole = tmp_path / "a.ckpt", tiny_checkpoint()
+    change(whole)
     torch.save(whole, file)
-    assert "makes no model (ValueError: the projector has another shape" in why_refused(file)
+    assert said in why_refused(file)
 
 
 def test_reference_weights_that_name_a_large_network(tmp_path, monkeypatch):
@@ -226,7 +207,7 @@ def test_changed_reference_checkpoints(tmp_path):
     }  # fmt: skip
     likely = ["backbone.backbone.layer1.0.conv2.weight", "backbone.pool.p", "backbone.projector.weight", "layer1", 3]
     hostile = (*HOSTILE, torch.zeros(64, 0, 3, 3), torch.zeros(1, 1, 1, 1))
-    for rng in cases(60):
+    for rng in cases(30):
         changed = dict(state)
         for _ in range(rng.choice((1, 2))):
             changed[rng.choice([*likely, *changed])] = rng.choice(hostile)
@@ -246,7 +227,7 @@ def test_changed_whitenings_in_checkpoints(tmp_path):
     torch.save({"state_dict": {}, "metilr": {"whitening": {**whitening, "mean": expanded}}}, file)
     assert why_refused(file, load_whitening)
     n_read = 0
-    for rng in cases(200):
+    for rng in cases(100):
         entry = {"whitening": mutated_value(whitening, rng, hostile)}
         torch.save({"state_dict": {}, "metilr": rng.choice((entry, entry, entry, *hostile))}, file)
         with refusal(file) as said:

@@ -1,33 +1,17 @@
 """Descriptor stores: the manifest, and .npy files whose headers claim what they like."""
 
-import itertools
 import json
 import struct
 
 import numpy as np
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from metilr.extraction.store import SCHEMA, SPLITS, DescriptorStore
+from metilr.extraction.store import SPLITS, DescriptorStore
 from tests.fuzz.guard import refusal
-from tests.fuzz.mutations import PROPERTIES, cases, each_replaced, mutated, mutated_value
+from tests.fuzz.mutations import cases, each_replaced, mutated, mutated_value
 
 TYPES = ("'<f4'", "'>f4'", "'<i8'", "'<f8'", "'<f2'", "'|O'", "'<U3'", "'|V4'", "[('a', '<f4')]", "'<M8[s]'", "3", "''")
 ORDERS = ("False", "False", "False", "True", "1", "None")
-SHAPES = (
-    "(4, 3)",
-    "(2, 3)",
-    "(4,)",
-    "(12,)",
-    "(0, 3)",
-    "(3, 0)",
-    "()",
-    "(-4, 3)",
-    "(4, 3, 1)",
-    "(10**12, 3)",
-    "(99999999999, 3)",
-)
-NUMBERS = itertools.count()  # of folders
+SHAPES = ("(4, 3)", "(2, 3)", "(4,)", "(12,)", "(0, 3)", "(3, 0)", "()", "(-4, 3)", "(4, 3, 1)", "(99999999999, 3)")
 COUNTS = {"database": 4, "val": 2, "test": 3}
 TOKENS = (b"[" * 3000, b"{", b"1e9", b'"', b"\xff")
 HEADER_TOKENS = (
@@ -69,8 +53,8 @@ def test_changed_manifests(tmp_path):
     file = store.path / "manifest.json"
     whole, n_read = json.loads(file.read_text()), 0
     contents = [json.dumps(changed).encode() for changed in each_replaced(whole)]
-    contents += [json.dumps(mutated_value(whole, rng)).encode() for rng in cases(200)]
-    contents += [mutated(json.dumps(whole).encode(), rng, TOKENS) for rng in cases(250)]
+    contents += [json.dumps(mutated_value(whole, rng)).encode() for rng in cases(100)]
+    contents += [mutated(json.dumps(whole).encode(), rng, TOKENS) for rng in cases(125)]
     for content in contents:
         file.write_bytes(content)
         n_read += not use(store)
@@ -83,7 +67,7 @@ def test_changed_arrays(tmp_path):
     store = make(tmp_path / "store")
     files = {name: (store.path / name).read_bytes() for name in ("database.npy", "database.files.npy")}
     n_read = 0
-    for rng in cases(700):
+    for rng in cases(350):
         name = rng.choice([*files])
         header = 128 if rng.random() < 0.7 else len(files[name])
         content = mutated(files[name][:header], rng, HEADER_TOKENS) + files[name][header:]
@@ -95,43 +79,4 @@ def test_changed_arrays(tmp_path):
         (store.path / name).write_bytes(content)
         n_read += not use(store)
         (store.path / name).write_bytes(files[name])
-    assert n_read > 30 and not use(store)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(exclude_categories=["Cs"])),
-    lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text("abé ", max_size=3), part, max_size=3),
-    max_leaves=8,
-)  # fmt: skip
-
-
-@settings(PROPERTIES, max_examples=40)  # each is flushed to the disk
-@given(
-    made_with=st.dictionaries(st.text("ab", min_size=1, max_size=3), JSON, max_size=3),
-    counts=st.fixed_dictionaries({split: st.integers(1, 5) for split in SPLITS}),
-    width=st.integers(1, 6),
-    sizes=st.lists(st.integers(-(2**40), 2**40), min_size=15, max_size=15),
-)
-def test_whatever_is_written_is_read_again(tmp_path, made_with, counts, width, sizes):
-    folder = tmp_path / str(next(NUMBERS))
-    store = DescriptorStore(folder)
-    store.prepare(made_with, counts, width)
-    rows = np.random.default_rng(0).normal(size=(15, width)).astype(np.float32)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    writer = store.writer()
-    for split, n in counts.items():
-        for row in range(n):
-            writer.write(split, row, rows[row], sizes[row])
-    writer.close()
-    assert not use(store)
-    again = DescriptorStore(folder)
-    assert again.manifest() == {
-        "schema": SCHEMA, "settings": made_with, "counts": counts, "width": width, "complete": False
-    }  # fmt: skip
-    for split, n in counts.items():
-        assert np.array_equal(again.descriptors(split), rows[:n]) and again.files(split).tolist() == sizes[:n]
-        assert again.is_valid(split).tolist() == [size > 0 for size in sizes[:n]]
-        pending = again.pending(split, np.array(sizes[:n]), retry_bad=True)
-        assert pending.tolist() == [size <= 0 for size in sizes[:n]]
-    again.prepare(made_with, counts, width)
+    assert n_read > 10 and not use(store)

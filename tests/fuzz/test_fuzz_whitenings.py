@@ -50,10 +50,10 @@ def test_changed_bytes_and_parts(tmp_path):
     for each in (PCA, LEARNED):
         each.save(file)
         content, whole = file.read_bytes(), parts(file)
-        for rng in cases(450):
+        for rng in cases(225):
             file.write_bytes(mutated(content, rng, TOKENS))
             n_read += not read(file)
-        for rng in cases(350):
+        for rng in cases(175):
             np.savez(file, **{**whole, rng.choice([*whole]): rng.choice((*HOSTILE, *whole.values()))})
             n_read += not read(file)
     assert n_read > 20

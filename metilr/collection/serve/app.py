@@ -58,8 +58,7 @@ def serve(
     if not max_megabytes > 0:
         raise UserError(f"{max_megabytes}: choose a number above 0", "max_megabytes")
     max_pixels = pixels_of(max_megapixels)
-    listener = _listen(host, port)
-    with listener:
+    with _listen(host, port) as listener:
         # Imported late: they take seconds, and the first two are not everyone's.
         import uvicorn
 

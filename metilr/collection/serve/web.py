@@ -1,7 +1,7 @@
 """The web application: three routes, and the walls around them."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,8 @@ def build_app(
 ) -> FastAPI:
     """Build the application.
 
-    Args:
-        collection: What photos are compared with.
-        threshold: What decisions are made by.
-        max_bytes: Longer requests are refused, while they come in.
-        hosts: Names by which the server may be asked; ``*`` for any.
-        max_pixels: Photos of more are not decoded.
+    Requests of more than ``max_bytes`` are refused while they come in, photos of more than ``max_pixels`` before they
+    are decoded. ``hosts`` are the names by which the server may be asked; ``*`` for any.
     """
     app = FastAPI(title="metilr", docs_url=None, redoc_url=None, openapi_url=None)
     templates = jinja2.Environment(loader=jinja2.PackageLoader("metilr.collection.serve"), autoescape=True)
@@ -61,10 +57,10 @@ def build_app(
             try:
                 loaded = load_photo(photo.file, collection.image_size, collection.largest_side, max_pixels)
                 answer = collection.answer(loaded.image, draw=True)
-            except TooManyPixelsError as error:
-                raise HTTPException(413, f"The photo {error}.") from None
             except BadPhotoError as error:
-                raise HTTPException(422, f"The photo {error}.") from None
+                raise HTTPException(
+                    413 if isinstance(error, TooManyPixelsError) else 422, f"The photo {error}."
+                ) from None
         decision = threshold.decide(answer.log_confidence)
         document = answer_document(collection, answer, decision)
         for match, listed in zip(answer.matches, document["matches"], strict=True):
@@ -95,7 +91,13 @@ def build_app(
     # The last added is the outermost.
     app.add_middleware(LimitedBody, max_bytes=max_bytes)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
-    app.add_middleware(WithHeaders)
+
+    @app.middleware("http")
+    async def add_headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        response = await call_next(request)
+        response.headers.update(HEADERS)
+        return response
+
     return app
 
 
@@ -103,17 +105,14 @@ class LimitedBody:
     """Refuse a request's body that is too long: by what it says of itself, and while it comes in."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app = app
-        self.max_bytes = max_bytes
+        self.app, self.max_bytes = app, max_bytes
+        self.refusal = f"The upload has more than {max_bytes / 10**6:g} MB; send a smaller photo."
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with a body that ends in an error where it passes the limit."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        declared = dict(scope.get("headers", [])).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self.max_bytes:
-            await JSONResponse({"error": self._refusal()}, 413)(scope, receive, send)
+            await JSONResponse({"error": self.refusal}, 413)(scope, receive, send)
             return
         received = 0
 
@@ -122,31 +121,10 @@ class LimitedBody:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.max_bytes:
-                raise HTTPException(413, self._refusal())
+                raise HTTPException(413, self.refusal)
             return message
 
         await self.app(scope, receive_some, send)
-
-    def _refusal(self) -> str:
-        return f"The upload has more than {self.max_bytes / 10**6:g} MB; send a smaller photo."
-
-
-class WithHeaders:
-    """Give every response the headers that keep the browser from loading or running anything else."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Add the headers where a response starts."""
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                added = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
-                message = {**message, "headers": [*message.get("headers", []), *added]}
-            await send(message)
-
-        await self.app(scope, receive, send_with_headers)
 
 
 def _tell_error(request: Request, error: Exception) -> JSONResponse:

@@ -1,18 +1,13 @@
-"""A museum's own list of images, and the index that was made of it."""
+"""An index of a museum's images, as somebody else made it."""
 
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from metilr.collection.index import Index
-from metilr.data.folder import read_catalogue
 from tests.fuzz.guard import refusal
-from tests.fuzz.mutations import PROPERTIES, cases, each_replaced, mutated, mutated_value
+from tests.fuzz.mutations import cases, each_replaced, mutated, mutated_value
 
-CSV = 'path,exhibit,note\r\na/1.jpg,Vase,x\r\na/2.jpg,Vase,\r\n"b, c.jpg",Mask ü,y\r\n'.encode()
-TOKENS = (b",", b'"', b"\r\n", b"\0", b"../", b"/etc/passwd", b"\xff", b"\xef\xbb\xbf", b"path", b"x" * 140_000, b"\\")
 JSON_TOKENS = (b"[" * 3000, b"{", b"}", b"../", b"9" * 5000, b"\xff", b"null")
 INDEX = {
     "schema": "metilr.index/2", "folder": "/museum",
@@ -38,34 +33,6 @@ def check_catalogue(catalogue, folder):
         assert folder.resolve() in truth.image(path).resolve().parents
 
 
-def test_changed_lists(tmp_path):
-    file, n_read = tmp_path / "list.csv", 0
-    for rng in cases(1200):
-        file.write_bytes(mutated(CSV, rng, TOKENS))
-        with refusal(file) as said:
-            check_catalogue(read_catalogue(tmp_path, file), tmp_path)
-        n_read += not said
-    assert n_read > 30
-
-
-@PROPERTIES
-@given(
-    st.lists(
-        st.tuples(st.text("ab,\"' é\n", min_size=1, max_size=6), st.text("xy,\"\né", min_size=1, max_size=6)),
-        min_size=2, max_size=6,
-    )
-)  # fmt: skip
-def test_lists_are_read_as_written(tmp_path, rows):
-    import csv
-
-    file = tmp_path / "list.csv"
-    named = [(f"{i}{path}", f"{exhibit}{i}") for i, (path, exhibit) in enumerate(rows)]
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([("path", "exhibit"), *named])
-    catalogue = read_catalogue(tmp_path, file)
-    assert [*zip(catalogue.paths, catalogue.exhibits, strict=True)] == [(path, name.strip()) for path, name in named]
-
-
 def read_index(folder):
     file = folder / "index.json"
     with refusal(file) as said:
@@ -86,8 +53,8 @@ def read_index(folder):
 def test_changed_indices(tmp_path):
     file, whole, n_read = tmp_path / "index.json", json.dumps(INDEX).encode(), 0
     contents = [json.dumps(changed).encode() for changed in each_replaced(INDEX)]
-    contents += [json.dumps(mutated_value(INDEX, rng)).encode() for rng in cases(150)]
-    contents += [mutated(whole, rng, JSON_TOKENS) for rng in cases(250)]
+    contents += [json.dumps(mutated_value(INDEX, rng)).encode() for rng in cases(75)]
+    contents += [mutated(whole, rng, JSON_TOKENS) for rng in cases(125)]
     for content in contents:
         file.write_bytes(content)
         n_read += not read_index(tmp_path)
