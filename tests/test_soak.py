@@ -104,9 +104,8 @@ def test_an_evaluation_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(soaking, "SECONDS_BETWEEN", 0.3)
     root = soak.make_museum(tmp_path / "museum", 0.001)
     truth = load_ground_truth(root, "mini")
-    attempts = soak.run_to_the_end(
-        root, tmp_path, truth, 0, ["--weights", "random", "--scales", "1", "--report", "false"]
-    )
+    options = ["--backbone", "timm/test_resnet", "--weights", "random", "--scales", "1", "--report", "false"]
+    attempts = soak.run_to_the_end(root, tmp_path, truth, 0, options)
     n_images = sum(map(len, truth.paths.values()))
     assert n_images == 59
     store, output = tmp_path / "store", tmp_path / "out"
