@@ -90,13 +90,6 @@ class Model(Part):
     made_with: list[Session] = []
     concatenated: list[dict[str, Any]] = []
 
-    @model_validator(mode="after")
-    def _can_describe(self) -> "Model":
-        missing = {"backbone", "pooling", "precision", "image_size"} - self.model_fields_set
-        if self.store is not None and missing:
-            raise ValueError(f"lacks {', '.join(sorted(missing))}")
-        return self
-
 
 class Whitening(Part):
     """The whitening that was applied."""

@@ -287,7 +287,7 @@ class StageProfiler(SimpleProfiler):
         for stage, (action, what) in self.STAGES.items():
             durations = [seconds for name, all_of_it in self.recorded_durations.items() for seconds in all_of_it
                          if name.endswith(action) and "LightningModule" not in name]  # fmt: skip
-            table.add_row(stage, f"{sum(durations):.1f}", what)
+            table.add_row(stage, f"{sum(durations):.2f}", what)
         Console(highlight=False).print(table)
 
     @override

@@ -169,7 +169,7 @@ def _refused(what: str) -> UserError:
 
 
 def export_descriptors(store: Path, output: Path) -> None:
-    """Write a descriptor store as the reference code's descriptors.pkl.
+    """Write a store as the reference code's descriptors.pkl.
 
     Args:
         store: Folder of a finished descriptor store.

@@ -69,7 +69,7 @@ def test_workers_have_the_limit_of_the_process_that_made_their_images(tmp_path):
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
 def test_a_limit_is_a_positive_number(value):
-    with pytest.raises(UserError, match="--max_megapixels"):
+    with pytest.raises(UserError, match="max_megapixels"):
         pixels_of(value)
 
 

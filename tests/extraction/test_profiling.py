@@ -16,6 +16,6 @@ def test_an_extraction_says_where_its_time_went(tiny_museum, tmp_path, capsys):
     printed = capsys.readouterr().out
     seconds = dict(re.findall(r"^ *([a-z]+) +(\d+\.\d+) ", printed, flags=re.MULTILINE))
     assert list(seconds) == ["decoding", "transfer", "network", "waiting", "writing"]
-    assert float(seconds["network"]) > 0  # decoding of a few tiny images rounds to 0
+    assert float(seconds["network"]) > 0  # decoding a few tiny images can round to 0
     describe_images(embedder, truth, tmp_path / "store", options, Console(quiet=True))
     assert not capsys.readouterr().out  # nothing was described

@@ -99,7 +99,8 @@ def test_evaluation_of_the_checkpoint_gives_what_validation_logged(projector):
     run("--output", "out", "--trainer.max_epochs", "1", *projector)
     options = ["--scales", "1", "--k", "1", "--tau", "1", "--whitening", "none", "--accelerator", "cpu"]
     run_command(
-        evaluate, ["--ckpt", "out/last.ckpt", "--root", "museum", *options, "--num_workers", "0", "--output", "results"]
+        "metilr.commands.evaluate:evaluate",
+        ["--ckpt", "out/last.ckpt", "--root", "museum", *options, "--num_workers", "0", "--output", "results"],
     )
     figures = json.loads(Path("results/results.json").read_text())["val"]
     for name in ("gap", "gap_minus", "acc"):

@@ -35,8 +35,8 @@ def full_disk(monkeypatch):
 
 
 def all_zero(monkeypatch):
-    def zeros(module, batch):
-        return torch.zeros(len(batch.images), module.embedder.dim)
+    def zeros(module, images):
+        return torch.zeros(len(images), module.embedder.dim)
 
     monkeypatch.setattr(DescriptorModule, "describe", zeros)
 
