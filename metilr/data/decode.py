@@ -248,8 +248,8 @@ def _refuse_failing_machine(error: Exception) -> None:
 def _bad_image(path: Path, error: Exception) -> BadImageError:
     with named(path):
         reason = why_undecodable(error)
-    remedy = "make it smaller, raise --max_megapixels" if isinstance(error, TooManyPixels) else "replace it"
-    message = f"{path}: cannot be decoded ({reason}); {remedy}, or leave it out with --bad_images skip"
+    remedy = "make it smaller, raise max_megapixels" if isinstance(error, TooManyPixels) else "replace it"
+    message = f"{path}: cannot be decoded ({reason}); {remedy}, or leave it out with bad_images skip"
     return BadImageError(message, reason)
 
 

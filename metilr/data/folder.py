@@ -161,7 +161,7 @@ def _from_folder(folder: Path) -> Catalogue:
         if len(path.parts) == 1 and taken.setdefault(path.stem, path) != path:
             raise UserError(
                 f"{folder}: {taken[path.stem]} and {path} both make an exhibit {path.stem}; put {path} into a "
-                "sub-folder, or name exhibits with --csv"
+                "sub-folder, or name exhibits by a csv"
             )
     return Catalogue(folder, tuple(path.as_posix() for path in found), tuple(exhibits), images.left_aside)
 
@@ -174,25 +174,25 @@ def _from_csv(folder: Path, csv: Path) -> Catalogue:
             reader = DictReader(stream)
             missing = set(CSV_COLUMNS) - set(reader.fieldnames or ())
             if missing:
-                raise UserError(f"--csv {csv}: its first line must be {','.join(CSV_COLUMNS)}, with commas between")
+                raise UserError(f"{csv}: its first line must be {','.join(CSV_COLUMNS)}, with commas between", "csv")
             rows = [(reader.line_num, row["path"] or "", (row["exhibit"] or "").strip()) for row in reader]
     except FileNotFoundError:
-        raise UserError(f"--csv {csv}: no such file") from None
+        raise UserError(f"{csv}: no such file", "csv") from None
     except (OSError, UnicodeDecodeError, Error) as error:
-        raise UserError(f"--csv {csv}: cannot be read as CSV in UTF-8 ({one_line(error)})") from None
+        raise UserError(f"{csv}: cannot be read as CSV in UTF-8 ({one_line(error)})", "csv") from None
     if not rows:
-        raise UserError(f"--csv {csv}: lists no images")
+        raise UserError(f"{csv}: lists no images", "csv")
     seen: dict[PurePosixPath, int] = {}
     for line, path, exhibit in rows:
         parts = PurePosixPath(path)
         if not is_place_below(path):
-            raise UserError(f"--csv {csv}: line {line}: path {shown(path)} must name a file below {folder}")
+            raise UserError(f"{csv}: line {line}: path {shown(path)} must name a file below {folder}", "csv")
         if not exhibit:
-            raise UserError(f"--csv {csv}: line {line}: names no exhibit")
+            raise UserError(f"{csv}: line {line}: names no exhibit", "csv")
         if not _is_text(exhibit):
-            raise UserError(f"--csv {csv}: line {line}: exhibit {shown(exhibit)} cannot be a name")
+            raise UserError(f"{csv}: line {line}: exhibit {shown(exhibit)} cannot be a name", "csv")
         if seen.setdefault(parts, line) != line:
             raise UserError(
-                f"--csv {csv}: line {line}: {shown(path)} is listed already in line {seen[parts]}; remove one"
+                f"{csv}: line {line}: {shown(path)} is listed already in line {seen[parts]}; remove one", "csv"
             )
     return Catalogue(folder, tuple(path for _, path, _ in rows), tuple(exhibit for _, _, exhibit in rows))

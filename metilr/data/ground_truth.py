@@ -125,7 +125,7 @@ def load_ground_truth(
     files = {"database": DATABASE_FILES[database], **{split: QUERY_FILES[split] for split in queries}}
     files = {split: str(root / "ground_truth" / name) for split, name in files.items()}
     if not root.is_dir():
-        raise UserError(f"--root {root}: no such folder; it must hold ground_truth/ and images/")
+        raise UserError(f"{root}: no such folder; it must hold ground_truth/ and images/", "root")
 
     entries, digests = {}, {}
     for split, file in files.items():
@@ -221,7 +221,7 @@ def _query_labels(
         named = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         raise UserError(
             f"{file}: {len(unknown):,} met queries show exhibits that are not in {DATABASE_FILES[database]}: {named}; "
-            f"{'use --database full' if database == 'mini' else 'add their images'}, or remove them "
+            f"{'use database full' if database == 'mini' else 'add their images'}, or remove them "
             "(a distractor has no 'MET_id')"
         )
     if (labels == DISTRACTOR).all():

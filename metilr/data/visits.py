@@ -237,7 +237,7 @@ def refuse_bad_seed(seed: int) -> None:
         UserError: If it is.
     """
     if not 0 <= seed < 2**63:
-        raise UserError(f"--seed {seed}: out of range; choose one from 0 to 2**63 - 1")
+        raise UserError(f"{seed}: out of range; choose one from 0 to 2**63 - 1", "seed")
 
 
 class _Viewpoint(NamedTuple):

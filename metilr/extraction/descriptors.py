@@ -56,8 +56,9 @@ def open_descriptors(paths: Sequence[Path], ground_truth: GroundTruth, views: Se
     pickles = [path for path in paths if not Path(path).is_dir()]
     if views and pickles:
         raise UserError(
-            f"--descriptors {pickles[0]}: holds no {views[0].settings()['kind']}, which a store can hold; "
-            "describe the images with --root, or leave out the options that need them"
+            f"{pickles[0]}: holds no {views[0].settings()['kind']}, which a store can hold; describe the images, or "
+            "leave out the options that need them",
+            "descriptors",
         )
     made = {split: np.logical_and.reduce([one.made[split] for one in opened]) for split in opened[0].made}
     for view in views:
@@ -90,7 +91,7 @@ def _open_store(path: Path, ground_truth: GroundTruth, views: Sequence[View]) ->
         if found.get(split) != ground_truth.digests[split]:
             raise UserError(
                 f"{path}: was made for another {split} file than {ground_truth.root}/ground_truth has; "
-                "give the --root and --database that it was made with"
+                "give the root and database that it was made with"
             )
     matrices: dict[str, np.ndarray] = {split: store.descriptors(split) for split in ground_truth.paths}
     _check(path, matrices, {split: len(paths) for split, paths in ground_truth.paths.items()})
@@ -124,8 +125,9 @@ def _open_views(store: DescriptorStore, view: View) -> DescriptorStore:
     kind = f"{view.n} {settings['view']['kind']} an image {details}"
     if not (found.path / "manifest.json").exists():
         raise UserError(
-            f"--descriptors {store.path}: holds no descriptors of {kind}; run the evaluation that made it (with --root "
-            f"and --store {store.path}) with the same options, which adds them"
+            f"{store.path}: holds no descriptors of {kind}; run the evaluation that made it (with its root and store "
+            f"{store.path}) with the same options, which adds them",
+            "descriptors",
         )
     if not found.is_complete:
         raise UserError(f"{found.path}: is not finished; run the evaluation that makes it again to complete it")
@@ -148,7 +150,7 @@ def _check(path: Path, matrices: Mapping[str, np.ndarray], counts: Mapping[str, 
     for split, matrix in matrices.items():
         expected = counts.get(split, len(matrix))
         if len(matrix) != expected:
-            hint = "" if split in QUERY_FILES else "; give the --database (full or mini) that it was made with"
+            hint = "" if split in QUERY_FILES else "; give the database (full or mini) that it was made with"
             raise UserError(f"{path}: {split} has {len(matrix):,} rows, the ground truth {expected:,} images{hint}")
         if matrix.shape[1] != width:
             raise UserError(f"{path}: {split} has shape {matrix.shape}, but the database's width is {width}")

@@ -75,7 +75,7 @@ def test_contact_sheet_mistakes_are_one_line_that_names_the_cause(tmp_path):
         ),
         (dict(folder=good, output=sheet, preset="wild"), "wild.*mild, medium, severe"),
         (dict(folder=good, output=sheet, visits=0), "visits 0"),
-        (dict(folder=good, output=sheet, seed=-1), "--seed -1"),
+        (dict(folder=good, output=sheet, seed=-1), "seed -1"),
         (dict(folder=good, output=tmp_path / "sheet.gif"), r"sheet\.gif"),
         (dict(folder=good, output=tmp_path / "file" / "sheet.png"), r"file/sheet\.png"),
     ]

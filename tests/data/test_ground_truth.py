@@ -124,7 +124,7 @@ def test_met_queries_of_unknown_exhibits_are_counted_and_named(tmp_path):
     assert "5 met queries" in message and "MET_database.json" in message
     assert "test_met/2.jpg (exhibit 102), ..." in message and "test_met/3.jpg" not in message
     assert "--database" not in message  # mini has no more exhibits than full
-    assert "use --database full" in refusal(tmp_path, "mini")
+    assert "use database full" in refusal(tmp_path, "mini")
 
 
 def test_split_without_met_query_is_refused(tmp_path):

@@ -38,8 +38,8 @@ def test_a_bomb_is_refused_by_its_header_with_file_limit_and_option(tmp_path, ki
     with pytest.raises(BadImageError) as caught:
         function(file)
     assert str(caught.value) == (
-        f"{file}: cannot be decoded (more than 180 megapixels); make it smaller, raise --max_megapixels, or leave it "
-        "out with --bad_images skip"
+        f"{file}: cannot be decoded (more than 180 megapixels); make it smaller, raise max_megapixels, or leave it "
+        "out with bad_images skip"
     )
 
 

@@ -149,7 +149,7 @@ def bad(file, *functions):
         with pytest.raises(BadImageError) as caught:
             function(file)
         message = str(caught.value)
-        assert message.startswith(f"{file}: cannot be decoded (") and "--bad_images skip" in message
+        assert message.startswith(f"{file}: cannot be decoded (") and "bad_images skip" in message
         assert "\n" not in message
     return message
 

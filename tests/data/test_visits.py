@@ -179,7 +179,7 @@ def test_bad_seed_is_refused_in_one_line():
     refuse_bad_seed(0)
     refuse_bad_seed(2**63 - 1)
     for seed in (-1, 2**63):
-        with pytest.raises(UserError, match=f"--seed {seed}: out of range"):
+        with pytest.raises(UserError, match=f"seed {seed}: out of range"):
             refuse_bad_seed(seed)
 
 

@@ -87,10 +87,10 @@ def test_wrong_number_of_rows(tmp_path, truth):
     matrices = unit_rows(4, 0)
     file = make_pickle(tmp_path / "d.pkl", {**matrices, "database": matrices["database"][:4]})
     message = refused([file], truth)
-    assert "database has 4 rows, the ground truth 5 images" in message and "--database" in message
+    assert "database has 4 rows, the ground truth 5 images" in message and "database" in message
     file = make_pickle(tmp_path / "d.pkl", {**matrices, "test": np.concatenate([matrices["test"]] * 2)})
     message = refused([file], truth)
-    assert "test has 6 rows, the ground truth 3 images" in message and "--database" not in message
+    assert "test has 6 rows, the ground truth 3 images" in message and "give the database" not in message
 
 
 def test_widths_must_agree_within_a_source(tmp_path, truth):
@@ -125,7 +125,7 @@ def test_the_row_that_is_not_finite_is_named(tmp_path, truth, value):
 def test_a_store_of_another_ground_truth(tmp_path, truth):
     store = make_store(tmp_path / "store", truth)
     message = refused([store], load_ground_truth(truth.root, "mini"))
-    assert "was made for another database file" in message and "--database" in message
+    assert "was made for another database file" in message and "database" in message
     file = truth.root / "ground_truth" / "testset.json"
     file.write_text(json.dumps(json.loads(file.read_text())[::-1]))
     assert "was made for another test file" in refused([store], load_ground_truth(truth.root))
