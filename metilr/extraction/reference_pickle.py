@@ -54,8 +54,11 @@ def read_reference_descriptors(file: Path) -> dict[str, np.ndarray]:
     return matrices
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Knows the names that arrays of plain types are pickled by."""
+class _ArrayUnpickler(pickle._Unpickler):
+    """Knows the names that arrays of plain types are pickled by.
+
+    Python's own reader in Python: the one in C takes gigabytes for a number that a few bytes of a file name.
+    """
 
     def __init__(self, stream: "_Bounded") -> None:
         super().__init__(stream)

@@ -195,6 +195,8 @@ HOSTILE = {
     "terabytes of bytearray": (b"\x96" + struct.pack("<Q", 10**12), "not a readable"),
     "terabytes of text": (b"\x8d" + struct.pack("<Q", 10**12), "not a readable"),
     "terabytes of frame": (b"\x95" + struct.pack("<Q", 10**12), "not a readable"),
+    "a giant memo number": (b"Nr\xff\xff\xff\xff", "must hold a dict"),
+    "a giant memo number as text": (b"Np99999999999999999999\n", "must hold a dict"),
     "bytes made of one text again and again": (
         _name("_codecs", "encode") + b"q\x000" + _operations("a" * 10_000)[:-2] + b"q\x010" + _operations("latin1")[:-2]
         + b"q\x020]" + b"h\x00h\x01h\x02\x86Ra" * 5000,
