@@ -4,7 +4,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import math
 import os
 import re
 import uuid
@@ -56,7 +55,6 @@ def replaced_file(file: Path) -> Iterator[IO[bytes]]:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(file)
-        _push_names(file.parent)
     except OSError as error:
         if error.filename == str(temporary):  # a name that the user has never seen
             error.filename, error.filename2 = str(file), None
@@ -108,14 +106,6 @@ def named(file: str | Path) -> Iterator[None]:
         raise
 
 
-def rename_on_disk(file: Path, target: Path) -> None:
-    """Give a finished file its name, with its content on disk before and the name after."""
-    with file.open("rb") as stream, named(file):
-        os.fsync(stream.fileno())
-    file.replace(target)
-    _push_names(target.parent)
-
-
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes have left of files that they were writing; nobody else may be writing there."""
     for file in folder.iterdir():
@@ -123,22 +113,8 @@ def remove_leftovers(folder: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def flush(folder: Path) -> None:
-    """Have all files below a folder on disk, with their names: a machine that goes down after that keeps them."""
-    for path in [folder, *folder.rglob("*")]:
-        if path.is_dir():
-            _push_names(path)
-        else:
-            with path.open("rb") as stream, named(path):
-                os.fsync(stream.fileno())
-
-
 def map_array(file: Path, remedy: str | Callable[[Exception], str]) -> np.memmap:
-    """Map a .npy file, read-only; its header may claim what it likes.
-
-    Args:
-        file: The file.
-        remedy: What the message says to do; may depend on the error.
+    """Map a .npy file, read-only; ``remedy``, or what it returns for the error, is what a message says to do.
 
     Raises:
         UserError: If the file is missing, cut off, empty, or no array of numbers.
@@ -179,64 +155,35 @@ def _allocate(descriptor: int, n_bytes: int) -> None:
             raise
 
 
-def _push_names(folder: Path) -> None:
-    """Have a renaming on disk, where the system can: a machine that goes down now keeps the new file."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _temporary(file: Path) -> Path:
     return file.with_name(f".{file.name}.{uuid.uuid4().hex}")
 
 
 def refuse_compressed(file: Path) -> None:
-    """Refuse a zip archive whose entries are compressed, or together larger than the file.
+    """Refuse a zip archive whose entries are compressed, or together larger than the file: it could fill the memory.
 
     Raises:
         ValueError: If it is such an archive.
-        OSError: If it cannot be read.
     """
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:  # no archive: others will say so
-        _check(archive, file)
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("its parts are compressed, which PyTorch and NumPy do not do")
+        if sum(entry.file_size for entry in entries) > file.stat().st_size:
+            raise ValueError("its parts claim to be larger than the file")
 
 
 def read_npz(file: Path) -> dict[str, np.ndarray]:
-    """Read the arrays of an .npz file that ``np.savez`` wrote, whole; none holds objects.
+    """Read the arrays of an .npz file that ``np.savez`` wrote; none holds objects.
 
     Raises:
-        OSError: If the file cannot be read.
-        Exception: Of many types, if it is damaged or something else.
+        Exception: Of many types, if it cannot be read, is damaged or something else.
     """
     if file.is_file() and not zipfile.is_zipfile(file):
         raise ValueError("not a .npz file")
-    with zipfile.ZipFile(file) as archive:
-        _check(archive, file)
-        return {name.removesuffix(".npy"): _array(archive.read(name)) for name in archive.namelist()}
-
-
-def _check(archive: zipfile.ZipFile, file: Path) -> None:
-    entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError("its parts are compressed, which PyTorch and NumPy do not do")
-    if sum(entry.file_size for entry in entries) > file.stat().st_size:
-        raise ValueError("its parts claim to be larger than the file")
-
-
-def _array(content: bytes) -> np.ndarray:
-    stream = io.BytesIO(content)
-    version = np.lib.format.read_magic(stream)
-    if version != (1, 0):
-        raise ValueError(f"an array of the format's version {version}")
-    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    count = math.prod(shape)
-    if dtype.hasobject or min(shape, default=0) < 0 or count * dtype.itemsize > len(content):
-        raise ValueError(f"an array of shape {shape} and type {dtype} in {len(content):,} bytes")
-    flat = np.frombuffer(bytearray(content), dtype, count, stream.tell()) if count else np.empty(0, dtype)
-    return flat.reshape(shape, order="F" if is_fortran else "C")
+    refuse_compressed(file)
+    with np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def read_yaml(file: Path) -> Any:

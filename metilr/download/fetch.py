@@ -11,7 +11,7 @@ import filelock
 import requests
 
 from metilr.errors import UserError, one_line
-from metilr.files import file_sha256, named, rename_on_disk
+from metilr.files import file_sha256, named
 from metilr.progress import printable
 
 MOST = 10_000_000_000  # bytes of a download of which nobody tells the size
@@ -82,7 +82,7 @@ def fetch(
             part.unlink()
             _version_of(part).unlink(missing_ok=True)
             raise UserError(f"{url}: its sha256 is {digest}, the published file's {sha256}; {remedy}")
-        rename_on_disk(part, path)
+        part.replace(path)
         for file in (_version_of(part), Path(f"{part}.lock")):  # who waits for the lock finds the file there
             file.unlink(missing_ok=True)
 

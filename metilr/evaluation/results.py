@@ -12,7 +12,7 @@ from metilr.data.decode import MAX_IMAGE_SIZE
 from metilr.data.ground_truth import DatabaseName
 from metilr.errors import UserError, one_line, shown
 from metilr.extraction.options import Precision
-from metilr.files import flush, write_atomically
+from metilr.files import write_atomically
 from metilr.models import Engine, PoolingName
 
 SCHEMA_VERSION = 2  # 1 does not hold the options: it can be compared, but not repeated
@@ -243,10 +243,7 @@ class Results(Part):
         return None if self.threshold is None else self.threshold.log_confidence
 
     def write(self, output: Path) -> Path:
-        """Write ``results.json``, the last file of a run: it says that all others are there, and on disk."""
-        for name in ("predictions", "report"):
-            if (output / name).exists():
-                flush(output / name)
+        """Write ``results.json``, the last file of a run: it says that all others are there."""
         write_atomically(output / "results.json", json.dumps(self.recorded(), indent=1, allow_nan=False) + "\n")
         return output / "results.json"
 
