@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from metilr.collection.collection import Collection
-    from metilr.collection.open_collection import open_collection
-    from metilr.commands.evaluate import evaluate
-    from metilr.data.ground_truth import GroundTruth, load_ground_truth
-    from metilr.errors import UserError
-    from metilr.extraction.describe import describe_images
-    from metilr.extraction.store import DescriptorStore
-    from metilr.metrics.functional import DISTRACTOR, acc, gap, gap_minus
-    from metilr.metrics.torchmetrics import ACC, GAP, GAPMinus
-    from metilr.models.checkpoints import load, load_embedder
-    from metilr.models.embedder import Embedder, build_embedder
-    from metilr.retrieval.knn import Predictions, classify, tune
-    from metilr.retrieval.search import Neighbours, search
-    from metilr.retrieval.whitening import PCAWhitening, fit_pca_whitening
+    from metilr.collection.collection import Collection as Collection
+    from metilr.collection.open_collection import open_collection as open_collection
+    from metilr.commands.evaluate import evaluate as evaluate
+    from metilr.data.ground_truth import GroundTruth as GroundTruth, load_ground_truth as load_ground_truth
+    from metilr.errors import UserError as UserError
+    from metilr.extraction.describe import describe_images as describe_images
+    from metilr.extraction.store import DescriptorStore as DescriptorStore
+    from metilr.metrics.functional import DISTRACTOR as DISTRACTOR, acc as acc, gap as gap, gap_minus as gap_minus
+    from metilr.metrics.torchmetrics import ACC as ACC, GAP as GAP, GAPMinus as GAPMinus
+    from metilr.models.checkpoints import load as load, load_embedder as load_embedder
+    from metilr.models.embedder import Embedder as Embedder, build_embedder as build_embedder
+    from metilr.retrieval.knn import Predictions as Predictions, classify as classify, tune as tune
+    from metilr.retrieval.search import Neighbours as Neighbours, search as search
+    from metilr.retrieval.whitening import PCAWhitening as PCAWhitening, fit_pca_whitening as fit_pca_whitening
+
 
 _HOMES = {
     "collection.collection": ("Collection",),
@@ -41,34 +42,7 @@ _HOMES = {
     "retrieval.whitening": ("PCAWhitening", "fit_pca_whitening"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = [
-    "ACC",
-    "DISTRACTOR",
-    "GAP",
-    "Collection",
-    "DescriptorStore",
-    "Embedder",
-    "GAPMinus",
-    "GroundTruth",
-    "Neighbours",
-    "PCAWhitening",
-    "Predictions",
-    "UserError",
-    "acc",
-    "build_embedder",
-    "classify",
-    "describe_images",
-    "evaluate",
-    "fit_pca_whitening",
-    "gap",
-    "gap_minus",
-    "load",
-    "load_embedder",
-    "load_ground_truth",
-    "open_collection",
-    "search",
-    "tune",
-]  # fmt: skip
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -63,14 +63,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def run_command(function: Callable[..., Any] | str, args: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Call a function with options from the command line and from YAML files (``--config``).
+    """Call a function, or ``module:name``, with options from the command line and from YAML files (``--config``).
 
-    A user's mistake, and Ctrl-C from the first second on, ends in one line on stderr and exit status 2.
-
-    Args:
-        function: The function, or ``module:name`` to import it here: that takes seconds, and Ctrl-C may come in them.
-        args: Command line without the program; default: the process's own.
-        prog: The program's name in messages; default: the process's own.
+    A user's mistake, and Ctrl-C from the first second on (imports take some), ends in one line on stderr and exit
+    status 2. Without ``args`` and ``prog`` they are the process's own.
     """
 
     def run(prog: str) -> None:
@@ -154,11 +150,7 @@ class OneLineErrors:
     """For a parser of jsonargparse: what is wrong as a ``UserError``."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what an option has said about its value, or else what jsonargparse says, in one line.
-
-        Raises:
-            UserError: In any case.
-        """
+        """Raise what an option has said about its value, or else what jsonargparse says, in one line."""
         cause: BaseException | None = ex
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__ or cause.__context__
@@ -221,11 +213,7 @@ def _spelt_out(parser: Any, args: list[str]) -> Iterator[str]:
 
 
 def refuse_unknown(parser: Any, args: Sequence[str]) -> None:
-    """Refuse options that a parser does not have, with the nearest that it has; and what is no text.
-
-    Raises:
-        UserError: At the first such.
-    """
+    """Refuse options that a parser does not have, with the nearest that it has; and what is no text."""
     options = parser._option_string_actions
     classes = tuple(f"{option}." for option, action in options.items() if hasattr(action, "_typehint"))
     for arg in args:
@@ -242,11 +230,7 @@ def _unknown(option: str, known: Iterable[str]) -> UserError:
 
 
 def check_config(file: str) -> Mapping[str, Any]:
-    """Read a YAML file of options.
-
-    Raises:
-        UserError: If it is none, or cannot be read.
-    """
+    """Read a YAML file of options, or refuse it."""
     try:
         content = read_yaml(Path(file))
     except (OSError, ValueError) as error:
@@ -309,11 +293,7 @@ def _sigterm_as_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
         yield
         return
-
-    def interrupt(signal_number: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

@@ -42,8 +42,7 @@ def is_first_process() -> bool:
 def process_as_before() -> Iterator[None]:
     """Take back what Lightning's trainer leaves in a process, which may go on to another command.
 
-    Variables that tell started processes who they are, the rank, PyTorch's settings and number of threads, and Ctrl-C,
-    which Lightning switches off once it was pressed.
+    That is: who it is among others, PyTorch's settings and threads, and Ctrl-C, which works once only.
     """
     import torch
     from lightning_utilities.core import rank_zero
@@ -74,14 +73,10 @@ PARENT_WATCHED_EVERY = 2.0  # seconds
 
 @contextlib.contextmanager
 def faults_in_one_line(less_memory: str | None = None) -> Iterator[None]:
-    """Turn an error of another process of this run, which arrives as a traceback in a text, into a user's.
+    """Turn an error of another process of this run, which PyTorch hands over as a traceback's text, into a user's.
 
-    Args:
-        less_memory: What to take where memory does not suffice, here or there; None leaves that error as it is.
-
-    Raises:
-        UserError: If a process was killed, or met a bad image, a failing disk, too little memory or another user's
-            error.
+    That is one of a user there, a failing disk, or its end. ``less_memory`` is what to take where memory does not
+    suffice, here or there; without it that error is left as it is.
     """
     try:
         yield
@@ -128,29 +123,26 @@ def end_with_parent() -> None:
 
 @contextlib.contextmanager
 def agree(trainer: "pl.Trainer") -> Iterator[None]:
-    """Let a user's mistake or a disk's fault that one process meets in the block end all of them.
+    """Let a user's mistake or a disk's fault that one process meets in the block end all of them, in the same words.
 
     Without it the others would wait in their next collective for a process that is gone.
-
-    Raises:
-        UserError: In every process, the first one's message.
     """
-    message = None
+    failed: tuple[str, str | None] | None = None
     try:
         with faults_in_one_line():
             yield
     except UserError as error:
-        message = str(error)
+        failed = error.message, error.parameter
     except OSError as error:
-        message = f"{error.filename or 'disk'}: {error.strerror}"
-    messages: list[str | None] = [message]
+        failed = f"{error.filename or 'disk'}: {error.strerror}", None
+    all_failed: list[tuple[str, str | None] | None] = [failed]
     if trainer.world_size > 1:
         from torch import distributed
 
-        messages = [None] * trainer.world_size
-        distributed.all_gather_object(messages, message)
-    for failed in filter(None, messages):
-        raise UserError(failed)
+        all_failed = [None] * trainer.world_size
+        distributed.all_gather_object(all_failed, failed)
+    for first in filter(None, all_failed):
+        raise UserError(*first)
 
 
 def gather_rows(module: "pl.LightningModule", local: "Tensor") -> "Tensor":
@@ -189,27 +181,23 @@ def hidden(trainer: "pl.Trainer") -> bool | None:
 
 
 HINTS = (
-    ".*does not have many workers.*",
-    ".*persistent_workers=True.*",  # there is one pass
-    ".*infer the batch indices.*",  # batches carry their rows themselves
-    ".*module\\(s\\) in eval mode at the start of training.*",  # as it should be
-    ".*Checkpoint directory .* exists and is not empty.*",
-    ".*lr_scheduler.step.*",
-    ".*does not have a `val_dataloader`.*|.*You defined a `validation_step`.*",
-    ".*TensorFloat32.*",
-    ".*sync_dist=True.*",  # the logged values are the same in all processes
-    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*|.*instantiate_classes.*deprecated.*",  # Lightning's own
-    ".*all_gather is deprecated.*",
-)
+    "does not have many workers", "persistent_workers=True",  # there is one pass
+    "infer the batch indices",  # batches carry their rows themselves
+    "module\\(s\\) in eval mode at the start of training",  # as it should be
+    "Checkpoint directory .* exists and is not empty", "lr_scheduler.step",
+    "does not have a `val_dataloader`", "You defined a `validation_step`", "TensorFloat32",
+    "sync_dist=True",  # the logged values are the same in all processes
+    "`isinstance\\(treespec, LeafSpec\\)` is deprecated", "instantiate_classes.*deprecated", "all_gather is deprecated",
+)  # fmt: skip
 
 
 def quieten_lightning() -> None:
     """Keep hints out of this process's terminal."""
-    for package in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(f"{package}.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("pytorch_lightning.trainer.connectors.signal_connector").setLevel(logging.WARNING)
+    for module in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero",
+                   "pytorch_lightning.trainer.connectors.signal_connector"):  # fmt: skip
+        logging.getLogger(module).setLevel(logging.WARNING)
     for hint in HINTS:
-        warnings.filterwarnings("ignore", message=hint)
+        warnings.filterwarnings("ignore", message=f".*{hint}")
 
 
 def default_workers(n_processes: int) -> int:

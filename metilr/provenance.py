@@ -8,8 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from metilr import __version__
 
 LIBRARIES = (
@@ -43,6 +41,8 @@ def commit() -> str | None:
 
 def machine() -> dict[str, Any]:
     """What computes here: figures differ in the last digits from one kind of processor to another."""
+    import torch
+
     gpu = None
     if torch.cuda.is_available():
         cudnn = torch.backends.cudnn.version()

@@ -13,8 +13,7 @@ import pytest
 from metilr import demo
 from metilr.cli import SUBCOMMANDS, main, run_command, run_main
 from metilr.commands import evaluate as evaluation
-from metilr.demo import MuseumSize, make_demo
-from metilr.demo import museum as demo_museum
+from metilr.demo import MuseumSize, make_demo, museum as demo_museum
 from metilr.training import datamodule as pair_datamodule
 from tests import small_runs
 from tests.mirror import UNKNOWN, serve

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from metilr.errors import UserError, one_line
 from metilr.files import file_sha256
-from metilr.models import RANDOM, PatchRounding
-from metilr.models import weights as weight_files
+from metilr.models import RANDOM, PatchRounding, weights as weight_files
 from metilr.models.weights import Provenance, StateDict
 from metilr.models.zoo import BACKBONES, IMAGENET_MEAN, IMAGENET_STD
 

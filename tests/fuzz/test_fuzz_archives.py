@@ -4,8 +4,7 @@ import gzip
 import shutil
 import tarfile
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from metilr.download.archives import MOST_GROWTH, Archive, unpack
 from tests.fuzz.guard import refusal

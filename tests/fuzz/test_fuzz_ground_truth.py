@@ -3,8 +3,7 @@
 import json
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from metilr.data.ground_truth import load_ground_truth
 from metilr.metrics import DISTRACTOR

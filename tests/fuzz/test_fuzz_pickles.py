@@ -4,8 +4,7 @@ import os
 import pickle
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as arrays
 
 from metilr.extraction.reference_pickle import KEYS, read_reference_descriptors

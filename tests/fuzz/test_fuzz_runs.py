@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from metilr.evaluation.results import read_results
 from metilr.evaluation.runs import PREDICTION_COLUMNS, read_run
