@@ -84,11 +84,9 @@ def test_options_arrive_with_their_types(called_with):
 @pytest.mark.parametrize(
     ("args", "option", "expected"),
     [
-        (["--scales", "1", "0.5"], "scales", [1.0, 0.5]),
         (["--scales", "1", "0.5", "--k", "2"], "scales", [1.0, 0.5]),
         (["--scales", "1e-1"], "scales", [0.1]),
         (["--folders", "a", "b c"], "folders", [Path("a"), Path("b c")]),
-        (["--folders", "2024"], "folders", [Path("2024")]),
         (["--folders", "2024", "1e3", "null"], "folders", [Path("2024"), Path("1e3"), Path("null")]),
         (["--words", "1", "true"], "words", ["1", "true"]),
         (["--numbers", "1", "2"], "numbers", [1, 2]),
@@ -101,56 +99,31 @@ def test_lists(called_with, args, option, expected):
 
 
 @pytest.mark.parametrize(
-    ("args", "quiet"),
+    ("args", "folder", "files", "others"),
     [
-        (["a.jpg", "--quiet"], True),
-        (["--quiet", "a.jpg"], True),
-        (["--quiet", "true", "a.jpg"], True),
-        (["--quiet", "false", "a.jpg"], False),
-        (["--quiet=true", "a.jpg"], True),
-        (["a.jpg"], False),
+        (["a", "b", "2024", "null"], "a", ["b", "2024", "null"], {}),
+        (["--least", "-1e-5", "a", "b"], "a", ["b"], {"least": -1e-5}),
+        (["a", "[1] b.jpg", "😀 ü.jpg", "<b>\"'.jpg", "\x1b[31m", "a\nb: c"], "a",
+         ["[1] b.jpg", "😀 ü.jpg", "<b>\"'.jpg", "\x1b[31m", "a\nb: c"], {}),
+        (["--sizes", "1", "2", "--least=2", "a", "b", "c"], "a", ["b", "c"], {"least": 2.0, "sizes": [1, 2]}),
+        (["a", "b", "--quiet"], "a", ["b"], {"quiet": True}),
+        (["--quiet", "a", "b"], "a", ["b"], {"quiet": True}),
+        (["--quiet", "true", "a", "b"], "a", ["b"], {"quiet": True}),
+        (["--quiet=false", "a", "b"], "a", ["b"], {"quiet": False}),
     ],
-)
-def test_a_switch_needs_no_value(args, quiet):
-    def look(photos: Sequence[Path], quiet: bool = False) -> None:
-        """Look."""
-        calls.append((list(photos), quiet))
-
-    calls: list[tuple[list[Path], bool]] = []
-    run_command(look, args)
-    assert calls == [([Path("a.jpg")], quiet)]
-
-
-def test_small_negative_numbers_and_any_letters_of_file_names():
-    def look(photos: Sequence[Path], least: float = 0.0) -> None:
-        """Look."""
-        calls.append((list(photos), least))
-
-    calls: list[tuple[list[Path], float]] = []
-    names = ["😀 ü.jpg", "<b>\"'.jpg", "\x1b[31m.jpg", "a\nb: c.jpg"]
-    run_command(look, [*names, "--least", "-1e-5"])
-    assert calls == [([Path(name) for name in names], -1e-5)]
-
-
-@pytest.mark.parametrize(
-    ("args", "folder", "files", "k"),
-    [
-        (["a", "b"], "a", ["b"], None),
-        (["a", "b", "2024", "null"], "a", ["b", "2024", "null"], None),
-        (["--k", "2", "a", "b", "c"], "a", ["b", "c"], 2),
-        (["a", "b", "c", "--k=2"], "a", ["b", "c"], 2),
-        (["a", "[1] b.jpg"], "a", ["[1] b.jpg"], None),
-        (["--sizes", "1", "2", "--k", "2", "a", "b", "c"], "a", ["b", "c"], 2),
-    ],
-)
-def test_a_list_without_a_name_takes_what_the_others_leave(args, folder, files, k):
-    def pack(folder: Path, files: Sequence[Path], k: int | None = None, sizes: Sequence[int] = ()) -> None:
+)  # fmt: skip
+def test_what_has_no_name_goes_where_it_belongs_and_a_switch_needs_no_value(args, folder, files, others):
+    def pack(
+        folder: Path, files: Sequence[Path], least: float = 0.0, sizes: Sequence[int] = (), quiet: bool = False
+    ) -> None:
         """Pack."""
-        assert (folder, list(files), k) == expected
-        assert list(sizes) == ([1, 2] if "--sizes" in args else [])
+        called.update(locals())
 
-    expected = (Path(folder), [Path(file) for file in files], k)
+    called = {}
     run_command(pack, args)
+    expected = {"least": 0.0, "sizes": [], "quiet": False, **others}
+    assert called["folder"] == Path(folder) and called["files"] == [Path(file) for file in files]
+    assert {name: called[name] for name in expected} == expected
 
 
 def test_a_list_between_others_and_one_that_is_missing(failure):
@@ -161,7 +134,6 @@ def test_a_list_between_others_and_one_that_is_missing(failure):
     run_command(move, ["a", "b", "c"])
     assert "target" in failure("a", function=move)
     assert "files" in failure(function=move)
-    assert "unknown option --targt" in failure("a", "--targt", "b", function=move)
 
 
 def test_yaml_options_and_the_command_line_after_it_wins(called_with, tmp_path):
@@ -178,9 +150,6 @@ def test_unknown_options_are_named_with_the_near_ones(failure, tmp_path):
     message = failure("--config", yaml_file(tmp_path, "outptu: x\n"))
     assert "unknown option --outptu (did you mean --output" in message
     assert "stray" in failure("stray")
-
-
-def test_half_an_option_name_is_unknown(failure):
     assert "unknown option --out (did you mean --output" in failure("--out", "x")
 
 
@@ -188,7 +157,6 @@ def test_half_an_option_name_is_unknown(failure):
     ("args", "said"),
     [
         (["--kind", "huge"], "--kind huge: expected one of full, mini"),
-        (["--k", "many"], "--k many: expected int or null"),
         (["--k", "1.5"], "--k 1.5: expected int or null"),
         (["--p", "three"], "--p three: expected float"),
         (["--scales", "1", "a"], "--scales [1.0, 'a']: expected a list of float"),
@@ -204,12 +172,10 @@ def test_wrong_values_name_the_option_the_value_and_what_is_expected(failure, ar
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("k: many\n", "--k many: expected int"),
         ("kind: huge\n", "--kind huge: expected one of full, mini"),
         ("output: [1]\n", "--output [1]: expected Path or null"),
         ("scales: 0.5\n", "--scales 0.5: expected a list like [A, B]"),
         ("k: [1\nx: {", "options.yaml: cannot be read as YAML"),
-        ("- 1\n- 2\n", "options.yaml: must hold options"),
         ("just words\n", "options.yaml: must hold options"),
         ("", "options.yaml: must hold options"),
     ],
@@ -231,7 +197,6 @@ def test_config_that_cannot_be_read(failure, tmp_path):
     [
         (UserError("--k 9:\n too large"), "--k 9: too large"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.npy"), "x.npy: No space left on device; finished work is"),
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device; finished work is kept"),
         (KeyboardInterrupt(), "interrupted; finished work is kept"),
     ],
 )
@@ -378,9 +343,6 @@ def test_metilr_runs_a_subcommand_and_reports_its_user_errors(tmp_path, capsys):
         main(["export-descriptors", str(tmp_path), str(tmp_path / "out.pkl")])
     assert caught.value.code == 2
     assert f"metilr export-descriptors: error: {tmp_path}: not a descriptor store" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as caught:
-        main(["export-descriptors", "--help"])
-    assert caught.value.code == 0 and "must not exist yet" in capsys.readouterr().out
 
 
 def test_a_reader_that_has_had_enough_is_no_error():

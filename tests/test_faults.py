@@ -22,11 +22,7 @@ KINDS = {"evaluate": ("row", "fsync", "allocate", "rename", "open"), "train": ("
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in KINDS.items() for kind in kinds])
 def test_a_disk_that_fails_once_or_from_then_on(place, name, kind):
     rng = random.Random(kind + name)
-    folders = (" out", " csv", " store")  # flushing these is tried, not required
-    numbers = [
-        i for i, line in enumerate(place.clean[name].operations)
-        if line.startswith(f"{kind} ") and not line.endswith(folders)
-    ]  # fmt: skip
+    numbers = [i for i, line in enumerate(place.clean[name].operations) if line.startswith(f"{kind} ")]
     fault = {"at": rng.choice(numbers), "fault": rng.choice(ERRORS), "lasting": rng.random() < 0.5}
     failed = place.run(name, "failed", **fault)
     assert failed.error.startswith(f"{name}.py: error: "), fault  # one line, no traceback
@@ -34,24 +30,6 @@ def test_a_disk_that_fails_once_or_from_then_on(place, name, kind):
     assert again.status == 0, again.printed
     assert_same_run(name, place.folder / "failed", place.folder / f"clean_{name}")
     shutil.rmtree(place.folder / "failed")
-
-
-def test_a_flush_that_fails_is_one_error(place):
-    """The rows' files are closed on the way out as well, where the error must not be met again."""
-    operations = place.clean["evaluate"].operations
-    at = max(i for i, line in enumerate(operations) if line == "fsync val.npy")
-    failed = place.run("evaluate", "failed", at=at, fault="EIO")
-    assert "store/val.npy: Input/output error; finished work is kept" in failed.error
-    shutil.rmtree(place.folder / "failed")
-
-
-@pytest.mark.parametrize(("code", "advice"), [("ESTALE", "mend that and run"), ("ENOENT", "delete store")])
-def test_a_store_on_a_disk_that_is_gone_is_not_to_be_deleted(place, code, advice):
-    operations = place.clean["evaluate"].operations
-    at = max(i for i, line in enumerate(operations) if line == "open database.npy")
-    message = place.run("evaluate", "gone", at=at, fault=code).error
-    assert "store/database.npy: cannot be read" in message and advice in message
-    shutil.rmtree(place.folder / "gone")
 
 
 VANISHES = """

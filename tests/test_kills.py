@@ -78,13 +78,6 @@ def test_an_evaluation_killed_while_it_writes_its_results(place, reporting, file
     shutil.rmtree(folder)
 
 
-def test_what_results_stand_for_is_on_disk_before_them(reporting):
-    _, operations = reporting
-    last = next(i for i, line in enumerate(operations) if line.startswith("rename .results.json."))
-    for file in ("val.csv", "test.csv", "gallery.js", "index.html"):
-        assert f"fsync {file}" in operations[:last], file
-
-
 @pytest.mark.parametrize("name", POINTS)
 def test_a_run_killed_before_its_first_file_has_a_name(place, name):
     """A folder with nothing but a temporary file is no folder of somebody else's."""
@@ -113,15 +106,3 @@ def test_a_run_killed_again_and_again_gets_on(place, name):
         assert kills < 10
     assert kills > 0
     go_on(place, name, "again")
-
-
-@pytest.mark.parametrize("name", POINTS)
-def test_what_gets_a_name_is_on_disk_before_and_the_name_soon_after(place, name):
-    """A machine that goes down does what a kill does not: it forgets what was not flushed."""
-    operations = [line.split() for line in place.clean[name].operations]
-    moved = [i for i, (kind, *_) in enumerate(operations) if kind in ("rename", "link")]
-    assert moved
-    for i in moved:
-        assert ["fsync", operations[i][1]] in operations[:i], operations[i]
-        if operations[i][0] == "rename":
-            assert operations[i + 1][0] == "open" and operations[i + 2] == ["fsync", operations[i + 1][1]]

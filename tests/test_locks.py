@@ -1,9 +1,7 @@
 """One run at a time in a store or an output folder, and no trace of one that was killed."""
 
 import multiprocessing
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -69,15 +67,6 @@ def test_a_fork_does_not_hold_it(tmp_path):
         worker.join()
 
 
-def test_a_fork_that_ends_leaves_it_held(tmp_path):
-    with lock(tmp_path):
-        worker = multiprocessing.get_context("fork").Process(target=int)
-        worker.start()
-        worker.join()
-        with pytest.raises(UserError), lock(tmp_path):
-            pass
-
-
 WAITS = """
 import time
 from pathlib import Path
@@ -121,19 +110,6 @@ def test_two_commands_at_once(place, name, other, held):
         after = place.forks.run(folder, [*place.commands[name], *other])
         assert after.status == 0 and "reusing 22 rows" in after.printed
     assert_same_run(name, folder, place.folder / f"clean_{name}")
-    shutil.rmtree(folder)
-
-
-def test_what_a_killed_run_held_is_free_at_once(place):
-    """With a decoding process that lives on."""
-    folder = place.folder / "two"
-    place.commands["one_worker"] = [*place.commands["evaluate"], "--num_workers", 1]
-    first = started(place, "one_worker", folder)
-    os.kill(first[0], signal.SIGKILL)
-    assert place.forks.wait(first).status == -signal.SIGKILL
-    again = place.run("evaluate", "two")
-    assert again.status == 0, again.printed
-    assert_same_run("evaluate", folder, place.folder / "clean_evaluate")
     shutil.rmtree(folder)
 
 
