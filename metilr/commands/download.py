@@ -1,12 +1,9 @@
 """``metilr download``: the Met dataset from its official place into a data root, checked."""
 
 import datetime
-import os
 import shutil
 import sys
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -68,20 +65,16 @@ def download(
         raise UserError(f"{mirror}: must be an address such as http://host/folder/", "mirror")
     console, root = Console(highlight=False), Path(root)
     folder = root / "archives"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (root / "images").mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{root}: cannot be written ({error.strerror}); name another folder", "root") from error
+    folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder, "another download", "stop it"):
         records = Records(folder / "downloads.json")
-        pending = [archive for archive in ARCHIVES[chosen] if not records.is_done(archive)]
-        if pending:
-            need = _require_space(pending, root, folder, base)
+        if pending := [archive for archive in ARCHIVES[chosen] if not records.is_done(archive)]:
+            need = _require_space(pending, root, base)
             names = ", ".join(archive.name for archive in pending)
             console.print(f"[bold]{chosen}[/] from {escape(base)}: {names}; {need}", soft_wrap=True)
             with byte_progress(quiet, console) as progress:
-                Obtaining(root, base, records, progress).obtain_all(pending)
+                for archive in pending:
+                    obtain(archive, root, base + archive.name, records, progress)
         found = check(root, PARTS_OF[chosen], quiet=quiet)
         print_verification(console, found)
         for part, paths in found.paths.items():
@@ -113,14 +106,13 @@ class Record(pydantic.BaseModel, extra="forbid"):
 
 
 class Records:
-    """downloads.json of a folder of archives; several threads may use it, each for an archive of its own."""
+    """downloads.json of a folder of archives."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self._lock = file, threading.Lock()
-        self._type = pydantic.TypeAdapter(dict[str, Record])
+        self.file, self._type = file, pydantic.TypeAdapter(dict[str, Record])
         try:
             self.of = self._type.validate_json(file.read_bytes()) if file.exists() else {}
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise UserError(f"{file}: not readable ({one_line(error)}); delete it, then all is checked anew") from None
 
     def is_done(self, archive: Archive) -> bool:
@@ -130,124 +122,70 @@ class Records:
 
     def put(self, name: str, record: Record) -> None:
         """Write the record of an archive."""
-        with self._lock:
-            self.of[name] = record
-            write_atomically(self.file, self._type.dump_json(self.of, indent=1).decode() + "\n")
+        self.of[name] = record
+        write_atomically(self.file, self._type.dump_json(self.of, indent=1).decode() + "\n")
 
 
-class _Stopped(Exception):
-    """The command ends early."""
+def obtain(archive: Archive, root: Path, url: str, records: Records, progress: Progress) -> None:
+    """Download an archive, check its digest and unpack it, as far as that is not done."""
+    path = records.file.parent / archive.name
+    task = progress.add_task(archive.name, total=None)
+
+    def show(what: str, done: int, total: int | None) -> None:
+        progress.update(task, description=f"{what} {archive.name}", completed=done, total=total)
+
+    if not path.is_file():
+        fetch(url, path, REMEDY, size=archive.size, sha256=archive.sha256, report=partial(show, "downloading"))
+    with path.open("rb") as file:
+        is_gzip = file.read(2) == GZIP
+    if not is_gzip:  # networks that want a log-in send a page in its place
+        path.unlink()
+        raise UserError(f"{url}: what came is no .tar.gz and was thrown away; {REMEDY}")
+    size = path.stat().st_size
+    record = _checked(archive, path, url, file_sha256(path, lambda done: show("checking", done, size)), records)
+    folder = root / archive.folder
+    n = unpack(path, archive, folder, lambda done: show("unpacking", done, size))
+    records.put(archive.name, record.model_copy(update={"unpacked": ALL}))
+    progress.console.print(f"{archive.name}: {n:,} files in {escape(str(folder))}", soft_wrap=True)
 
 
-@dataclass(frozen=True)
-class Obtaining:
-    """What the threads that obtain archives share."""
-
-    root: Path
-    base: str
-    records: Records
-    progress: Progress
-    stop: threading.Event = field(default_factory=threading.Event)
-
-    def obtain_all(self, archives: Sequence[Archive]) -> None:
-        """Obtain several archives at once; if one fails, the others go on, and all failures are told at the end."""
-        failures: list[Exception] = []
-
-        def run(archive: Archive) -> None:
-            try:
-                self.obtain(archive)
-            except Exception as error:  # for the thread that waits below
-                failures.append(error)
-
-        # Not an executor's threads: Python waits for those at its end, also for one that the network keeps waiting.
-        threads = [threading.Thread(target=run, args=(archive,), daemon=True) for archive in archives]
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.2)  # without a limit Ctrl-C would wait too
-        except KeyboardInterrupt:
-            self.stop.set()
-            raise
-        for error in failures:
-            if not isinstance(error, UserError):
-                raise error
-        if failures:
-            raise UserError("; and ".join(str(error) for error in failures))
-
-    def obtain(self, archive: Archive) -> None:
-        """Download an archive, check its digest and unpack it, as far as that is not done."""
-        path = self.records.file.parent / archive.name
-        task = self.progress.add_task(archive.name, total=None)
-
-        def show(what: str, done: int, total: int | None) -> None:
-            if self.stop.is_set():
-                raise _Stopped
-            self.progress.update(task, description=f"{what} {archive.name}", completed=done, total=total)
-
-        url = self.base + archive.name
-        try:
-            if not path.is_file():
-                report = partial(show, "downloading")
-                fetch(url, path, REMEDY, size=archive.size, sha256=archive.sha256, report=report)
-            with path.open("rb") as file:
-                is_gzip = file.read(2) == GZIP
-            if not is_gzip:  # networks that want a log-in send a page in its place
-                path.unlink()
-                raise UserError(f"{url}: what came is no .tar.gz and was thrown away; {REMEDY}")
-            size = path.stat().st_size
-            record = self._checked(archive, path, url, file_sha256(path, lambda done: show("checking", done, size)))
-            folder = self.root / archive.folder
-            n = unpack(path, archive, folder, lambda done: show("unpacking", done, size))
-            os.sync()  # a record on disk before its files would have them passed over after a power cut
-            self.records.put(archive.name, record.model_copy(update={"unpacked": ALL}))
-            self.progress.console.print(f"{archive.name}: {n:,} files in {escape(str(folder))}", soft_wrap=True)
-        except OSError as error:
-            if error.errno is None:
-                raise
-            where = error.filename or path
-            raise UserError(
-                f"{where}: {error.strerror}; mend that and run the same command: what is there is kept"
-            ) from error
-
-    def _checked(self, archive: Archive, path: Path, url: str, digest: str) -> Record:
-        """Refuse what is not the published archive or not the one that was here before; record a new one."""
-        record = self.records.of.get(archive.name)
-        if archive.sha256 not in (None, digest):
-            raise UserError(
-                f"{path}: its sha256 is {digest}, the published archive's {archive.sha256}; delete it, and the same "
-                "command downloads it again"
-            )
-        if record is None or (archive.sha256 is not None and record.sha256 != digest):
-            date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-            record = Record(url=url, bytes=path.stat().st_size, sha256=digest, date=date)
-            self.records.put(archive.name, record)
-        if record.sha256 != digest:
-            raise UserError(
-                f"{path}: its sha256 is {digest}, but {record.sha256} was recorded on {record.date}; delete it to "
-                f"download it again, or, if the publisher has changed it, its entry in {self.records.file}"
-            )
-        return record
+def _checked(archive: Archive, path: Path, url: str, digest: str, records: Records) -> Record:
+    """Refuse what is not the published archive or not the one that was here before; record a new one."""
+    record = records.of.get(archive.name)
+    if archive.sha256 not in (None, digest):
+        raise UserError(
+            f"{path}: its sha256 is {digest}, the published archive's {archive.sha256}; delete it, and the same "
+            "command downloads it again"
+        )
+    if record is None or (archive.sha256 is not None and record.sha256 != digest):
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        record = Record(url=url, bytes=path.stat().st_size, sha256=digest, date=date)
+        records.put(archive.name, record)
+    if record.sha256 != digest:
+        raise UserError(
+            f"{path}: its sha256 is {digest}, but {record.sha256} was recorded on {record.date}; delete it to "
+            f"download it again, or, if the publisher has changed it, its entry in {records.file}"
+        )
+    return record
 
 
-def _require_space(archives: Sequence[Archive], root: Path, folder: Path, base: str) -> str:
+def _require_space(archives: Sequence[Archive], root: Path, base: str) -> str:
     """Say what will be written, asking the server where no size is published; refuse it where there is no room."""
     to_load = to_unpack = 0
     unknown = []
     for archive in archives:
-        path = folder / archive.name
-        known = path.stat().st_size if path.is_file() else archive.size or remote_size(base + archive.name)
-        if known is None and not archive.about:
-            unknown.append(archive.name)
+        path = root / "archives" / archive.name
+        there = path if path.is_file() else path.with_name(path.name + ".part")
+        have = there.stat().st_size if there.is_file() else 0
+        known = have if path.is_file() else archive.size or remote_size(base + archive.name)
+        unknown += [] if known or archive.about else [archive.name]
         size = known or archive.about
-        part = path if path.is_file() else path.with_name(path.name + ".part")
-        to_load += max(0, size - (part.stat().st_size if part.is_file() else 0))
-        there = sum(file.lstat().st_size for file in (root / archive.folder).rglob("*") if file.is_file())
-        to_unpack += max(0, int(size * archive.growth) - there)
+        to_load += max(0, size - have)
+        unpacked = sum(file.lstat().st_size for file in (root / archive.folder).rglob("*") if file.is_file())
+        to_unpack += max(0, int(size * archive.growth) - unpacked)
     need = f"{to_load / 1e9:.1f} GB of archives, about {to_unpack / 1e9:.1f} GB of files"
     need += f", {' and '.join(unknown)} of unknown size and not counted" if unknown else ""
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(root).free
     if to_load + to_unpack > free:
         raise UserError(
             f"{root}: {free / 1e9:.1f} GB free on its disk, needed are {need}; free some, or name another", "root"

@@ -31,19 +31,12 @@ SHOWN = 10  # faults that are printed
 
 @dataclass(frozen=True)
 class Verification:
-    """What was looked at, and what is wrong with it.
+    """What was looked at, and what is wrong with it."""
 
-    Attributes:
-        paths: The image paths of each part that was verified, relative to ``images/``.
-        faults: Those that are wrong, with the reason.
-        left_out: Databases whose ground truth is there, but none of their own images.
-        decoded: Whether every image was decoded whole, or its header alone.
-    """
-
-    paths: dict[PartName, tuple[str, ...]]
-    faults: dict[str, str]
-    left_out: tuple[PartName, ...]
-    decoded: bool
+    paths: dict[PartName, tuple[str, ...]]  # of the images of each part that was verified, relative to images/
+    faults: dict[str, str]  # by path the reason
+    left_out: tuple[PartName, ...]  # databases whose ground truth is there, but none of their own images
+    decoded: bool  # every image whole; else its header alone
 
     def faults_of(self, part: PartName) -> dict[str, str]:
         """The faults of one part."""
@@ -100,7 +93,7 @@ def check(
         raise UserError(f"{num_workers}: choose 0 or more", "num_workers")
     named = read_paths(root, parts)
     there = {part: paths for part, paths in named.items() if parts or _is_meant(root, part, named)}
-    if not parts and not any(_is_there(root, path) for paths in there.values() for path in paths):
+    if not parts and not any(file_size(root / "images" / path) for paths in there.values() for path in paths):
         raise UserError(f"{root / 'images'}: none of the images that {root / 'ground_truth'} names is there; put them")
     unique = [*dict.fromkeys(path for paths in there.values() for path in paths)]  # mini's are among full's
     files = [root / "images" / path for path in unique]
@@ -112,8 +105,7 @@ def check(
         faults: dict[str, str] = {}
         try:
             for path, reason in zip(unique, pool.map(partial(find_fault, decode=decode), files), strict=True):
-                if reason is not None:
-                    faults[path] = reason
+                faults |= {} if reason is None else {path: reason}
                 done(1)
         finally:
             pool.shutdown(cancel_futures=True)
@@ -152,11 +144,8 @@ def _is_meant(root: Path, part: PartName, named: dict[PartName, tuple[str, ...]]
     if part in QUERY_FILES:
         return True
     mini = frozenset(named.get("mini", ()) if part == "full" else ())
-    return any(_is_there(root, path) for path in [path for path in named[part] if path not in mini] or named[part])
-
-
-def _is_there(root: Path, path: str) -> bool:
-    return file_size(root / "images" / path) is not None
+    own = [path for path in named[part] if path not in mini] or named[part]
+    return any(file_size(root / "images" / path) is not None for path in own)
 
 
 def write_faults(found: Verification, file: Path) -> None:
@@ -166,10 +155,7 @@ def write_faults(found: Verification, file: Path) -> None:
     writer.writerow(("part", "path", "reason"))
     for part in found.paths:
         writer.writerows((part, path, reason) for path, reason in found.faults_of(part).items())
-    try:
-        write_atomically(file, text.getvalue())
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror}); name another file", "list") from error
+    write_atomically(file, text.getvalue())
 
 
 def print_verification(console: Console, found: Verification, list_file: Path | None = None) -> None:

@@ -7,7 +7,6 @@ import pytest
 
 from metilr.cli import main
 from metilr.commands.verify import check, find_fault
-from metilr.errors import UserError
 from tests.hostile import write_hostile_files
 from tests.museum import DATABASE_IDS, MINI, make_unreachable, write_ground_truth
 
@@ -33,7 +32,7 @@ def row(printed: str, part: str) -> list[int]:
     return [int(n.replace(",", "")) for n in re.findall(r"[\d,]+", line.removeprefix(f"│ {part} "))]
 
 
-@pytest.mark.parametrize("options", [(), ("--decode", "true", "--num_workers", 0), ("--decode", "--quiet", "true")])
+@pytest.mark.parametrize("options", [(), ("--decode", "--num_workers", 0, "--quiet")])
 def test_a_whole_museum(tiny_museum, capsys, options):
     status, printed = verify(capsys, tiny_museum, *options)
     assert status == 0 and "nothing is wrong" in printed
@@ -55,11 +54,10 @@ def damage(museum: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_everything_that_is_wrong_is_found_and_listed(tiny_museum, tmp_path, capsys, num_workers):
+def test_everything_that_is_wrong_is_found_and_listed(tiny_museum, tmp_path, capsys):
     wrong = damage(tiny_museum)
     listed = tmp_path / "wrong.csv"
-    status, printed = verify(capsys, tiny_museum, "--decode", "true", "--list", listed, "--num_workers", num_workers)
+    status, printed = verify(capsys, tiny_museum, "--decode", "true", "--list", listed, "--num_workers", 2)
     assert status == 1 and f"{len(wrong)} images are wrong" in printed
     assert row(printed, "full") == [8, 5, 2, 0, 1] and row(printed, "mini") == [6, 4, 2, 0, 0]
     assert row(printed, "val") == [7, 5, 0, 1, 1] and row(printed, "test") == [7, 7, 0, 0, 0]
@@ -88,14 +86,6 @@ def test_a_path_does_not_steer_the_terminal(tiny_museum, capsys):
     file.write_text(file.read_text().replace("test_met/test1.jpg", r"test_met/\u001b[31m.jpg"))
     status, printed = verify(capsys, tiny_museum)
     assert status == 1 and "\x1b" not in printed and "test_met/\N{REPLACEMENT CHARACTER}[31m.jpg: missing" in printed
-
-
-def test_a_list_that_cannot_be_written_is_named_as_it_was_given_and_the_rest_is_said(tiny_museum, tmp_path, capsys):
-    damage(tiny_museum)
-    (tmp_path / "list.csv").mkdir()
-    status, printed = verify(capsys, tiny_museum, "--list", tmp_path / "list.csv")
-    assert status == 2 and "4 images are wrong" in printed
-    assert f"--list {tmp_path / 'list.csv'}: cannot be written (Is a directory); name another file" in printed
 
 
 def test_headers_alone_do_not_show_what_is_cut_off(tiny_museum, capsys):
@@ -169,12 +159,6 @@ def test_mistakes_are_named(tiny_museum, tmp_path, monkeypatch, capsys, argument
     assert status == 2 and printed.startswith("metilr verify: error: ") and said in printed
 
 
-def test_malformed_ground_truth_is_named(tiny_museum, capsys):
-    (tiny_museum / "ground_truth" / "valset.json").write_text("[{]")
-    status, printed = verify(capsys, tiny_museum)
-    assert status == 2 and "valset.json: not valid JSON" in printed
-
-
 def test_a_failing_disk_is_not_taken_for_a_bad_image(tiny_museum, monkeypatch):
     def failing(path: Path, limit: int | None = None) -> None:
         raise OSError(5, "Input/output error", str(path))
@@ -188,12 +172,3 @@ def test_every_kind_of_bad_file_has_a_reason(tmp_path):
     for kind, file in write_hostile_files(tmp_path).items():
         if kind not in ("large", "program"):  # what a photo from elsewhere may not be; a database image may be large
             assert find_fault(file, decode=True), kind
-
-
-def test_the_error_keeps_its_reason(tmp_path):
-    from metilr.data.decode import BadImageError, load_image
-
-    (tmp_path / "x.jpg").write_text("no image")
-    with pytest.raises(BadImageError) as caught:
-        load_image(tmp_path / "x.jpg")
-    assert caught.value.reason == "not an image" and isinstance(caught.value, UserError)
