@@ -5,24 +5,26 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
 from metilr.commands.visits import arrange
 from metilr.data.decode import BadImageError, file_size, load_image
-from metilr.data.ground_truth import MET, NOT_NAMED, DatabaseName, GroundTruth, load_ground_truth
+from metilr.data.ground_truth import MET, NOT_NAMED, QUERY_FILES, DatabaseName, GroundTruth, load_ground_truth
 from metilr.errors import UserError
 from metilr.evaluation.runs import make_output
 from metilr.files import write_atomically, write_picture
 from metilr.metrics import DISTRACTOR
 from metilr.progress import printable
 
-CLASS_SIZES = {"1": (1, 1), "2-3": (2, 3), "4-10": (4, 10), "11+": (11, None)}  # images of an exhibit, both ends in
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CLASS_SIZES = {"1": (1, 1), "2-3": (2, 3), "4-10": (4, 10), "11+": (11, np.inf)}  # images of an exhibit, both ends in
 MAX_LINEAR_SIZE = 40  # images of an exhibit up to which each size gets a bar of its own
 MAX_LABELLED_BARS = 16  # beyond, their numbers would run into each other
 MAX_KINDS = 4  # of distractors on the sheet: the most frequent
@@ -54,8 +56,7 @@ def describe(
     ground_truth = load_ground_truth(Path(root), database)
     counts = count(ground_truth)
     folder = make_output(output, "describe")
-    _print_splits(console, counts)
-    _print_class_sizes(console, counts)
+    _print(console, counts)
 
     written = [folder / "counts.json", folder / "class_sizes.png"]
     write_atomically(written[0], json.dumps(counts, indent=1) + "\n")
@@ -74,31 +75,27 @@ def describe(
 
 
 def count(ground_truth: GroundTruth) -> dict[str, Any]:
-    """Count images, exhibits and photographers, as JSON types.
+    """Count images, exhibits and photographers of the database and of each query split, as JSON types.
 
-    Returns:
-        ``root``, ``synthetic``, ``fingerprint``; ``database`` (its name, images, exhibits, ``class_sizes``: exhibits
-        by number of images, the share of exhibits with one, the largest); and for each query split the queries by
-        kind (``met``, ``other-artwork``, ...), the exhibits that they show, and the photographers of the met queries
-        (None where none is named).
+    ``class_sizes`` counts exhibits by their number of images; queries are counted by kind (``met``,
+    ``other-artwork``, ...); photographers are those of the met queries, None where none is named.
     """
     sizes = ground_truth.class_sizes()
     largest = int(sizes.argmax())
+    within = {name: (sizes >= low) & (sizes <= high) for name, (low, high) in CLASS_SIZES.items()}
+    database = {
+        "name": ground_truth.database,
+        "images": int(sizes.sum()),
+        "exhibits": ground_truth.n_classes,
+        "class_sizes": {name: int(are.sum()) for name, are in within.items()},
+        "share_with_one_image": float((sizes == 1).mean()),
+        "largest": {"exhibit_id": int(ground_truth.exhibit_ids[largest]), "images": int(sizes[largest])},
+    }
     counts: dict[str, Any] = {
         "root": ground_truth.root.resolve().name,
         "synthetic": (ground_truth.root / "demo.json").exists(),
         "fingerprint": ground_truth.fingerprint(),
-        "database": {
-            "name": ground_truth.database,
-            "images": int(sizes.sum()),
-            "exhibits": ground_truth.n_classes,
-            "class_sizes": {
-                name: int(((sizes >= low) & (sizes <= (high or sizes.max()))).sum())
-                for name, (low, high) in CLASS_SIZES.items()
-            },
-            "share_with_one_image": float((sizes == 1).mean()),
-            "largest": {"exhibit_id": int(ground_truth.exhibit_ids[largest]), "images": int(sizes[largest])},
-        },
+        "database": database,
     }
     for split in ground_truth.query_splits:
         labels = ground_truth.labels[split]
@@ -114,25 +111,22 @@ def count(ground_truth: GroundTruth) -> dict[str, Any]:
     return counts
 
 
-def _print_splits(console: Console, counts: dict[str, Any]) -> None:
-    splits = {split: part for split, part in counts.items() if isinstance(part, dict) and "kinds" in part}
+def _print(console: Console, counts: dict[str, Any]) -> None:
+    database, parts = counts["database"], {split: counts[split] for split in QUERY_FILES if split in counts}
     kind_of_data = "SYNTHETIC demo museum" if counts["synthetic"] else escape(counts["root"])
-    table = Table(title=f"{kind_of_data}, {counts['database']['name']} database", title_justify="left")
+    table = Table(title=f"{kind_of_data}, {database['name']} database", title_justify="left")
     table.add_column("")
-    for column in ("database", *splits):
+    for column in ("database", *parts):
         table.add_column(column, justify="right")
-    database, parts = counts["database"], splits.values()
-    table.add_row("images", f"{database['images']:,}", *(f"{part['queries']:,}" for part in parts))
-    for kind in dict.fromkeys(kind for part in parts for kind in part["kinds"]):
-        table.add_row(f"  {escape(printable(kind))}", "", *(f"{part['kinds'].get(kind, 0):,}" for part in parts))
-    table.add_row("exhibits", f"{database['exhibits']:,}", *(f"{part['exhibits']:,}" for part in parts))
-    photographers = [part["photographers"] for part in parts]
+    table.add_row("images", f"{database['images']:,}", *(f"{part['queries']:,}" for part in parts.values()))
+    for kind in dict.fromkeys(kind for part in parts.values() for kind in part["kinds"]):
+        numbers = (part["kinds"].get(kind, 0) for part in parts.values())
+        table.add_row(f"  {escape(printable(kind))}", "", *(f"{n:,}" for n in numbers))
+    table.add_row("exhibits", f"{database['exhibits']:,}", *(f"{part['exhibits']:,}" for part in parts.values()))
+    photographers = [part["photographers"] for part in parts.values()]
     table.add_row("photographers of met", "", *("not named" if n is None else f"{n:,}" for n in photographers))
     console.print(table)
 
-
-def _print_class_sizes(console: Console, counts: dict[str, Any]) -> None:
-    database = counts["database"]
     table = Table(title="Images of an exhibit", title_justify="left")
     for column in ("images", "exhibits", "share"):
         table.add_column(column, justify="right")
@@ -174,11 +168,10 @@ def _size_edges(largest: int) -> np.ndarray:
     return np.array(edges) - 0.5
 
 
-def _sample_rows(ground_truth: GroundTruth, n: int) -> tuple[dict[str, list[Tensor]], list[str]]:
-    """Choose and read the sheet's images: met queries over an image of their exhibit, then distractors by kind.
+def _sample_rows(ground_truth: GroundTruth, n: int) -> "tuple[dict[str, list[Tensor]], list[str]]":
+    """Read at most ``n`` images a row, by caption: met queries, an image of each one's exhibit, distractors by kind.
 
-    Returns:
-        Rows of at most ``n`` images by caption, without those that cannot be had; and why some were left out.
+    Those that cannot be had are left out; the second part says why.
     """
     left_out: list[str] = []
     pairs = list(_take(_met_pairs(ground_truth), n, left_out))
@@ -208,7 +201,7 @@ def _met_pairs(ground_truth: GroundTruth) -> list[tuple[Path, ...]]:
     return list(pairs.values())
 
 
-def _take(candidates: Sequence[tuple[Path, ...]], n: int, left_out: list[str]) -> Iterator[list[Tensor]]:
+def _take(candidates: Sequence[tuple[Path, ...]], n: int, left_out: list[str]) -> "Iterator[list[Tensor]]":
     """Read ``n`` of those whose files are all there, spread evenly; say of undecodable ones why they are left out."""
     there = [files for files in candidates if all(file_size(file) is not None for file in files)]
     chosen = [there[i * len(there) // n] for i in range(n)] if len(there) > n else there

@@ -7,9 +7,8 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
-from metilr.cli import did_you_mean, flat_defaults, parse_options
+from metilr.cli import flat_defaults, parse_options
 from metilr.commands.compare import compare
 from metilr.commands.evaluate import evaluate
 from metilr.data.ground_truth import DatabaseName
@@ -89,40 +88,36 @@ def sweep(
     console = Console(highlight=False)
     output = Path(output)
     rows = plan_rows(configs, root, database, vary, values, options, output)
-    finished = [row for row in rows if row.is_finished]
-    for row in finished:
-        _refuse_other_options(row)
+    finished = {row.name for row in rows if row.is_finished}
+    for row in rows:
+        if row.name in finished:
+            _refuse_other_options(row)
     make_output(output, "sweep")
 
-    outcomes: dict[str, tuple[str, str | None]] = {}
+    reasons: dict[str, str | None] = {row.name: None for row in rows}
     for i, row in enumerate(rows):
+        if row.name in finished:
+            continue
         elapsed = timedelta(seconds=round(time.monotonic() - started))
-        reason = None
-        outcome = "there already"
-        if row not in finished:
-            console.rule(f"[bold]{escape(row.name)}[/], row {i + 1} of {len(rows)}, {elapsed} elapsed", align="left")
-            reason = _run(row)
-            outcome = "failed" if reason else "done"
-            if reason:
-                console.print(f"[bold red]failed:[/] {escape(reason)}", soft_wrap=True)
-        outcomes[row.name] = outcome, reason
+        console.rule(f"[bold]{escape(row.name)}[/], row {i + 1} of {len(rows)}, {elapsed} elapsed", align="left")
+        reasons[row.name] = _run(row)
+        if reason := reasons[row.name]:
+            console.print(f"[bold red]failed:[/] {escape(reason)}", soft_wrap=True)
 
     console.rule("sweep", align="left")
     if folders := [row.folder for row in rows if row.is_finished]:
         compare(folders, output)
-    table = Table("row", "outcome", "reason", title="rows of the sweep", title_justify="left")
-    for column in table.columns:
-        column.overflow = "fold"
-    for name, (outcome, reason) in outcomes.items():
-        table.add_row(escape(name), f"{'[bold red]' if reason else '[green]'}{outcome}[/]", escape(reason or ""))
+    table = Table("row", "outcome", Column("reason", overflow="fold"), title="rows of the sweep", title_justify="left")
+    for name, reason in reasons.items():
+        outcome = "[bold red]failed[/]" if reason else f"[green]{'there already' if name in finished else 'done'}[/]"
+        table.add_row(escape(name), outcome, escape(reason or ""))
     console.print(table)
-    failed = {name: reason for name, (_, reason) in outcomes.items() if reason}
-    if failed:
+    if failed := [name for name, reason in reasons.items() if reason]:
         raise UserError(
             f"{len(failed)} of {len(rows)} rows failed ({', '.join(failed)}); their errors are in "
             f"{output}/NAME.failed.txt; mend the cause and run the same command again, which keeps the finished rows"
         )
-    return {name: reason for name, (_, reason) in outcomes.items()}
+    return reasons
 
 
 def plan_rows(
@@ -139,15 +134,20 @@ def plan_rows(
     Raises:
         UserError: If an option is unknown, set twice or has a wrong value, or two rows would have one name.
     """
-    shared = _shared_options(root, database, options)
-    if vary is None and values:
-        raise UserError("has no effect without vary; name the option to vary, or leave it out", "values")
-    if vary is not None:
-        _check_option("vary", vary)
-        if not values:
-            raise UserError(f"{vary}: needs its values", "vary")
-        if vary in shared:
-            raise UserError(f"{vary}: is set for all rows as well; leave one of the two out", "vary")
+    if (vary is None) != (not values):
+        raise UserError("and values belong together; give both or neither", "vary")
+    pairs = [(name, str(value)) for name, value in (("root", root), ("database", database)) if value is not None]
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(f"{option}: write it as NAME=VALUE, such as accelerator=cpu", "options")
+        pairs.append((name, value))
+    shared = dict(pairs)
+    named = [name for name, _ in pairs] + ([] if vary is None else [vary])
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise UserError(f"{twice[0]}: is set twice for all rows; leave one of the two out")
+    if "output" in named:
+        raise UserError("output: every row has a folder of its own; leave it out")
     varied = [{}] if vary is None else [{vary: value} for value in values]
     rows: dict[str, Row] = {}
     for config in configs:
@@ -164,32 +164,10 @@ def plan_rows(
     return list(rows.values())
 
 
-def _shared_options(root: Path | None, database: str | None, options: Sequence[str]) -> dict[str, str]:
-    found = {name: str(value) for name, value in (("root", root), ("database", database)) if value is not None}
-    for option in options:
-        name, equals, value = option.partition("=")
-        if not equals:
-            raise UserError(f"{option}: write it as NAME=VALUE, such as accelerator=cpu", "options")
-        _check_option("options", name)
-        if name in found:
-            raise UserError(f"{option}: {name} is set already; leave one of the two out", "options")
-        found[name] = value
-    return found
-
-
 def _written(option: str, value: str) -> list[str]:
     """An option on a command line; a list is written [A, B] here, and A B there."""
     is_list = value[:1] + value[-1:] == "[]"
     return [f"--{option}", *value[1:-1].replace(",", " ").split()] if is_list else [f"--{option}={value}"]
-
-
-def _check_option(parameter: str, name: str) -> None:
-    known = set(flat_defaults(evaluate)) - {"output"}
-    if name == "output":
-        raise UserError("output: every row has a folder of its own; leave it out", parameter)
-    if name not in known:
-        hint = did_you_mean(name, known)
-        raise UserError(f"{name}: metilr evaluate has no such option{hint}; its help lists them", parameter)
 
 
 def _refuse_other_options(row: Row) -> None:
@@ -206,48 +184,31 @@ def _refuse_other_options(row: Row) -> None:
 
 def _run(row: Row) -> str | None:
     """Evaluate in a process of its own, so that nothing that ends it ends the sweep; return why it failed."""
-    command = _command(row)
-    with _process(command) as (process, errors):
-        process.wait()
+    errors = b""
+    with subprocess.Popen(_command(row), stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        try:
+            while chunk := os.read(process.stderr.fileno(), 4096):  # shown as it comes, and kept
+                errors = (errors + chunk)[-KEPT_OF_ERRORS:]
+                sys.stderr.write(chunk.decode(errors="replace"))
+                sys.stderr.flush()
+            process.wait()
+        except BaseException:
+            _stop(process)
+            raise
     record = row.folder.parent / f"{row.name}.failed.txt"
     if process.returncode == 0 and row.is_finished:
         record.unlink(missing_ok=True)
         return None
-    printed = bytes(errors[-KEPT_OF_ERRORS:]).decode(errors="replace")
+    printed = errors.decode(errors="replace")
     reason = _reason(process.returncode, printed)
-    write_atomically(
-        record,
-        f"{reason}\n\n{shlex.join(['metilr', 'evaluate', *row.arguments, '--output', str(row.folder)])}\n\n{printed}",
-    )
+    command = shlex.join(["metilr", "evaluate", *row.arguments, "--output", str(row.folder)])
+    write_atomically(record, f"{reason}\n\n{command}\n\n{printed}")
     return reason
 
 
 def _command(row: Row) -> list[str]:
     return [sys.executable, "-m", "metilr", "evaluate", *row.arguments, "--output", str(row.folder)]
-
-
-@contextlib.contextmanager
-def _process(command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[bytes], bytearray]]:
-    """Start a process whose stderr is shown and kept; it does not outlive the block, whatever ends that."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    errors = bytearray()
-    reader = threading.Thread(target=_show_and_keep, args=(process, errors), daemon=True)
-    reader.start()
-    try:
-        yield process, errors
-    except BaseException:
-        _stop(process)
-        raise
-    finally:
-        reader.join(timeout=5)  # a child's child may hold the pipe for longer
-
-
-def _show_and_keep(process: subprocess.Popen[bytes], errors: bytearray) -> None:
-    assert process.stderr is not None
-    while chunk := os.read(process.stderr.fileno(), 4096):
-        errors += chunk
-        sys.stderr.write(chunk.decode(errors="replace"))
-        sys.stderr.flush()
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -3,22 +3,29 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from metilr.data.decode import BadImageError, load_image
 from metilr.data.folder import find_images
-from metilr.data.visits import PRESETS, derive_seed, refuse_bad_seed, simulate_visit
 from metilr.errors import UserError
 from metilr.files import write_picture
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LONGEST_SIDE = 500  # px of a visit's source: the Met's own images are as large; a sheet shows no more
 CELL, MARGIN = 200, 6  # px of a sheet: longest side that an image is reduced to, and between images
 
 
 def write_contact_sheet(
-    folder: Path, output: Path, preset: str = "medium", visits: int = 5, images: int = 8, seed: int = 0
+    folder: Path,
+    output: Path,
+    preset: Literal["mild", "medium", "severe"] = "medium",
+    visits: int = 5,
+    images: int = 8,
+    seed: int = 0,
 ) -> Path:
     """Draw simulated visits to the images of a folder on one sheet.
 
@@ -28,18 +35,19 @@ def write_contact_sheet(
     Args:
         folder: Folder of images, searched with its subfolders.
         output: File to write, .png or .jpg.
-        preset: How strong the visits are: mild, medium or severe.
+        preset: How strong the visits are.
         visits: Visits per image.
         images: At most so many images, spread evenly over the folder in the order of their paths.
         seed: Another seed, from 0 up, gives other visits.
     """
+    from metilr.data.visits import PRESETS, derive_seed, refuse_bad_seed, simulate_visit  # torch, too slow for --help
+
     folder, output = Path(folder), Path(output)
-    if preset not in PRESETS:
-        raise UserError(f"{preset}: unknown; choose one of {', '.join(PRESETS)}", "preset")
     for name, number in (("visits", visits), ("images", images)):
         if number < 1:
             raise UserError(f"{number}: choose 1 or more", name)
-    if output.suffix.lower() not in {".png", ".jpg", ".jpeg"}:
+    kind = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}.get(output.suffix.lower())
+    if kind is None:
         raise UserError(f"{output}: a contact sheet is a PNG or JPEG file; end its name with .png or .jpg", "output")
     refuse_bad_seed(seed)
 
@@ -47,30 +55,22 @@ def write_contact_sheet(
     chosen = [paths[row * len(paths) // images] for row in range(images)] if len(paths) > images else paths
     rows = []
     for path in chosen:
-        image = _read_image(path, folder)
+        try:
+            image = load_image(path)
+            image = load_image(path, LONGEST_SIDE) if max(image.shape) > LONGEST_SIDE else image
+        except BadImageError as error:
+            remedy = f"replace it, or move it out of {folder}"
+            raise UserError(f"{path}: cannot be decoded ({error.reason}); {remedy}") from None
         name = path.relative_to(folder).as_posix()
         seeds = [derive_seed(seed, name, visit) for visit in range(visits)]
         rows.append([image, *(simulate_visit(image, PRESETS[preset], each) for each in seeds)])
-    sheet = arrange(rows)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        kind = "PNG" if output.suffix.lower() == ".png" else "JPEG"
-        write_picture(output, partial(sheet.save, format=kind))
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror or error}); name another", "output") from error
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_picture(output, partial(arrange(rows).save, format=kind))
     print(f"wrote {output}" + (f"; left aside: {left_aside}" if left_aside else ""))
     return output
 
 
-def _read_image(path: Path, folder: Path) -> Tensor:
-    try:
-        image = load_image(path)
-        return load_image(path, LONGEST_SIDE) if max(image.shape) > LONGEST_SIDE else image
-    except BadImageError as error:
-        raise UserError(f"{path}: cannot be decoded ({error.reason}); replace it, or move it out of {folder}") from None
-
-
-def arrange(rows: Sequence[Sequence[Tensor]], captions: Sequence[str] = ()) -> Image.Image:
+def arrange(rows: "Sequence[Sequence[Tensor]]", captions: Sequence[str] = ()) -> Image.Image:
     """Lay rows of images, uint8 ``(3, H, W)`` each, out on a white sheet, each under its caption if there is one."""
     line = 24 if captions else 0
     columns = max(len(images) for images in rows)
