@@ -38,6 +38,7 @@ from metilr.evaluation.runs import RUNS
 from metilr.extraction.describe import describe_images
 from metilr.extraction.descriptors import Descriptors, open_descriptors
 from metilr.extraction.options import ExtractionOptions
+from metilr.metrics import gap
 from metilr.models import SCALES
 from metilr.models.embedder import Embedder, build_embedder
 
@@ -146,8 +147,8 @@ def main() -> None:
                 made = {split: np.ones(len(rows), dtype=bool) for split, [rows] in parts.items()}
                 opened = {"plain": Descriptors(parts, made, []), "fast": open_descriptors([store.path], ground_truth)}
                 for way, descriptors in opened.items():
-                    figures = recognise(descriptors, ground_truth, MethodOptions()).figures
-                    gaps[way] = {split: 100 * figures[split]["gap"] for split in ("val", "test")}
+                    cases = recognise(descriptors, ground_truth, MethodOptions()).cases(ground_truth)
+                    gaps[way] = {split: 100 * gap(*case) for split, case in cases.items()}
             work = multiply_adds(embedder, shapes) / len(files)
             show(
                 f"extraction of {name}: {arguments.engine}, {arguments.precision}",

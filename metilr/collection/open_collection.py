@@ -17,8 +17,8 @@ from metilr.demo import DEMO
 from metilr.errors import UserError
 from metilr.evaluation.database import build_searchable, views_of
 from metilr.evaluation.options import MethodOptions, method_of_elements
-from metilr.evaluation.results import MIN_PRECISION, Vote
-from metilr.evaluation.runs import RUNS, Run, read_run
+from metilr.evaluation.results import MIN_PRECISION, Run, Vote, read_run
+from metilr.evaluation.runs import RUNS
 from metilr.extraction.describe import store_settings
 from metilr.extraction.descriptors import open_descriptors
 from metilr.extraction.options import Accelerator, ExtractionOptions
@@ -231,7 +231,7 @@ def _check(run: Run, embedder: Embedder, options: ExtractionOptions) -> Geometri
     recorded = run.results.geometric_check
     if recorded is None:
         return None
-    gate = Gate(recorded.gate.weight, recorded.gate.enough)
+    gate = Gate(**recorded.gate)
     what = (recorded.candidates, recorded.reorder, recorded.boost, gate)
     check = geometric_check_of(embedder.to(options.device), options.image_size, *what)
     refuse_another_model(run.path, recorded.features, check.extractor.settings())
@@ -250,7 +250,7 @@ def whitening_of_run(run: Run) -> PCAWhitening | None:
     if recorded is None:
         return None
     whitening = PCAWhitening.load(run.path / "whitening.npz")
-    if whitening.sha256() != recorded.sha256:
+    if whitening.sha256() != recorded.get("sha256"):
         raise UserError(f"{run.path / 'whitening.npz'}: is not the whitening of this evaluation; evaluate again")
     return whitening
 

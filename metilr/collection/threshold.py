@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 from metilr.collection.collection import Answer, Collection
 from metilr.errors import UserError
-from metilr.evaluation.results import FEW_ACCEPTED, MIN_PRECISION
-from metilr.evaluation.runs import Run
+from metilr.evaluation.results import FEW_ACCEPTED, MIN_PRECISION, Run
 from metilr.metrics.open_set import threshold_for_precision
 
 Decision = Literal["exhibit", "not in the collection", "undecided"]

@@ -13,8 +13,8 @@ from rich.markup import escape
 
 from metilr.data.ground_truth import NOT_NAMED, QUERY_FILES, load_ground_truth
 from metilr.errors import UserError
-from metilr.evaluation.results import FIGURES, LEVEL, UNITS
-from metilr.evaluation.runs import RUNS, Run, make_output, read_run
+from metilr.evaluation.results import FIGURES, LEVEL, UNITS, Run, read_run
+from metilr.evaluation.runs import RUNS, make_output
 from metilr.files import write_atomically
 from metilr.metrics.bootstrap import Difference, paired_intervals, resampling_units
 from metilr.progress import printable, tracked
@@ -194,9 +194,9 @@ def figures_table(title: str, runs: Mapping[str, Run], known: Mapping[str, Seque
         for note in (f"{chosen(run.results.knn, with_values=False)}; test scored once", *run.results.notes):
             true_of.setdefault(note, []).append(name)
     notes = [
-        f"in percent; {counts.database_images:,} database images of {counts.exhibits:,} exhibits; "
-        f"val {counts.val_queries:,} queries ({counts.val_met:,} met), "
-        f"test {counts.test_queries:,} ({counts.test_met:,} met)"
+        f"in percent; {counts['database_images']:,} database images of {counts['exhibits']:,} exhibits; "
+        f"val {counts['val_queries']:,} queries ({counts['val_met']:,} met), "
+        f"test {counts['test_queries']:,} ({counts['test_met']:,} met)"
     ]
     if sources:
         misnamed = "the report's tables say test, but were measured on val"
@@ -213,7 +213,7 @@ def costs_table(title: str, runs: Mapping[str, Run]) -> TextTable:
     for name, run in runs.items():
         results, cells = run.results, [name]
         for figures in results.splits.values():
-            ends = [100 * end for end in figures.intervals[results.unit].gap] if results.unit else None
+            ends = [100 * end for end in figures.intervals[results.unit]["gap"]] if results.unit else None
             cells.append(f"{100 * figures.gap:.2f}" + (f" ({ends[0]:.0f}–{ends[1]:.0f})" if ends else ""))
         cells.append("–" if results.seconds is None else f"{results.seconds:,.0f}")
         cells.append("–" if results.peak_memory_gb is None else f"{results.peak_memory_gb:.2f}")

@@ -71,10 +71,8 @@ def evaluate(
     from metilr.demo import DEMO, make_demo
     from metilr.distributed import launched_as_first, quieten_lightning
     from metilr.evaluation.database import views_of
-    from metilr.evaluation.geometric_check import check_recognition
-    from metilr.evaluation.recognition import check_method, recognise
-    from metilr.evaluation.runs import output_folder
-    from metilr.evaluation.summary import summarise
+    from metilr.evaluation.recognition import check_method, check_recognition, recognise
+    from metilr.evaluation.runs import output_folder, summarise
     from metilr.extraction.describe import describe_images
     from metilr.extraction.descriptors import open_descriptors
     from metilr.geometry.check import geometric_check_of
@@ -144,7 +142,7 @@ def _leave_behind(
     progress: Console,
 ) -> None:
     """Write predictions, whitening, report page, W&B's run and, last, ``results.json``: now it is finished."""
-    from metilr.evaluation.summary import write_answers
+    from metilr.evaluation.runs import write_answers
     from metilr.report.page import write_report
     from metilr.report.tables import print_table
     from metilr.report.wandb import finishing, log_evaluation, open_wandb, staging_beside, where_logged

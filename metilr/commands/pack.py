@@ -11,7 +11,7 @@ from rich.markup import escape
 from metilr.collection.open_collection import embedder_of_run, whitening_of_run
 from metilr.errors import UserError
 from metilr.evaluation.database import CHECKPOINT
-from metilr.evaluation.runs import read_run
+from metilr.evaluation.results import read_run
 from metilr.models.checkpoints import EMBEDDER, FORMAT, model_entry, write_checkpoint
 from metilr.retrieval.whitening import parts_of_whitening
 

@@ -23,7 +23,8 @@ from metilr.commands.compare import compare
 from metilr.commands.evaluate import evaluate
 from metilr.data.ground_truth import DatabaseName
 from metilr.errors import UserError
-from metilr.evaluation.runs import RUNS, make_output, plain_options, read_run
+from metilr.evaluation.results import read_run
+from metilr.evaluation.runs import RUNS, make_output, plain_options
 from metilr.files import write_atomically
 
 # Options of metilr evaluate that say how and where, but change no figure beyond rounding: another run of the sweep may

@@ -3,28 +3,23 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from metilr.data.ground_truth import GroundTruth
 from metilr.errors import UserError, one_line
 from metilr.evaluation.options import MethodOptions
-from metilr.extraction.descriptors import Descriptors
 from metilr.extraction.store import CHUNK_ROWS, row_chunks
 from metilr.progress import counted
-from metilr.retrieval.approximate import ApproximateIndex
 from metilr.retrieval.knn import NO_ROW, Matches, top_matches
 from metilr.retrieval.search import Neighbours, SearchDevice, device_for, search
-from metilr.retrieval.whitening import (
-    PCAWhitening,
-    fit_learned_whitening,
-    fit_pca_whitening,
-    whitening_from_parts,
-)
+from metilr.retrieval.whitening import PCAWhitening, fit_learned_whitening, fit_pca_whitening, whitening_from_parts
 
 if TYPE_CHECKING:
     from metilr.data.views import View
+    from metilr.extraction.descriptors import Descriptors
+    from metilr.retrieval.approximate import ApproximateIndex
 
 CHECKPOINT = ".ckpt"
 
@@ -38,40 +33,26 @@ def views_of(method: MethodOptions, seed: int) -> "list[View]":
 
 
 def whitening_of(
-    descriptors: Descriptors, ground_truth: GroundTruth, method: MethodOptions, quiet: bool = True
+    descriptors: "Descriptors", ground_truth: GroundTruth, method: MethodOptions, quiet: bool = True
 ) -> PCAWhitening | None:
-    """Learn or load the whitening that the method asks for; None for none.
-
-    Raises:
-        UserError: If it cannot be learned on this data, or its file cannot be read.
-    """
+    """Learn or load the whitening that the method asks for; None for none."""
     if method.whitening == "none":
         return None
     if method.whitening not in ("pca", "learned"):
         return load_whitening(method.whitening)
-    made = descriptors.made["database"]
-    with counted("learning whitening", int(made.sum()), "rows", quiet) as done:
-
-        def database() -> Iterator[np.ndarray]:
-            for chunk in row_chunks(descriptors.parts["database"], made):
-                yield chunk
-                done(len(chunk))
-
+    with counted("learning whitening", int(descriptors.made["database"].sum()), "rows", quiet) as done:
+        database = _chunks(descriptors, "database", done)
         try:
             if not method.is_learned:
-                return fit_pca_whitening(database(), method.whitening_dim, method.whitening_shrinkage)
+                return fit_pca_whitening(database, method.whitening_dim, method.whitening_shrinkage)
             pairs = pair_differences(descriptors, ground_truth)
-            return fit_learned_whitening(database(), pairs, method.whitening_dim, method.pair_shrinkage)
+            return fit_learned_whitening(database, pairs, method.whitening_dim, method.pair_shrinkage)
         except UserError as error:
             raise UserError(error.message, "whitening_dim" if error.parameter == "dim" else error.parameter) from None
 
 
 def load_whitening(path: str | Path) -> PCAWhitening:
-    """Read a whitening that was saved, or the one in a checkpoint that ``metilr pack`` wrote.
-
-    Raises:
-        UserError: If there is none in the file, or it cannot be read.
-    """
+    """Read a whitening that was saved, or the one in a checkpoint that ``metilr pack`` wrote."""
     path = Path(path)
     if path.suffix != CHECKPOINT:
         return PCAWhitening.load(path)
@@ -84,28 +65,18 @@ def load_whitening(path: str | Path) -> PCAWhitening:
     if entry is None:
         raise UserError(f"{path}: this checkpoint holds no whitening; metilr pack writes one that does", "whitening")
     try:
-        parts = {name: _array(part) for name, part in entry.items() if isinstance(part, torch.Tensor)}
-        kind = entry.get("kind")
-        if not isinstance(kind, str):
-            raise TypeError(f"its kind is a {type(kind).__name__}")
-        return whitening_from_parts(kind, parts)
+        kind, parts = entry["kind"], {name: part for name, part in entry.items() if isinstance(part, torch.Tensor)}
+        claimed = [(part.nelement() * part.element_size(), part.untyped_storage().nbytes()) for part in parts.values()]
+        if not isinstance(kind, str) or any(n_bytes > in_file for n_bytes, in_file in claimed):
+            raise ValueError("its kind is no text, or a tensor claims more numbers than the file has")
+        return whitening_from_parts(kind, {name: np.array(part.numpy()) for name, part in parts.items()})
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = one_line(error)
         raise UserError(f"{path}: its whitening cannot be read ({reason}); pack it anew", "whitening") from error
 
 
-def _array(tensor: Any) -> np.ndarray:
-    if tensor.nelement() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError("a tensor claims more numbers than the file has")
-    return np.array(tensor.numpy())
-
-
-def pair_differences(descriptors: Descriptors, ground_truth: GroundTruth) -> Iterator[np.ndarray]:
-    """Differences of descriptors that show one exhibit: of images and their visits, and of its images.
-
-    Yields:
-        float32 ``(m, D)``, a row a pair.
-    """
+def pair_differences(descriptors: "Descriptors", ground_truth: GroundTruth) -> Iterator[np.ndarray]:
+    """Differences of descriptors that show one exhibit, float32 ``(m, D)``: of images and visits, and of its images."""
     images, made = descriptors.parts["database"], descriptors.made["database"]
     if "visits" in descriptors.parts:
         yield from visit_differences(images, descriptors.parts["visits"], made)
@@ -117,34 +88,29 @@ def visit_differences(
 ) -> Iterator[np.ndarray]:
     """Differences of each image and each of its visits, float32 ``(m, D)``, some at a time.
 
-    Args:
-        images: Side by side, each ``(n, D_i)``.
-        visits: Of n visits an image, row ``i * n_visits + v``, each ``(n * n_visits, D_i)``.
-        made: Which images count, ``(n,)``.
+    ``images`` lie side by side, each ``(n, D_i)``, and so do ``visits``, each ``(n * n_visits, D_i)``, of which row
+    ``i * n_visits + v`` is visit v of image i; ``made`` says which images count, ``(n,)``.
     """
     n_visits = len(visits[0]) // len(made)
     size = CHUNK_ROWS // n_visits + 1
-    for start in range(0, len(made), size):
-        of_images = _side_by_side([part[start : start + size] for part in images])
-        of_visits = _side_by_side([part[start * n_visits : (start + size) * n_visits] for part in visits])
+    chunks_of_visits = row_chunks(visits, np.repeat(made, n_visits), size * n_visits)
+    for of_images, of_visits in zip(row_chunks(images, made, size), chunks_of_visits, strict=True):
         differences = of_images[:, None] - of_visits.reshape(len(of_images), n_visits, -1)
-        yield differences[made[start : start + size]].reshape(-1, of_images.shape[1])
+        yield differences.reshape(-1, of_images.shape[1])
 
 
 def exhibit_differences(images: Sequence[np.ndarray], labels: np.ndarray) -> Iterator[np.ndarray]:
     """Differences of each image and the next one of its exhibit, in a ring; labels below 0 are left out."""
     first, second = ring_pairs(labels)
     for start in range(0, len(first), CHUNK_ROWS):
-        pairs = slice(start, start + CHUNK_ROWS)
-        yield _side_by_side([part[first[pairs]] - part[second[pairs]] for part in images])
+        a, b = first[start : start + CHUNK_ROWS], second[start : start + CHUNK_ROWS]
+        yield np.concatenate([part[a] - part[b] for part in images], axis=1, dtype=np.float32)
 
 
 def ring_pairs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pair each row with the next one of its label, and the last with the first; labels < 0 are left out.
+    """Pair each row with the next one of its label, and the last with the first: two arrays ``(P,)``; not labels < 0.
 
-    Returns:
-        First and second row of each pair, int64 ``(P,)``: none for a label with one row, one for two, else as many as
-        it has rows.
+    A label with one row has no pair, one with two rows has one.
     """
     order = np.argsort(labels, kind="stable")
     order = order[labels[order] >= 0]
@@ -152,30 +118,18 @@ def ring_pairs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     following = np.arange(1, len(order) + 1)
     following[starts + counts - 1] = starts
     place_in_label = np.arange(len(order)) - np.repeat(starts, counts)
-    n_pairs = np.where(counts > 2, counts, counts - 1)
-    is_pair = place_in_label < np.repeat(n_pairs, counts)
+    is_pair = place_in_label < np.repeat(np.where(counts > 2, counts, counts - 1), counts)
     return order[is_pair], order[following[is_pair]]
-
-
-def _side_by_side(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.asarray(part, dtype=np.float32) for part in parts], axis=1)
 
 
 @dataclass(frozen=True, eq=False)
 class Searchable:
-    """What queries are compared with.
+    """What queries are compared with."""
 
-    Attributes:
-        rows: Float32 ``(M, D)``, unit length.
-        labels: What each shows, int64 ``(M,)``.
-        images: Row of the ground truth's database that each was made from, int64 ``(M,)``.
-        approximate: Searches ``rows`` in place of an exact search; None: exactly.
-    """
-
-    rows: np.ndarray
-    labels: np.ndarray
-    images: np.ndarray
-    approximate: ApproximateIndex | None = None
+    rows: np.ndarray  # float32 (M, D), unit length
+    labels: np.ndarray  # what each shows, int64 (M,)
+    images: np.ndarray  # row of the ground truth's database that each was made from, int64 (M,)
+    approximate: "ApproximateIndex | None" = None  # searches ``rows`` in place of an exact search
 
     def nearest(
         self,
@@ -221,15 +175,13 @@ def _best_of_views(neighbours: Neighbours, n_views: int, k: int) -> Neighbours:
     similarities = neighbours.similarities.reshape(-1, n_views * k)
     order = np.lexsort((-similarities, rows), axis=1)  # each row's greatest similarity first
     rows, similarities = (np.take_along_axis(values, order, axis=1) for values in (rows, similarities))
-    is_repeated = np.zeros(rows.shape, dtype=bool)
-    is_repeated[:, 1:] = rows[:, 1:] == rows[:, :-1]
-    similarities = np.where(is_repeated, -np.inf, similarities)
+    similarities[:, 1:][rows[:, 1:] == rows[:, :-1]] = -np.inf
     order = np.lexsort((rows, -similarities), axis=1)[:, :k]
     return Neighbours(np.take_along_axis(similarities, order, axis=1), np.take_along_axis(rows, order, axis=1))
 
 
 def build_searchable(
-    descriptors: Descriptors,
+    descriptors: "Descriptors",
     ground_truth: GroundTruth,
     method: MethodOptions,
     whitening: PCAWhitening | None,
@@ -244,7 +196,7 @@ def build_searchable(
 
 
 def query_views(
-    descriptors: Descriptors, split: str, method: MethodOptions, whitening: PCAWhitening | None, quiet: bool = True
+    descriptors: "Descriptors", split: str, method: MethodOptions, whitening: PCAWhitening | None, quiet: bool = True
 ) -> np.ndarray:
     """Descriptors of the queries that have one and of their crops, as they are searched: ``(n made, V, D)``."""
     whole = _unit_rows(descriptors, [split], whitening, quiet)[:, None]
@@ -255,19 +207,23 @@ def query_views(
 
 
 def _unit_rows(
-    descriptors: Descriptors, splits: Sequence[str], whitening: PCAWhitening | None, quiet: bool
+    descriptors: "Descriptors", splits: Sequence[str], whitening: PCAWhitening | None, quiet: bool
 ) -> np.ndarray:
-    """Rows of splits under each other as they are compared, float32 ``(n made, D)``, of unit length."""
+    """Rows of splits one after another as they are compared, float32 ``(n made, D)``, of unit length."""
     width = descriptors.width if whitening is None else whitening.dim
-    ready = np.empty((sum(int(descriptors.made[split].sum()) for split in splits), width), dtype=np.float32)
-    start = 0
+    ready, start = np.empty((sum(int(descriptors.made[split].sum()) for split in splits), width), dtype=np.float32), 0
     with counted(f"whitening {' and '.join(splits)}", len(ready), "rows", quiet) as done:
         for split in splits:
-            for chunk in row_chunks(descriptors.parts[split], descriptors.made[split]):
+            for chunk in _chunks(descriptors, split, done):
                 ready[start : start + len(chunk)] = as_compared(chunk, whitening)
                 start += len(chunk)
-                done(len(chunk))
     return ready
+
+
+def _chunks(descriptors: "Descriptors", split: str, done: Callable[[int], None]) -> Iterator[np.ndarray]:
+    for chunk in row_chunks(descriptors.parts[split], descriptors.made[split]):
+        yield chunk
+        done(len(chunk))
 
 
 def as_compared(rows: np.ndarray, whitening: PCAWhitening | None) -> np.ndarray:

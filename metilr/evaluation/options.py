@@ -1,4 +1,4 @@
-"""How descriptors are compared, and what an evaluation leaves behind. Imports nothing heavy, so that help is quick."""
+"""How descriptors are compared, and what an evaluation leaves behind."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,9 +64,8 @@ class MethodOptions:
     @property
     def n_visits(self) -> int:
         """Simulated visits of each database image."""
-        if self.visits is None:
-            return VISITS if self.is_learned or self.database_views == "rows" else 0
-        return self.visits
+        needed = self.is_learned or self.database_views == "rows"
+        return (VISITS if needed else 0) if self.visits is None else self.visits
 
     @property
     def rows_per_image(self) -> int:
@@ -76,33 +75,29 @@ class MethodOptions:
     def __post_init__(self) -> None:
         """Refuse what is out of range whatever the data, or would have no effect: recorded, it would lie."""
         check_choices(self)
-        for name, holds, choose in (
+        crops, rows = list(self.query_crops), self.database_views == "rows"
+        are_shares = all(0 < share < 1 for share in crops) and len(set(crops)) == len(crops)
+        for name, is_right, choose in (
             ("whitening_shrinkage", 0 <= self.whitening_shrinkage <= 1, "a number from 0 (PCA) to 1 (whitening)"),
             ("pair_shrinkage", 0 < self.pair_shrinkage <= 1, "a number above 0, at most 1"),
             ("visits", 0 <= self.n_visits <= MAX_VISITS, f"0 (off) to {MAX_VISITS:,}"),
+            ("database_views", self.n_visits or not rows, f"none, or visits such as {VISITS}"),
+            ("query_crops", are_shares, "shares between 0 and 1, each once (the whole is searched as well)"),
             ("geometric_check", self.geometric_check >= 0, "0 (off) or more"),
         ):
-            if not holds:
+            if not is_right:
                 raise UserError(f"{getattr(self, name)}: choose {choose}", name)
-        for name, without, has_effect, needed in (
+        for name, off, has_effect, needed in (
             ("whitening_dim", None, self.whitening in ("pca", "learned"), "whitening pca or learned"),
             ("whitening_shrinkage", 1, self.whitening == "pca", "whitening pca"),
             ("pair_shrinkage", PAIR_SHRINKAGE, self.is_learned, "whitening learned"),
+            ("visits", 0, self.visits is None or self.is_learned or rows, "whitening learned or database_views rows"),
             ("geometric_reorder", False, self.geometric_check > 0, "geometric_check, such as 20"),
         ):
-            if getattr(self, name) != without and not has_effect:
+            if getattr(self, name) != off and not has_effect:
                 raise UserError(f"has no effect without {needed}; leave it out", name)
-        if self.visits and not self.is_learned and self.database_views == "none":
-            raise UserError("has no effect without whitening learned or database_views rows; leave it out", "visits")
-        if self.database_views == "rows" and not self.n_visits:
-            raise UserError(f"rows: needs visits, such as {VISITS}", "database_views")
         if self.tau is not None:
             check_tau(self.tau)
-        crops = list(self.query_crops)
-        if not all(0 < share < 1 for share in crops):
-            raise UserError(f"{crops}: choose shares between 0 and 1 (the whole is searched as well)", "query_crops")
-        if len(set(crops)) < len(crops):
-            raise UserError(f"{crops}: names a share twice; name each once", "query_crops")
 
 
 @dataclass(frozen=True)
@@ -134,11 +129,7 @@ DELETED = {"dba": (0,), "hubness": (0, None), "crop_similarity": ("best",)}
 
 
 def without_deleted(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What was recorded, without options that metilr had before and that were off.
-
-    Raises:
-        UserError: If one was on; names it.
-    """
+    """What was recorded, without options that metilr had before; refused if one of them was on."""
     for name in DELETED.keys() & options.keys():
         if options[name] not in DELETED[name]:
             raise UserError(f"{shown(options[name])}: metilr no longer has this; evaluate again without it", name)
@@ -146,10 +137,6 @@ def without_deleted(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def method_of_elements(elements: Mapping[str, Any]) -> MethodOptions:
-    """How recorded ``elements`` compare descriptors that are whitened already.
-
-    Raises:
-        UserError: As ``without_deleted``.
-    """
+    """How recorded ``elements`` compare descriptors that are whitened already."""
     kept = without_deleted(elements)
     return MethodOptions("none", **{**kept, "visits": kept["visits"] if kept.get("database_views") == "rows" else None})

@@ -1,106 +1,82 @@
-"""From descriptors to answers and figures: whitening, search, kNN, metrics. Knows no images."""
+"""From descriptors to answers and figures: whitening, search, kNN, metrics, and a check of the answers by geometry."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.markup import escape
 
-from metilr.data.ground_truth import QUERY_FILES, GroundTruth
+from metilr.data.ground_truth import NOT_NAMED, QUERY_FILES, GroundTruth
 from metilr.errors import UserError
-from metilr.evaluation.database import Searchable, build_searchable, load_whitening, query_views, whitening_of
+from metilr.evaluation.database import build_searchable, load_whitening, query_views, whitening_of
 from metilr.evaluation.options import MethodOptions
-from metilr.extraction.descriptors import Descriptors
-from metilr.geometry.evidence import Checked
-from metilr.metrics.functional import acc, gap, gap_bounds, gap_minus
+from metilr.evaluation.results import LEVEL, MIN_PRECISION
+from metilr.geometry.evidence import Checked, apply_evidence, tune_evidence
+from metilr.metrics import DISTRACTOR, acc, gap, gap_minus
+from metilr.metrics.bootstrap import N_RESAMPLES, intervals, resampling_units
+from metilr.metrics.functional import gap_bounds
+from metilr.metrics.open_set import open_set_figures, threshold_for_precision
 from metilr.progress import counted
-from metilr.retrieval.knn import (
-    K_GRID,
-    N_MATCHES,
-    N_NEIGHBOURS,
-    NO_LABEL,
-    NO_ROW,
-    TAU_GRID,
-    Matches,
-    Predictions,
-    Tuning,
-    classify,
-    tune,
-    with_skipped,
-)
+from metilr.retrieval import knn
 from metilr.retrieval.search import Neighbours, check_device
 from metilr.retrieval.whitening import PCAWhitening
+
+if TYPE_CHECKING:
+    from metilr.extraction.descriptors import Descriptors
+    from metilr.geometry.check import GeometricCheck
+
+SEED = 0  # of the bootstrap
 
 
 @dataclass(frozen=True, eq=False)
 class Recognition:
-    """Answers to the queries of val and test, and how they were reached.
+    """Answers to the queries of val and test, and how they were reached; mappings are by split."""
 
-    Attributes:
-        answers: By split, one answer per query; ``nearest`` counts rows of the whole database.
-        figures: By split: gap, gap_minus, acc in [0, 1], bounds of GAP, counts.
-        whitening: What was applied, or None.
-        k: Number of neighbours.
-        tau: Inverse temperature.
-        tuning: The grid on val, or None where both were given.
-        matches: By split, what each query resembles most; rows of the whole database.
-        checked: By split, what a geometric check found; None without one.
-    """
-
-    answers: Mapping[str, Predictions]
-    figures: Mapping[str, Mapping[str, Any]]
+    answers: Mapping[str, knn.Predictions]  # one per query; ``nearest`` counts rows of the whole database
     whitening: PCAWhitening | None
     k: int
     tau: float
-    tuning: Tuning | None
-    matches: Mapping[str, Matches]
-    checked: Mapping[str, Checked] | None = None
+    tuning: knn.Tuning | None  # the grid on val; None where both were given
+    matches: Mapping[str, knn.Matches]  # what each query resembles most; rows of the whole database
+    checked: Mapping[str, Checked] | None = None  # what a geometric check found
+
+    def cases(self, ground_truth: GroundTruth) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """What metrics take, by split: log-confidence, answered and true label of each query, ``(Q,)``."""
+        return {split: (of.log_confidence, of.labels, ground_truth.labels[split]) for split, of in self.answers.items()}
 
 
 def check_method(method: MethodOptions, n_database: int, width: int, n_classes: int) -> None:
     """Refuse what cannot work with such a database, before hours go into describing it.
 
-    Args:
-        method: How descriptors will be compared.
-        n_database: Images in the database.
-        width: Dimensions of the descriptors.
-        n_classes: Exhibits in the database.
+    ``n_database`` images of ``n_classes`` exhibits, and descriptors of ``width`` dimensions.
 
     Raises:
         UserError: If an option is not usable; names it.
     """
     if method.is_learned and not method.n_visits and n_database <= n_classes:
-        raise UserError(
-            "0: with one image an exhibit whitening learned has no pairs to learn from; leave it out", "visits"
-        )
-    largest = min(n_database - 1, width)
-    if method.whitening_dim is not None and not 1 <= method.whitening_dim <= largest:
-        raise UserError(
-            f"{method.whitening_dim}: {n_database:,} database images of width {width} support 1 to {largest}; choose "
-            "one of these, or leave it out for the default",
-            "whitening_dim",
-        )
-    if method.whitening not in ("pca", "learned", "none"):
-        if not Path(method.whitening).is_file():
-            raise UserError(
-                f"{method.whitening}: no such file; choose pca, learned, none or a saved whitening", "whitening"
-            )
-        learned_on = len(load_whitening(method.whitening).mean)
-        if learned_on != width:
-            raise UserError(
-                f"{method.whitening}: is for descriptors of width {learned_on}, these have {width}", "whitening"
-            )
+        reason = "with one image an exhibit whitening learned has no pairs to learn from; leave it out"
+        raise UserError(f"0: {reason}", "visits")
+    dim, largest = method.whitening_dim, min(n_database - 1, width)
+    if dim is not None and not 1 <= dim <= largest:
+        supported = f"{n_database:,} database images of width {width} support 1 to {largest}"
+        raise UserError(f"{dim}: {supported}; choose one of these, or leave it out for the default", "whitening_dim")
+    file = method.whitening
+    if file not in ("pca", "learned", "none"):
+        if not Path(file).is_file():
+            raise UserError(f"{file}: no such file; choose pca, learned, none or a saved whitening", "whitening")
+        if (learned_on := len(load_whitening(file).mean)) != width:
+            raise UserError(f"{file}: is for descriptors of width {learned_on}, these have {width}", "whitening")
     n_rows = n_database * method.rows_per_image
     if method.k is not None and not 1 <= method.k <= n_rows:
         rows = f" and {n_rows:,} rows" if method.rows_per_image > 1 else ""
         raise UserError(f"{method.k}: the database has {n_database:,} images{rows}; choose k from 1 to {n_rows}", "k")
-    check_device(method.search_device or "cpu", method.k or max(K_GRID))
+    check_device(method.search_device or "cpu", method.k or max(knn.K_GRID))
 
 
 def recognise(
-    descriptors: Descriptors,
+    descriptors: "Descriptors",
     ground_truth: GroundTruth,
     method: MethodOptions | None = None,
     say: Callable[[str], None] = lambda step: None,
@@ -108,14 +84,8 @@ def recognise(
 ) -> Recognition:
     """Whiten, search once per split, choose k and tau by GAP on val, answer and score val and test.
 
-    Test takes no part in any choice.
-
-    Args:
-        descriptors: Rows of all splits, and of the views that the method needs.
-        ground_truth: Labels of all splits.
-        method: How descriptors are compared.
-        say: Told what is done, a line a step; at full size some take minutes.
-        quiet: Show no progress.
+    Test takes no part in any choice. ``descriptors`` hold all splits, and the views that the method needs; ``say`` is
+    told what is done, a line a step: at full size some take minutes.
 
     Raises:
         UserError: If an option does not fit the data.
@@ -137,63 +107,97 @@ def recognise(
             return database.nearest(queries[split], k, device, done)
 
     # k counts rows: where an image has several, the grid reaches as many images as without.
-    k_grid = [method.k] if method.k is not None else sorted({*K_GRID, *(i * method.rows_per_image for i in K_GRID)})
-    tau_grid = TAU_GRID if method.tau is None else (method.tau,)
-    n_rows, n_matches = len(database.rows), max(N_MATCHES, method.geometric_check)
-    n_neighbours = min(max(N_NEIGHBOURS, 2 * n_matches) * method.rows_per_image, n_rows)
+    k_grid = (
+        [method.k] if method.k is not None else sorted({*knn.K_GRID, *(i * method.rows_per_image for i in knn.K_GRID)})
+    )
+    tau_grid = knn.TAU_GRID if method.tau is None else (method.tau,)
+    n_rows, n_matches = len(database.rows), max(knn.N_MATCHES, method.geometric_check)
+    n_neighbours = min(max(knn.N_NEIGHBOURS, 2 * n_matches) * method.rows_per_image, n_rows)
     k_search = max(n_neighbours, *(i for i in k_grid if i <= n_rows))
     say(f"[bold]search[/]       exact, {device}: val, {k_search} neighbours among {n_rows:,} rows")
     neighbours = {"val": nearest("val", k_search)}
     target = ground_truth.labels["val"]
-    tuning = tune(neighbours["val"], database.labels, n_classes, target, k_grid, tau_grid, skipped=~made["val"])
+    tuning = knn.tune(neighbours["val"], database.labels, n_classes, target, k_grid, tau_grid, skipped=~made["val"])
     k_search = max(n_neighbours, tuning.k)
     say(f"[bold]search[/]       test, {k_search} neighbours")
     neighbours["test"] = nearest("test", k_search)
 
     answers, matches = {}, {}
     for split, of_split in neighbours.items():
-        predictions = with_skipped(classify(of_split, database.labels, n_classes, tuning.k, tuning.tau), ~made[split])
-        answers[split] = replace(predictions, nearest=_as_images(predictions.nearest, database))
-        of_made = database.matches(queries[split], of_split, n_matches, device)
-        matches[split] = _of_all_queries(of_made, database, made[split])
-    figures = {split: figures_of(of_split, ground_truth.labels[split]) for split, of_split in answers.items()}
+        is_made = made[split]
+        of_made = knn.classify(of_split, database.labels, n_classes, tuning.k, tuning.tau)
+        in_database = np.where(of_made.nearest == knn.NO_ROW, knn.NO_ROW, database.images[of_made.nearest])
+        answers[split] = knn.with_skipped(replace(of_made, nearest=in_database), ~is_made)
+        nearest_exhibits = database.matches(queries[split], of_split, n_matches, device)
+        shape = (len(is_made), nearest_exhibits.rows.shape[1])
+        matches[split] = knn.Matches(np.full(shape, knn.NO_ROW, dtype=np.int64), np.full(shape, np.nan))
+        matches[split].rows[is_made] = database.images[nearest_exhibits.rows]
+        matches[split].similarities[is_made] = nearest_exhibits.similarities
     was_tuned = method.k is None or method.tau is None
-    return Recognition(answers, figures, whitening, tuning.k, tuning.tau, tuning if was_tuned else None, matches)
+    return Recognition(answers, whitening, tuning.k, tuning.tau, tuning if was_tuned else None, matches)
 
 
-def _of_all_queries(matches: Matches, database: Searchable, is_made: np.ndarray) -> Matches:
-    """The same for all queries, made or not, and in rows of the ground truth's database."""
-    shape = (len(is_made), matches.rows.shape[1])
-    of_all = Matches(np.full(shape, NO_ROW, dtype=np.int64), np.full(shape, np.nan))
-    of_all.rows[is_made] = _as_images(matches.rows, database)
-    of_all.similarities[is_made] = matches.similarities
-    return of_all
+def check_recognition(
+    recognition: Recognition, ground_truth: GroundTruth, check: "GeometricCheck", quiet: bool = True
+) -> "tuple[Recognition, GeometricCheck]":
+    """Let local features decide how far the answers to val and test are to be believed.
 
+    Descriptors say what two images have in common, wherever it lies; the check asks whether it lies alike. Its own
+    boost and gate are left aside: they are chosen on val.
 
-def _as_images(rows: np.ndarray, database: Searchable) -> np.ndarray:
-    """The database images that searched rows were made from."""
-    return np.where(rows == NO_ROW, NO_ROW, database.images[rows])
-
-
-def figures_of(answers: Predictions, labels: np.ndarray) -> dict[str, Any]:
-    """GAP, GAP⁻, ACC in [0, 1], bounds of GAP, and counts, of one split.
-
-    Args:
-        answers: To all queries; NO_LABEL to those without a descriptor.
-        labels: What each shows, ``(Q,)``.
-
-    Raises:
-        UserError: If no query shows an exhibit.
+    Returns:
+        The recognition with other confidences and, with ``reorder``, labels; and the check with boost and gate.
     """
-    arguments = (answers.log_confidence, answers.labels, labels)
-    least, greatest = gap_bounds(*arguments)
+    from metilr.geometry.check import count_inliers
+
+    files = {split: [ground_truth.image(path) for path in paths] for split, paths in ground_truth.paths.items()}
+    labels, evidence = ground_truth.labels, {}
+    for split, matches in recognition.matches.items():
+        candidates = matches.rows[:, : check.candidates]
+        inliers = count_inliers(check, files[split], candidates, files["database"], quiet)
+        evidence[split] = Checked(matches, inliers, labels["database"], ground_truth.n_classes, recognition.tau)
+    boost, gate = tune_evidence(recognition.answers["val"], evidence["val"], labels["val"], check.reorder)
+    answers = {split: apply_evidence(of, evidence[split], boost, gate) for split, of in recognition.answers.items()}
+    return replace(recognition, answers=answers, checked=evidence), replace(check, boost=boost, gate=gate)
+
+
+def figures_of(recognition: Recognition, ground_truth: GroundTruth) -> dict[str, Any]:
+    """The figures of val and test, with intervals and open-set figures, and the threshold chosen on val."""
+    cases, figures = recognition.cases(ground_truth), {}
+    for split, case in cases.items():
+        _, predicted, target = case
+        least, greatest = gap_bounds(*case)
+        units = resampling_units(target, ground_truth.photographers.get(split, np.full(len(target), NOT_NAMED)))
+        drawn = {name: intervals(*case, unit, seed=SEED, level=LEVEL) for name, unit in units.items()}
+        figures[split] = {
+            "gap": gap(*case),
+            "gap_minus": gap_minus(*case),
+            "acc": acc(*case),
+            "gap_least": least,
+            "gap_greatest": greatest,
+            "n_queries": len(target),
+            "n_met": ground_truth.n_met(split),
+            "n_skipped": int((predicted == DISTRACTOR).sum()),
+            "intervals": {name: {metric: [*ends] for metric, ends in of.items()} for name, of in drawn.items()},
+            "open_set": open_set_figures(*case, ground_truth.kinds(split), ground_truth.class_sizes()),
+        }
+    point = threshold_for_precision(*cases["val"], MIN_PRECISION)
+    threshold = {
+        "min_precision": MIN_PRECISION,
+        "chosen_on": "val",
+        "log_confidence": None if point is None else point.threshold,
+        "splits": {split: None if point is None else _at(point.threshold, *cases[split]) for split in QUERY_FILES},
+    }
+    return {"bootstrap": {"resamples": N_RESAMPLES, "level": LEVEL, "seed": SEED}, "threshold": threshold, **figures}
+
+
+def _at(threshold: float, log_confidence: np.ndarray, predicted: np.ndarray, target: np.ndarray) -> dict[str, Any]:
+    """What the threshold gives on a split."""
+    accepted, is_met = log_confidence >= threshold, target != DISTRACTOR
+    right = accepted & is_met & (predicted == target)
     return {
-        "gap": gap(*arguments),
-        "gap_minus": gap_minus(*arguments),
-        "acc": acc(*arguments),
-        "gap_least": least,
-        "gap_greatest": greatest,
-        "n_queries": len(labels),
-        "n_met": int((labels >= 0).sum()),
-        "n_skipped": int((answers.labels == NO_LABEL).sum()),
+        "n_accepted": int(accepted.sum()),
+        "precision": float(right[accepted].mean()) if accepted.any() else None,
+        "recall": float(right[is_met].mean()),
+        "false_alarms": float(accepted[~is_met].mean()) if not is_met.all() else None,
     }

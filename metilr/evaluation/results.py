@@ -1,33 +1,44 @@
-"""``results.json``, read and written in one place: a model of what an evaluation found, and what made it."""
+"""What an evaluation left, read back: a model of ``results.json``, which is written by it too, and the predictions."""
 
+import contextlib
+import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from metilr.data.decode import MAX_IMAGE_SIZE
-from metilr.data.ground_truth import DatabaseName
+from metilr.data.ground_truth import QUERY_FILES, DatabaseName
 from metilr.errors import UserError, one_line, shown
 from metilr.extraction.options import Precision
-from metilr.files import write_atomically
-from metilr.models import Engine, PoolingName
+from metilr.files import read_yaml, write_atomically
+from metilr.metrics import DISTRACTOR
+from metilr.models import Engine, PatchRounding, PoolingName
 
 SCHEMA_VERSION = 2  # 1 does not hold the options: it can be compared, but not repeated
+SIZES = ("database_images", "exhibits", "val_queries", "val_met", "test_queries", "test_met")
 FIGURES = ("gap", "gap_minus", "acc")
 UNITS = ("photographers", "classes", "queries")  # that intervals are drawn over; not every museum has all
 LEVEL = 0.95  # of the intervals
 MIN_PRECISION = 0.9  # of the accepted answers on val, where nothing else is asked for
 FEW_ACCEPTED = 20  # answers: one more or less that is wrong moves their precision by 5 points
+PREDICTION_COLUMNS = (
+    "path", "exhibit_id", "predicted_id", "log_confidence", "confidence", "similarity", "nearest_path", "correct",
+)  # fmt: skip
 
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]  # what a file's name can hold
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-Crop = Annotated[float, Field(gt=0, lt=1)]
 ImageSize = Annotated[int, Field(ge=1, le=MAX_IMAGE_SIZE)]  # px
+SizeName = Annotated[str, Field(pattern=f"^({'|'.join(SIZES)})$")]
+FigureName = Annotated[str, Field(pattern=f"^({'|'.join(FIGURES)})$")]
+GateName = Annotated[str, Field(pattern="^(weight|enough)$")]
+Ends = Annotated[list[Share], Field(min_length=2, max_length=2)]  # of an interval
 
 
 class Part(BaseModel):
@@ -40,38 +51,14 @@ class Part(BaseModel):
         return self.model_dump(exclude_unset=True)
 
 
-class Counts(Part):
-    """Sizes of the data."""
-
-    database_images: Count
-    exhibits: Count
-    val_queries: Count
-    val_met: Count
-    test_queries: Count
-    test_met: Count
-
-
 class Data(Part):
     """What was measured on."""
 
     root: Text
     database: DatabaseName
     synthetic: bool
-    counts: Counts
+    counts: Annotated[dict[SizeName, Count], Field(min_length=6)]
     fingerprint: Text
-
-
-class Pooling(Part):
-    """How a map became a descriptor."""
-
-    kind: PoolingName
-    p: Any = None
-
-
-class Session(Part):
-    """Where descriptors were made."""
-
-    weights_from: dict[str, Any] = {}
 
 
 class Model(Part):
@@ -79,7 +66,7 @@ class Model(Part):
 
     backbone: Text | None = None
     weights_sha256: Text | None = None
-    pooling: Pooling | None = None
+    pooling: dict[str, Any] | None = None
     projector: dict[str, Any] | None = None
     stage: int | None = None
     scales: Sequence[float] = ()
@@ -87,17 +74,8 @@ class Model(Part):
     precision: Precision = "32"
     engine: Engine = "torch"
     store: Text | None = None
-    made_with: list[Session] = []
+    made_with: list[dict[str, Any]] = []
     concatenated: list[dict[str, Any]] = []
-
-
-class Whitening(Part):
-    """The whitening that was applied."""
-
-    source: Text | None = None
-    sha256: Text | None = None
-    dim: Count | None = None
-    shrinkage: float | None = None
 
 
 class Elements(Part, extra="forbid"):
@@ -105,17 +83,10 @@ class Elements(Part, extra="forbid"):
 
     visits: Count
     database_views: Literal["none", "rows", "mean"]
-    query_crops: list[Crop]
+    query_crops: list[Annotated[float, Field(gt=0, lt=1)]]
     crop_similarity: Literal["best", "mean"] = "best"
     dba: Count = 0
     hubness: dict[str, Any] | None = None
-
-
-class Gate(Part):
-    """By how much confidence falls where few local features agree."""
-
-    weight: Annotated[float, Field(ge=0)]
-    enough: Positive
 
 
 class Check(Part):
@@ -124,16 +95,8 @@ class Check(Part):
     candidates: Annotated[Count, Field(ge=1)]
     reorder: bool
     boost: Annotated[float, Field(ge=0)]
-    gate: Gate
+    gate: Annotated[dict[GateName, Annotated[float, Field(ge=0)]], Field(min_length=2)]
     features: dict[str, Any]
-
-
-class Grid(Part):
-    """GAP on val, ``(len(k), len(tau))``, of which the largest was chosen."""
-
-    k: list[Count]
-    tau: list[float]
-    val_gap: list[list[float]] = []
 
 
 class Vote(Part):
@@ -147,33 +110,7 @@ class KNN(Vote):
     """How they voted, and how that was chosen."""
 
     tuned_on: Literal["val"] | None = None
-    grid: Grid | None
-
-
-class Accepted(Part):
-    """What the threshold gives on a split."""
-
-    n_accepted: Count
-    precision: Share | None
-    recall: Share
-    false_alarms: Share | None
-
-
-class Threshold(Part):
-    """The lowest log-confidence that is precise enough on val; None where there is none."""
-
-    min_precision: Share
-    chosen_on: Literal["val"]
-    log_confidence: float | None
-    splits: dict[str, Accepted | None]
-
-
-class Intervals(Part):
-    """From where to where each figure may lie."""
-
-    gap: Annotated[list[Share], Field(min_length=2, max_length=2)]
-    gap_minus: Annotated[list[Share], Field(min_length=2, max_length=2)]
-    acc: Annotated[list[Share], Field(min_length=2, max_length=2)]
+    grid: dict[str, list[Any]] | None  # k, tau, val_gap (len(k), len(tau))
 
 
 class Figures(Part):
@@ -184,12 +121,12 @@ class Figures(Part):
     acc: Share
     n_queries: Count
     n_met: Count
-    intervals: dict[str, Intervals] = {}
+    intervals: dict[str, Annotated[dict[FigureName, Ends], Field(min_length=3)]] = {}
     open_set: dict[str, Any] = {}
 
 
 class Results(Part):
-    """``results.json``."""
+    """``results.json``; the order is the file's."""
 
     schema_version: Literal[1, 2]
     created: Text | None = None
@@ -201,13 +138,13 @@ class Results(Part):
     notes: list[Text] = []
     data: Data
     model: Model
-    whitening: Whitening | None = None
+    whitening: dict[str, Any] | None = None
     elements: Elements | None = None
     geometric_check: Check | None = None
     search: dict[str, Any] = {}
     knn: KNN
     bootstrap: dict[str, Any] = {}  # resamples, level, seed
-    threshold: Threshold | None = None
+    threshold: dict[str, Any] | None = None  # the lowest log-confidence that is precise enough on val
     val: Figures
     test: Figures
     skipped_images: list[Any] = []
@@ -228,19 +165,17 @@ class Results(Part):
 
     @property
     def unit(self) -> str | None:
-        """The unit of the intervals to show beside the figures: the one with the widest for GAP on test.
+        """The unit of the intervals to show, of those that both splits have: the one of the widest for GAP on test.
 
-        Of those that both splits have; None without any. A few photographers, or two who took most photos, give
-        intervals that are too narrow.
+        A few photographers, or two who took most photos, give intervals that are too narrow.
         """
         units = [unit for unit in UNITS if unit in self.val.intervals and unit in self.test.intervals]
-        ends = {unit: self.test.intervals[unit].gap for unit in units}
-        return max(units, key=lambda unit: ends[unit][1] - ends[unit][0], default=None)
+        return max(units, key=lambda unit: np.ptp(self.test.intervals[unit]["gap"]), default=None)
 
     @property
     def accepted_from(self) -> float | None:
-        """Log-confidence from which on answers are accepted, chosen on val; None where there is none."""
-        return None if self.threshold is None else self.threshold.log_confidence
+        """Log-confidence from which on answers are accepted, chosen on val; None where none is precise enough."""
+        return None if self.threshold is None else self.threshold["log_confidence"]
 
     def write(self, output: Path) -> Path:
         """Write ``results.json``, the last file of a run: it says that all others are there."""
@@ -249,29 +184,95 @@ class Results(Part):
 
 
 def read_results(path: Path) -> Results:
-    """Read ``results.json``, the file itself or that of a run's folder.
-
-    Raises:
-        UserError: If it is missing, malformed, or of another schema.
-    """
+    """Read ``results.json``, the file itself or that of a run's folder."""
     path = Path(path)
     file = path if path.is_file() else path / "results.json"
     if not file.exists():
         reason = "it has no results.json" if path.exists() else "no such folder"
         raise UserError(f"{path}: not a finished evaluation ({reason})")
-    try:
+    with _readable(file):
         return Results.model_validate(read_json(file))
-    except (OSError, ValueError) as error:
+
+
+Scalar = None | bool | Annotated[int, Field(ge=-(2**63), lt=2**63)] | float | Text
+
+
+class Config(Part):
+    """``config.yaml``: the options of ``metilr evaluate``, with the types of those that other commands read."""
+
+    __pydantic_extra__: dict[str, Scalar | list[Scalar]]
+    root: Text | None = None
+    ckpt: Text | None = None
+    weights: Text | None = None
+    backbone: Text = ""
+    pooling: PoolingName = "gem"
+    p: Positive = 3.0
+    stage: Annotated[Count, Field(ge=1)] | None = None
+    scales: Positive | Annotated[list[Positive], Field(min_length=1)] | None = None
+    patch_rounding: PatchRounding = "nearest"
+    seed: Count = 0
+    max_megapixels: Positive = 1.0
+    descriptors: Sequence[Text] = ()
+
+
+class Answers(NamedTuple):
+    """The predictions of one split, in ground-truth order; DISTRACTOR stands for no exhibit."""
+
+    paths: tuple[str, ...]  # of the queries, relative to images/
+    exhibit_ids: np.ndarray  # what each query shows, int64 (Q,)
+    predicted_ids: np.ndarray  # what was answered, int64 (Q,)
+    log_confidence: np.ndarray  # float64 (Q,)
+
+
+class Run(NamedTuple):
+    """What an evaluation wrote: its folder, ``results.json``, ``config.yaml``, and the predictions by split."""
+
+    path: Path
+    results: Results
+    config: Mapping[str, Any]
+    answers: Mapping[str, Answers]
+
+
+def read_run(path: Path) -> Run:
+    """Read the folder that an evaluation wrote.
+
+    Raises:
+        UserError: If a file is missing, malformed, or of another schema.
+    """
+    path = Path(path)
+    results, file = read_results(path), path / "config.yaml"
+    with _readable(file):
+        config = read_yaml(file)
+        Config.model_validate(config)
+    return Run(
+        path, results, config, {split: _read_answers(path / f"predictions/{split}.csv") for split in QUERY_FILES}
+    )
+
+
+def _read_answers(file: Path) -> Answers:
+    with _readable(file), file.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+        if not rows or not set(PREDICTION_COLUMNS) <= rows[0].keys():
+            raise ValueError("no predictions")
+        ids = [[int(row[name] or DISTRACTOR) for row in rows] for name in ("exhibit_id", "predicted_id")]
+        confidence = np.array([float(row["log_confidence"]) for row in rows])
+        exhibit_ids, predicted_ids = np.array(ids, dtype=np.int64)
+        answers = Answers(tuple(row["path"] for row in rows), exhibit_ids, predicted_ids, confidence)
+        if not all(answers.paths) or np.isnan(confidence).any() or np.min(ids) < DISTRACTOR:
+            raise ValueError("a row names no query, an exhibit below 0, or no confidence")
+        return answers
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:
         raise UserError(f"{file}: cannot be read ({why(error)}); run the evaluation again") from None
 
 
 def read_json(file: Path) -> Any:
-    """Read a file of JSON: not too deep, numbers finite, text UTF-8.
-
-    Raises:
-        ValueError: If it is something else.
-        OSError: If it cannot be read.
-    """
+    """Read a file of JSON, not too deep, with finite numbers and UTF-8; raises ValueError if it is something else."""
     content = from_json(file.read_bytes(), allow_inf_nan=False)
     json.dumps(content, allow_nan=False)  # 1e999 is infinite, too
     return content

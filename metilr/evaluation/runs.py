@@ -1,43 +1,51 @@
-"""The folder of an evaluation: made, held against others while the evaluation runs, and read back."""
+"""The folder of an evaluation: made, held against others while the evaluation runs, filled, and read back."""
 
 import contextlib
 import csv
+import dataclasses
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
-from pydantic import Field
 
-from metilr.data.ground_truth import QUERY_FILES
+from metilr.data.decode import BadImageError, load_image
+from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.errors import UserError
-from metilr.evaluation.results import Count, Part, Positive, Results, Text, read_results, why
-from metilr.files import alone_in, read_yaml, remove_leftovers, write_atomically
+from metilr.evaluation.options import MethodOptions
+from metilr.evaluation.results import PREDICTION_COLUMNS, SCHEMA_VERSION, SIZES, Results
+from metilr.files import alone_in, named, remove_leftovers, write_atomically
 from metilr.metrics import DISTRACTOR
-from metilr.models import PatchRounding, PoolingName
+from metilr.retrieval.whitening import DEFAULT_DIM, LearnedWhitening, PCAWhitening
+
+if TYPE_CHECKING:
+    from metilr.evaluation.recognition import Recognition
+    from metilr.extraction.descriptors import Descriptors
+    from metilr.geometry.check import GeometricCheck
 
 RUNS = Path("runs")
 LEFT_BEHIND = ("predictions/val.csv", "predictions/test.csv", "whitening.npz", "report/index.html")
 FILES_OR_WORDS = ("weights", "whitening")  # options that are a file's path, or a word such as "random" or "pca"
-PREDICTION_COLUMNS = (
-    "path", "exhibit_id", "predicted_id", "log_confidence", "confidence", "similarity", "nearest_path", "correct",
-)  # fmt: skip
+CHECK_COLUMNS = ("inliers", "inlier_lead")  # after the others, where geometry was checked
 
 
 def make_output(output: Path | None, name: str) -> Path:
-    """Make the folder that a command writes into: ``output``, or a new one under ``runs/``, the date and ``name``.
-
-    Raises:
-        UserError: If it cannot be made.
-    """
-    with _writable(output):
-        folder = output or make_new_folder(RUNS, f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}")
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+    """Make the folder that a command writes into: ``output``, or a new one under ``runs/``, the date and ``name``."""
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        return output
+    dated, i = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}", 1
+    while True:  # two runs that start in one second get two
+        folder = RUNS / (dated if i == 1 else f"{dated}_{i}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+        i += 1
 
 
 @contextlib.contextmanager
@@ -48,20 +56,18 @@ def output_folder(output: Path | None, name: str, options: Mapping[str, Any]) ->
     ``config.yaml`` holds the ``options``, all as resolved: it repeats the run.
 
     Raises:
-        UserError: If the folder cannot be written, holds results already, or another run is at work there.
+        UserError: If the folder holds results already, or another run is at work there.
     """
-    _refuse_results(output)  # before the lock's file is made there
     folder = make_output(output, name)
     try:
-        with contextlib.ExitStack() as held:
-            with _writable(output):
-                held.enter_context(alone_in(folder, "another run", "name another output"))
-                _refuse_results(output)
-                remove_leftovers(folder)
-                if (folder / "config.yaml").exists():  # of a run that was killed: its options may have been others
-                    for left in LEFT_BEHIND:
-                        (folder / left).unlink(missing_ok=True)
-                write_atomically(folder / "config.yaml", yaml.safe_dump(plain_options(options), sort_keys=False))
+        with alone_in(folder, "another run", "name another output"):
+            if (folder / "results.json").exists():
+                raise UserError(f"{output}: holds results already; name another folder, or delete it", "output")
+            remove_leftovers(folder)
+            if (folder / "config.yaml").exists():  # of a run that was killed: its options may have been others
+                for left in LEFT_BEHIND:
+                    (folder / left).unlink(missing_ok=True)
+            write_atomically(folder / "config.yaml", yaml.safe_dump(plain_options(options), sort_keys=False))
             yield folder
     except BaseException:
         if output is None:
@@ -69,123 +75,188 @@ def output_folder(output: Path | None, name: str, options: Mapping[str, Any]) ->
         raise
 
 
-@contextlib.contextmanager
-def _writable(output: Path | None) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        what = f"{output or RUNS}: cannot be written ({error.strerror}); name another folder"
-        raise UserError(what, "output") from None
-
-
-def _refuse_results(output: Path | None) -> None:
-    with _writable(output):
-        if output is not None and (output / "results.json").exists():
-            raise UserError(f"{output}: holds results already; name another folder, or delete it", "output")
-
-
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """All options but the output folder, as what YAML and JSON can say."""
-    plain = {key: _plain(value) for key, value in options.items() if key != "output"}
-    files = {key for key in FILES_OR_WORDS if isinstance(plain.get(key), str) and Path(plain[key]).is_file()}
-    return {key: str(Path(value).absolute()) if key in files else value for key, value in plain.items()}
+    """All options but the output folder, as YAML and JSON say them; paths absolute, to repeat the run from anywhere."""
+
+    def plain(name: str, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [plain(name, part) for part in value]
+        is_file = isinstance(value, Path) or (name in FILES_OR_WORDS and value is not None and Path(value).is_file())
+        return str(Path(value).absolute()) if is_file else value
+
+    return {name: plain(name, value) for name, value in options.items() if name != "output"}
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value.absolute())  # so that the file repeats the run from any folder
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+def summarise(
+    ground_truth: GroundTruth,
+    recognition: "Recognition",
+    opened: "Descriptors",
+    method: MethodOptions,
+    check: "GeometricCheck | None",
+    *,
+    options: Mapping[str, Any],
+    synthetic: bool,
+    seconds: float,
+) -> Results:
+    """Put together what ``results.json`` says of an evaluation with such a method and, once tuned, such a check.
 
-
-def make_new_folder(parent: Path, name: str) -> Path:
-    """Make a folder that was not there; two runs that start in one second get two."""
-    for suffix in ("", *(f"_{i}" for i in range(2, 100))):
-        with contextlib.suppress(FileExistsError):
-            (parent / f"{name}{suffix}").mkdir(parents=True)
-            return parent / f"{name}{suffix}"
-    raise UserError(f"{parent / name}: is there, and 98 like it; name a folder", "output")
-
-
-Scalar = None | bool | Annotated[int, Field(ge=-(2**63), lt=2**63)] | float | Text
-
-
-class Config(Part):
-    """``config.yaml``: the options of ``metilr evaluate``, with the types of those that other commands read."""
-
-    __pydantic_extra__: dict[str, Scalar | list[Scalar]]
-    root: Text | None = None
-    ckpt: Text | None = None
-    weights: Text | None = None
-    backbone: Text = ""
-    pooling: PoolingName = "gem"
-    p: Positive = 3.0
-    stage: Annotated[Count, Field(ge=1)] | None = None
-    scales: Positive | Annotated[list[Positive], Field(min_length=1)] | None = None
-    patch_rounding: PatchRounding = "nearest"
-    seed: Count = 0
-    max_megapixels: Positive = 1.0
-    descriptors: Sequence[Text] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Answers:
-    """The predictions of one split, in ground-truth order.
-
-    Attributes:
-        paths: Of the queries, relative to ``images/``.
-        exhibit_ids: What each query shows, int64 ``(Q,)``; DISTRACTOR for none.
-        predicted_ids: What was answered, int64 ``(Q,)``; DISTRACTOR for none (a skipped query).
-        log_confidence: float64 ``(Q,)``.
+    ``options`` are the command's, flat; ``synthetic`` says that the museum is the demo's.
     """
+    from metilr.evaluation.recognition import figures_of  # FAISS, as above torch: reading runs does without
+    from metilr.provenance import commit, library_versions, machine
 
-    paths: tuple[str, ...]
-    exhibit_ids: np.ndarray
-    predicted_ids: np.ndarray
-    log_confidence: np.ndarray
+    tuning, geometry = recognition.tuning, None
+    grid = tuning and {"k": [*tuning.k_grid], "tau": [*tuning.tau_grid], "val_gap": tuning.surface.tolist()}
+    elements = {
+        "visits": method.n_visits,
+        "database_views": method.database_views,
+        "query_crops": [*method.query_crops],
+    }
+    if check is not None:
+        geometry = {name: getattr(check, name) for name in ("candidates", "reorder", "boost")}
+        geometry |= {"gate": dataclasses.asdict(check.gate), "tuned_on": "val", "features": check.extractor.settings()}
+    return Results.model_validate(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "created": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "command": _command(),
+            "directory": str(Path.cwd()),
+            "options": plain_options(options),
+            "seconds": round(seconds, 1),
+            "peak_memory_gb": _peak_memory_gb(),
+            "notes": _notes(opened, recognition, synthetic, method.whitening_dim),
+            "data": {
+                "root": ground_truth.root.resolve().name,
+                "database": ground_truth.database,
+                "synthetic": synthetic,
+                "counts": {size: ground_truth.counts()[size] for size in SIZES},
+                "fingerprint": ground_truth.fingerprint(),
+            },
+            "model": _model(opened.origins),
+            "whitening": _whitening(recognition.whitening, method.whitening),
+            "elements": elements,
+            "geometric_check": geometry,
+            "search": {"device": method.search_device or "cpu", "exact": True},
+            "knn": {"k": recognition.k, "tau": recognition.tau, "tuned_on": grid and "val", "grid": grid},
+            **figures_of(recognition, ground_truth),
+            "skipped_images": _skipped_images(opened, ground_truth),
+            "versions": {**library_versions(), "commit": commit()},
+            "machine": machine(),
+        }
+    )
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
-    """What an evaluation wrote: its folder, ``results.json``, ``config.yaml``, and the predictions by split."""
-
-    path: Path
-    results: Results
-    config: Mapping[str, Any]
-    answers: Mapping[str, Answers]
+def _command() -> str | None:
+    """The command line, if this is one of metilr's; None where a program of the user's calls."""
+    script = Path(sys.argv[0])
+    if script.stem == "metilr":
+        return shlex.join(["metilr", *sys.argv[1:]])
+    return shlex.join([Path(sys.executable).name, *sys.argv]) if script.name == "evaluate.py" else None
 
 
-def read_run(path: Path) -> Run:
-    """Read the folder that an evaluation wrote.
-
-    Raises:
-        UserError: If a file is missing, malformed, or of another schema.
-    """
-    path = Path(path)
-    results, file = read_results(path), path / "config.yaml"
+def _peak_memory_gb() -> float | None:
+    """Most memory that one process of this run has held, memory-mapped files included; None where nothing tells."""
     try:
-        config = read_yaml(file)
-        Config.model_validate(config)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({why(error)}); run the evaluation again") from None
-    answers = {split: _read_answers(path / "predictions" / f"{split}.csv") for split in QUERY_FILES}
-    return Run(path, results, config, answers)
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
 
 
-def _read_answers(file: Path) -> Answers:
-    try:
-        with file.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-        if not rows or not set(PREDICTION_COLUMNS) <= rows[0].keys():
-            raise ValueError
-        answers = Answers(
-            paths=tuple(row["path"] for row in rows),
-            exhibit_ids=np.array([int(row["exhibit_id"] or DISTRACTOR) for row in rows], dtype=np.int64),
-            predicted_ids=np.array([int(row["predicted_id"] or DISTRACTOR) for row in rows], dtype=np.int64),
-            log_confidence=np.array([float(row["log_confidence"]) for row in rows]),
-        )
-        least = min(answers.exhibit_ids.min(), answers.predicted_ids.min())
-        if not all(answers.paths) or np.isnan(answers.log_confidence).any() or least < DISTRACTOR:
-            raise ValueError
-        return answers
-    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:
-        raise UserError(f"{file}: cannot be read as predictions ({type(error).__name__}); evaluate again") from None
+def _notes(opened: "Descriptors", recognition: "Recognition", synthetic: bool, dim: int | None) -> list[str]:
+    """What a reader must know so as not to misread the figures; ``dim`` is the width asked of the whitening."""
+    from metilr.retrieval.knn import K_GRID
+
+    notes = ["the demo museum is synthetic: its figures say nothing about real exhibits"] if synthetic else []
+    sessions = [session for origin in opened.origins for session in origin.get("made_with", [])]
+    if any(session.get("weights_from", {}).get("source") == "random" for session in sessions):
+        notes.append("RANDOM WEIGHTS: the backbone was not trained, its figures mean nothing")
+    parts = [part for origin in opened.origins for part in (origin, *origin.get("views", []))]
+    if any(len(part.get("made_with", [])) > 1 for part in parts):
+        notes.append("the descriptors were made in several goes with different devices or library versions")
+    whitening = recognition.whitening
+    if dim is None and whitening is not None and not isinstance(whitening, LearnedWhitening):
+        support = f"instead of {DEFAULT_DIM}: {whitening.n:,} database images support no more"
+        is_narrow = whitening.dim == whitening.supported_dim < min(DEFAULT_DIM, opened.width)
+        notes += [f"whitened to {whitening.dim} dimensions {support}"] if is_narrow else []
+    k_grid = recognition.tuning.k_grid if recognition.tuning else ()
+    if len(k_grid) > 1 and k_grid[-1] < K_GRID[-1]:
+        notes.append(f"the grid of k ends at {k_grid[-1]}: a larger k passes the database's rows")
+    skipped = {split: int((~opened.made[split]).sum()) for split in ("database", *QUERY_FILES)}
+    if any(skipped.values()):
+        of_splits = ", ".join(f"{n:,} of {len(opened.made[split]):,} in {split}" for split, n in skipped.items() if n)
+        notes.append(f"images that are missing or cannot be decoded were left out: {of_splits} (see skipped_images)")
+    return notes
+
+
+def _model(origins: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What made the descriptors: the model's settings, or several sources' where they were concatenated."""
+    if len(origins) > 1:
+        return {"concatenated": [dict(origin) for origin in origins]}
+    [origin] = origins
+    return {**origin.get("model", {}), **{k: v for k, v in origin.items() if k not in ("model", "ground_truth")}}
+
+
+def _whitening(whitening: PCAWhitening | None, source: str) -> dict[str, Any] | None:
+    if whitening is None:
+        return None
+    return {
+        "source": {"pca": "learned on the database", "learned": "learned from pairs"}.get(source, Path(source).name),
+        "sha256": whitening.sha256(),
+        "dim": whitening.dim,
+        "shrinkage": whitening.shrinkage,
+        "learned_on": whitening.n,
+        **({"pairs": whitening.n_pairs} if isinstance(whitening, LearnedWhitening) else {}),
+        "supported_dim": whitening.supported_dim,
+    }
+
+
+def _skipped_images(opened: "Descriptors", ground_truth: GroundTruth) -> list[dict[str, str]]:
+    """Each image that is missing or cannot be decoded: its split, path and reason."""
+    skipped = []
+    for split, paths in ground_truth.paths.items():
+        for i in np.flatnonzero(~opened.made[split]):
+            file, reason = ground_truth.image(paths[i]), "could not be decoded when its descriptor was made"
+            try:
+                load_image(file)
+            except BadImageError as error:
+                reason = f"{file}: cannot be decoded ({error.reason})"
+            skipped.append({"split": split, "path": paths[i], "reason": reason})
+    return skipped
+
+
+def write_answers(output: Path, ground_truth: GroundTruth, recognition: "Recognition") -> list[Path]:
+    """Write the predictions and the whitening; return the files of the run so far."""
+    files = [output / "predictions" / f"{split}.csv" for split in QUERY_FILES]
+    (output / "predictions").mkdir(exist_ok=True)
+    for file in files:
+        with named(file), file.open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows(_predictions(file.stem, ground_truth, recognition))
+    if recognition.whitening is not None:
+        files.append(output / "whitening.npz")
+        recognition.whitening.save(files[-1])
+    return [*files, output / "config.yaml"]
+
+
+def _predictions(split: str, ground_truth: GroundTruth, recognition: "Recognition") -> list[Sequence[object]]:
+    """Header and lines of a split's predictions; what there is not, such as a distractor's exhibit, is empty."""
+    from metilr.geometry.evidence import inlier_lead, inliers_of_answers
+
+    answers, target, paths = recognition.answers[split], ground_truth.labels[split], ground_truth.paths
+    exhibits, images = ["", *ground_truth.exhibit_ids.tolist()], ["", *paths["database"]]  # the first of number -1
+    columns: list[Sequence[object]] = [
+        paths[split],
+        [exhibits[label + 1] for label in target.tolist()],
+        [exhibits[label + 1] for label in answers.labels.tolist()],
+        answers.log_confidence.tolist(),
+        np.exp(answers.log_confidence).tolist(),
+        ["" if np.isnan(similarity) else similarity for similarity in answers.similarity.tolist()],
+        [images[row + 1] for row in answers.nearest.tolist()],
+        ((target != DISTRACTOR) & (answers.labels == target)).astype(int).tolist(),
+    ]
+    if recognition.checked is None:
+        return [PREDICTION_COLUMNS, *zip(*columns, strict=True)]
+    checked = answers, recognition.checked[split]
+    columns += [inliers_of_answers(*checked).tolist(), inlier_lead(*checked).tolist()]
+    return [(*PREDICTION_COLUMNS, *CHECK_COLUMNS), *zip(*columns, strict=True)]

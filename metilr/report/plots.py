@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from metilr.data.ground_truth import MET, QUERY_FILES, GroundTruth
+from metilr.data.ground_truth import MET, GroundTruth
 from metilr.evaluation.results import LEVEL, Results
 from metilr.files import write_picture
 from metilr.metrics.open_set import precision_recall, risk_coverage
@@ -25,6 +25,7 @@ from metilr.report.tables import METRICS
 
 if TYPE_CHECKING:
     from metilr.evaluation.recognition import Recognition
+    from metilr.retrieval.knn import Tuning
 
 TEXT = "#010203"  # stands for the page's text colour
 DARK = "#333333"  # text and lines on white
@@ -35,28 +36,39 @@ MOST_TICKS = 7
 MAX_LOG_ODDS = 40.0  # beyond, float64 has no room for the other classes
 BAR = 0.26  # height of one bar, where a run takes 1
 
+Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]  # two arrays (Q,) in rank order, by split
+
+
+def draw_plots(results: Results, ground_truth: GroundTruth, recognition: "Recognition") -> dict[str, Figure]:
+    """Draw the plots of an evaluation, by name."""
+    cases, tuning = recognition.cases(ground_truth), recognition.tuning
+    curves = {split: precision_recall(*case) for split, case in cases.items()}
+    gaps = {split: figures.gap for split, figures in results.splits.items()}
+    at_threshold = results.threshold["splits"] if results.threshold else {}
+    points = {split: (at["recall"], at["precision"]) for split, at in at_threshold.items() if at and at["n_accepted"]}
+    plots = {
+        "precision_recall": precision_recall_plot(curves, gaps, points),
+        "risk_coverage": risk_coverage_plot({split: risk_coverage(*case) for split, case in cases.items()}),
+    }
+    for split, (log_confidence, _, _) in cases.items():
+        plots[f"confidence_{split}"] = confidence_plot(log_confidence, ground_truth.kinds(split), results.accepted_from)
+    if tuning is not None and tuning.surface.size > 1:
+        plots["tuning"] = tuning_plot(tuning)
+    return plots
+
 
 def precision_recall_plot(
-    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    gaps: Mapping[str, float],
-    threshold_points: Mapping[str, tuple[float, float]],
+    curves: Curves, gaps: Mapping[str, float], threshold_points: Mapping[str, tuple[float, float]]
 ) -> Figure:
-    """Draw precision over recall, whose area is GAP.
-
-    Args:
-        curves: By split, precision and recall in rank order, ``(Q,)`` each.
-        gaps: By split.
-        threshold_points: By split, recall and precision at the threshold chosen on val.
-    """
-    figure, axes = _figure()
-    for split, (precision, recall) in curves.items():
-        colour = SPLIT_COLOURS[split]
-        recall, precision = gap_steps(precision, recall)
+    """Draw precision over recall, whose area is GAP, and recall and precision at the threshold chosen on val."""
+    figure, axes = _figure("recall: share of met queries answered right", "precision")
+    for split, curve in curves.items():
+        colour, (recall, precision) = SPLIT_COLOURS[split], gap_steps(*curve)
         axes.plot(recall, precision, color=colour, linewidth=1.8, label=f"{split}: GAP {100 * gaps[split]:.1f}")
         axes.fill_between(recall, precision, color=colour, alpha=0.12, linewidth=0)
         if split in threshold_points:
             axes.plot(*threshold_points[split], "o", color=colour, markersize=7, markeredgecolor=TEXT, zorder=5)
-    axes.set(xlabel="recall: share of met queries answered right", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
     axes.legend(frameon=False, fontsize=9, labelcolor=TEXT)
     return figure
 
@@ -72,20 +84,31 @@ def gap_steps(precision: np.ndarray, recall: np.ndarray) -> tuple[np.ndarray, np
     return corners, np.repeat(precision[is_right], 2)
 
 
-def tuning_plot(k_grid: Sequence[int], tau_grid: Sequence[float], val_gap: np.ndarray, k: int, tau: float) -> Figure:
-    """Draw GAP on val over the grid ``(len(k_grid), len(tau_grid))``, the chosen point framed."""
-    figure, axes = _figure()
-    percent = 100 * val_gap
+def risk_coverage_plot(curves: Curves) -> Figure:
+    """Draw the share of wrong answers over the share of queries answered, the surest first."""
+    figure, axes = _figure("coverage: share of all queries answered", "risk: share of answers wrong")
+    for split, (coverage, risk) in curves.items():
+        n = len(coverage)  # of which the first ones are drawn, where it is steep, and 1,000 in all
+        shown = np.unique(np.concatenate([np.arange(min(n, 200)), np.linspace(0, n - 1, 800).astype(int)]))
+        axes.plot(coverage[shown], risk[shown], color=SPLIT_COLOURS[split], linewidth=1.8, label=split)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    axes.legend(frameon=False, fontsize=9, labelcolor=TEXT)
+    return figure
+
+
+def tuning_plot(tuning: "Tuning") -> Figure:
+    """Draw GAP on val over the grid, the chosen point framed."""
+    figure, axes = _figure("τ", "k")
+    percent = 100 * tuning.surface
     picture = axes.imshow(percent, aspect="auto", cmap="cividis")
     middle = (percent.min() + percent.max()) / 2
     for (i, j), value in np.ndenumerate(percent):
         colour = "black" if value > middle else "white"
         axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=6)
-    i, j = list(k_grid).index(k), list(tau_grid).index(tau)
+    i, j = tuning.k_grid.index(tuning.k), tuning.tau_grid.index(tuning.tau)
     axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="#e0281e", linewidth=3))
-    axes.set_xticks(range(len(tau_grid)), [f"{value:g}" for value in tau_grid])
-    axes.set_yticks(range(len(k_grid)), [str(value) for value in k_grid])
-    axes.set(xlabel="τ", ylabel="k")
+    axes.set_xticks(range(len(tuning.tau_grid)), [f"{value:g}" for value in tuning.tau_grid])
+    axes.set_yticks(range(len(tuning.k_grid)), [str(value) for value in tuning.k_grid])
     axes.grid(visible=False)
     bar = figure.colorbar(picture)
     bar.set_label("GAP on val, %", color=TEXT)
@@ -96,7 +119,7 @@ def tuning_plot(k_grid: Sequence[int], tau_grid: Sequence[float], val_gap: np.nd
 
 def confidence_plot(log_confidence: np.ndarray, kinds: Sequence[str], threshold: float | None) -> Figure:
     """Draw how sure the answers are, a histogram a kind of query, on a scale of log-odds."""
-    figure, axes = _figure()
+    figure, axes = _figure("confidence, on a scale of log-odds", "share of queries")
     odds = _log_odds(log_confidence)
     answered = np.isfinite(odds)
     low, high = (odds[answered].min(), odds[answered].max()) if answered.any() else (0.0, 1.0)
@@ -116,7 +139,6 @@ def confidence_plot(log_confidence: np.ndarray, kinds: Sequence[str], threshold:
             near_1 = f"1−{1 - confidence:.0e}".replace("e-", "e−").replace("−0", "−")
             ticks[at] = f"{100 * confidence:g}%" if confidence < 0.99995 else near_1
     axes.set_xticks(list(ticks), list(ticks.values()))
-    axes.set(xlabel="confidence, on a scale of log-odds", ylabel="share of queries")
     axes.legend(frameon=False, fontsize=9, labelcolor=TEXT)
     return figure
 
@@ -128,62 +150,13 @@ def _log_odds(log_confidence: np.ndarray) -> np.ndarray:
     return np.minimum(odds, MAX_LOG_ODDS)
 
 
-def risk_coverage_plot(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """Draw the share of wrong answers over the share of queries answered, the surest first."""
-    figure, axes = _figure()
-    for split, (coverage, risk) in curves.items():
-        n = len(coverage)  # of which the first ones are drawn, where it is steep, and 1,000 in all
-        shown = np.unique(np.concatenate([np.arange(min(n, 200)), np.linspace(0, n - 1, 800).astype(int)]))
-        axes.plot(coverage[shown], risk[shown], color=SPLIT_COLOURS[split], linewidth=1.8, label=split)
-    axes.set(xlabel="coverage: share of all queries answered", ylabel="risk: share of answers wrong")
-    axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend(frameon=False, fontsize=9, labelcolor=TEXT)
-    return figure
-
-
-def draw_plots(results: Results, ground_truth: GroundTruth, recognition: "Recognition") -> dict[str, Figure]:
-    """Draw the plots of an evaluation, by name."""
-    cases = {
-        split: (answers.log_confidence, answers.labels, ground_truth.labels[split])
-        for split, answers in recognition.answers.items()
-    }
-    at_threshold = {} if results.threshold is None else results.threshold.splits
-    points = {
-        split: (point.recall, point.precision)
-        for split, point in at_threshold.items()
-        if point is not None and point.precision is not None
-    }
-    gaps = {split: figures.gap for split, figures in results.splits.items()}
-    curves = {split: precision_recall(*cases[split]) for split in QUERY_FILES}
-    plots = {
-        "precision_recall": precision_recall_plot(curves, gaps, points),
-        "risk_coverage": risk_coverage_plot({split: risk_coverage(*cases[split]) for split in QUERY_FILES}),
-    }
-    for split in QUERY_FILES:
-        plots[f"confidence_{split}"] = confidence_plot(
-            cases[split][0], ground_truth.kinds(split), results.accepted_from
-        )
-    tuning = recognition.tuning
-    if tuning is not None and tuning.surface.size > 1:
-        plots["tuning"] = tuning_plot(tuning.k_grid, tuning.tau_grid, tuning.surface, tuning.k, tuning.tau)
-    return plots
-
-
 def as_svg(figure: Figure, name: str) -> str:
     """Return a plot as an element of a page: texts stay texts, and ids differ between plots by name."""
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    document = stream.getvalue()
-    document = re.sub(r'(\bid="|"#|url\(#)', rf"\1{name}-", document)
+    document = re.sub(r'(\bid="|"#|url\(#)', rf"\1{name}-", stream.getvalue())
     return document[document.index("<svg") :].replace(TEXT, "currentColor")
-
-
-def as_png(figure: Figure) -> bytes:
-    """Return a plot as a PNG file on white."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=160, facecolor="white")
-    return stream.getvalue()
 
 
 def _plain(text: str) -> str:
@@ -192,7 +165,7 @@ def _plain(text: str) -> str:
     return f"\N{ZERO WIDTH SPACE}{text}" if text.startswith("_") else text
 
 
-def _figure() -> tuple[Figure, Axes]:
+def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(4.6, 3.5), layout="constrained")
     axes = figure.add_subplot()
     figure.patch.set_alpha(0)
@@ -202,8 +175,8 @@ def _figure() -> tuple[Figure, Axes]:
     axes.tick_params(colors=TEXT, labelsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[:].set_color(TEXT)
-    axes.xaxis.label.set_color(TEXT)
-    axes.yaxis.label.set_color(TEXT)
+    axes.set_xlabel(xlabel, color=TEXT)
+    axes.set_ylabel(ylabel, color=TEXT)
     return figure, axes
 
 
@@ -212,10 +185,8 @@ def plot_comparison(
 ) -> None:
     """Draw runs as groups of bars, val on the left and test on the right, runs on other data in a row of their own.
 
-    Args:
-        groups: By title of the data and by name of the run.
-        published: By name of the run.
-        files: What to write, .png or .svg.
+    ``groups`` are by title of the data and by name of the run, ``published`` by name of the run; ``files`` end in .png
+    or .svg.
     """
     heights = [len(runs) for runs in groups.values()]
     figure = Figure(figsize=(9, 1.1 + 0.62 * sum(heights) + 0.55 * len(groups)), dpi=160, layout="constrained")
@@ -229,9 +200,7 @@ def plot_comparison(
             axes.set_yticks(range(len(runs)), [_plain(name) if split == "val" else "" for name in runs])
     for axes in panels[-1]:
         axes.set_xlabel("%")
-    handles: list[Any] = [
-        Patch(color=colour, label=label) for label, colour in zip(METRICS.values(), COLOURS, strict=False)
-    ]
+    handles: list[Any] = [Patch(color=COLOURS[i], label=label) for i, label in enumerate(METRICS.values())]
     units = {results.unit for runs in groups.values() for results in runs.values()} - {None}
     if units:
         label = f"{100 * LEVEL:g}% interval, bootstrap over {' or '.join(sorted(map(str, units)))}"
@@ -250,17 +219,16 @@ def _draw_bars(
     axes: Axes, split: str, runs: Mapping[str, Results], published: Mapping[str, Sequence[Published]]
 ) -> None:
     for y, (name, results) in enumerate(runs.items()):
-        figures = results.splits[split]
-        for i, (metric, colour) in enumerate(zip(METRICS, COLOURS, strict=False)):
+        figures, unit = results.splits[split], results.unit
+        for i, metric in enumerate(METRICS):
             place, value = y + (i - 1) * BAR, 100 * getattr(figures, metric)
-            axes.barh(place, value, height=0.92 * BAR, color=colour)
-            if results.unit is not None:
-                interval = [100 * end for end in getattr(figures.intervals[results.unit], metric)]
+            axes.barh(place, value, height=0.92 * BAR, color=COLOURS[i])
+            if unit is not None:
+                interval = [100 * end for end in figures.intervals[unit][metric]]
                 axes.plot(interval, [place, place], color=DARK, linewidth=0.9, solid_capstyle="butt")
-            for row in published[name]:
-                if row.split == split:
-                    mark = 100 * getattr(row, metric)
-                    axes.plot(mark, place, "D", markersize=5.5, markerfacecolor="white", markeredgecolor=DARK, zorder=3)
+            for row in [row for row in published[name] if row.split == split]:
+                mark = 100 * getattr(row, metric)
+                axes.plot(mark, place, "D", markersize=5.5, markerfacecolor="white", markeredgecolor=DARK, zorder=3)
             axes.text(102, place, f"{value:.1f}", va="center", fontsize=7.5, color=DARK)  # a column beside the bars
     axes.set(xlim=(0, 100), ylim=(len(runs) - 0.5, -0.5))
     axes.set_xticks(range(0, 101, 20))

@@ -1,8 +1,8 @@
 """Tables: the one that an evaluation ends with, those of a comparison, and how k and τ came about, in words."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -22,23 +22,14 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class TextTable:
-    """Columns of text, the first set to the left and the others to the right.
-
-    Attributes:
-        title: Above the table.
-        spans: Headings over several columns, from the left: text (may be empty) and number of columns.
-        header: One text a column.
-        rows: As many texts each.
-        quiet: Numbers of the rows that are set back, because they are not the main thing.
-        notes: Lines below the table.
-    """
+    """Columns of text, the first set to the left and the others to the right."""
 
     title: str
-    spans: Sequence[tuple[str, int]]
+    spans: Sequence[tuple[str, int]]  # headings over several columns, from the left: text (or none), number of columns
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-    quiet: frozenset[int] = frozenset()
-    notes: Sequence[str] = field(default_factory=list)
+    quiet: frozenset[int] = frozenset()  # numbers of the rows that are set back, because they are not the main thing
+    notes: Sequence[str] = ()  # below the table
 
     def rich(self) -> Table:
         """For the terminal; notes are left to the caller."""
@@ -53,11 +44,8 @@ class TextTable:
 
     def markdown(self) -> str:
         """As GitHub's Markdown, a span's heading before each of its columns."""
-        rule = ["---", *("---:" for _ in self.header[1:])]
-        lines = [[_markdown(cell) for cell in self._headings(" ")], rule]
-        for i, row in enumerate(self.rows):
-            cells = [_markdown(cell) for cell in row]
-            lines.append([f"*{cell}*" if cell and i in self.quiet else cell for cell in cells])
+        headings = [_markdown(name.strip()) for name in self._headings(" ")]
+        lines = [headings, ["---", *("---:" for _ in self.header[1:])], *self._cells(_markdown, "*{}*")]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         notes = "\n".join(f"- {_markdown(note)}" for note in self.notes)
         return f"**{_markdown(self.title)}**\n\n{table}\n" + (f"\n{notes}\n" if notes else "")
@@ -69,10 +57,6 @@ class TextTable:
             heads.append(rf"\multicolumn{{{n}}}{{c}}{{{_latex(text)}}}")
             rules += [rf"\cmidrule(lr){{{column}-{column + n - 1}}}"] if text else []
             column += n
-        rows = []
-        for i, row in enumerate(self.rows):
-            cells = [_latex(cell) for cell in row]
-            rows.append([rf"\textit{{{cell}}}" if cell and i in self.quiet else cell for cell in cells])
         lines = [
             r"\begin{table}",
             r"\centering",
@@ -82,7 +66,7 @@ class TextTable:
             *([rf"{' & '.join(heads)} \\", " ".join(rules)] if rules else []),
             rf"{' & '.join(map(_latex, self.header))} \\",
             r"\midrule",
-            *(rf"{' & '.join(row)} \\" for row in rows),
+            *(rf"{' & '.join(row)} \\" for row in self._cells(_latex, r"\textit{{{}}}")),
             r"\bottomrule",
             r"\end{tabular}",
             *(rf"\par\footnotesize {_latex(note)}" for note in self.notes),
@@ -92,11 +76,13 @@ class TextTable:
 
     def _headings(self, between: str) -> list[str]:
         """Each column's name, after the span's where there are some."""
-        if not self.spans:
-            return [printable(name) for name in self.header]
+        names = [printable(name) for name in self.header]
         spans = [printable(text) for text, n in self.spans for _ in range(n)]
-        names = [f"{span}{between}{printable(name)}" for span, name in zip(spans, self.header, strict=True)]
-        return names if between == "\n" else [name.strip() for name in names]
+        return [f"{span}{between}{name}" for span, name in zip(spans, names, strict=True)] if spans else names
+
+    def _cells(self, written: Callable[[str], str], set_back: str) -> Iterator[list[str]]:
+        for i, row in enumerate(self.rows):
+            yield [set_back.format(written(cell)) if cell and i in self.quiet else written(cell) for cell in row]
 
 
 def _markdown(text: str) -> str:
@@ -113,20 +99,18 @@ def print_table(console: Console, results: Results) -> None:
     table = Table(title=f"{kind}, {results.data.database} database", title_justify="left", box=SIMPLE_HEAD)
     for column in ("split", "met of all", *METRICS.values()):
         table.add_column(column, justify="left" if column == "split" else "right", no_wrap=True)
-    unit = results.unit
+    unit, check = results.unit, results.geometric_check
     for split, figures in results.splits.items():
-        cells = []
-        for metric in METRICS:
-            ends = getattr(figures.intervals[unit], metric) if unit else ()
-            interval = "–".join(f"{100 * end:.0f}" for end in ends)
-            cells.append(f"{100 * getattr(figures, metric):.2f}" + (f" [dim]({interval})[/]" if unit else ""))
+        cells = [f"{100 * getattr(figures, metric):.2f}" for metric in METRICS]
+        if unit is not None:
+            ends = ["–".join(f"{100 * end:.0f}" for end in figures.intervals[unit][metric]) for metric in METRICS]
+            cells = [f"{cell} [dim]({interval})[/]" for cell, interval in zip(cells, ends, strict=True)]
         table.add_row(split, f"{figures.n_met:,} of {figures.n_queries:,}", *cells)
     console.print(table)
     console.print(f"in percent; {chosen(results.knn)}; test scored once", soft_wrap=True)
-    check = results.geometric_check
     if check is not None:
-        idle = "" if check.gate.weight or check.boost else ": it has no effect"
-        gate = f"gate of weight {check.gate.weight:g}, enough {check.gate.enough:g}"
+        idle = "" if check.gate["weight"] or check.boost else ": it has no effect"
+        gate = f"gate of weight {check.gate['weight']:g}, enough {check.gate['enough']:g}"
         boost = f", boost {check.boost:g}" if check.reorder else ""
         console.print(f"geometric check: {gate}{boost}, chosen on val{idle}", soft_wrap=True)
     if unit is not None:
@@ -139,10 +123,8 @@ def print_table(console: Console, results: Results) -> None:
 def chosen(knn: KNN, with_values: bool = True) -> str:
     """How k and tau came about."""
     values = {"k": f"k = {knn.k}", "tau": f"τ = {knn.tau:g}"} if with_values else {"k": "k", "tau": "τ"}
-    if knn.grid is None:
-        return f"{values['k']}, {values['tau']} given"
-    is_tuned = {"k": len(knn.grid.k) > 1, "tau": len(knn.grid.tau) > 1}
-    tuned = ", ".join(text for name, text in values.items() if is_tuned[name])
-    return ", ".join(
-        [*(f"{text} given" for name, text in values.items() if not is_tuned[name]), f"{tuned} tuned by GAP on val"]
-    )
+    tuned = [text for name, text in values.items() if knn.grid and len(knn.grid.get(name, ())) > 1]
+    given = [text for text in values.values() if text not in tuned]
+    if not tuned:
+        return f"{', '.join(given)} given"
+    return ", ".join([*(f"{text} given" for text in given), f"{', '.join(tuned)} tuned by GAP on val"])

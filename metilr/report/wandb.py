@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from metilr.data.ground_truth import QUERY_FILES, GroundTruth
+from metilr.data.decode import BadImageError
+from metilr.data.ground_truth import GroundTruth
 from metilr.errors import UserError
 from metilr.evaluation.options import WandbMode
 from metilr.evaluation.results import FIGURES, Results
 from metilr.files import write_atomically
-from metilr.metrics import DISTRACTOR
 from metilr.metrics.open_set import precision_recall
 
 if TYPE_CHECKING:
@@ -30,11 +30,7 @@ COLUMNS: list[str | int] = [
 
 
 def check_key(mode: WandbMode) -> None:
-    """Refuse to log online without a key, before hours of work.
-
-    Raises:
-        UserError: If ``mode`` is online and there is none.
-    """
+    """Refuse to log online without a key, before hours of work."""
     if mode == "online" and not _has_key():
         raise UserError("online: no key; run wandb login, set WANDB_API_KEY, or take offline", "wandb")
 
@@ -49,19 +45,11 @@ def _has_key() -> bool:
 
 
 def open_wandb(mode: WandbMode, project: str, folder: Path, options: Mapping[str, Any]) -> Any | None:
-    """Start a run whose files lie beside the folder's own.
+    """Start a wandb run, with ``options`` as its configuration, whose files lie in the folder of the run here.
 
-    Args:
-        mode: auto is online if there is a key, else offline; off, or the variable WANDB_MODE=disabled: no run.
-        project: Its name in W&B.
-        folder: Of the run here; ``wandb_id`` in it lets a continued run go on under the same name.
-        options: Shown as the run's configuration.
-
-    Returns:
-        The wandb run; None without one. Where W&B cannot start, a line on stderr says so.
-
-    Raises:
-        UserError: If ``mode`` is online and there is no key.
+    ``wandb_id`` in it lets a continued run go on under the same name. Mode auto is online if there is a key, else
+    offline; None is returned with off, with the variable WANDB_MODE=disabled, and, after a line on stderr, where W&B
+    cannot start.
     """
     if mode == "off" or os.environ.get("WANDB_MODE") == "disabled":
         return None
@@ -74,30 +62,29 @@ def open_wandb(mode: WandbMode, project: str, folder: Path, options: Mapping[str
     arguments: dict[str, Any] = {
         "project": project, "name": folder.name, "id": id_file.read_text(), "dir": str(folder), "config": dict(options),
     }  # fmt: skip
-    if mode == "online" or (mode == "auto" and _has_key() and os.environ.get("WANDB_MODE") != "offline"):
+    is_online = mode == "auto" and _has_key() and os.environ.get("WANDB_MODE") != "offline"
+    attempts: list[tuple[dict[str, Any], str]] = [({"mode": "offline"}, "cannot start ({}); going on without it")]
+    if mode == "online" or is_online:
+        attempts.insert(0, ({"mode": "online", "resume": "allow"}, "cannot be reached ({}); logging offline"))
+    for how, said in attempts:
         try:
             settings = wandb.Settings(silent=True, init_timeout=TIMEOUT)
-            return wandb.init(mode="online", resume="allow", settings=settings, **arguments)
-        except Exception as error:  # whatever keeps W&B from being reached must not stop the work
-            print(f"W&B cannot be reached ({_short(error)}); logging offline", file=sys.stderr)
-    try:
-        return wandb.init(mode="offline", settings=wandb.Settings(silent=True), **arguments)
-    except Exception as error:  # its service cannot start here
-        print(f"W&B cannot start ({_short(error)}); going on without it", file=sys.stderr)
-        return None
+            return wandb.init(settings=settings, **how, **arguments)
+        except Exception as error:  # whatever keeps W&B from its work must not stop ours
+            print(f"W&B {said.format(_short(error))}", file=sys.stderr)
+    return None
 
 
 @contextlib.contextmanager
 def staging_beside(folder: Path) -> Iterator[None]:
     """Let pictures of an offline run wait for ``wandb sync`` beside the run, and not in the user's home."""
-    if "WANDB_DATA_DIR" in os.environ:
-        yield
-        return
-    os.environ["WANDB_DATA_DIR"] = str((folder / "wandb").absolute())
+    given = os.environ.get("WANDB_DATA_DIR")
+    os.environ["WANDB_DATA_DIR"] = given or str((folder / "wandb").absolute())
     try:
         yield
     finally:
-        del os.environ["WANDB_DATA_DIR"]
+        if given is None:
+            del os.environ["WANDB_DATA_DIR"]
 
 
 @contextlib.contextmanager
@@ -125,33 +112,32 @@ def log_evaluation(
     """Log figures, curves, the tuning surface and failures to an open run, and the report's folder, if there is one."""
     import wandb
 
-    from metilr.report.plots import as_png, draw_plots, gap_steps
+    from metilr.report.plots import draw_plots, gap_steps
 
     summary: dict[str, Any] = {"k": results.knn.k, "tau": results.knn.tau}
     for split, figures in results.splits.items():
         for metric in FIGURES:
             summary[f"{split}/{metric}"] = getattr(figures, metric)
             if results.unit is not None:
-                low, high = getattr(figures.intervals[results.unit], metric)
+                low, high = figures.intervals[results.unit][metric]
                 summary |= {f"{split}/{metric}_low": low, f"{split}/{metric}_high": high}
         summary |= {f"{split}/{name}": figures.open_set[name] for name in ("auroc", "fpr95", "aurc")}
     run.summary.update(summary)
 
-    steps = []
-    for split, answers in recognition.answers.items():
-        curve = precision_recall(answers.log_confidence, answers.labels, ground_truth.labels[split])
-        steps.append([part.tolist() for part in gap_steps(*curve)])
-    xs, ys = zip(*steps, strict=True)
-    title, keys = "precision and recall", list(recognition.answers)
-    log: dict[str, Any] = {"precision_recall": wandb.plot.line_series([*xs], [*ys], keys, title, "recall")}
+    cases, tuning = recognition.cases(ground_truth), recognition.tuning
+    steps = [[part.tolist() for part in gap_steps(*precision_recall(*case))] for case in cases.values()]
+    xs, ys = (list(of) for of in zip(*steps, strict=True))
+    curves = wandb.plot.line_series(xs, ys, list(cases), "precision and recall", "recall")
+    log: dict[str, Any] = {"precision_recall": curves}
     for name, plot in draw_plots(results, ground_truth, recognition).items():
-        log[f"plots/{name}"] = _picture(as_png(plot))
-    tuning = recognition.tuning
+        stream = io.BytesIO()
+        plot.savefig(stream, format="png", dpi=160, facecolor="white")
+        log[f"plots/{name}"] = _picture(stream.getvalue())
     if tuning is not None:
         ks, taus = tuning.k_grid, tuning.tau_grid
         rows = [[k, tau, float(tuning.surface[i, j])] for i, k in enumerate(ks) for j, tau in enumerate(taus)]
         log["tuning"] = wandb.Table(["k", "tau", "val/gap"], rows)
-    for split in QUERY_FILES:
+    for split in cases:
         failures = _failures(ground_truth, recognition, split, results.accepted_from)
         log[f"{split}/failures"] = wandb.Table(COLUMNS, failures)
     run.log(log)
@@ -173,28 +159,23 @@ def _failures(
     ground_truth: GroundTruth, recognition: "Recognition", split: str, threshold: float | None
 ) -> list[list[Any]]:
     """Rows of COLUMNS: the first wrong answers and false alarms."""
-    from metilr.data.decode import BadImageError
     from metilr.report.page import OUTCOMES, arrange, jpeg_thumbnail
 
-    ids, answers, first = ground_truth.exhibit_ids, recognition.answers[split], ground_truth.first_images()
+    exhibits = ["none", *map(str, ground_truth.exhibit_ids.tolist())]  # the first of label -1
+    first_image, paths = ground_truth.first_images(), ground_truth.paths
+    log_confidence, answers, labels = recognition.cases(ground_truth)[split]
 
     def picture(of: str, row: int) -> Any:
-        try:
-            return _picture(jpeg_thumbnail(ground_truth.image(ground_truth.paths[of][row]))) if row >= 0 else None
-        except BadImageError:
-            return None
+        with contextlib.suppress(BadImageError):
+            return _picture(jpeg_thumbnail(ground_truth.image(paths[of][row]))) if row >= 0 else None
 
     gallery = arrange(ground_truth, recognition, split, threshold)
     failed = [i for i in gallery.order.tolist() if OUTCOMES[gallery.outcomes[i]] in ("wrong", "false alarm")]
-    rows = []
+    rows: list[list[Any]] = []
     for i in failed[:FAILURES]:
-        label, answer = int(ground_truth.labels[split][i]), int(answers.labels[i])
-        shown = (None, "none") if label == DISTRACTOR else (picture("database", int(first[label])), str(ids[label]))
-        rows.append(
-            [
-                picture(split, i), picture("database", int(recognition.matches[split].rows[i, 0])), shown[0],
-                OUTCOMES[gallery.outcomes[i]], ground_truth.paths[split][i], shown[1],
-                str(ids[answer]) if answer >= 0 else "none", float(max(answers.log_confidence[i], -1e9)),
-            ]
-        )  # fmt: skip
+        shown = int(first_image[labels[i]]) if labels[i] >= 0 else -1
+        pictures = [picture(split, i), picture("database", int(recognition.matches[split].rows[i, 0]))]
+        pictures.append(picture("database", shown))
+        said = [OUTCOMES[gallery.outcomes[i]], paths[split][i], exhibits[labels[i] + 1], exhibits[answers[i] + 1]]
+        rows.append([*pictures, *said, float(max(log_confidence[i], -1e9))])
     return rows

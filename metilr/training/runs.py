@@ -3,7 +3,6 @@
 import contextlib
 import os
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from typing_extensions import override
 
 from metilr.distributed import has_launcher, is_first_process
 from metilr.errors import UserError, one_line
-from metilr.evaluation.runs import RUNS, make_new_folder
+from metilr.evaluation.runs import make_output
 from metilr.extraction.store import differing_settings
 from metilr.files import LOCK, alone_in, read_yaml, remove_leftovers, write_atomically
 from metilr.models.checkpoints import read_checkpoint, write_checkpoint
@@ -38,7 +37,7 @@ def open_run(output: Path | None, options: Mapping[str, Any], held: contextlib.E
     elif output is None:
         if has_launcher():
             raise UserError("name a folder: processes that a launcher starts cannot agree on a dated one", "output")
-        output = make_new_folder(RUNS, f"{datetime.now():%Y-%m-%d_%H-%M-%S}_train")
+        output = make_output(None, "train")
     os.environ[OUTPUT_VARIABLE] = str(output)
     last = output / f"{LAST}.ckpt"
     if is_first_process():

@@ -17,7 +17,7 @@ from PIL import Image
 from metilr.cli import main
 from metilr.commands.compare import paired_differences, photographers_of
 from metilr.data.ground_truth import load_ground_truth
-from metilr.evaluation.runs import PREDICTION_COLUMNS, read_run
+from metilr.evaluation.results import PREDICTION_COLUMNS, read_run
 from metilr.metrics import acc, gap, gap_minus
 from metilr.metrics.bootstrap import paired_intervals
 from tests.full_disk import files_of_at_most
@@ -306,7 +306,7 @@ def test_what_cannot_be_compared_ends_in_one_line(museum, capsys):
     assert "nowhere: not a finished evaluation" in error_of(capsys, "first", "nowhere")
     assert "named twice" in error_of(capsys, "first", "./first")
     assert "runs" in error_of(capsys)
-    assert "cannot be written" in error_of(capsys, "first", "--output", "/proc/nowhere")
+    assert "/proc/nowhere: No such file" in error_of(capsys, "first", "--output", "/proc/nowhere")
 
 
 def test_no_heavy_library_is_imported(museum):

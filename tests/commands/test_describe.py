@@ -168,7 +168,7 @@ def test_what_cannot_be_described_ends_in_one_line(tiny_museum, capsys):
     for arguments, message in (
         (["nowhere"], "nowhere: no such folder"),
         ([tiny_museum, "--images", 0], "--images 0: choose 1 or more"),
-        ([tiny_museum, "--output", "/proc/nowhere"], "--output /proc/nowhere: cannot be written"),
+        ([tiny_museum, "--output", "/proc/nowhere"], "/proc/nowhere: No such file"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["describe", *map(str, arguments)])

@@ -18,7 +18,7 @@ from metilr.cli import run_command
 from metilr.commands import evaluate as command
 from metilr.data.ground_truth import load_ground_truth
 from metilr.errors import UserError
-from metilr.evaluation import geometric_check
+from metilr.evaluation import recognition
 from metilr.evaluation.results import read_results
 from metilr.extraction.store import DescriptorStore
 from metilr.geometry.evidence import Gate
@@ -201,7 +201,7 @@ def test_what_val_chose_is_printed(museum, capsys):
 
 
 def test_a_geometric_check_gates_confidence_and_leaves_labels(museum, monkeypatch):
-    monkeypatch.setattr(geometric_check, "tune_evidence", lambda *_: (0.0, Gate(2.0, 30.0)))  # val gains nothing here
+    monkeypatch.setattr(recognition, "tune_evidence", lambda *_: (0.0, Gate(2.0, 30.0)))  # val gains nothing here
     run("--root", museum, *UNTRAINED, "--store", "store", "--output", "without")
     run("--root", museum, *UNTRAINED, "--store", "store", "--output", "with", "--geometric_check", 3)
     without, with_ = (read_json(Path(name) / "results.json") for name in ("without", "with"))
@@ -272,7 +272,7 @@ BAD_OPTIONS = [  # what an option alone can have wrong is tested beside its data
     (["--search_device", "gpu"], "FAISS sees no GPU"),
     (["--num_nodes", "2"], "--num_nodes 2: start this command"),
     (["--whitening", "missing.npz"], "missing.npz: no such file"),
-    (["--output", "/proc/nowhere"], "output /proc/nowhere: cannot be written"),
+    (["--output", "/proc/nowhere"], "/proc/nowhere: No such file"),
     (["--store", "museum"], "holds other files"),
     (["--bakbone", "x"], "did you mean --backbone"),
 ]
@@ -389,7 +389,7 @@ def test_real_photographs(tmp_path, monkeypatch):
     # One small scale and the mini database: some seconds instead of minutes.
     results = evaluate(root, database="mini", scales=[0.35], accelerator="cpu")
     assert results is not None
-    chance = 1 / results.data.counts.exhibits
+    chance = 1 / results.data.counts["exhibits"]
     assert results.test.acc > 20 * chance  # photographs of paintings find their paintings
     assert results.test.gap <= results.test.gap_minus <= results.test.acc
 

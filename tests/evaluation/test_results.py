@@ -1,3 +1,5 @@
+"""What an evaluation leaves in its folder, and what is read of it."""
+
 import csv
 import io
 import json
@@ -12,12 +14,11 @@ from rich.console import Console
 
 from metilr.data.ground_truth import GroundTruth
 from metilr.errors import UserError
-from metilr.evaluation import runs, summary
+from metilr.evaluation import runs
 from metilr.evaluation.options import MethodOptions
 from metilr.evaluation.recognition import Recognition
-from metilr.evaluation.results import Intervals, read_results
-from metilr.evaluation.runs import output_folder, read_run
-from metilr.evaluation.summary import summarise, write_answers
+from metilr.evaluation.results import read_results, read_run
+from metilr.evaluation.runs import output_folder, summarise, write_answers
 from metilr.extraction.descriptors import Descriptors
 from metilr.report.tables import print_table
 from metilr.retrieval.knn import Matches, Predictions, Tuning
@@ -43,81 +44,72 @@ TEST = Predictions(
     np.array([0.875, 0.5, 0.0, np.nan, np.nan]),
     np.array([0, 0, -1, -1, -1]),
 )
+ANSWERS = {"val": VAL, "test": TEST}
 MADE = {"database": np.ones(2, bool), "val": np.ones(2, bool), "test": np.array([1, 1, 1, 0, 1], bool)}
-FIGURES = {"gap": 0.5, "gap_minus": 0.75, "acc": 1 / 3, "gap_least": 0.25, "gap_greatest": 0.5}
+ORIGIN = {
+    "store": "runs/x", "model": {"backbone": "r18_in", "weights_sha256": "ab", "pooling": {"kind": "gem"}},
+    "image_size": None, "precision": "32", "ground_truth": {"val": "v"},
+}  # fmt: skip
 
 
-def a_recognition(tuned=True, whitened=True):
-    x = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
+def a_recognition(tuned=True):
     tuning = Tuning(1, 5.0, np.array([[0.5, 0.25]]), (1,), (5.0, 10.0)) if tuned else None
-    figures = {
-        "val": {**FIGURES, "n_queries": 2, "n_met": 1, "n_skipped": 0},
-        "test": {**FIGURES, "n_queries": 5, "n_met": 3, "n_skipped": 2},
-    }
-    whitening = fit_pca_whitening([x], dim=2) if whitened else None
-    matches = {
-        split: Matches(answers.nearest[:, None], answers.similarity[:, None])
-        for split, answers in (("val", VAL), ("test", TEST))
-    }
-    return Recognition({"val": VAL, "test": TEST}, figures, whitening, 1, 5.0, tuning, matches)
+    x = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
+    whitening = fit_pca_whitening([x], dim=2) if tuned else None
+    matches = {split: Matches(of.nearest[:, None], of.similarity[:, None]) for split, of in ANSWERS.items()}
+    return Recognition(ANSWERS, whitening, 1, 5.0, tuning, matches)
 
 
-def results(recognition, origins=None, notes=(), synthetic=False):
-    origin = {
-        "store": "runs/x", "model": {"backbone": "r18_in", "weights_sha256": "ab", "pooling": {"kind": "gem"}},
-        "image_size": None, "precision": "32", "ground_truth": {"val": "v"},
-    }  # fmt: skip
-    opened = Descriptors({"database": [np.zeros((2, 3))]}, MADE, origins or [origin])
+def results(recognition, origins=(ORIGIN,), notes=(), synthetic=False):
+    opened = Descriptors({"database": [np.zeros((2, 3))]}, MADE, origins)
     found = summarise(TRUTH, recognition, opened, MethodOptions(), None, options={}, synthetic=synthetic, seconds=1.25)
     return found.model_copy(update={"notes": list(notes)})
 
 
-def open_output(output, name, options):
-    with output_folder(output, name, options) as folder:
+def open_output(output, options=None):
+    with output_folder(output, "r18_in", options or {}) as folder:
         return folder
 
 
-def test_output_folder_holds_the_options_before_any_work(tmp_path):
+def test_an_output_folder_holds_the_options_before_any_work(tmp_path):
     options = {
         "root": Path("museum"), "scales": (1.0, 2**-0.5), "descriptors": [Path("a"), Path("b")], "k": None,
         "output": tmp_path,
     }  # fmt: skip
-    output = open_output(tmp_path / "new" / "out", "name", options)
+    output = open_output(tmp_path / "new" / "out", options)
     assert output == tmp_path / "new" / "out"
     assert yaml.safe_load((output / "config.yaml").read_text()) == {
         "root": str(Path.cwd() / "museum"), "scales": [1.0, 2**-0.5],
         "descriptors": [str(Path.cwd() / "a"), str(Path.cwd() / "b")], "k": None,
     }  # fmt: skip
+    (output / "results.json").write_text("{}")
+    with pytest.raises(UserError, match=f"output {output}: holds results already"):
+        open_output(output)
+    assert {file.name for file in output.iterdir()} - {".lock"} == {"config.yaml", "results.json"}
 
 
-def test_default_outputs_are_dated_and_never_shared(tmp_path, monkeypatch):
+def test_default_outputs_are_dated_never_shared_and_gone_after_a_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
-    outputs = [open_output(None, "r18_in", {}) for _ in range(4)]
-    assert len(set(outputs)) == 4 and all("_r18_in" in output.name for output in outputs)
-    assert all(output.parent == tmp_path / "runs" and (output / "config.yaml").is_file() for output in outputs)
+    outputs = {open_output(None) for _ in range(4)}
+    assert len(outputs) == 4 and all("_r18_in" in output.name for output in outputs)
+    with pytest.raises(KeyboardInterrupt), output_folder(None, "r18_in", {}):
+        raise KeyboardInterrupt
+    assert set((tmp_path / "runs").iterdir()) == outputs
 
 
-def test_output_refusals(tmp_path):
-    def said(output):
-        with pytest.raises(UserError) as caught:
-            open_output(output, "name", {})
-        assert f"output {output}" in str(caught.value)
-        return str(caught.value)
-
-    (tmp_path / "done").mkdir()
-    (tmp_path / "done" / "results.json").write_text("{}")
-    assert "holds results already" in said(tmp_path / "done")
-    assert [file.name for file in (tmp_path / "done").iterdir()] == ["results.json"]
-    (tmp_path / "file").write_text("precious")
-    assert "cannot be written" in said(tmp_path / "file")
-    assert "cannot be written" in said(tmp_path / "file" / "below")
-    assert "cannot be written" in said(Path("/proc/metilr"))
-    assert (tmp_path / "file").read_text() == "precious"
+def test_what_a_killed_run_left_does_not_pass_for_this_one_s(tmp_path):
+    left = ("predictions/val.csv", "whitening.npz", "report/index.html")
+    for name in (*left, "report/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("of before")
+    open_output(tmp_path)
+    assert all((tmp_path / name).exists() for name in left)  # no run has been there: they are somebody's own
+    open_output(tmp_path)
+    assert not any((tmp_path / name).exists() for name in left) and (tmp_path / "report/notes.txt").exists()
 
 
 def test_predictions(tmp_path):
-    recognition = a_recognition()
-    written = write_answers(tmp_path, TRUTH, recognition)
+    written = write_answers(tmp_path, TRUTH, a_recognition())
     assert all(file.is_file() for file in written if file.name != "config.yaml")
     with (tmp_path / "predictions" / "val.csv").open(encoding="utf-8", newline="") as stream:
         assert list(csv.reader(stream)) == [
@@ -155,15 +147,18 @@ def test_results_json_is_strict_and_has_what_callers_rely_on(tmp_path):
     assert whitening.items() >= expected.items() and len(whitening["sha256"]) == 64
     grid = {"k": [1], "tau": [5.0, 10.0], "val_gap": [[0.5, 0.25]]}
     assert knn == {"k": 1, "tau": 5.0, "tuned_on": "val", "grid": grid}
-    for split, n_queries, n_met in (("val", 2, 1), ("test", 5, 3)):
-        expected = {"gap": 0.5, "gap_minus": 0.75, "acc": 1 / 3, "n_queries": n_queries, "n_met": n_met}
-        assert read[split].items() >= expected.items()
+    assert read["val"].items() >= {"gap": 1.0, "gap_minus": 1.0, "acc": 1.0, "n_queries": 2, "n_met": 1}.items()
+    expected = {"gap": 1 / 3, "gap_minus": 1 / 3, "acc": 1 / 3, "n_queries": 5, "n_met": 3, "n_skipped": 2}
+    assert read["test"].items() >= expected.items()
+    assert read["threshold"]["splits"]["test"] == {
+        "n_accepted": 3, "precision": 1 / 3, "recall": 1 / 3, "false_alarms": 0.5,
+    }  # fmt: skip
     [skipped] = read["skipped_images"]
     assert (skipped["split"], skipped["path"]) == ("test", "t/3.jpg") and "no such file" in skipped["reason"]
 
 
 def test_what_was_not_done_is_null(tmp_path):
-    recognition = a_recognition(tuned=False, whitened=False)
+    recognition = a_recognition(tuned=False)
     said = results(recognition, origins=[{"pickle": "a.pkl"}, {"pickle": "b.pkl"}])
     assert said.whitening is None and said.knn.tuned_on is None and said.knn.grid is None
     assert said.model.recorded() == {"concatenated": [{"pickle": "a.pkl"}, {"pickle": "b.pkl"}]}
@@ -171,34 +166,22 @@ def test_what_was_not_done_is_null(tmp_path):
     assert not (tmp_path / "whitening.npz").exists() and tmp_path / "whitening.npz" not in written
 
 
-def test_what_a_killed_run_left_does_not_pass_for_this_one_s(tmp_path):
-    left = ("predictions/val.csv", "whitening.npz", "report/index.html")
-    for name in (*left, "report/notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("of before")
-    open_output(tmp_path, "name", {})
-    assert all((tmp_path / name).exists() for name in left)  # no run has been there: they are somebody's own
-    open_output(tmp_path, "name", {})
-    assert not any((tmp_path / name).exists() for name in left) and (tmp_path / "report/notes.txt").exists()
-
-
-def table_of(said):
+def table_of(said, width=200):
     stream = io.StringIO()
-    print_table(Console(file=stream, width=200), said)
+    print_table(Console(file=stream, width=width), said)
     return stream.getvalue()
 
 
 def test_table_shows_both_splits_in_percent_and_what_was_tuned():
-    printed = table_of(results(a_recognition(), notes=["see [/this]"]))
+    said = results(a_recognition(), notes=["see [/this]"])
+    printed = table_of(said)
     rows = {line.split()[0]: line for line in printed.splitlines() if line.split()[:1] in (["val"], ["test"])}
-    assert "50.00" in rows["val"] and "75.00" in rows["val"] and "33.33" in rows["test"]
+    assert "100.00" in rows["val"] and "33.33" in rows["test"]
     assert "k = 1 given, τ = 5 tuned by GAP on val; test scored once" in printed
-    assert "k = 1, τ = 5 given; test" in table_of(results(a_recognition(tuned=False)))
-    narrow = io.StringIO()
-    print_table(Console(file=narrow, width=80), results(a_recognition()))
-    assert "50.00" in narrow.getvalue() and "…" not in narrow.getvalue()
     assert "note: see [/this]" in printed and "SYNTHETIC" not in printed
-    assert "SYNTHETIC" in table_of(results(a_recognition(), synthetic=True))
+    assert "33.33" in table_of(said, width=80) and "…" not in table_of(said, width=80)
+    printed = table_of(results(a_recognition(tuned=False), synthetic=True))
+    assert "k = 1, τ = 5 given; test" in printed and "SYNTHETIC" in printed
 
 
 @pytest.mark.parametrize(
@@ -211,14 +194,14 @@ def test_table_shows_both_splits_in_percent_and_what_was_tuned():
 )
 def test_the_command_is_recorded_as_it_can_be_typed(monkeypatch, script, recorded):
     monkeypatch.setattr(sys, "argv", [script, "--root", "a b"])
-    assert summary._command() == recorded
+    assert results(a_recognition()).command == recorded
 
 
 def test_the_unit_shown_is_the_widest_so_that_two_photographers_do_not_hide_the_doubt():
     found = results(a_recognition())
 
     def with_widths(**widths):
-        ends = {unit: Intervals(gap=[0.1, 0.1 + w], gap_minus=[0, 1], acc=[0, 1]) for unit, w in widths.items()}
+        ends = {unit: {"gap": [0.1, 0.1 + width]} for unit, width in widths.items()}
         figures = {split: found.splits[split].model_copy(update={"intervals": ends}) for split in ("val", "test")}
         return found.model_copy(update=figures)
 

@@ -6,8 +6,7 @@ import numpy as np
 import yaml
 from hypothesis import given, strategies as st
 
-from metilr.evaluation.results import read_results
-from metilr.evaluation.runs import PREDICTION_COLUMNS, read_run
+from metilr.evaluation.results import PREDICTION_COLUMNS, read_results, read_run
 from metilr.metrics import DISTRACTOR
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import HOSTILE_VALUES, PROPERTIES, cases, each_replaced, mutated, mutated_value

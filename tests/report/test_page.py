@@ -10,9 +10,8 @@ from PIL import Image
 from metilr.data.ground_truth import QUERY_FILES, load_ground_truth
 from metilr.evaluation.options import MethodOptions
 from metilr.evaluation.recognition import Recognition
-from metilr.evaluation.summary import summarise
+from metilr.evaluation.runs import summarise
 from metilr.extraction.descriptors import Descriptors
-from metilr.metrics import acc, gap, gap_minus
 from metilr.report.page import OUTCOMES, arrange, write_gallery, write_report
 from metilr.retrieval.knn import Matches, Predictions, Tuning
 from tests.browser import browser as browser  # a fixture
@@ -138,7 +137,7 @@ def test_nineteen_thousand_queries(browser, met_root, tmp_path):
     truth = load_ground_truth(met_root, "mini")
     rng = np.random.default_rng(0)
     n_database = len(truth.paths["database"])
-    answers, figures, matches = {}, {}, {}
+    answers, matches = {}, {}
     for split in QUERY_FILES:
         labels = truth.labels[split]
         rows = rng.integers(0, n_database, (len(labels), 5))
@@ -146,14 +145,9 @@ def test_nineteen_thousand_queries(browser, met_root, tmp_path):
         predicted = np.where(predicted < 0, truth.labels["database"][rows[:, 0]], predicted)
         similarities = -np.sort(-rng.random(rows.shape), axis=1)
         answers[split] = Predictions(predicted, -rng.exponential(1, len(labels)), similarities[:, 0], rows[:, 0])
-        arguments = (answers[split].log_confidence, predicted, labels)
-        figures[split] = {
-            "gap": gap(*arguments), "gap_minus": gap_minus(*arguments), "acc": acc(*arguments),
-            "n_queries": len(labels), "n_met": truth.n_met(split), "n_skipped": 0,
-        }  # fmt: skip
         matches[split] = Matches(rows, similarities)
     tuning = Tuning(1, 50.0, np.array([[0.1, 0.2]]), (1,), (1.0, 50.0))
-    recognition = Recognition(answers, figures, None, 1, 50.0, tuning, matches)
+    recognition = Recognition(answers, None, 1, 50.0, tuning, matches)
     is_made = {split: np.ones(len(paths), bool) for split, paths in truth.paths.items()}
     opened = Descriptors(
         {}, is_made, [{"model": {"backbone": "r18_in", "pooling": {"kind": "gem", "p": 3}, "scales": [1]}}]
@@ -174,7 +168,7 @@ def test_nineteen_thousand_queries(browser, met_root, tmp_path):
 def answered(tiny_museum):
     truth = load_ground_truth(tiny_museum)
     splits = ("val", "test")
-    recognition = Recognition(dict.fromkeys(splits, ANSWERS), {}, None, 1, 50.0, None, dict.fromkeys(splits, MATCHES))
+    recognition = Recognition(dict.fromkeys(splits, ANSWERS), None, 1, 50.0, None, dict.fromkeys(splits, MATCHES))
     return truth, recognition
 
 
