@@ -15,7 +15,6 @@ from metilr.errors import UserError, one_line
 
 if TYPE_CHECKING:  # seconds to import, and a command's --help needs none of it
     import pytorch_lightning as pl
-    from torch import Tensor
 
 
 def has_launcher() -> bool:
@@ -143,36 +142,6 @@ def agree(trainer: "pl.Trainer") -> Iterator[None]:
         distributed.all_gather_object(all_failed, failed)
     for first in filter(None, all_failed):
         raise UserError(*first)
-
-
-def gather_rows(module: "pl.LightningModule", local: "Tensor") -> "Tensor":
-    """Put the rows of all processes under each other, in the processes' order, with gradients.
-
-    Each process then computes the same loss of the whole batch, of which it keeps the gradients of its own rows.
-    DDP divides the sum over the processes by their number, so these are multiplied by it here: together the exact
-    gradient of that one loss, for the weights of the loss itself as well.
-
-    Args:
-        module: Knows the processes.
-        local: ``(n, ...)``; n may differ from process to process.
-
-    Returns:
-        ``(N, ...)``, N the sum of all n.
-    """
-    import torch
-    from torch.nn import functional as F
-
-    world_size, rank = module.trainer.world_size, module.trainer.global_rank
-    if world_size == 1:
-        return local
-    counts: Any = module.all_gather(torch.tensor(len(local), device=local.device))
-    counts = counts.tolist()
-    # Collectives take equal shapes: fill up with rows that are cut off again.
-    padding = [0, 0] * (local.ndim - 1) + [0, max(counts) - len(local)]
-    gathered: Any = module.all_gather(F.pad(local.detach(), padding))
-    if local.requires_grad:
-        local.register_hook(lambda gradient: gradient * world_size)
-    return torch.cat([local if i == rank else gathered[i, :count] for i, count in enumerate(counts)])
 
 
 def hidden(trainer: "pl.Trainer") -> bool | None:

@@ -1,26 +1,23 @@
-"""Augmentations: from a database image to one of the two views of a pair.
+"""Augmentations: from a database image, uint8 ``(3, H, W)``, to one of a pair's two views, uint8 ``(3, size, size)``.
 
-Each is a class whose constructor is its configuration, and maps an image of any size, uint8 ``(3, H, W)``, to a square
-view, uint8 ``(3, size, size)``. It draws from the seed it is given and from nothing else, so a view depends neither on
-the loader's workers nor on the number of processes.
+Each is a class whose constructor is its configuration. It draws from the seed it is given and from nothing else, so a
+view depends neither on the loader's workers nor on the number of processes.
 """
 
 import abc
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
 from metilr.data.decode import load_image, max_pixels
-from metilr.data.visits import PRESETS, RECIPE, derive_seed, simulate_visit, strengths_between
 from metilr.errors import UserError
+
+if TYPE_CHECKING:  # seconds to import, and help needs none of it
+    from torch import Tensor
 
 Preset = Literal["mild", "medium", "severe"]
 
@@ -34,7 +31,7 @@ class Augmentation(abc.ABC):
         self.size = size
 
     @abc.abstractmethod
-    def __call__(self, image: Tensor, seed: int) -> Tensor:
+    def __call__(self, image: "Tensor", seed: int) -> "Tensor":
         """Return a view of an image."""
 
     def settings(self) -> dict[str, Any]:
@@ -49,24 +46,24 @@ class RandomCrop(Augmentation):
         size: Side of the view in px.
         scale: Least and largest share of the image's area.
         ratio: Least and largest ratio of the part's sides, width to height.
-
-    Raises:
-        UserError: If a number is out of range.
     """
 
     def __init__(
         self, size: int = 320, scale: Sequence[float] = (0.7, 1.0), ratio: Sequence[float] = (0.9, 1 / 0.9)
     ) -> None:
+        from torchvision.transforms import v2
+
         super().__init__(size)
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-            raise UserError(f"{list(scale)}: give two numbers, ascending, above 0 and at most 1", "scale")
-        if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1]:
-            raise UserError(f"{list(ratio)}: give two numbers, ascending, above 0", "ratio")
+        for name, limits, most in (("scale", scale, 1), ("ratio", ratio, math.inf)):
+            if len(limits) != 2 or not 0 < limits[0] <= limits[1] <= most:
+                raise UserError(f"{list(limits)}: give two numbers, ascending, above 0 and at most {most}", name)
         self.scale, self.ratio = tuple(scale), tuple(ratio)
         self.transform: Any = v2.RandomResizedCrop(size, scale=self.scale, ratio=self.ratio, antialias=True)
 
-    def __call__(self, image: Tensor, seed: int) -> Tensor:
+    def __call__(self, image: "Tensor", seed: int) -> "Tensor":
         """Crop with torchvision, whose transforms draw from the global generator: a forked one here."""
+        import torch
+
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             view: Tensor = self.transform(image)
@@ -80,17 +77,14 @@ class RandomCrop(Augmentation):
 class PublishedAugmentation(RandomCrop):
     """The Met paper's: a random crop, colour jitter (0.4, 0.4, 0.4, 0.1) in 80% of views, grey in 20%.
 
-    Args:
-        size: Side of the view in px.
-        scale: Least and largest share of the image's area.
-        ratio: Least and largest ratio of the part's sides, width to height.
-
     Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021; its released training code.
     """
 
     def __init__(
         self, size: int = 500, scale: Sequence[float] = (0.7, 1.0), ratio: Sequence[float] = (0.99, 1 / 0.99)
     ) -> None:
+        from torchvision.transforms import v2
+
         super().__init__(size, scale, ratio)
         jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
         self.transform = v2.Compose([self.transform, jitter, v2.RandomGrayscale(p=0.2)])
@@ -109,8 +103,12 @@ class SimulatedVisit(Augmentation):
         super().__init__(size)
         self.weakest, self.strongest = weakest, strongest
 
-    def __call__(self, image: Tensor, seed: int) -> Tensor:
+    def __call__(self, image: "Tensor", seed: int) -> "Tensor":
         """Simulate a visit."""
+        from torchvision.transforms.v2 import functional as F
+
+        from metilr.data.visits import derive_seed, simulate_visit, strengths_between
+
         share = derive_seed(seed, "strength", 0) / 2**63
         strengths = strengths_between(self.weakest, self.strongest, share)
         height, width = image.shape[1:]
@@ -122,29 +120,34 @@ class SimulatedVisit(Augmentation):
 
     def settings(self) -> dict[str, Any]:
         """Return what determines a view."""
+        from metilr.data.visits import PRESETS, RECIPE
+
         presets = {"weakest": asdict(PRESETS[self.weakest]), "strongest": asdict(PRESETS[self.strongest])}
         return {**super().settings(), "recipe": RECIPE, **presets}
 
 
+@dataclass(frozen=True, eq=False)
 class Views:
     """Views of database images by one augmentation: by row and number, the same in any process.
 
-    Args:
-        files: Image file of every database row.
-        names: Path of every row in the ground truth: with seed and number it decides the view.
-        seed: The run's.
-        augmentation: Makes a view of an image.
+    ``names`` are the rows' paths in the ground truth; with the run's seed and the number they decide a view.
     """
 
-    def __init__(self, files: Sequence[Path], names: Sequence[str], seed: int, augmentation: Augmentation) -> None:
-        self.files, self.names, self.seed, self.augmentation = files, names, seed, augmentation
-        self.max_pixels = max_pixels()  # of this process, taken along to its workers
+    files: Sequence[Path]
+    names: Sequence[str]
+    seed: int
+    augmentation: Augmentation
+    max_pixels: int = field(default_factory=max_pixels)  # of this process, taken along to its workers
 
-    def __call__(self, rows: np.ndarray, numbers: np.ndarray) -> Tensor:
+    def __call__(self, rows: np.ndarray, numbers: np.ndarray) -> "Tensor":
         """View ``numbers[i]`` of ``rows[i]``, uint8 ``(B, 3, size, size)``."""
+        import torch
+
         return torch.stack([self.view(row, n) for row, n in zip(rows.tolist(), numbers.tolist(), strict=True)])
 
-    def view(self, row: int, number: int) -> Tensor:
+    def view(self, row: int, number: int) -> "Tensor":
         """View ``number`` of a row, uint8 ``(3, size, size)``."""
+        from metilr.data.visits import derive_seed
+
         image = load_image(self.files[row], limit=self.max_pixels)
         return self.augmentation(image, derive_seed(self.seed, self.names[row], number))

@@ -1,203 +1,244 @@
-"""The training data: database images in pairs that are drawn anew for each epoch, and val to validate on."""
+"""The training data: pairs drawn anew for each epoch, val to validate on, and what the weights of now make of both.
 
-from collections.abc import Iterable
+Descriptors and views through a frozen backbone lie in descriptor stores, so that a killed run continues. What makes
+them is called in every process.
+"""
+
+import contextlib
+import itertools
+import shutil
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
+import pytorch_lightning as pl
 import torch
-from jsonargparse import lazy_instance  # type: ignore[attr-defined]
-from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from typing_extensions import override
 
-from metilr.data.decode import MAX_MEGAPIXELS, limit_images
-from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_truth
+from metilr.data.decode import limit_images
+from metilr.data.ground_truth import load_ground_truth
+from metilr.data.views import images_of
 from metilr.demo import DEMO, make_demo
-from metilr.distributed import agree, default_workers, leave_signals_to_the_parent
+from metilr.distributed import agree, default_workers, hidden, leave_signals_to_the_parent
 from metilr.errors import UserError
+from metilr.evaluation.database import exhibit_differences, visit_differences
+from metilr.evaluation.options import VISITS
 from metilr.evaluation.runs import RUNS
-from metilr.extraction.describe import image_sizes, require_images
-from metilr.extraction.options import BadImages
-from metilr.extraction.store import DescriptorStore
-from metilr.training.augmentations import Augmentation, RandomCrop, SimulatedVisit, Views
-from metilr.training.pairs import PairBatch, PairDataset, Pairing, Pairs, ViewsOf, deal_batches, draw_pairs
+from metilr.extraction.datamodule import ImageDataModule
+from metilr.extraction.describe import describe_in_training, image_sizes, require_images, store_settings
+from metilr.extraction.store import CHUNK_ROWS, DescriptorStore, row_chunks, settings_fingerprint
+from metilr.metrics import DISTRACTOR
+from metilr.models.embedder import Embedder, Projector
+from metilr.retrieval.knn import Predictions, classify, with_skipped
+from metilr.retrieval.search import SearchDevice, search
+from metilr.retrieval.whitening import fit_learned_whitening, fit_pca_whitening
+from metilr.training import PairOptions
+from metilr.training.augmentations import Augmentation, SimulatedVisit, Views
+from metilr.training.pairs import PairBatch, deal_batches, draw_pairs, make_batch
+
+VIEWS = RUNS / "views"
+SPLIT = "views"  # the only one of a store of views: view v of row r at r * n_views + v
 
 
-class PairDataModule(LightningDataModule):
-    """Pairs of database images. The test split is never read.
+def single_scale(embedder: Embedder, projector: bool = True) -> Embedder:
+    """The same modules, describing images at their own size alone; without the projector if asked for."""
+    return Embedder(embedder.backbone, embedder.pooling, embedder.projector if projector else None, scales=(1.0,))
 
-    Args:
-        root: Folder with images/ and ground_truth/ in the Met layout; without it the built-in demo museum, which
-            is synthetic.
-        database: Train on MET_database.json (full) or mini_MET_database.json (mini).
-        pairing: syn: two views of one image. syn+neg: and a hard negative per image, mined each epoch.
-            syn+real+neg: the positive is another image of the exhibit, where there is one. syn+real-closest+neg:
-            the image itself or its most similar fellow.
-        first_view: Augmentation of the first image of a pair: RandomCrop, PublishedAugmentation or SimulatedVisit.
-        second_view: Augmentation of the second.
-        batch_pairs: Pairs in a batch, over all processes together.
-        anchors_per_epoch: Images that are anchors in an epoch; without it each once. More than there are: several
-            rounds, for small museums.
-        n_views: Draw views from so many fixed ones per image; without it each view of the run is a new one.
-        cache_views: Compute the n_views of each image through the frozen backbone once, keep them on disk and train
-            from them.
-        image_size: Resize database and val images for mining and validation so that the longest side has this many
-            px; without it as they are.
-        extraction_batch_size: Most images in a batch of mining and validation.
-        num_workers: Decoding processes beside each process; without it as many as cores are free, at most 8.
-        bad_images: Stop at an image that cannot be decoded, or skip it.
-        max_megapixels: An image of more is bad; its header tells, before anything is decoded.
-        seed: Set by --seed_everything.
 
-    Attributes:
-        descriptors: Of database and val by the weights as they are now; the model puts them here before an epoch
-            whose pairs need them.
-        cached_views: Pooled vectors of the first and the second view, ``(N * n_views, width)``: view v of row r at
-            ``r * n_views + v``; the model puts them here.
+class PairDataModule(pl.LightningDataModule):
+    """Pairs of database images, and val. The test split is never read.
 
-    Raises:
-        UserError: If an option is out of range or does not go with another.
+    ``descriptors`` of database and val, by split, are of the weights as they are now, once described; ``is_valid`` says
+    which rows have one.
     """
 
-    ground_truth: GroundTruth
-    descriptors: DescriptorStore
-    cached_views: tuple[np.ndarray, np.ndarray]
+    trainer: pl.Trainer
 
-    def __init__(
-        self,
-        root: Path | None = None,
-        database: DatabaseName = "full",
-        pairing: Pairing = "syn",
-        first_view: Augmentation = lazy_instance(RandomCrop),  # noqa: B008 (made anew for each data module)
-        second_view: Augmentation = lazy_instance(SimulatedVisit),  # noqa: B008
-        batch_pairs: int = 24,
-        anchors_per_epoch: int | None = None,
-        n_views: int | None = None,
-        cache_views: bool = False,
-        image_size: int | None = None,
-        extraction_batch_size: int = 32,
-        num_workers: int | None = None,
-        bad_images: BadImages = "stop",
-        max_megapixels: float = MAX_MEGAPIXELS,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, options: PairOptions, seed: int, folder: Path) -> None:
         super().__init__()
-        at_least_1 = {
-            "batch_pairs": batch_pairs, "anchors_per_epoch": anchors_per_epoch, "n_views": n_views,
-            "image_size": image_size, "extraction_batch_size": extraction_batch_size,
-        }  # fmt: skip
-        for name, value in at_least_1.items():
-            if value is not None and value < 1:
-                raise UserError(f"{value}: must be at least 1", name)
-        if cache_views and n_views is None:
-            raise UserError("true: needs n_views, the number of views to keep of each image", "cache_views")
-        if cache_views and bad_images == "skip":
-            raise UserError("skip: not with cache_views; mend the images or leave one of the two out", "bad_images")
-        self.root, self.database, self.seed = root, database, seed
-        self.pairing, self.batch_pairs, self.anchors_per_epoch = pairing, batch_pairs, anchors_per_epoch
-        self.first_view, self.second_view, self.n_views, self.cache_views = (
-            first_view,
-            second_view,
-            n_views,
-            cache_views,
-        )
-        self.image_size, self.extraction_batch_size = image_size, extraction_batch_size
-        self.num_workers, self.bad_images, self.max_megapixels = num_workers, bad_images, max_megapixels
-        self.folder = RUNS / "training"  # of the descriptors of the day; the command names the run's own
-        self.needs_descriptors = pairing != "syn" or bad_images == "skip"  # which say what is bad
+        self.options, self.seed, self.folder = options, seed, folder
 
     @override
     def prepare_data(self) -> None:
-        """Draw the demo museum where no data root is given."""
-        if self.root is None:
+        if self.options.root is None:
             make_demo(DEMO)
 
     @override
     def setup(self, stage: str) -> None:
-        """Read the ground truth of database and val, and refuse what cannot be trained on.
+        """Read the ground truth of database and val, and refuse what cannot be trained on."""
+        options, root = self.options, self.options.root or DEMO
+        limit_images(options.max_megapixels)
+        self.ground_truth = load_ground_truth(root, options.database, queries=("val",))
+        self.paths, self.sizes = self.ground_truth.paths, image_sizes(self.ground_truth)
+        require_images(self.ground_truth, self.sizes, options.bad_images)
+        if options.has_negatives and self.ground_truth.n_classes < 2:
+            message = f"{options.pairing}: negatives need at least two exhibits, {root} has one; use syn"
+            raise UserError(message, "pairing")
+        self.workers = default_workers(self.trainer.num_devices) if options.num_workers is None else options.num_workers
+        self.first_views, self.second_views = self._views(options.first_view), self._views(options.second_view)
+        n_anchors = options.anchors_per_epoch or int((self.sizes["database"] > 0).sum())
+        self.n_pairs = n_anchors * (2 if options.has_negatives else 1)  # fewer where images turn out to be bad
+        self.n_batches = len(deal_batches(self.n_pairs, options.batch_pairs, 0, self.trainer.world_size))
 
-        Raises:
-            UserError: If the data is missing, malformed or too small for the options.
-        """
-        assert self.trainer is not None
-        limit_images(self.max_megapixels)
-        root = DEMO if self.root is None else self.root
-        truth = self.ground_truth = load_ground_truth(root, self.database, queries=("val",))
-        self.sizes = image_sizes(truth)
-        require_images(truth, self.sizes, self.bad_images)
-        if self.pairing != "syn" and truth.n_classes < 2:
-            raise UserError(f"{self.pairing}: negatives need at least two exhibits, {root} has one; use syn", "pairing")
-        self.workers = default_workers(self.trainer.num_devices) if self.num_workers is None else self.num_workers
-        self.first_views, self.second_views = self.views(self.first_view), self.views(self.second_view)
-        n_anchors = self.anchors_per_epoch or int((self.sizes["database"] > 0).sum())
-        self.n_pairs = n_anchors * (2 if self.pairing.endswith("+neg") else 1)  # fewer where images turn out to be bad
-        self.n_batches = len(deal_batches(self.n_pairs, self.batch_pairs, 0, self.trainer.world_size))
-
-    def views(self, augmentation: Augmentation) -> Views:
-        """Views of the database images by an augmentation."""
-        paths = self.ground_truth.paths["database"]
+    def _views(self, augmentation: Augmentation) -> Views:
+        paths = self.paths["database"]
         return Views([self.ground_truth.image(path) for path in paths], paths, self.seed, augmentation)
 
     @override
     def train_dataloader(self) -> Iterable[PairBatch]:
         """Draw the epoch's pairs in the first process, tell them to the others, and give this one its part."""
-        assert self.trainer is not None
-        pairs = None
-        with agree(self.trainer):
-            if self.trainer.is_global_zero:
-                pairs = self._draw_pairs()
-        pairs = self.trainer.strategy.broadcast(pairs)
+        trainer, options, labels, pairs = self.trainer, self.options, self.ground_truth.labels["database"], None
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        with agree(trainer):
+            if trainer.is_global_zero:
+                rows, descriptors = np.arange(len(labels)), None
+                if options.needs_descriptors:
+                    rows, descriptors = np.flatnonzero(self.is_valid["database"]), self.descriptors["database"]
+                device: SearchDevice = "gpu" if on_gpu and faiss.get_num_gpus() > 0 else "cpu"
+                pairs = draw_pairs(rows, labels, descriptors, options, trainer.current_epoch, self.seed, device)
+        pairs = trainer.strategy.broadcast(pairs)
         assert pairs is not None
         self.pairs = pairs
-        batches = deal_batches(len(pairs), self.batch_pairs, self.trainer.global_rank, self.trainer.world_size)
-        first: ViewsOf = self.first_views
-        second: ViewsOf = self.second_views
-        if self.cache_views:
-            first, second = map(self._cached, self.cached_views)
-        return DataLoader(
-            PairDataset(pairs, batches, self.ground_truth.labels["database"], first, second),
-            batch_size=None,
-            num_workers=0 if self.cache_views else min(self.workers, len(batches)),
-            worker_init_fn=leave_signals_to_the_parent,
-            pin_memory=self.trainer.strategy.root_device.type == "cuda",
-        )
-
-    def _draw_pairs(self) -> Pairs:
-        assert self.trainer is not None
-        labels = self.ground_truth.labels["database"]
-        rows, descriptors = np.arange(len(labels)), None
-        if self.needs_descriptors:
-            rows = np.flatnonzero(self.descriptors.is_valid("database"))
-            descriptors = np.asarray(self.descriptors.descriptors("database"))
-        on_gpu = self.trainer.strategy.root_device.type == "cuda" and faiss.get_num_gpus() > 0
-        return draw_pairs(
-            rows,
-            labels,
-            self.pairing,
-            descriptors,
-            n_anchors=self.anchors_per_epoch,
-            n_views=self.n_views,
-            epoch=self.trainer.current_epoch,
-            seed=self.seed,
-            device="gpu" if on_gpu else "cpu",
-        )
-
-    def _cached(self, vectors: np.ndarray) -> ViewsOf:
-        n_views = self.n_views
-        assert n_views is not None
-
-        def of(rows: np.ndarray, numbers: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.array(vectors[rows * n_views + numbers]))
-
-        return of
+        batches: Any = deal_batches(len(pairs), options.batch_pairs, trainer.global_rank, trainer.world_size)
+        views: Any = self.cached_views if options.cache_views else (self.first_views, self.second_views)
+        return DataLoader(  # of whole batches, so that it must not batch again
+            batches, batch_size=None, collate_fn=partial(make_batch, pairs, labels, *views),
+            num_workers=0 if options.cache_views else min(self.workers, len(batches)),
+            worker_init_fn=leave_signals_to_the_parent, pin_memory=on_gpu,
+        )  # fmt: skip
 
     @override
     def val_dataloader(self) -> Iterable[Tensor]:
         """This process's share of the val queries, in one batch: their positions, int64 ``(Q,)``."""
-        assert self.trainer is not None
-        positions = np.arange(len(self.ground_truth.paths["val"]))
+        positions = np.arange(len(self.paths["val"]))
         mine: Any = [positions[self.trainer.global_rank :: self.trainer.world_size]]
         return DataLoader(mine, batch_size=None)
+
+    def classify_val(self, positions: np.ndarray) -> Predictions:
+        """Classify val queries, by position ``(Q,)``, by their nearest neighbour: k = 1, tau = 1, no whitening."""
+        truth, database = self.ground_truth, self.descriptors["database"]
+        rows, is_valid = np.flatnonzero(self.is_valid["database"]), self.is_valid["val"][positions]
+        database = database if len(rows) == len(database) else database[rows]
+        neighbours = search(database, self.descriptors["val"][positions[is_valid]], 1)
+        predictions = classify(neighbours, truth.labels["database"][rows], truth.n_classes, k=1, tau=1.0)
+        return with_skipped(predictions, ~is_valid)
+
+    def describe(self, embedder: Embedder) -> None:
+        """Describe database and val at one scale, in float32; what these weights have described already stays.
+
+        With ``cache_views`` the frozen backbone describes once, and the projector alone from then on.
+        """
+        options, trainer, is_frozen = self.options, self.trainer, self.options.cache_views
+        described = single_scale(embedder, projector=not is_frozen)
+        store = DescriptorStore(self.folder / ("pooled" if is_frozen else "descriptors"))
+        with agree(trainer):
+            if trainer.is_global_zero:
+                settings = store_settings(described, self.ground_truth, options.image_size, "32")
+                if store.path.exists() and not (store.exists and store.manifest()["settings"] == settings):
+                    (store.path / "manifest.json").unlink(missing_ok=True)  # half a store must not pass for whole
+                    shutil.rmtree(store.path)
+                store.prepare(settings, {split: len(paths) for split, paths in self.paths.items()}, described.dim)
+        images = images_of(self.ground_truth, options.image_size)
+        batch_size, bad_images = options.extraction_batch_size, options.bad_images
+        data = ImageDataModule(images, self.sizes, store, batch_size, self.workers, bad_images)
+        describe_in_training(trainer, described, data)
+        self.is_valid = {split: store.is_valid(split) for split in self.paths}
+        self.descriptors: dict[str, np.ndarray] = {split: store.descriptors(split) for split in self.paths}
+        if is_frozen and embedder.projector is not None:
+            for split, pooled in self.descriptors.items():
+                self.descriptors[split] = np.concatenate([
+                    _on_device(embedder, embedder.project, torch.from_numpy(np.array(pooled[i : i + CHUNK_ROWS])))
+                    for i in range(0, len(pooled), CHUNK_ROWS)
+                ])  # fmt: skip
+
+    def whitening_start(self, embedder: Embedder, is_learned: bool) -> dict[str, Tensor]:
+        """State of the projector that whitens, by PCA, or as learned from simulated visits of the images.
+
+        The visits are of the size and strength of ``second_view``, if that simulates them.
+        """
+        self.describe(single_scale(embedder, projector=False))
+        database, is_valid = [self.descriptors["database"]], self.is_valid["database"]
+        if is_learned:
+            view, second = SimulatedVisit(), self.options.second_view
+            visits = self.cached(embedder, second if isinstance(second, SimulatedVisit) else view, VISITS)
+        state: dict[str, Tensor] | None = None
+        with agree(self.trainer):
+            if self.trainer.is_global_zero:
+                if not is_learned:
+                    whitening = fit_pca_whitening(row_chunks(database, is_valid), embedder.dim)
+                else:
+                    labels = np.where(is_valid, self.ground_truth.labels["database"], DISTRACTOR)
+                    of_visits = visit_differences(database, [visits], is_valid)
+                    pairs = itertools.chain(of_visits, exhibit_differences(database, labels))
+                    whitening = fit_learned_whitening(row_chunks(database, is_valid), pairs, embedder.dim)
+                mean, projection = torch.from_numpy(whitening.mean), torch.from_numpy(whitening.projection)
+                state = Projector.from_whitening(mean, projection).state_dict()
+        state = self.trainer.strategy.broadcast(state)
+        assert state is not None
+        return state
+
+    def cache_views(self, embedder: Embedder) -> None:
+        """Compute all views through a frozen backbone once: they stay the same in all epochs."""
+        n_views = self.options.n_views or 0
+
+        def look_up(vectors: np.ndarray, rows: np.ndarray, numbers: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.array(vectors[rows * n_views + numbers]))
+
+        both = self.options.first_view, self.options.second_view
+        self.cached_views = [partial(look_up, self.cached(embedder, view, n_views)) for view in both]
+
+    def cached(self, embedder: Embedder, augmentation: Augmentation, n_views: int) -> np.ndarray:
+        """Unit-length pooled vectors of ``n_views`` views of each image, ``(N * n_views, width)``, memory-mapped.
+
+        They are made once and kept under ``runs/views``: another run with the same backbone and views reuses them.
+        """
+        views, trainer = self._views(augmentation), self.trainer
+        pooled = single_scale(embedder, projector=False).to(trainer.strategy.root_device)
+        model = pooled.describe_settings()
+        del model["provenance"]
+        images = {"names": list(views.names), "sizes": [file.stat().st_size for file in views.files]}
+        settings = {
+            "model": model, "view": augmentation.settings(), "n_views": n_views, "seed": self.seed,
+            "images": settings_fingerprint(images),
+        }  # fmt: skip
+        store = DescriptorStore(VIEWS / f"{embedder.backbone.name.replace('/', '_')}-{settings_fingerprint(settings)}")
+        n, batch_size = len(views.files) * n_views, self.options.batch_pairs
+        with contextlib.ExitStack() as held:
+            with agree(trainer):
+                if trainer.is_global_zero:
+                    store.prepare(settings, {SPLIT: n}, pooled.dim)
+                    if not store.is_complete:
+                        held.enter_context(store.alone())
+            pending = np.flatnonzero(store.pending(SPLIT, np.ones(n, dtype=np.int64), retry_bad=True))
+            trainer.strategy.barrier()  # nobody writes before all have looked
+            batches = [pending[i : i + batch_size] for i in range(0, len(pending), batch_size)]
+            mine: Any = batches[trainer.global_rank :: trainer.world_size]
+            loader = DataLoader(
+                mine, batch_size=None, collate_fn=partial(_numbered, views, n_views),
+                num_workers=min(self.workers, len(mine)), worker_init_fn=leave_signals_to_the_parent,
+            )  # fmt: skip
+            with agree(trainer), contextlib.closing(store.writer()) as writer:
+                bar = tqdm(loader, "caching views", unit="batch", leave=False, disable=hidden(trainer))
+                for numbers, batch in zip(mine, bar, strict=True):
+                    vectors = _on_device(pooled, lambda images: pooled(pooled.normalise(images)).float(), batch)
+                    for row, vector in zip(numbers.tolist(), vectors, strict=True):
+                        writer.write(SPLIT, row, vector, 1)
+            with agree(trainer):  # all have written theirs
+                if trainer.is_global_zero and not store.is_complete:
+                    store.finish()
+        return store.descriptors(SPLIT)
+
+
+def _numbered(views: Views, n_views: int, numbers: np.ndarray) -> Tensor:
+    return views(*np.divmod(numbers, n_views))
+
+
+@torch.inference_mode()
+def _on_device(embedder: Embedder, function: Callable[[Tensor], Tensor], batch: Tensor) -> np.ndarray:
+    return function(batch.to(embedder.mean.device)).cpu().numpy()

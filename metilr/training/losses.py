@@ -1,9 +1,12 @@
 """The published contrastive loss; all others come from pytorch-metric-learning, by class path, and are tried first."""
 
 import copy
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from metilr.errors import UserError, one_line
 
@@ -11,15 +14,8 @@ from metilr.errors import UserError, one_line
 class ContrastiveLoss(nn.Module):
     """Contrastive loss of pairs: ½ d² for positives, ½ max(0, margin − d)² for negatives; the mean over pairs.
 
-    d² is the squared Euclidean distance; in the hinge d = √(d² + 1e-9), whose gradient is finite where the two
-    embeddings are equal. Computed in float32. ``first`` and ``second`` are embeddings ``(P, D)``, ``positive`` says
-    whether a pair shows the same exhibit, bool ``(P,)``.
-
-    Args:
-        margin: Negatives farther apart than this cost nothing; unit vectors are at most 2 apart.
-
-    Raises:
-        UserError: If the margin is not above 0.
+    d² is the squared Euclidean distance of embeddings ``(P, D)``, of unit length and so at most 2 apart; in the hinge
+    d = √(d² + 1e-9), whose gradient is finite where the two are equal. ``positive`` says which pairs show one exhibit.
 
     Source: Hadsell et al., CVPR 2006, as used by Ypsilantis et al., NeurIPS 2021 (margin 1.8). Differs from
     pytorch-metric-learning's ``ContrastiveLoss`` in the square, the ½ and in taking given pairs.
@@ -32,15 +28,10 @@ class ContrastiveLoss(nn.Module):
         self.margin = margin
 
     def forward(self, first: Tensor, second: Tensor, positive: Tensor) -> Tensor:
-        """Return the loss of pairs, a float32 scalar."""
+        """Return the loss of pairs, a scalar, computed in float32."""
         squared = (first.float() - second.float()).pow(2).sum(dim=1)
         hinge = (self.margin - torch.sqrt(squared + 1e-9)).clamp(min=0)
         return torch.where(positive, 0.5 * squared, 0.5 * hinge.pow(2)).mean()
-
-    def active(self, first: Tensor, second: Tensor, positive: Tensor) -> Tensor:
-        """Share of the negatives that cost something, a scalar in [0, 1]; NaN without negatives."""
-        distances = (first.float() - second.float()).norm(dim=1)[~positive]
-        return (distances < self.margin).float().mean()
 
 
 def check_loss(loss: nn.Module, dim: int, n_classes: int) -> None:
@@ -53,10 +44,9 @@ def check_loss(loss: nn.Module, dim: int, n_classes: int) -> None:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             copy.deepcopy(loss)(torch.eye(4, dim, device=device), labels)
     except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
-        raise UserError(
-            f"{type(loss).__name__}: does not take this model's embeddings of size {dim} and labels of {n_classes} "
-            f"classes ({one_line(error)}); check its embedding_size and num_classes, if it has them", "loss"
-        ) from None  # fmt: skip
+        what = f"this model's embeddings of size {dim} and labels of {n_classes} classes ({one_line(error)})"
+        remedy = "check its embedding_size and num_classes, if it has them"
+        raise UserError(f"{type(loss).__name__}: does not take {what}; {remedy}", "loss") from None
 
 
 def pair_figures(
@@ -66,11 +56,32 @@ def pair_figures(
     figures = {}
     if isinstance(loss, ContrastiveLoss):  # pairs count, else all combinations
         similarities, shared = (first * second).sum(dim=1), positive
-        if not positive.all():
-            figures["active_hinges"] = loss.active(first, second, positive)
+        if not positive.all():  # the share of negatives that cost something
+            distances = (first.float() - second.float()).norm(dim=1)[~positive]
+            figures["active_hinges"] = (distances < loss.margin).float().mean()
     else:
         similarities, shared = first @ second.T, labels[0][:, None] == labels[1][None, :]
     for name, values in (("positive", similarities[shared]), ("negative", similarities[~shared])):
         if len(values):
             figures[f"{name}_similarity"] = values.mean()
     return figures
+
+
+def gather_rows(module: pl.LightningModule, local: Tensor) -> Tensor:
+    """Gather the rows of all processes in order, ``(n, ...)`` of each to ``(N, ...)``, with gradients.
+
+    Each process then computes the same loss of the whole batch, of which it keeps the gradients of its own rows.
+    DDP divides the sum over the processes by their number, so these are multiplied by it here: together the exact
+    gradient of that one loss, for the weights of the loss itself as well.
+    """
+    world_size, rank = module.trainer.world_size, module.trainer.global_rank
+    if world_size == 1:
+        return local
+    counts: Any = module.all_gather(torch.tensor(len(local), device=local.device))
+    counts = counts.tolist()
+    # Collectives take equal shapes: fill up with rows that are cut off again.
+    padding = [0, 0] * (local.ndim - 1) + [0, max(counts) - len(local)]
+    gathered: Any = module.all_gather(F.pad(local.detach(), padding))
+    if local.requires_grad:
+        local.register_hook(lambda gradient: gradient * world_size)
+    return torch.cat([local if i == rank else gathered[i, :count] for i, count in enumerate(counts)])

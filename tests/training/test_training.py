@@ -1,9 +1,12 @@
 """``python train.py`` as a user runs it, on a tiny museum with a real (untrained) network."""
 
+import contextlib
 import csv
+import io
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,28 +16,33 @@ import pytest
 import torch
 import yaml
 
-from metilr.cli import run_command, run_main
+from metilr.cli import run_main
 from metilr.data.decode import load_image
 from metilr.data.ground_truth import load_ground_truth
 from metilr.data.visits import derive_seed
 from metilr.evaluation.options import VISITS
 from metilr.models.embedder import build_embedder
 from metilr.retrieval.whitening import fit_learned_whitening
+from metilr.training import FineTuningOptions
 from metilr.training.augmentations import SimulatedVisit
 from metilr.training.module import P_BOUNDS, FineTuning
-from tests.museum import write_ground_truth
+from tests.museum import write_ground_truth, write_museum
 from tests.small_runs import evaluate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NTXENT = ["--model.loss", "pytorch_metric_learning.losses.NTXentLoss", "--model.loss.temperature", "0.1"]
 CONTRASTIVE = ["--model.loss", "metilr.training.losses.ContrastiveLoss"]
+UNTRAINED = {"backbone": "timm/test_resnet", "weights": "random"}
 TINY = [
-    "--data.root", "museum", "--model.backbone", "r18_in", "--model.weights", "random",
-    "--data.first_view", "RandomCrop",
-    "--data.first_view.size", "40", "--data.second_view", "SimulatedVisit", "--data.second_view.size", "40",
-    "--data.batch_pairs", "4", "--data.num_workers", "0", "--trainer.accelerator", "cpu", "--trainer.precision", "32",
-    "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "2", "--wandb", "off",
+    "--data.root", "museum", "--model.backbone", "timm/test_resnet", "--model.weights", "random",
+    "--data.first_view", "RandomCrop", "--data.first_view.size", "40", "--data.second_view", "SimulatedVisit",
+    "--data.second_view.size", "40", "--data.batch_pairs", "4", "--data.num_workers", "0",
+    "--trainer.accelerator", "cpu", "--trainer.precision", "32", "--trainer.enable_progress_bar", "false",
+    "--trainer.max_epochs", "2", "--wandb", "off",
 ]  # fmt: skip
+TRAINED = ["--data.pairing", "syn+neg", "--model.lr", "1e-3", "--model.warmup_steps", "0", *CONTRASTIVE]
+FROZEN = ["--model.freeze_backbone", "true", "--model.projector_dim", "4"]
+SINGLE_SCALE = {"scales": [1], "k": 1, "tau": 1, "accelerator": "cpu", "num_workers": 0, "report": False}
 
 
 @pytest.fixture(autouse=True)
@@ -44,15 +52,37 @@ def museum(tiny_museum, tmp_path, monkeypatch) -> Path:
 
 
 def run(*options: object) -> None:
-    run_main("metilr.training.cli:train", [*TINY, *(str(option) for option in options)], prog="train.py")
+    run_main("metilr.training.cli:train", [*TINY, *map(str, options)], prog="train.py")
 
 
-def command(*options: object) -> list[str]:
-    return [sys.executable, str(REPOSITORY / "train.py"), *TINY, *(str(option) for option in options)]
+def run_apart(*options: object, **environment: str) -> subprocess.CompletedProcess:
+    """In a process of its own: for several, and for W&B."""
+    command = [sys.executable, str(REPOSITORY / "train.py"), *TINY, *map(str, options)]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A finished run, which had no test split to read."""
+    folder = tmp_path_factory.mktemp("trained")
+    museum = write_museum(folder / "museum")
+    (museum / "ground_truth/testset.json").unlink()
+    for file in museum.glob("images/*/test*"):
+        file.unlink()
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        run("--output", "out", *TRAINED)
+    (folder / "printed").write_text(printed.getvalue())
+    return folder / "out"
+
+
+@pytest.fixture
+def unfinished(trained) -> None:
+    """The same as if it had been killed at its end, in ``out``."""
+    shutil.copytree(trained, "out")
+    Path("out/finished").unlink()
 
 
 def error_of(capsys, *options: object) -> str:
@@ -61,96 +91,109 @@ def error_of(capsys, *options: object) -> str:
     with pytest.raises(SystemExit) as stop:
         run(*options)
     assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert len(lines) == 1 and lines[0].startswith("train.py: error: "), lines
-    return lines[0]
-
-
-def metrics_of(folder: str | Path) -> list[dict[str, str]]:
-    with (Path(folder) / "csv" / "metrics.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith("train.py: error: ")
+    return line
 
 
 def column(folder: str | Path, name: str) -> list[float]:
-    return [float(row[name]) for row in metrics_of(folder) if row.get(name)]
+    with (Path(folder) / "csv/metrics.csv").open(newline="") as stream:
+        return [float(row[name]) for row in csv.DictReader(stream) if row.get(name)]
 
 
 def checkpoint(file: str | Path) -> dict:
     return torch.load(file, weights_only=True)
 
 
-def test_a_run_leaves_checkpoints_metrics_and_options(capsys):
-    run("--output", "out", "--data.pairing", "syn+neg", *CONTRASTIVE)
-    assert {"best.ckpt", "last.ckpt", "config.yaml", "csv", "finished"} <= {file.name for file in Path("out").iterdir()}
-    assert len(column("out", "train/loss")) == 2 * 4  # 8 images, a positive and a negative each, in batches of 4 pairs
-    assert len(column("out", "val/gap")) == 1 + 2
+def changed(start: dict, end: dict) -> set[str]:
+    return {name for name, tensor in start.items() if not torch.equal(tensor, end[name])}
+
+
+def test_a_run_leaves_checkpoints_metrics_and_options(trained):
+    assert {"best.ckpt", "last.ckpt", "config.yaml", "csv", "finished"} <= {file.name for file in trained.iterdir()}
+    assert len(column(trained, "train/loss")) == 2 * 4  # 8 images, a positive and a negative each, in batches of 4
+    assert len(column(trained, "val/gap")) == 1 + 2
     for name in ("train/positive_similarity", "train/negative_similarity", "train/active_hinges", "train/p", "val/acc"):
-        assert column("out", name), name
-    entry = checkpoint("out/best.ckpt")["metilr"]
-    assert entry["model"]["backbone"] == "r18_in" and entry["data"]["counts"]["database_images"] == 8
-    assert entry["config"] == yaml.safe_load(Path("out/config.yaml").read_text())
-    printed = capsys.readouterr().out
-    assert "epoch 2 of 2: loss " in printed and "v_num" not in printed
+        assert column(trained, name), name
+    entry = checkpoint(trained / "best.ckpt")["metilr"]
+    assert entry["model"]["backbone"] == "timm/test_resnet" and entry["data"]["counts"]["database_images"] == 8
+    assert entry["config"] == yaml.safe_load((trained / "config.yaml").read_text())
+    printed = (trained.parent / "printed").read_text()
+    assert "8 images of 6 exhibits" in printed and "epoch 2 of 2: loss " in printed and "v_num" not in printed
     assert "python evaluate.py --ckpt" in printed and "out/best.ckpt --root museum" in " ".join(printed.split())
 
 
-@pytest.mark.parametrize("projector", [[], ["--model.projector_dim", "5"]])
-def test_evaluation_of_the_checkpoint_gives_what_validation_logged(projector):
-    run("--output", "out", "--trainer.max_epochs", "1", *projector)
-    options = ["--scales", "1", "--k", "1", "--tau", "1", "--whitening", "none", "--accelerator", "cpu"]
-    run_command(
-        "metilr.commands.evaluate:evaluate",
-        ["--ckpt", "out/last.ckpt", "--root", "museum", *options, "--num_workers", "0", "--output", "results"],
-    )
+def test_evaluation_of_the_checkpoint_gives_what_validation_logged(trained, museum):
+    evaluate(museum, ckpt=trained / "last.ckpt", whitening="none", output=Path("results"), **SINGLE_SCALE)
     figures = json.loads(Path("results/results.json").read_text())["val"]
     for name in ("gap", "gap_minus", "acc"):
-        assert column("out", f"val/{name}")[-1] == pytest.approx(figures[name], abs=1e-6)
+        assert column(trained, f"val/{name}")[-1] == pytest.approx(figures[name], abs=1e-6)
 
 
-def test_test_is_never_read(museum):
-    (museum / "ground_truth" / "testset.json").unlink()
-    for file in museum.glob("images/*/test*"):
-        file.unlink()
-    run("--output", "out", "--data.pairing", "syn+neg", *CONTRASTIVE)
+def test_batchnorm_statistics_stay_and_weights_move(trained):
+    start, end = (
+        FineTuning(FineTuningOptions(**UNTRAINED)).state_dict(),
+        checkpoint(trained / "last.ckpt")["state_dict"],
+    )
+    stay = ("running_mean", "running_var", "num_batches_tracked", "embedder.mean", "embedder.std", "pooling.p")
+    assert changed(start, end) == {name for name in start if not name.endswith(stay)}
 
 
-def test_batchnorm_statistics_stay_and_weights_move():
-    run("--output", "out", "--data.pairing", "syn+neg", "--model.lr", "1e-3", "--model.warmup_steps", "0")
-    start = FineTuning("r18_in", "random").state_dict()
-    end = checkpoint("out/last.ckpt")["state_dict"]
-    for name, tensor in start.items():
-        is_statistic = "running_" in name or "num_batches" in name
-        assert torch.equal(tensor, end[name]) == (is_statistic or name.endswith((".mean", ".std", "pooling.p"))), name
+def test_the_same_command_gives_the_same_weights_with_any_number_of_decoding_processes(trained):
+    run("--output", "out", *TRAINED, "--data.num_workers", 2)
+    assert not changed(*(checkpoint(folder / "last.ckpt")["state_dict"] for folder in (trained, Path("out"))))
 
 
-def test_frozen_backbone_trains_the_projector_alone():
-    run("--output", "out", "--model.freeze_backbone", "true", "--model.projector_dim", "4")
-    start = FineTuning("r18_in", "random", freeze_backbone=True, projector_dim=4).state_dict()
-    end = checkpoint("out/last.ckpt")["state_dict"]
-    changed = {name for name, tensor in start.items() if not torch.equal(tensor, end[name])}
-    assert changed == {"embedder.projector.linear.weight", "embedder.projector.linear.bias"}
+def test_two_processes_give_the_losses_and_weights_of_one():
+    options = ["--data.pairing", "syn+real+neg", "--model.lr", "1e-4", "--model.warmup_steps", "0", *NTXENT]
+    run("--output", "one", *options)
+    assert run_apart("--output", "two", *options, "--trainer.devices", 2).returncode == 0
+    assert column("two", "train/loss") == pytest.approx(column("one", "train/loss"), abs=1e-4)
+    start = FineTuning(FineTuningOptions(**UNTRAINED)).state_dict()
+    one, two = (checkpoint(f"{name}/last.ckpt")["state_dict"] for name in ("one", "two"))
+    moved = torch.cat([(one[name] - start[name]).flatten().float() for name in start])
+    apart = torch.cat([(one[name] - two[name]).flatten().float() for name in start])
+    assert apart.norm() < 0.1 * moved.norm()
 
 
-def test_the_projector_starts_as_whitening():
-    run("--output", "out", "--model.freeze_backbone", "true", "--model.projector_dim", "4", "--model.lr", "0")
-    evaluate(root=Path("museum"), ckpt=Path("out/last.ckpt"), scales=[1], whitening="none", k=1, tau=1,
-             accelerator="cpu", num_workers=0, output=Path("a"), store=Path("projected"))  # fmt: skip
-    evaluate(root=Path("museum"), backbone="r18_in", weights="random", scales=[1], whitening_dim=4, k=1, tau=1,
-             accelerator="cpu", num_workers=0, output=Path("b"))  # fmt: skip
+def test_a_corrupt_image_stops_all_processes_or_is_left_out(museum):
+    (museum / "images/MET/41/4.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
+    failed = run_apart("--data.pairing", "syn+neg", "--trainer.devices", 2, "--output", "out")
+    assert failed.returncode == 2 and "MET/41/4.jpg: cannot be decoded" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    run("--data.pairing", "syn+neg", "--data.bad_images", "skip", "--output", "skipping")
+    assert len(column("skipping", "train/loss")) == 2 * 4  # 14 pairs
+
+
+def test_the_fast_path_of_a_frozen_backbone_gives_the_plain_result():
+    options = [*FROZEN, "--data.n_views", "3", "--data.pairing", "syn+neg", "--model.lr", "1e-3", *CONTRASTIVE]
+    run("--output", "plain", *options)
+    run("--output", "fast", *options, "--data.cache_views", "true")
+    assert column("fast", "train/loss") == pytest.approx(column("plain", "train/loss"), abs=1e-5)
+    start = FineTuning(FineTuningOptions(**UNTRAINED, freeze_backbone=True, projector_dim=4)).state_dict()
+    plain, fast = (checkpoint(f"{name}/last.ckpt")["state_dict"] for name in ("plain", "fast"))
+    projector = {"embedder.projector.linear.weight", "embedder.projector.linear.bias"}
+    assert changed(start, plain) == changed(start, fast) == projector
+    for name in projector:
+        torch.testing.assert_close(fast[name], plain[name], atol=1e-4, rtol=1e-3)
+
+
+def test_the_projector_starts_as_whitening(museum):
+    run("--output", "out", *FROZEN, "--model.lr", "0", "--trainer.max_epochs", "1")
+    evaluate(museum, ckpt=Path("out/last.ckpt"), whitening="none", output=Path("a"), store=Path("s"), **SINGLE_SCALE)
+    evaluate(museum, **UNTRAINED, whitening_dim=4, output=Path("b"), **SINGLE_SCALE)
     a, b = (json.loads(Path(f"{name}/results.json").read_text()) for name in "ab")
     assert a["val"]["gap"] == pytest.approx(b["val"]["gap"], abs=1e-6)
-    rows = np.load("projected/database.npy")
-    assert rows.shape == (8, 4)
+    assert np.load("s/database.npy").shape == (8, 4)
 
 
 def test_the_projector_starts_as_whitening_learned_from_simulated_visits():
     """Against the same whitening of images and visits described one by one."""
-    frozen = ["--model.freeze_backbone", "true", "--model.projector_dim", "4", "--model.lr", "0"]
-    run("--output", "out", *frozen, "--model.projector_start", "learned", "--trainer.max_epochs", "1")
+    learned = ["--model.projector_start", "learned", "--trainer.max_epochs", "1", "--model.lr", "0"]
+    run("--output", "out", *FROZEN, *learned)
     truth = load_ground_truth(Path("museum"))
-    paths = truth.paths["database"]
-    plain = build_embedder("r18_in", "random")
-    visit = SimulatedVisit(40)
+    paths, labels = truth.paths["database"], truth.labels["database"].tolist()
+    plain, visit = build_embedder("timm/test_resnet", "random"), SimulatedVisit(40)
 
     def pooled(image: torch.Tensor) -> np.ndarray:
         with torch.no_grad():
@@ -161,8 +204,7 @@ def test_the_projector_starts_as_whitening_learned_from_simulated_visits():
         row - pooled(visit(load_image(truth.image(path)), derive_seed(0, path, number)))
         for row, path in zip(images, paths, strict=True)
         for number in range(VISITS)
-    ]
-    labels = truth.labels["database"].tolist()  # of those with two images both are a pair as well
+    ]  # of those with two images both are a pair as well
     differences += [images[i] - images[j] for i, j in itertools.combinations(range(8), 2) if labels[i] == labels[j]]
     expected = fit_learned_whitening([images], [np.array(differences)], dim=4)
     start = checkpoint("out/last.ckpt")["state_dict"]
@@ -173,250 +215,120 @@ def test_the_projector_starts_as_whitening_learned_from_simulated_visits():
 
 def test_learned_p_stays_in_bounds_and_has_no_weight_decay():
     run("--output", "out", "--model.learn_p", "true", "--model.lr_p", "100", "--model.warmup_steps", "0")
-    assert P_BOUNDS[0] <= checkpoint("out/last.ckpt")["state_dict"]["embedder.pooling.p"].item() <= P_BOUNDS[1]
-    groups = {group["name"]: group for group in checkpoint("out/last.ckpt")["optimizer_states"][0]["param_groups"]}
+    content = checkpoint("out/last.ckpt")
+    assert P_BOUNDS[0] <= content["state_dict"]["embedder.pooling.p"].item() <= P_BOUNDS[1]
+    groups = {group["name"]: group for group in content["optimizer_states"][0]["param_groups"]}
     assert groups["p"]["weight_decay"] == 0 and groups["backbone"]["weight_decay"] == 0.01
 
 
 @pytest.mark.parametrize("loss", [CONTRASTIVE, NTXENT], ids=["contrastive", "ntxent"])
 def test_four_pairs_are_overfitted(loss, museum):
     """Two exhibits, fixed views: positives come together, negatives apart."""
-    database = json.loads((museum / "ground_truth" / "MET_database.json").read_text())
-    write_ground_truth(museum, [e for e in database if e["id"] in (9, 41)][1:], [
-        {"path": "test_met/val0.jpg", "MET_id": 9}], None)  # fmt: skip
-    run(
-        "--output", "out", "--data.pairing", "syn+neg", "--data.n_views", "1", "--model.lr", "1e-3",
-        "--model.warmup_steps", "0", "--model.schedule", "constant", "--trainer.max_epochs", "25",
-        "--model.backbone", "timm/test_resnet", *loss,
-    )  # fmt: skip
+    database = json.loads((museum / "ground_truth/MET_database.json").read_text())
+    two = [entry for entry in database if entry["id"] in (9, 41)][1:]
+    write_ground_truth(museum, two, [{"path": "test_met/val0.jpg", "MET_id": 9}], None)
+    run("--output", "out", "--data.n_views", "1", *TRAINED[:6], "--model.schedule", "constant", *loss,
+        "--trainer.max_epochs", "25", "--validate_first", "false")  # fmt: skip
     losses = column("out", "train/loss")
     assert losses[-1] < 0.1 * losses[0]
     assert column("out", "train/positive_similarity")[-1] > column("out", "train/negative_similarity")[-1] + 0.5
 
 
-def test_the_same_command_gives_the_same_weights_with_any_number_of_decoding_processes():
-    for name, workers in (("a", 0), ("b", 0), ("c", 2)):
-        run("--output", name, "--data.pairing", "syn+neg", "--data.num_workers", workers)
-    a, b, c = (checkpoint(f"{name}/last.ckpt")["state_dict"] for name in "abc")
-    for name in a:
-        assert torch.equal(a[name], b[name]) and torch.equal(a[name], c[name]), name
+def test_mixed_precision_and_accumulation():
+    run("--output", "out", "--trainer.precision", "bf16-mixed", "--trainer.accumulate_grad_batches", "2")
+    assert len(column("out", "train/loss")) == 2  # 2 epochs of 2 batches, logged at each step of the optimizer
 
 
-def test_two_processes_give_the_losses_and_weights_of_one():
-    options = ["--data.pairing", "syn+real+neg", "--model.lr", "1e-4", "--model.warmup_steps", "0", *NTXENT]
-    for name, devices in (("one", 1), ("two", 2)):
-        subprocess.run(
-            command("--output", name, "--trainer.devices", devices, *options),
-            env=environment(), check=True, timeout=300, capture_output=True,
-        )  # fmt: skip
-    assert column("two", "train/loss") == pytest.approx(column("one", "train/loss"), abs=1e-4)
-    start = FineTuning("r18_in", "random").state_dict()
-    one, two = (checkpoint(f"{name}/last.ckpt")["state_dict"] for name in ("one", "two"))
-    moved = torch.cat([(one[name] - start[name]).flatten().float() for name in start])
-    apart = torch.cat([(one[name] - two[name]).flatten().float() for name in start])
-    assert apart.norm() < 0.1 * moved.norm()
+def test_gradient_checkpointing_changes_no_gradient(trained):
+    run("--output", "out", *TRAINED, "--model.gradient_checkpointing", "true")
+    assert FineTuning(
+        FineTuningOptions(**UNTRAINED, gradient_checkpointing=True)
+    ).embedder.backbone.model.grad_checkpointing
+    assert not changed(*(checkpoint(folder / "last.ckpt")["state_dict"] for folder in (trained, Path("out"))))
 
 
-def test_a_finished_run_and_one_of_other_options_are_not_continued(capsys):
-    run("--output", "out")
-    assert "holds a finished run" in error_of(capsys, "--output", "out")
-    Path("out/finished").unlink()
-    message = error_of(capsys, "--output", "out", "--model.lr", "1")
-    assert "other options (lr: 0.0003 there, 1.0 now)" in message and "--config out/config.yaml" in message
+def test_arcface_and_its_classes(capsys):
+    loss = ["--model.loss", "pytorch_metric_learning.losses.ArcFaceLoss", "--model.loss.embedding_size"]
+    dim = FineTuning(FineTuningOptions(**UNTRAINED)).embedder.dim
+    run("--output", "out", *loss, dim, "--model.loss.num_classes", "6")
+    assert "loss.W" in checkpoint("out/last.ckpt")["state_dict"]
+    assert "num_classes" in error_of(capsys, *loss, dim, "--model.loss.num_classes", "3")
+    assert f"embeddings of size {dim}" in error_of(capsys, *loss, dim + 1, "--model.loss.num_classes", "6")
 
 
-def test_data_that_changed_is_not_continued(capsys, museum):
-    run("--output", "out")
-    Path("out/finished").unlink()
-    file = museum / "ground_truth" / "valset.json"
+def test_a_finished_run_and_one_of_other_options_are_not_continued(capsys, unfinished):
+    message = error_of(capsys, "--output", "out", *TRAINED, "--model.lr", "1")
+    assert "other options (lr: 0.001 there, 1.0 now)" in message and "--config out/config.yaml" in message
+    Path("out/finished").touch()
+    assert "holds a finished run" in error_of(capsys, "--output", "out", *TRAINED)
+
+
+def test_data_that_changed_is_not_continued(capsys, museum, unfinished):
+    file = museum / "ground_truth/valset.json"
     file.write_text(json.dumps(json.loads(file.read_text())[1:]))
-    assert "its data changed" in error_of(capsys, "--output", "out", "--trainer.max_epochs", "2")
+    assert "its data changed" in error_of(capsys, "--output", "out", *TRAINED)
 
 
-def test_descriptors_half_removed_by_a_kill():
-    run("--output", "out", "--data.pairing", "syn+neg", "--trainer.max_epochs", "1")
-    for file in ("finished", "descriptors/manifest.json", "descriptors/val.npy"):
-        (Path("out") / file).unlink()
-    config = yaml.safe_load(Path("out/config.yaml").read_text())
-    config["trainer"]["max_epochs"] = 2  # so that there is an epoch left to describe and train
-    Path("out/config.yaml").write_text(yaml.safe_dump(config))
-    run("--output", "out", "--data.pairing", "syn+neg")
-    assert checkpoint("out/last.ckpt")["epoch"] == 1
+def test_descriptors_half_removed_by_a_kill(unfinished):
+    for file in ("manifest.json", "val.npy"):
+        Path("out/descriptors", file).unlink()
+    config = Path("out/config.yaml")
+    config.write_text(config.read_text().replace("max_epochs: 2", "max_epochs: 3"))  # so that there is one to train
+    run("--output", "out", *TRAINED, "--trainer.max_epochs", "3")
+    assert checkpoint("out/last.ckpt")["epoch"] == 2
 
 
-def test_a_truncated_checkpoint_of_the_run(capsys):
-    run("--output", "out")
-    Path("out/finished").unlink()
+def test_a_truncated_checkpoint_of_the_run(capsys, unfinished):
     content = Path("out/last.ckpt").read_bytes()
     Path("out/last.ckpt").write_bytes(content[: len(content) // 2])
-    message = error_of(capsys, "--output", "out")
+    message = error_of(capsys, "--output", "out", *TRAINED)
     assert "out/last.ckpt: cannot be read" in message and "delete out" in message
 
 
-def test_a_run_whose_folder_was_renamed_keeps_its_best(monkeypatch):
+def test_an_interrupted_dated_run_goes_on_and_keeps_its_best_under_another_name(capsys, monkeypatch):
     """The last epoch must not replace a better one because the run has moved."""
+
+    def stop_in_the_second_epoch(module: FineTuning) -> None:
+        if module.current_epoch == 1:
+            raise KeyboardInterrupt
+
     epochs = iter([0.9, 0.1])
-    validated = lambda module: module.log("val/gap", next(epochs))  # noqa: E731
-    monkeypatch.setattr(FineTuning, "on_validation_epoch_end", validated)
+    monkeypatch.setattr(FineTuning, "on_validation_epoch_end", lambda module: module.log("val/gap", next(epochs)))
     options = ["--validate_first", "false", *NTXENT]
     with monkeypatch.context() as patch:
         patch.setattr(FineTuning, "on_train_epoch_start", stop_in_the_second_epoch)
-        with pytest.raises(SystemExit):
-            run("--output", "before", *options)
-    Path("before").rename("after")
+        message = error_of(capsys, *options)
+    [folder] = Path("runs").glob("*_train")
+    assert f"finished epochs are kept (to continue, add --output {folder})" in message
+    folder.rename("after")
     run("--output", "after", *options)
     assert checkpoint("after/last.ckpt")["epoch"] == 1
     assert checkpoint("after/best.ckpt")["epoch"] == 0
 
 
 def test_a_first_attempt_that_failed_does_not_block_its_folder(capsys, museum):
-    assert "root nowhere: no such folder" in error_of(capsys, "--output", "out", "--data.root", "nowhere")
+    assert "--data.root nowhere: no such folder" in error_of(capsys, "--output", "out", "--data.root", "nowhere")
     run("--output", "out", "--trainer.max_epochs", "1")
     assert yaml.safe_load(Path("out/config.yaml").read_text())["data"]["root"] == str(museum.name)
-    printed = capsys.readouterr().out
-    assert "8 images of 6 exhibits" in printed
-
-
-def test_an_interrupted_dated_run_says_how_to_continue(capsys, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(FineTuning, "on_train_epoch_start", stop_in_the_second_epoch)
-        message = error_of(capsys)
-    [folder] = Path("runs").glob("*_train")
-    assert f"finished epochs are kept, the same command with --output {folder} continues" in message
-    run("--output", folder)
-    assert checkpoint(folder / "last.ckpt")["epoch"] == 1
-
-
-def stop_in_the_second_epoch(module: FineTuning) -> None:
-    if module.current_epoch == 1:
-        raise KeyboardInterrupt
-
-
-def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
-    """The second checkpoint passes the limit on a file's size, as it would pass the disk's end."""
-    limit = 5_000_000
-    code = (
-        "import sys; from metilr.models import checkpoints; import errno\n"
-        "write = checkpoints.torch.save; n = [0]\n"
-        "def save(content, stream):\n"
-        "    n[0] += 1\n"
-        "    if n[0] > 2:\n"
-        f"        import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        "    write(content, stream)\n"
-        "checkpoints.torch.save = save\n"
-        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from metilr.cli import run_main; run_main('metilr.training.cli:train', sys.argv[1:], prog='train.py')\n"
-    )
-    arguments = command("--output", "out", "--data.pairing", "syn+neg")[2:]
-    run_ = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env={**environment(), "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert run_.returncode == 2, run_.stderr[-2000:]
-    [line] = [line for line in run_.stderr.splitlines() if "error" in line]
-    assert ".ckpt: cannot be written" in line and "previous checkpoint is intact" in line
-    assert checkpoint("out/last.ckpt")["epoch"] == 0
-    assert not list(Path("out").glob(".*ckpt*"))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU")
-def test_half_precision_needs_a_gpu(capsys):
-    assert "needs an NVIDIA GPU" in error_of(capsys, "--trainer.precision", "16-mixed")
-
-
-def test_no_val_no_training(capsys, museum):
-    (museum / "ground_truth" / "valset.json").unlink()
-    assert "valset.json: no such file" in error_of(capsys)
-
-
-def test_one_class_has_no_negatives(capsys, museum):
-    entries = [{"id": 9, "path": f"MET/9/{i}.jpg"} for i in (2, 3)]
-    write_ground_truth(museum, entries, [{"path": "test_met/val0.jpg", "MET_id": 9}], None)
-    assert "at least two exhibits" in error_of(capsys, "--data.pairing", "syn+neg")
-
-
-def test_a_corrupt_image_stops_all_processes_or_is_left_out(museum):
-    (museum / "images" / "MET/41/4.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
-    options = ["--data.pairing", "syn+neg", "--trainer.devices", "2", "--output", "out"]
-    failed = subprocess.run(command(*options), env=environment(), capture_output=True, text=True, timeout=120)
-    assert failed.returncode == 2 and "MET/41/4.jpg: cannot be decoded" in failed.stderr
-    assert "Traceback" not in failed.stderr
-    run("--data.pairing", "syn+neg", "--data.bad_images", "skip", "--output", "skipping")
-    assert len(column("skipping", "train/loss")) == 2 * 4  # 14 pairs
-
-
-def test_the_fast_path_of_a_frozen_backbone_gives_the_plain_result():
-    options = [
-        "--model.freeze_backbone", "true", "--model.projector_dim", "4", "--data.n_views", "3",
-        "--data.pairing", "syn+neg",
-        "--model.lr", "1e-3", *CONTRASTIVE,
-    ]  # fmt: skip
-    run("--output", "plain", *options)
-    run("--output", "fast", *options, "--data.cache_views", "true")
-    assert column("fast", "train/loss") == pytest.approx(column("plain", "train/loss"), abs=1e-5)
-    plain, fast = (checkpoint(f"{name}/last.ckpt")["state_dict"] for name in ("plain", "fast"))
-    for name in ("embedder.projector.linear.weight", "embedder.projector.linear.bias"):
-        torch.testing.assert_close(fast[name], plain[name], atol=1e-4, rtol=1e-3)
-
-
-def test_caching_needs_a_frozen_backbone_and_a_number_of_views(capsys):
-    assert "--data.cache_views true: needs n_views" in error_of(capsys, "--data.cache_views", "true")
-    message = error_of(capsys, "--data.cache_views", "true", "--data.n_views", "2")
-    assert "--data.cache_views true: needs a frozen backbone; give freeze_backbone true" in message
-
-
-def test_mixed_precision_accumulation_and_checkpointing():
-    run(
-        "--output", "out", "--trainer.precision", "bf16-mixed", "--trainer.accumulate_grad_batches", "2",
-        "--model.gradient_checkpointing", "true",
-    )  # fmt: skip
-    assert len(column("out", "train/loss")) == 2  # 2 epochs of 2 batches, logged at each step of the optimizer
-
-
-def test_gradient_checkpointing_changes_no_gradient():
-    options = ["--trainer.max_epochs", "1", "--model.warmup_steps", "0"]
-    run("--output", "plain", *options)
-    run("--output", "saving", *options, "--model.gradient_checkpointing", "true")
-    assert FineTuning("r18_in", "random", gradient_checkpointing=True).embedder.backbone.model.grad_checkpointing
-    plain, saving = (checkpoint(f"{name}/last.ckpt")["state_dict"] for name in ("plain", "saving"))
-    assert all(torch.equal(plain[name], saving[name]) for name in plain)
-
-
-def test_arcface_and_its_classes(capsys):
-    loss = ["--model.loss", "pytorch_metric_learning.losses.ArcFaceLoss", "--model.loss.embedding_size", "512"]
-    run("--output", "out", *loss, "--model.loss.num_classes", "6")
-    assert "loss.W" in checkpoint("out/last.ckpt")["state_dict"]
-    assert "num_classes" in error_of(capsys, *loss, "--model.loss.num_classes", "3")
-    proxies = ["--model.loss", "pytorch_metric_learning.losses.ProxyAnchorLoss", "--model.loss.num_classes", "6"]
-    assert "embeddings of size 512" in error_of(capsys, *proxies, "--model.loss.embedding_size", "64")
 
 
 def test_wandb_offline_logs_curves_config_and_pictures(monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setenv("HOME", str(Path.cwd()))  # no netrc
-    options = ["--data.pairing", "syn+neg", "--output", "out"]
-    arguments = [o for o in command(*options) if o not in ("--wandb", "off")]
-    subprocess.run(arguments, env={**environment(), "HOME": str(Path.cwd())}, check=True, capture_output=True)
+    assert run_apart(*TRAINED, "--output", "out", "--wandb", "auto", HOME=str(Path.cwd())).returncode == 0  # no netrc
     [folder] = Path("out/wandb").glob("offline-run-*")
-    assert list(folder.glob("*.wandb"))
-    assert list(folder.rglob("pairs*.table.json"))
+    assert list(folder.glob("*.wandb")) and list(folder.rglob("pairs*.table.json"))
     staged = [file for file in Path("out/wandb/artifacts").rglob("*") if file.is_file()]
     assert sum(file.read_bytes().startswith(b"\x89PNG") for file in staged) >= 2 * 8
 
 
-CONFIGS = sorted((REPOSITORY / "configs" / "train").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("config", sorted((REPOSITORY / "configs/train").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config_trains(config):
-    small = [
-        "--data.root", "museum", "--model.backbone", "r18_in", "--model.weights", "random", "--data.num_workers", "0",
-        "--data.first_view.size", "40", "--data.second_view.size", "40", "--trainer.max_epochs", "1", "--wandb", "off",
-        "--trainer.accelerator", "cpu", "--trainer.limit_train_batches", "1", "--data.batch_pairs", "4",
-    ]  # fmt: skip
+    small = ["--config", config, *TINY[:6], "--data.num_workers", "0", "--data.first_view.size", "40",
+             "--data.second_view.size", "40", "--trainer.max_epochs", "1", "--wandb", "off", "--trainer.accelerator",
+             "cpu", "--trainer.limit_train_batches", "1", "--data.batch_pairs", "4", "--output", "out"]  # fmt: skip
     small += ["--model.projector_dim", "4"] if config.stem == "projector_only" else []
-    run_main("metilr.training.cli:train", ["--config", str(config), *small, "--output", "out"], prog="train.py")
+    run_main("metilr.training.cli:train", [*map(str, small)], prog="train.py")
     assert Path("out/best.ckpt").exists()
 
 
@@ -426,4 +338,4 @@ def test_without_options_is_the_demo_config(capsys):
             run_main("metilr.training.cli:train", [*options, "--print_config"], prog="train.py")
         return yaml.safe_load(capsys.readouterr().out)
 
-    assert resolved("--config", str(REPOSITORY / "configs" / "train" / "demo.yaml")) == resolved()
+    assert resolved("--config", str(REPOSITORY / "configs/train/demo.yaml")) == resolved()

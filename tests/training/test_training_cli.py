@@ -1,8 +1,9 @@
 """What ``metilr train`` says and takes: errors name its own options, classes of one's own are imported by name."""
 
 import errno
-import json
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import yaml
 
 from metilr.cli import run_main
 from metilr.extraction.module import DescriptorModule
+from metilr.training.cli import make_parser
+from tests.museum import write_ground_truth
 from tests.small_runs import TRAIN
 
 
@@ -35,38 +38,27 @@ def full_disk(monkeypatch):
 
 
 def all_zero(monkeypatch):
-    def zeros(module, images):
-        return torch.zeros(len(images), module.embedder.dim)
-
-    monkeypatch.setattr(DescriptorModule, "describe", zeros)
+    monkeypatch.setattr(DescriptorModule, "describe", lambda self, images: torch.zeros(len(images), self.embedder.dim))
 
 
-def unwritable_views(monkeypatch):
-    Path("runs").mkdir()
-    Path("runs/views").write_text("a file")
+def no_val(monkeypatch):
+    Path("museum/ground_truth/valset.json").unlink()
 
 
-def other_weights(monkeypatch):
-    torch.save({"a": torch.zeros(1)}, "other.pth")
-
-
-def image_gone(monkeypatch):
-    Path("museum/images/MET/41/4.jpg").unlink()
+def one_exhibit(monkeypatch):
+    entries = [{"id": 9, "path": f"MET/9/{i}.jpg"} for i in (2, 3)]
+    write_ground_truth(Path("museum"), entries, [{"path": "test_met/val0.jpg", "MET_id": 9}], None)
 
 
 def two_equal_images(monkeypatch):
     Path("museum/images/MET/41/4.jpg").write_bytes(Path("museum/images/MET/500/5.jpg").read_bytes())
     entries = [{"id": 41, "path": "MET/41/4.jpg"}, {"id": 500, "path": "MET/500/5.jpg"}]
-    Path("museum/ground_truth/MET_database.json").write_text(json.dumps(entries))
-    Path("museum/ground_truth/valset.json").write_text(json.dumps([{"path": "test_met/val1.jpg", "MET_id": 41}]))
-
-
-def no_fault(monkeypatch):
-    pass
+    write_ground_truth(Path("museum"), entries, [{"path": "test_met/val1.jpg", "MET_id": 41}], None)
 
 
 LOSSES = "pytorch_metric_learning.losses"
-FROZEN = ("--model.freeze_backbone", "true", "--model.projector_dim", 4)
+FROZEN = ("--model.freeze_backbone", "true")
+CACHED = ("--data.cache_views", "true", "--data.n_views", 2)
 
 
 @pytest.mark.parametrize(
@@ -74,50 +66,66 @@ FROZEN = ("--model.freeze_backbone", "true", "--model.projector_dim", 4)
     [
         (full_disk, [], "cannot reserve"),
         (all_zero, [], "precision 32, or another"),
-        (unwritable_views, [*FROZEN, "--data.cache_views", "true", "--data.n_views", 2], "runs/views"),
-        (other_weights, ["--model.weights", "other.pth"], "other.pth"),
-        (image_gone, [], "bad_images skip"),
+        (no_val, [], "valset.json: no such file"),
+        (one_exhibit, [], "--data.pairing syn+neg: negatives need at least two exhibits"),
         (two_equal_images, ["--model.projector_dim", 1], "descriptors are the same"),
-        (no_fault, ["--model.projector_dim", 8], "projector_dim 8: 8 database descriptors"),
-        (no_fault, ["--model.weights", "none.pth"], "none.pth: no such file"),
-        (no_fault, ["--model.stage", 9], "--model.stage 9"),
-        (no_fault, ["--model.pooling", "cls"], "--model.pooling cls: "),
-        (no_fault, ["--model.bakbone", "x"], "unknown option --model.bakbone"),
-        (no_fault, ["--model.backbone", "r19"], "--model.backbone r19: unknown"),
-        (no_fault, [*FROZEN[:2], "--model.projector_dim", "null"], "--model.freeze_backbone true: nothing is left"),
-        (no_fault, ["--model.lr", "-1"], "--model.lr -1.0: must be"),
-        (no_fault, ["--model.loss", f"{LOSSES}.NoSuchLoss"], "has no attribute 'NoSuchLoss'"),
-        (no_fault, ["--model.loss", f"{LOSSES}.TripletMarginLoss", "--model.loss.marginn", 3], "marginn"),
-        (no_fault, ["--model.loss", f"{LOSSES}.ArcFaceLoss"], "needs num_classes"),
-        (
-            no_fault,
-            ["--model.loss", "metilr.training.losses.ContrastiveLoss", "--model.loss.margin", "-1"],
-            "margin -1.0:",
-        ),
-        (no_fault, ["--data.pairing", "real"], "data.pairing"),
-        (no_fault, ["--data.first_view.scale", "[0.5]"], "scale [0.5]: give two numbers"),
-        (no_fault, ["--trainer.max_epoch", 3], "unknown option --trainer.max_epoch"),
-        (no_fault, ["--trainer.max_epochs", 0], "--trainer.max_epochs 0: give a number from 1 up"),
-        (no_fault, ["--trainer.fast_dev_run", "true"], "--trainer.fast_dev_run True: is decided by this command"),
-        (no_fault, ["--trainer.precision", "bf16-true"], "--trainer.precision bf16-true: choose one of 32"),
-        (no_fault, ["--trainer.strategy", "dpp"], "strategy='dpp'"),
-        (no_fault, ["--seed_everything", "-1"], "--seed_everything -1"),
-        (no_fault, ["--config", "none.yaml"], "--config none.yaml: cannot be read"),
-        (no_fault, ["--model.scales", "[0.0]"], "--model.scales"),
-        (no_fault, ["--data.max_megapixels", 0], "max_megapixels 0"),
-        (no_fault, ["--data.max_megapixels", 1e-5], "max_megapixels"),
-        (no_fault, ["--data.database", "mini", "--data.root", "nowhere"], "root nowhere"),
-        (no_fault, ["--data.pairing", "syn", "--data.batch_pairs", 0], "--data.batch_pairs 0: must be at least 1"),
-        (no_fault, ["--wandb", "online"], "--wandb online"),
-        (no_fault, ["--output", "museum"], "--output museum"),
+        (None, ["--model.projector_dim", 8], "--model.projector_dim 8: 8 database descriptors"),
+        (None, ["--model.weights", "none.pth"], "none.pth: no such file"),
+        (None, ["--model.stage", 9], "--model.stage 9"),
+        (None, ["--model.pooling", "cls"], "--model.pooling cls: "),
+        (None, ["--model.bakbone", "x"], "unknown option --model.bakbone"),
+        (None, ["--model.backbone", "r19"], "--model.backbone r19: unknown"),
+        (None, [*FROZEN, "--model.projector_dim", "null"], "--model.freeze_backbone true: nothing is left"),
+        (None, ["--model.lr", "-1"], "--model.lr -1.0: must be"),
+        (None, ["--model.loss", f"{LOSSES}.NoSuchLoss"], "has no attribute 'NoSuchLoss'"),
+        (None, ["--model.loss", f"{LOSSES}.TripletMarginLoss", "--model.loss.marginn", 3], "marginn"),
+        (None, ["--model.loss", f"{LOSSES}.ArcFaceLoss"], "needs num_classes"),
+        (None, ["--model.loss", "metilr.training.losses.ContrastiveLoss", "--model.loss.margin", -1], "margin -1.0:"),
+        (None, ["--model.scales", "[0.0]"], "--model.scales"),
+        (None, ["--data.pairing", "real"], "data.pairing"),
+        (None, ["--data.first_view.scale", "[0.5]"], "scale [0.5]: give two numbers"),
+        (None, ["--data.max_megapixels", 1e-5], "max_megapixels"),
+        (None, ["--data.batch_pairs", 0], "--data.batch_pairs 0: must be"),
+        (None, ["--data.cache_views", "true"], "--data.cache_views true: needs n_views"),
+        (None, [*CACHED], "--data.cache_views true: needs a frozen backbone; give freeze_backbone true"),
+        (None, ["--trainer.max_epoch", 3], "unknown option --trainer.max_epoch"),
+        (None, ["--trainer.max_epochs", 0], "--trainer.max_epochs 0: give a number from 1 up"),
+        (None, ["--trainer.limit_val_batches", 1], "--trainer.limit_val_batches 1.0: is decided by this command"),
+        (None, ["--trainer.precision", "bf16-true"], "--trainer.precision bf16-true: choose one of 32"),
+        (None, ["--trainer.strategy", "dpp"], "strategy='dpp'"),
+        (None, ["--seed_everything", "-1"], "--seed_everything -1"),
+        (None, ["--config", "none.yaml"], "none.yaml"),
+        (None, ["--wandb", "online"], "--wandb online"),
+        (None, ["--output", "museum"], "--output museum"),
     ],
 )
 def test_provoked_faults(monkeypatch, capsys, fault, options, said):
-    fault(monkeypatch)
+    if fault is not None:
+        fault(monkeypatch)
     with pytest.raises(SystemExit) as stop:
         train(*options)
     line = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and line.startswith("train.py: error: ") and said in line, line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU")
+def test_half_precision_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        train("--trainer.precision", "16-mixed")
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_help_has_every_option_and_imports_no_library_that_takes_seconds():
+    code = "import sys; from metilr.cli import main\ntry: main(['train', '--help'])\nfinally: print(*sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    *text, modules = printed.splitlines()
+    assert not {"torch", "torchvision", "timm", "pytorch_lightning", "wandb", "matplotlib", "sklearn"} & set(
+        modules.split()
+    )
+    parser = make_parser("metilr train")
+    options = [option for action in parser._actions for option in action.option_strings]
+    named = {option for option in options if "trainer" not in option and not option.endswith((".help", "+"))}
+    assert named <= set(re.findall(r"--?[\w.]+", "\n".join(text))) | {"--print_config"}
 
 
 def test_a_file_may_name_a_class_of_one_s_own(tmp_path, monkeypatch):
