@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from metilr.retrieval.approximate import ApproximateIndex
 
 CHECKPOINT = ".ckpt"
+Parts = Sequence[np.ndarray]  # of descriptors, side by side, each (n, D_i)
+Done = Callable[[int], None]  # told how many more are done
 
 
 def views_of(method: MethodOptions, seed: int) -> "list[View]":
@@ -65,31 +67,28 @@ def load_whitening(path: str | Path) -> PCAWhitening:
     if entry is None:
         raise UserError(f"{path}: this checkpoint holds no whitening; metilr pack writes one that does", "whitening")
     try:
-        kind, parts = entry["kind"], {name: part for name, part in entry.items() if isinstance(part, torch.Tensor)}
-        claimed = [(part.nelement() * part.element_size(), part.untyped_storage().nbytes()) for part in parts.values()]
-        if not isinstance(kind, str) or any(n_bytes > in_file for n_bytes, in_file in claimed):
-            raise ValueError("its kind is no text, or a tensor claims more numbers than the file has")
+        parts = {name: part for name, part in entry.items() if isinstance(part, torch.Tensor)}
+        if any(part.nelement() * part.element_size() > part.untyped_storage().nbytes() for part in parts.values()):
+            raise ValueError("a tensor claims more numbers than the file has")
+        kind = entry["kind"] if isinstance(entry["kind"], str) else "no text"
         return whitening_from_parts(kind, {name: np.array(part.numpy()) for name, part in parts.items()})
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = one_line(error)
-        raise UserError(f"{path}: its whitening cannot be read ({reason}); pack it anew", "whitening") from error
+        reason = f"its whitening cannot be read ({one_line(error)})"
+        raise UserError(f"{path}: {reason}; pack it anew", "whitening") from None
 
 
 def pair_differences(descriptors: "Descriptors", ground_truth: GroundTruth) -> Iterator[np.ndarray]:
-    """Differences of descriptors that show one exhibit, float32 ``(m, D)``: of images and visits, and of its images."""
+    """Differences of descriptors that show one exhibit, float32 ``(m, D)``: of images and visits, and of images."""
     images, made = descriptors.parts["database"], descriptors.made["database"]
     if "visits" in descriptors.parts:
         yield from visit_differences(images, descriptors.parts["visits"], made)
     yield from exhibit_differences(images, np.where(made, ground_truth.labels["database"], -1))
 
 
-def visit_differences(
-    images: Sequence[np.ndarray], visits: Sequence[np.ndarray], made: np.ndarray
-) -> Iterator[np.ndarray]:
-    """Differences of each image and each of its visits, float32 ``(m, D)``, some at a time.
+def visit_differences(images: Parts, visits: Parts, made: np.ndarray) -> Iterator[np.ndarray]:
+    """Differences of each image that counts, ``made`` ``(n,)``, and each of its visits, float32 ``(m, D)``.
 
-    ``images`` lie side by side, each ``(n, D_i)``, and so do ``visits``, each ``(n * n_visits, D_i)``, of which row
-    ``i * n_visits + v`` is visit v of image i; ``made`` says which images count, ``(n,)``.
+    Row ``i * n_visits + v`` of ``visits`` is visit v of image i.
     """
     n_visits = len(visits[0]) // len(made)
     size = CHUNK_ROWS // n_visits + 1
@@ -99,7 +98,7 @@ def visit_differences(
         yield differences.reshape(-1, of_images.shape[1])
 
 
-def exhibit_differences(images: Sequence[np.ndarray], labels: np.ndarray) -> Iterator[np.ndarray]:
+def exhibit_differences(images: Parts, labels: np.ndarray) -> Iterator[np.ndarray]:
     """Differences of each image and the next one of its exhibit, in a ring; labels below 0 are left out."""
     first, second = ring_pairs(labels)
     for start in range(0, len(first), CHUNK_ROWS):
@@ -132,16 +131,11 @@ class Searchable:
     approximate: "ApproximateIndex | None" = None  # searches ``rows`` in place of an exact search
 
     def nearest(
-        self,
-        queries: np.ndarray,
-        k: int,
-        device: SearchDevice = "cpu",
-        done: Callable[[int], None] = lambda n: None,
+        self, queries: np.ndarray, k: int, device: SearchDevice = "cpu", done: Done = lambda n: None
     ) -> Neighbours:
         """Find the k rows most similar to each query, ``(Q, V, D)``: as similar as its most similar view.
 
-        ``done`` is told the number of views that were searched since the last time. Of equal similarities the smaller
-        row comes first.
+        Of equal similarities the smaller row comes first. ``done`` is told how many more views were searched.
         """
         n_views, width = queries.shape[1:]
         views = queries.reshape(-1, width)
@@ -152,10 +146,7 @@ class Searchable:
         return neighbours if n_views == 1 else _best_of_views(neighbours, n_views, k)
 
     def matches(self, queries: np.ndarray, neighbours: Neighbours, n: int, device: SearchDevice = "cpu") -> Matches:
-        """The nearest row of each of the n nearest exhibits, or of all; looks further where ``neighbours`` show fewer.
-
-        ``queries`` as for ``nearest``, and ``neighbours`` what that returned for them.
-        """
+        """The nearest row of each of the n nearest exhibits; looks further where what ``nearest`` returned shows fewer."""
         n = min(n, len(np.unique(self.labels)))
         matches = top_matches(neighbours, self.labels, n)
         width = neighbours.rows.shape[1]
@@ -220,7 +211,7 @@ def _unit_rows(
     return ready
 
 
-def _chunks(descriptors: "Descriptors", split: str, done: Callable[[int], None]) -> Iterator[np.ndarray]:
+def _chunks(descriptors: "Descriptors", split: str, done: Done) -> Iterator[np.ndarray]:
     for chunk in row_chunks(descriptors.parts[split], descriptors.made[split]):
         yield chunk
         done(len(chunk))

@@ -48,13 +48,7 @@ class Recognition:
 
 
 def check_method(method: MethodOptions, n_database: int, width: int, n_classes: int) -> None:
-    """Refuse what cannot work with such a database, before hours go into describing it.
-
-    ``n_database`` images of ``n_classes`` exhibits, and descriptors of ``width`` dimensions.
-
-    Raises:
-        UserError: If an option is not usable; names it.
-    """
+    """Refuse what cannot work with ``n_database`` images of ``n_classes`` exhibits, before hours go into them."""
     if method.is_learned and not method.n_visits and n_database <= n_classes:
         reason = "with one image an exhibit whitening learned has no pairs to learn from; leave it out"
         raise UserError(f"0: {reason}", "visits")
@@ -86,9 +80,6 @@ def recognise(
 
     Test takes no part in any choice. ``descriptors`` hold all splits, and the views that the method needs; ``say`` is
     told what is done, a line a step: at full size some take minutes.
-
-    Raises:
-        UserError: If an option does not fit the data.
     """
     method = method or MethodOptions()
     made, device, n_classes = descriptors.made, method.search_device or "cpu", ground_truth.n_classes
@@ -133,8 +124,8 @@ def recognise(
         matches[split] = knn.Matches(np.full(shape, knn.NO_ROW, dtype=np.int64), np.full(shape, np.nan))
         matches[split].rows[is_made] = database.images[nearest_exhibits.rows]
         matches[split].similarities[is_made] = nearest_exhibits.similarities
-    was_tuned = method.k is None or method.tau is None
-    return Recognition(answers, whitening, tuning.k, tuning.tau, tuning if was_tuned else None, matches)
+    was_given = method.k is not None and method.tau is not None
+    return Recognition(answers, whitening, tuning.k, tuning.tau, None if was_given else tuning, matches)
 
 
 def check_recognition(
@@ -142,11 +133,8 @@ def check_recognition(
 ) -> "tuple[Recognition, GeometricCheck]":
     """Let local features decide how far the answers to val and test are to be believed.
 
-    Descriptors say what two images have in common, wherever it lies; the check asks whether it lies alike. Its own
-    boost and gate are left aside: they are chosen on val.
-
-    Returns:
-        The recognition with other confidences and, with ``reorder``, labels; and the check with boost and gate.
+    Descriptors say what two images have in common, wherever it lies; the check asks whether it lies alike. The
+    confidences change and, with ``reorder``, labels; the check returned has the boost and gate that val chose.
     """
     from metilr.geometry.check import count_inliers
 

@@ -50,13 +50,9 @@ def make_output(output: Path | None, name: str) -> Path:
 
 @contextlib.contextmanager
 def output_folder(output: Path | None, name: str, options: Mapping[str, Any]) -> Iterator[Path]:
-    """Open the output folder of a run, held against others, and write the resolved configuration before any work.
+    """Open the output folder of a run, held against others, and write ``config.yaml``, which repeats the run.
 
-    A dated folder goes again if the run fails. What a run left that did not get to its ``results.json`` goes first.
-    ``config.yaml`` holds the ``options``, all as resolved: it repeats the run.
-
-    Raises:
-        UserError: If the folder holds results already, or another run is at work there.
+    What a run left that did not get to its ``results.json`` goes first, and a dated folder if the run fails.
     """
     folder = make_output(output, name)
     try:
