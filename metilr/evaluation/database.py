@@ -146,7 +146,7 @@ class Searchable:
         return neighbours if n_views == 1 else _best_of_views(neighbours, n_views, k)
 
     def matches(self, queries: np.ndarray, neighbours: Neighbours, n: int, device: SearchDevice = "cpu") -> Matches:
-        """The nearest row of each of the n nearest exhibits; looks further where what ``nearest`` returned shows fewer."""
+        """The nearest row of each of the n nearest exhibits; searches on where ``neighbours`` show fewer."""
         n = min(n, len(np.unique(self.labels)))
         matches = top_matches(neighbours, self.labels, n)
         width = neighbours.rows.shape[1]

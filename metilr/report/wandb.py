@@ -59,19 +59,16 @@ def open_wandb(mode: WandbMode, project: str, folder: Path, options: Mapping[str
     id_file = folder / "wandb_id"
     if not id_file.exists():
         write_atomically(id_file, uuid.uuid4().hex[:8])
-    arguments: dict[str, Any] = {
-        "project": project, "name": folder.name, "id": id_file.read_text(), "dir": str(folder), "config": dict(options),
-    }  # fmt: skip
-    is_online = mode == "auto" and _has_key() and os.environ.get("WANDB_MODE") != "offline"
-    attempts: list[tuple[dict[str, Any], str]] = [({"mode": "offline"}, "cannot start ({}); going on without it")]
-    if mode == "online" or is_online:
-        attempts.insert(0, ({"mode": "online", "resume": "allow"}, "cannot be reached ({}); logging offline"))
-    for how, said in attempts:
+    is_online = mode == "online" or (mode == "auto" and _has_key() and os.environ.get("WANDB_MODE") != "offline")
+    for how in ("online", "offline") if is_online else ("offline",):
         try:
             settings = wandb.Settings(silent=True, init_timeout=TIMEOUT)
-            return wandb.init(settings=settings, **how, **arguments)
+            run: dict[str, Any] = {"mode": how, "resume": "allow"} if how == "online" else {"mode": how}
+            run |= {"project": project, "name": folder.name, "id": id_file.read_text(), "config": dict(options)}
+            return wandb.init(dir=str(folder), settings=settings, **run)
         except Exception as error:  # whatever keeps W&B from its work must not stop ours
-            print(f"W&B {said.format(_short(error))}", file=sys.stderr)
+            fate = "be reached ({}); logging offline" if how == "online" else "start ({}); going on without it"
+            print(f"W&B cannot {fate.format(_short(error))}", file=sys.stderr)
     return None
 
 

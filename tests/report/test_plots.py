@@ -1,7 +1,9 @@
+import re
+
 import numpy as np
 import pytest
 
-from metilr.metrics import DISTRACTOR, gap
+from metilr.metrics import gap
 from metilr.metrics.open_set import precision_recall
 from metilr.report.plots import as_svg, confidence_plot, precision_recall_plot
 
@@ -22,14 +24,11 @@ def test_the_area_under_the_drawn_curve_is_gap(n):
 
 def test_names_that_look_like_formulas_or_hidden_labels_are_drawn_as_they_are():
     kinds = ["met", "cost $5 a_$", "_private", "met"]
-    assert DISTRACTOR == -1
     svg = as_svg(confidence_plot(np.array([-0.1, -1.0, -2.0, -0.2]), kinds, None), "confidence")
     assert "cost $5 a_$ (1)" in svg and "_private (1)" in svg
 
 
 def test_two_plots_on_a_page_share_no_id():
-    import re
-
     def ids(name: str) -> set[str]:
         plot = confidence_plot(np.array([-0.1, -1.0]), ["met", "non-art"], -0.5)
         svg = as_svg(plot, name)
