@@ -137,6 +137,8 @@ class PairDataModule(pl.LightningDataModule):
         options, trainer, is_frozen = self.options, self.trainer, self.options.cache_views
         described = single_scale(embedder, projector=not is_frozen)
         store = DescriptorStore(self.folder / ("pooled" if is_frozen else "descriptors"))
+        self.descriptors: dict[str, np.ndarray] = {}  # let go of files that may be removed
+        trainer.strategy.barrier()
         with agree(trainer):
             if trainer.is_global_zero:
                 settings = store_settings(described, self.ground_truth, options.image_size, "32")
@@ -149,7 +151,7 @@ class PairDataModule(pl.LightningDataModule):
         data = ImageDataModule(images, self.sizes, store, batch_size, self.workers, bad_images)
         describe_in_training(trainer, described, data)
         self.is_valid = {split: store.is_valid(split) for split in self.paths}
-        self.descriptors: dict[str, np.ndarray] = {split: store.descriptors(split) for split in self.paths}
+        self.descriptors = {split: store.descriptors(split) for split in self.paths}
         if is_frozen and embedder.projector is not None:
             for split, pooled in self.descriptors.items():
                 self.descriptors[split] = np.concatenate([

@@ -76,7 +76,6 @@ class FineTuning(pl.LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        """Refuse a loss or data that do not go with the model, start the projector, describe what pairs need."""
         data, projector, start = self.data, self.embedder.projector, self.options.projector_start
         if data.options.cache_views and not self.options.freeze_backbone:
             raise UserError("true: needs a frozen backbone; give freeze_backbone true", "cache_views")
@@ -102,7 +101,7 @@ class FineTuning(pl.LightningModule):
 
     @override
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the loss of the whole batch, this process's pairs and the others', float32; refuse one not finite."""
+        """Return the loss of the whole batch, this process's pairs and the others', float32."""
         if batch.first.shape[1:] == batch.second.shape[1:]:
             views = self.embed(torch.cat([batch.first, batch.second])).chunk(2)
         else:
@@ -128,7 +127,6 @@ class FineTuning(pl.LightningModule):
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
-        """Keep GeM's p within ``P_BOUNDS``."""
         if self.options.learn_p and isinstance(self.embedder.pooling, GeM):
             with torch.no_grad():
                 self.embedder.pooling.p.clamp_(*P_BOUNDS)
@@ -140,7 +138,6 @@ class FineTuning(pl.LightningModule):
 
     @override
     def validation_step(self, positions: Tensor, batch_idx: int) -> None:
-        """Classify val queries, by position ``(Q,)``; one whose image is bad counts as wrong."""
         rows = positions.cpu().numpy()
         predictions = self.data.classify_val(rows)
         columns = predictions.log_confidence, predictions.labels, self.data.ground_truth.labels["val"][rows]
@@ -154,7 +151,6 @@ class FineTuning(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        """Return the optimizer, with learning rates of their own for backbone, p and projector, and the schedule."""
         options, embedder = self.options, self.embedder
         lr_projector, lr_p = (options.lr if lr is None else lr for lr in (options.lr_projector, options.lr_p))
         heads = nn.ModuleList([self.loss] if embedder.projector is None else [embedder.projector, self.loss])

@@ -77,18 +77,19 @@ def run(
     ``recorded`` are all options as plain values; ``evaluate`` is the command that evaluates a checkpoint.
     """
     console = Console(highlight=False, quiet=not is_first_process(), soft_wrap=True)
+    trainer, wandb_run = None, None
     with contextlib.ExitStack() as held:
         output, resume_from = open_run(options.output, recorded, held)
-        trainer: Any = None
         try:
             data = PairDataModule(pair_options, options.seed_everything, output)
             model = FineTuning(model_options, options.seed_everything, recorded)
-            trainer = make_trainer(options, trainer_options, recorded, output, resume_from is not None, evaluate)
+            if is_first_process():
+                wandb_run = open_wandb(options.wandb, options.wandb_project, output, recorded)
+            loggers = [] if wandb_run is None else [WandbLogger(experiment=wandb_run)]
+            trainer = make_trainer(options, trainer_options, output, resume_from is not None, loggers, evaluate)
             device = f"{trainer.world_size} x {trainer.strategy.root_device.type.upper()}"
             doing = f"continuing after {resume_from}" if resume_from else "training"
-            where = f"into {escape(str(output))}, on {device}, precision {trainer.precision}"
-            console.print(f"[bold]{doing}[/] {where}")
-            wandb_run = next((each.experiment for each in trainer.loggers if isinstance(each, WandbLogger)), None)
+            console.print(f"[bold]{doing}[/] into {escape(str(output))}, on {device}, precision {trainer.precision}")
             if wandb_run is not None:
                 console.print(escape(where_logged(wandb_run, output)))
             less_memory = "fewer batch_pairs, smaller views, or gradient_checkpointing true"
@@ -110,10 +111,10 @@ def run(
         if trainer.is_global_zero:
             write_atomically(output / "finished", f"{datetime.now().astimezone().isoformat(timespec='seconds')}\n")
         if wandb_run is not None:
-            best = trainer.checkpoint_callback.best_model_path
+            best: Any = trainer.checkpoint_callback
             with staging_beside(output), finishing(wandb_run):
-                if options.wandb_checkpoint and best:
-                    wandb_run.log_artifact(best, f"model-{wandb_run.id}", "model", ["best"])
+                if options.wandb_checkpoint and best.best_model_path:
+                    wandb_run.log_artifact(best.best_model_path, f"model-{wandb_run.id}", "model", ["best"])
 
 
 def open_run(output: Path | None, options: Mapping[str, Any], held: contextlib.ExitStack) -> tuple[Path, Path | None]:
@@ -141,41 +142,33 @@ def open_run(output: Path | None, options: Mapping[str, Any], held: contextlib.E
         elif other := differing_settings(check_config(str(config)), options):
             remedy = f"name another folder, or continue that run with --config {config} --output {output}"
             raise UserError(f"{output}: holds a run with other options ({'; '.join(other[:4])}); {remedy}", "output")
-    if not last.exists():
-        return output, None
-    try:
-        read_checkpoint(last)
-    except UserError as error:
-        raise UserError(f"{error}; or delete {output}, or name another output, to start anew") from None
-    return output, last
+    return output, last if last.exists() else None
 
 
 def make_trainer(
-    options: RunOptions, trainer_options: Mapping[str, Any], recorded: Mapping[str, Any], output: Path,
-    continues: bool, evaluate: Sequence[str],
+    options: RunOptions, trainer_options: Mapping[str, Any], output: Path, continues: bool, loggers: Sequence[Logger],
+    evaluate: Sequence[str],
 ) -> Trainer:  # fmt: skip
-    """Make Lightning's trainer with the callbacks and loggers of a run."""
+    """Make Lightning's trainer with the callbacks of a run; a CSV file comes before other loggers."""
     shows_bar = trainer_options["enable_progress_bar"] is not False and sys.stdout.isatty()
+    each_epoch: Any = {"save_on_train_epoch_end": True, "enable_version_counter": False}
     best = MovableModelCheckpoint(
-        output, filename="best", monitor="val/gap", mode="max", save_on_train_epoch_end=True,
-        auto_insert_metric_name=False, enable_version_counter=False,
-    )  # fmt: skip
+        output, filename="best", monitor="val/gap", mode="max", auto_insert_metric_name=False, **each_epoch
+    )
     # After the best: it is what a killed run continues from, and has the best's state in it.
-    last = MovableModelCheckpoint(output, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+    last = MovableModelCheckpoint(output, filename="last", **each_epoch)
     lines, pictures = TrainingLines(not shows_bar, evaluate), PairPictures(options.pictures_every)
     # A continued run gets a file of its own: the logger would overwrite the first one's.
     taken = len(list(output.glob("csv*"))) if continues else 0
-    loggers: list[Logger] = [CSVLogger(str(output), name="", version=f"csv_{taken + 1}" if taken else "csv")]
-    if is_first_process():
-        wandb_run = open_wandb(options.wandb, options.wandb_project, output, recorded)
-        loggers += [] if wandb_run is None else [WandbLogger(experiment=wandb_run)]
+    csv = CSVLogger(str(output), name="", version=f"csv_{taken + 1}" if taken else "csv")
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
         # Its requeue would save in the middle of an epoch; the same command continues at the last whole one.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     own = {
         "callbacks": [*(trainer_options["callbacks"] or []), lines, pictures, LearningRateMonitor("step"), best, last],
-        "logger": loggers, "plugins": plugins, "default_root_dir": str(output), "enable_progress_bar": shows_bar,
+        "logger": [csv, *loggers], "plugins": plugins, "default_root_dir": str(output),
+        "enable_progress_bar": shows_bar,
         "num_sanity_val_steps": -1 if options.validate_first else 0,  # all of val, which is one batch
     }  # fmt: skip
     try:
@@ -204,14 +197,14 @@ class MovableModelCheckpoint(ModelCheckpoint):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the best score and the files that go with it, where they lie now."""
-
         def moved(path: str) -> str:
             return str(Path(str(self.dirpath)) / Path(path).name) if path else path
 
-        paths = {name: moved(value) for name, value in state_dict.items() if name.endswith("_path")}
-        best = {moved(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
+        state: dict[str, Any] = {
+            name: moved(value) if name.endswith("_path") else value for name, value in state_dict.items()
+        }
+        state["best_k_models"] = {moved(path): score for path, score in state["best_k_models"].items()}
+        super().load_state_dict({**state, "dirpath": self.dirpath})
 
 
 class TrainingLines(Callback):
@@ -257,10 +250,9 @@ class TrainingLines(Callback):
         figures = {name: value.item() for name, value in trainer.callback_metrics.items()}
         shown = [f"loss {figures['train/epoch_loss']:.4g}"] if "train/epoch_loss" in figures else []
         shown += [f"{name} {100 * figures[name]:.2f}" for name in figures if name.startswith("val/")]
-        epoch = f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
         if self.each_epoch:
-            seconds = time.perf_counter() - self.started
-            print_rank_zero(f"{epoch}: {', '.join(shown)} ({seconds:.0f} s)", flush=True)
+            done = f"{', '.join(shown)} ({time.perf_counter() - self.started:.0f} s)"
+            print_rank_zero(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}: {done}", flush=True)
 
     @override
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -283,8 +275,8 @@ class TrainingLines(Callback):
 class PairPictures(Callback):
     """Show some of the epoch's pairs, as the network gets them, as a table of pictures in W&B."""
 
-    def __init__(self, every_n_epochs: int, n_pairs: int = 16) -> None:
-        self.every_n_epochs, self.n_pairs = every_n_epochs, n_pairs
+    def __init__(self, every_n_epochs: int) -> None:
+        self.every_n_epochs = every_n_epochs
 
     @override
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -293,15 +285,12 @@ class PairPictures(Callback):
             return
         import wandb
 
-        data, rows = pl_module.data, []
-        for pair in data.pairs[: self.n_pairs]:
-            views = (
-                data.first_views.view(pair.first, pair.first_view),
-                data.second_views.view(pair.second, pair.second_view),
-            )
-            pictures = [wandb.Image(F.to_pil_image(view)) for view in views]
+        data, table = pl_module.data, []
+        for pair in data.pairs[:16]:
+            first = data.first_views.view(pair.first, pair.first_view)
+            second = data.second_views.view(pair.second, pair.second_view)
+            pictures = [wandb.Image(F.to_pil_image(view)) for view in (first, second)]
             paths = [data.paths["database"][row] for row in (pair.first, pair.second)]
-            rows.append([*pictures, bool(pair.positive), *paths])
-        table = wandb.Table(["first", "second", "same exhibit", "first image", "second image"], rows)
+            table.append([*pictures, bool(pair.positive), *paths])
         for logger in loggers:
-            logger.experiment.log({"pairs": table}, commit=False)
+            logger.log_table("pairs", ["first", "second", "same exhibit", "first image", "second image"], table)
