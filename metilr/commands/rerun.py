@@ -1,10 +1,9 @@
 """``metilr rerun results.json``: an evaluation once more, and whether its figures come out again."""
 
-import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -65,8 +64,8 @@ def rerun(
         whitening: Where the saved whitening lies now, if it was moved.
         accelerator: As in metilr evaluate, in place of the recorded one.
         devices: As in metilr evaluate, in place of the recorded number.
-        describe_again: Describe the images again, into OUTPUT/store; without it a finished store is used as it is, if
-            it is of the images as they are.
+        describe_again: Describe the images again, into OUTPUT/store; without it the recorded store is read, if it is
+            finished and of the images as they are, else the one of metilr evaluate is continued.
         quiet: Print tables and paths alone.
 
     Returns:
@@ -78,13 +77,10 @@ def rerun(
     recorded = read_results(results)
     options = _options(Path(results), recorded)
     for name, file in {"ckpt": ckpt, "weights": weights, "whitening": whitening}.items():
-        if file is None:
-            continue
-        if options[name] in (None, *WORDS):
-            raise UserError(f"{file}: the recorded run read no such file ({options[name]}); leave it out", name)
-        if not Path(file).is_file():
-            raise UserError(f"{file}: no such file; name the one that the run read, where it lies now", name)
-        options[name] = file if name == "ckpt" else str(file)
+        if file is not None:
+            if options[name] in (None, *WORDS):
+                raise UserError(f"{file}: the recorded run read no such file ({options[name]}); leave it out", name)
+            options[name] = file if name == "ckpt" else str(file)
     given = {"root": root, "accelerator": accelerator, "devices": devices}
     options |= {name: value for name, value in given.items() if value is not None}
     folder = make_output(output, "rerun")
@@ -93,9 +89,16 @@ def rerun(
         # A file that may be somebody else's says where the rows were: there they are read, and nothing is written.
         named = options["store"] or recorded.model.store
         places = [] if describe_again or not named else [Path(recorded.directory) / named, Path(named)]
-        options["store"] = next((place for place in places if _is_current(place, options)), folder / "store")
-    with _kept_if_of_use(folder, output):
+        options["store"] = next((place for place in places if _is_current(place, options)), None)
+        if describe_again:
+            options["store"] = folder / "store"
+            Console(highlight=False, quiet=quiet).print(f"describing into {escape(str(folder))}", soft_wrap=True)
+    try:
         now = call(evaluate, options)
+    except BaseException:
+        if output is None and not (folder / "store").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     if now is None:
         return None
     comparison = compare_results(recorded, now)
@@ -132,29 +135,15 @@ def _is_current(path: Path, options: Mapping[str, Any]) -> bool:
         for view in views_of(method, options["seed"]):
             of_view = {split: np.repeat(sizes[source], view.n) for split, source in view.of.items()}
             parts.append((views_store(parts[0][0], view)[0], of_view))
-        for store, of_part in parts:
-            manifest, retry_bad = store.manifest(), options["bad_images"] == "stop"
-            if not manifest["complete"] or manifest["counts"] != {split: len(of) for split, of in of_part.items()}:
-                return False
-            if any(store.pending(split, of_split, retry_bad).any() for split, of_split in of_part.items()):
-                return False
-        return True
+        retry_bad = options["bad_images"] == "stop"
+        return all(
+            store.is_complete
+            and store.manifest()["counts"] == {split: len(of_split) for split, of_split in of_part.items()}
+            and not any(store.pending(split, of_split, retry_bad).any() for split, of_split in of_part.items())
+            for store, of_part in parts
+        )
     except UserError:  # what is wrong with the data evaluate says
         return False
-
-
-@contextlib.contextmanager
-def _kept_if_of_use(folder: Path, output: Path | None) -> Iterator[None]:
-    """Remove a dated folder again if the block fails, unless there are descriptors in it: then say how to go on."""
-    try:
-        yield
-    except BaseException as error:
-        if output is None and not (folder / "store").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-        elif output is None and (isinstance(error, (KeyboardInterrupt, UserError)) or getattr(error, "errno", None)):
-            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-            raise UserError(f"{reason}; descriptors are kept: to continue, add --output {folder}") from None
-        raise
 
 
 def compare_results(recorded: Results, now: Results) -> dict[str, Any]:
