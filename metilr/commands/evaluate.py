@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import faiss
 from rich.console import Console
 from rich.markup import escape
 
@@ -190,4 +189,6 @@ def _data_line(ground_truth: GroundTruth, synthetic: bool) -> str:
 
 
 def _default_search_device(device: str) -> SearchDevice:
+    import faiss
+
     return "gpu" if device == "cuda" and faiss.get_num_gpus() else "cpu"
