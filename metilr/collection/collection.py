@@ -13,7 +13,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from metilr.data.decode import TooManyPixels, max_pixels, open_image, to_tensor, why_undecodable
+from metilr.data.decode import MAX_PHOTO_MEGAPIXELS, TooManyPixels, max_pixels, open_image, to_tensor, why_undecodable
 from metilr.data.ground_truth import GroundTruth
 from metilr.data.views import CentreCrops
 from metilr.errors import UserError
@@ -30,7 +30,6 @@ from metilr.retrieval.approximate import ApproximateIndex, build_approximate, ch
 from metilr.retrieval.knn import N_MATCHES, N_NEIGHBOURS, Matches, Predictions, classify
 from metilr.retrieval.whitening import PCAWhitening
 
-MAX_PHOTO_MEGAPIXELS = 50.0  # phones take 12 to 50; decoded, that is 150 MB
 SIDE_OF_LOST_IMAGES = 1024  # px, where the images that tell are gone
 MAX_HEADERS = 5000  # of images, read for the largest size: about a second
 
@@ -56,16 +55,12 @@ def load_photo(
     largest_side: int | None = None,
     max_pixels: int = int(MAX_PHOTO_MEGAPIXELS * 10**6),
 ) -> Photo:
-    """Decode a photograph as ``load_image`` does, if it is an image of a usual kind and not too large.
+    """Decode a photograph as ``load_image`` does, its longest side resized to ``image_size`` px.
 
-    Args:
-        file: Its path, or the opened file.
-        image_size: Length in px that the longest side is resized to; None keeps the size.
-        largest_side: Without ``image_size``: a photograph whose longest side is longer is reduced to this.
-        max_pixels: More are refused, before anything is decoded.
+    Without ``image_size`` it keeps its size, or is reduced to ``largest_side``.
 
     Raises:
-        BadPhotoError: If it cannot be decoded.
+        BadPhotoError: If it cannot be decoded, or has more pixels, which its header tells.
     """
     try:
         with open_image(file, max_pixels) as image:

@@ -6,41 +6,31 @@ import importlib.resources
 from collections.abc import Iterator, Sequence
 from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import jinja2
-from markupsafe import Markup
 from rich.console import Console
 from rich.markup import escape
 
-from metilr.collection.collection import MAX_PHOTO_MEGAPIXELS, BadPhotoError, Collection, TooManyPixelsError, load_photo
-from metilr.collection.open_collection import open_with_threshold
-from metilr.collection.threshold import Identified, Threshold, answer_document, collection_document
+from metilr.collection.threshold import Identified, PhotoOptions, Threshold, collection_document
 from metilr.data.decode import BadImageError, pixels_of
 from metilr.data.folder import find_images
 from metilr.errors import UserError
-from metilr.evaluation.results import MIN_PRECISION
-from metilr.extraction.options import Accelerator
 from metilr.files import write_atomically
 from metilr.progress import printable
-from metilr.report.page import jpeg_of, jpeg_thumbnail
 from metilr.retrieval.knn import N_MATCHES
+
+if TYPE_CHECKING:
+    from metilr.collection.collection import Collection
 
 SCHEMA = "metilr.identify/1"
 
 
 def identify(
     photos: Sequence[Path],
-    run: Path | None = None,
-    store: Path | None = None,
-    ckpt: Path | None = None,
-    min_precision: float = MIN_PRECISION,
-    threshold: float | None = None,
+    options: PhotoOptions | None = None,
     matches: int = N_MATCHES,
-    max_megapixels: float = MAX_PHOTO_MEGAPIXELS,
     json: bool = False,
     page: Path | None = None,
-    accelerator: Accelerator = "auto",
 ) -> None:
     """Say which exhibit each photo shows, or that it shows none.
 
@@ -48,30 +38,27 @@ def identify(
 
     Args:
         photos: Photos and folders of photos (with their sub-folders).
-        run: Folder that metilr evaluate wrote: its database, its model, its k and tau, and its val for the threshold.
-        store: Folder that metilr index wrote, in place of a run.
-        ckpt: The checkpoint that made the run or the index, if it was moved. Another one is refused.
-        min_precision: An exhibit is named where at least this share of such answers was right on val of the run.
-        threshold: An exhibit is named from this log-confidence on, in place of one chosen on val.
+        options: What photos are compared with, a run or a store.
         matches: Exhibits listed for each photo, with their nearest images.
-        max_megapixels: A photo of more is not decoded.
         json: Print a JSON document and nothing else.
         page: Also write this .html file, one page with the pictures in it.
-        accelerator: Where the model runs; auto takes a GPU if there is one.
 
     Raises:
         UserError: If an option or a file is not usable, or no photo can be read; says which and what to do.
     """
+    from metilr.collection.open_collection import open_with_threshold  # torch, which --help needs not
+
+    options = options or PhotoOptions()
     if matches < 1:
         raise UserError(f"{matches}: must be at least 1", "matches")
     if page is not None and Path(page).suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{page}: name a file that ends in .html", "page")
-    max_pixels = pixels_of(max_megapixels)
+    max_pixels = pixels_of(options.max_megapixels)
     photos = [photos] if isinstance(photos, (str, Path)) else photos
     if not photos:
         raise UserError("name one or more photos, or folders of photos")
     console = Console(highlight=False, quiet=json)
-    collection, chosen = open_with_threshold(run, store, ckpt, min_precision, threshold, accelerator)
+    collection, chosen = open_with_threshold(options)
     console.print(_head(collection, chosen), soft_wrap=True)
 
     answered = []
@@ -79,7 +66,13 @@ def identify(
         console.print(_lines(photo, collection), soft_wrap=True)
         answered.append(photo)
     if json:
-        print(dumps(_document(collection, chosen, answered), indent=1, allow_nan=False))
+        document = {
+            "schema": SCHEMA,
+            "collection": collection_document(collection),
+            "threshold": chosen.as_json(),
+            "photos": [{"photo": photo.name, **photo.as_json(collection)} for photo in answered],
+        }
+        print(dumps(document, indent=1, allow_nan=False))
     if page is not None:
         write_page(Path(page), collection, chosen, answered)
         console.print(f"wrote {escape(str(page))}", soft_wrap=True)
@@ -88,8 +81,11 @@ def identify(
 
 
 def _answers(
-    collection: Collection, threshold: Threshold, photos: Sequence[Path], n_matches: int, max_pixels: int, draw: bool
+    collection: "Collection", threshold: Threshold, photos: Sequence[Path], n_matches: int, max_pixels: int, draw: bool
 ) -> Iterator[Identified]:
+    from metilr.collection.collection import BadPhotoError, TooManyPixelsError, load_photo
+    from metilr.report.page import jpeg_of
+
     for named in map(Path, photos):
         try:
             files, left_aside = find_images(named) if named.is_dir() else ([named], "")
@@ -111,7 +107,7 @@ def _answers(
             yield Identified(str(file), answer, decision, reduced=photo.reduced, picture=picture)
 
 
-def _head(collection: Collection, threshold: Threshold) -> str:
+def _head(collection: "Collection", threshold: Threshold) -> str:
     how = "" if collection.search is None else f"[bold]search[/]       {collection.search}\n"
     value = "none" if threshold.log_confidence is None else threshold.needed
     return (
@@ -122,7 +118,7 @@ def _head(collection: Collection, threshold: Threshold) -> str:
     )
 
 
-def _lines(photo: Identified, collection: Collection) -> str:
+def _lines(photo: Identified, collection: "Collection") -> str:
     name, answer = escape(printable(photo.name)), photo.answer
     if answer is None:
         return f"\n[bold]{name}[/]  [red]{escape(printable(photo.headline))}[/]"
@@ -143,39 +139,25 @@ def _lines(photo: Identified, collection: Collection) -> str:
     return "\n".join(lines)
 
 
-def _document(collection: Collection, threshold: Threshold, photos: Sequence[Identified]) -> dict[str, Any]:
-    listed: list[dict[str, Any]] = []
-    for photo in photos:
-        if photo.answer is None or photo.decision is None:
-            listed.append({"photo": photo.name, "error": photo.error})
-        else:
-            answer = answer_document(collection, photo.answer, photo.decision)
-            listed.append({"photo": photo.name, **answer, "reduced": photo.reduced})
-    return {
-        "schema": SCHEMA,
-        "collection": collection_document(collection),
-        "threshold": threshold.as_json(),
-        "photos": listed,
-    }
-
-
-def write_page(file: Path, collection: Collection, threshold: Threshold, photos: Sequence[Identified]) -> None:
+def write_page(file: Path, collection: "Collection", threshold: Threshold, photos: Sequence[Identified]) -> None:
     """Write the answers as one page with the pictures in it; names of files and exhibits are escaped."""
+    import jinja2
+    from markupsafe import Markup
+
+    from metilr.report.page import jpeg_thumbnail
+
     pictures = {}
     for row in {match.row for photo in photos if photo.answer is not None for match in photo.answer.matches}:
         with contextlib.suppress(BadImageError):  # gone since it was described: the page says so in its place
             pictures[row] = jpeg_thumbnail(collection.image(row))
-    templates = jinja2.Environment(loader=jinja2.PackageLoader("metilr.collection.serve"), autoescape=True)
+    templates = jinja2.Environment(loader=jinja2.PackageLoader("metilr.collection"), autoescape=True)
     templates.filters |= {"shown": printable, "data_uri": data_uri}
-    style = (importlib.resources.files("metilr.collection.serve") / "static" / "style.css").read_text(encoding="utf-8")
+    style = (importlib.resources.files("metilr.collection") / "static" / "style.css").read_text(encoding="utf-8")
     page = templates.get_template("answers.html").render(
         collection=collection, threshold=threshold, photos=photos, pictures=pictures, style=Markup(style)
     )
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, page)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror}); name another file", "page") from None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, page)
 
 
 def data_uri(picture: bytes) -> str:

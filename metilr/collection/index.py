@@ -1,7 +1,5 @@
 """``metilr index``: a museum's own images, made ready for ``metilr identify`` and ``metilr serve``."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -142,7 +140,7 @@ def _absolute(path: Path | str, name: str) -> Path:
     return Path(path).absolute()
 
 
-def _notes(embedder: Embedder, method: MethodOptions, whitening: PCAWhitening | None, n_skipped: int) -> list[str]:
+def _notes(embedder: "Embedder", method: MethodOptions, whitening: "PCAWhitening | None", n_skipped: int) -> list[str]:
     from metilr.retrieval.whitening import DEFAULT_DIM
 
     notes = []
@@ -162,12 +160,12 @@ def _notes(embedder: Embedder, method: MethodOptions, whitening: PCAWhitening | 
 
 def _write(
     file: Path,
-    catalogue: Catalogue,
+    catalogue: "Catalogue",
     model: ModelOptions,
     extraction: ExtractionOptions,
     method: MethodOptions,
     vote: Vote,
-    whitening: PCAWhitening | None,
+    whitening: "PCAWhitening | None",
 ) -> None:
     """Write ``index.json``: the last of an index's files."""
     from metilr.provenance import library_versions
@@ -253,7 +251,7 @@ class Index(Part):
     versions: dict[str, Any]
 
     @classmethod
-    def load(cls, path: Path) -> Index:
+    def load(cls, path: Path) -> "Index":
         """Read ``index.json`` of a folder.
 
         Raises:
@@ -270,7 +268,7 @@ class Index(Part):
             raise UserError(f"{file}: cannot be read ({why(error)}); delete {path} and make the index again") from None
 
     @property
-    def catalogue(self) -> Catalogue:
+    def catalogue(self) -> "Catalogue":
         """Which images show which exhibit."""
         from metilr.data.folder import Catalogue
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from metilr.collection.collection import Collection, Describer, digest_of_database, load_searchable
 from metilr.collection.index import APPROXIMATE, Index, index
-from metilr.collection.threshold import Threshold, choose_threshold
+from metilr.collection.threshold import PhotoOptions, Threshold, choose_threshold
 from metilr.data.decode import MAX_MEGAPIXELS, limit_images
 from metilr.data.folder import read_catalogue
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
@@ -17,7 +17,7 @@ from metilr.demo import DEMO
 from metilr.errors import UserError
 from metilr.evaluation.database import build_searchable, views_of
 from metilr.evaluation.options import MethodOptions, method_of_elements
-from metilr.evaluation.results import MIN_PRECISION, Run, Vote, read_run
+from metilr.evaluation.results import Run, Vote, read_run
 from metilr.evaluation.runs import RUNS
 from metilr.extraction.describe import store_settings
 from metilr.extraction.descriptors import open_descriptors
@@ -33,28 +33,18 @@ from metilr.retrieval.whitening import PCAWhitening
 _OF_THE_MODEL = ("backbone", "weights", "pooling", "p", "stage", "patch_rounding", "seed")  # options of evaluate
 
 
-def open_with_threshold(
-    run: Path | None,
-    store: Path | None,
-    ckpt: Path | None = None,
-    min_precision: float = MIN_PRECISION,
-    threshold: float | None = None,
-    accelerator: Accelerator = "auto",
-) -> tuple[Collection, Threshold]:
-    """Open an evaluation's folder, ``run``, or an index's, ``store``, with the threshold that decisions are made by.
+def open_with_threshold(options: PhotoOptions) -> tuple[Collection, Threshold]:
+    """Open an evaluation's folder or an index, with the threshold that decisions are made by.
 
     Raises:
-        UserError: If not exactly one is given, something is missing, or the model is not the one that made it.
+        UserError: If something is missing, or the model is not the one that made it.
     """
-    if (run is None) == (store is None):
-        raise UserError("give either run (a folder of metilr evaluate) or store (one of metilr index)")
-    if store is not None:
-        chosen = choose_threshold(None, threshold, min_precision)
-        return collection_of_index(Path(store), ckpt, accelerator), chosen
-    assert run is not None
-    finished = read_run(Path(run))
-    chosen = choose_threshold(finished, threshold, min_precision)
-    return collection_of_run(finished, ckpt, accelerator), chosen
+    run = None if options.run is None else read_run(Path(options.run))
+    chosen = choose_threshold(run, options.threshold, options.min_precision)
+    if run is not None:
+        return collection_of_run(run, options.ckpt, options.accelerator), chosen
+    assert options.store is not None
+    return collection_of_index(Path(options.store), options.ckpt, options.accelerator), chosen
 
 
 def open_collection(path: str | Path, ckpt: Path | None = None, accelerator: Accelerator = "auto") -> Collection:

@@ -1,15 +1,47 @@
-"""Answers in words and as JSON, for the terminal and for pages."""
+"""Whether an answer is sure enough to name an exhibit; answers in words and as JSON, for the terminal and for pages."""
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from metilr.collection.collection import Answer, Collection
+from metilr.data.decode import MAX_PHOTO_MEGAPIXELS
 from metilr.errors import UserError
 from metilr.evaluation.results import FEW_ACCEPTED, MIN_PRECISION, Run
+from metilr.extraction.options import Accelerator
 from metilr.metrics.open_set import threshold_for_precision
 
+if TYPE_CHECKING:
+    from metilr.collection.collection import Answer, Collection
+
 Decision = Literal["exhibit", "not in the collection", "undecided"]
+
+
+@dataclass(frozen=True)
+class PhotoOptions:
+    """What photos are compared with, and what is said of them.
+
+    Attributes:
+        run: Folder that metilr evaluate wrote: its database, its model, its k and tau, and its val for the threshold.
+        store: Folder that metilr index wrote, in place of a run.
+        ckpt: The checkpoint that made the run or the index, if it was moved. Another one is refused.
+        min_precision: An exhibit is named where at least this share of such answers was right on val of the run.
+        threshold: An exhibit is named from this log-confidence on, in place of one chosen on val.
+        max_megapixels: A photo of more is not decoded.
+        accelerator: Where the model runs; auto takes a GPU if there is one.
+    """
+
+    run: Path | None = None
+    store: Path | None = None
+    ckpt: Path | None = None
+    min_precision: float = MIN_PRECISION
+    threshold: float | None = None
+    max_megapixels: float = MAX_PHOTO_MEGAPIXELS
+    accelerator: Accelerator = "auto"
+
+    def __post_init__(self) -> None:
+        if (self.run is None) == (self.store is None):
+            raise UserError("give either run (a folder of metilr evaluate) or store (one of metilr index)")
 
 
 @dataclass(frozen=True)
@@ -81,14 +113,14 @@ def choose_threshold(run: Run | None, threshold: float | None, min_precision: fl
 
 @dataclass(frozen=True)
 class Identified:
-    """One photo's answer, or the ``error`` why there is none.
+    """One photo's answer with what it comes to, or the ``error`` why there is none.
 
     ``reduced`` says whether it was larger than what was described of the collection, and made smaller; ``picture`` is a
     small JPEG, where pictures were asked for.
     """
 
     name: str
-    answer: Answer | None = None
+    answer: "Answer | None" = None
     decision: Decision | None = None
     error: str | None = None
     reduced: bool = False
@@ -97,48 +129,47 @@ class Identified:
     @property
     def headline(self) -> str:
         """The decision in words, or why there is none."""
-        return headline(self.decision, self.answer) if self.decision and self.answer else self.error or ""
+        if self.answer is None:
+            return self.error or ""
+        exhibit = f"exhibit {self.answer.exhibit}"
+        return {"exhibit": exhibit, "undecided": f"undecided, most likely {exhibit}"}.get(
+            self.decision or "", str(self.decision)
+        )
 
     @property
     def detail(self) -> str:
         """How sure the answer is."""
-        return detail(self.decision, self.answer) if self.decision and self.answer else ""
+        if self.answer is None:
+            return ""
+        confidence = f"confidence {math.exp(self.answer.log_confidence):.1%}"
+        named = self.decision != "not in the collection"
+        return confidence if named else f"nearest: exhibit {self.answer.exhibit}, {confidence}"
+
+    def as_json(self, collection: "Collection") -> dict[str, Any]:
+        """The answer as JSON types, or why there is none."""
+        answer = self.answer
+        if answer is None:
+            return {"error": self.error}
+        return {
+            "decision": self.decision,
+            "exhibit": answer.exhibit,
+            "log_confidence": answer.log_confidence,
+            "confidence": math.exp(answer.log_confidence),
+            "similarity": answer.similarity,
+            "matches": [
+                {
+                    "exhibit": match.exhibit,
+                    "similarity": match.similarity,
+                    **({} if match.inliers is None else {"inliers": match.inliers}),
+                    "path": collection.path(match.row),
+                }
+                for match in answer.matches
+            ],
+            "reduced": self.reduced,
+        }
 
 
-def headline(decision: Decision, answer: Answer) -> str:
-    """A decision in words."""
-    if decision == "exhibit":
-        return f"exhibit {answer.exhibit}"
-    return decision if decision == "not in the collection" else f"undecided, most likely exhibit {answer.exhibit}"
-
-
-def detail(decision: Decision, answer: Answer) -> str:
-    """How sure an answer is, in words."""
-    confidence = f"confidence {math.exp(answer.log_confidence):.1%}"
-    return f"nearest: exhibit {answer.exhibit}, {confidence}" if decision == "not in the collection" else confidence
-
-
-def answer_document(collection: Collection, answer: Answer, decision: Decision) -> dict[str, Any]:
-    """An answer as JSON types."""
-    return {
-        "decision": decision,
-        "exhibit": answer.exhibit,
-        "log_confidence": answer.log_confidence,
-        "confidence": math.exp(answer.log_confidence),
-        "similarity": answer.similarity,
-        "matches": [
-            {
-                "exhibit": match.exhibit,
-                "similarity": match.similarity,
-                **({} if match.inliers is None else {"inliers": match.inliers}),
-                "path": collection.path(match.row),
-            }
-            for match in answer.matches
-        ],
-    }
-
-
-def collection_document(collection: Collection) -> dict[str, Any]:
+def collection_document(collection: "Collection") -> dict[str, Any]:
     """A collection as JSON types."""
     return {
         "name": collection.name,

@@ -10,6 +10,7 @@ import pytest
 from metilr.cli import main
 from metilr.collection.collection import load_photo
 from metilr.collection.open_collection import open_with_threshold
+from metilr.collection.threshold import PhotoOptions
 from metilr.retrieval import approximate
 from metilr.retrieval.approximate import ApproximateIndex
 from metilr.retrieval.whitening import PCAWhitening
@@ -68,8 +69,8 @@ def identify(made: Path, store: Path) -> list[str]:
 
 
 def test_answers_come_from_the_index_and_are_those_of_an_exact_search(made, monkeypatch):
-    exact, _ = open_with_threshold(None, made / "exact", accelerator="cpu")
-    opened, _ = open_with_threshold(None, made / "index", accelerator="cpu")
+    exact, _ = open_with_threshold(PhotoOptions(store=made / "exact", accelerator="cpu"))
+    opened, _ = open_with_threshold(PhotoOptions(store=made / "index", accelerator="cpu"))
     assert exact.search is None and opened.search == HOW
     np.testing.assert_array_equal(opened.database.rows, exact.database.rows)
     assert isinstance(opened.database.rows, np.memmap)

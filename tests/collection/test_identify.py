@@ -14,6 +14,7 @@ from PIL import Image
 from metilr.cli import main
 from metilr.collection.collection import Collection, load_photo
 from metilr.collection.open_collection import open_with_threshold
+from metilr.collection.threshold import PhotoOptions
 from metilr.data.decode import load_image
 from metilr.errors import UserError
 from metilr.evaluation.results import read_run
@@ -72,7 +73,7 @@ def change_config(run: Path, **options: object) -> None:
 
 def same_answers(run: Path, split: str, tolerance: float = 1e-4) -> Collection:
     """A collection, which answers the queries of a split as the evaluation did."""
-    collection, _ = open_with_threshold(run, None, accelerator="cpu")
+    collection, _ = open_with_threshold(PhotoOptions(run, accelerator="cpu"))
     expected = read_run(run).answers[split]
     answers = []
     for path in expected.paths:
@@ -117,7 +118,7 @@ def test_answers_are_the_evaluation_s_with_a_geometric_check(museum, tmp_path, m
 @pytest.mark.parametrize("options", [{}, {"whitening": "none", "image_size": 40}], ids=["whitened", "resized"])
 def test_a_database_image_is_identified_as_itself(museum, tmp_path, options):
     evaluate(museum, store=tmp_path / "store", output=tmp_path / "run", **UNTRAINED, **options)
-    collection, _ = open_with_threshold(tmp_path / "run", None, accelerator="cpu")
+    collection, _ = open_with_threshold(PhotoOptions(tmp_path / "run", accelerator="cpu"))
     for row in range(len(collection.images)):
         answer = collection.answer(load_image(collection.image(row), collection.image_size), n_matches=3)
         assert answer.matches[0].similarity == pytest.approx(1, abs=1e-4)
@@ -309,7 +310,7 @@ def test_another_ground_truth_is_refused(run, museum, tmp_path):
     file.write_text(file.read_text() + "\n")
     change_config(copied, root=str(root))
     with pytest.raises(UserError, match="changed since the evaluation"):
-        open_with_threshold(copied, None, accelerator="cpu")
+        open_with_threshold(PhotoOptions(copied, accelerator="cpu"))
 
 
 def test_real_photographs(tmp_path):

@@ -12,6 +12,7 @@ from metilr.cli import main
 from metilr.collection.collection import load_photo
 from metilr.collection.index import Index
 from metilr.collection.open_collection import open_with_threshold
+from metilr.collection.threshold import PhotoOptions
 from metilr.retrieval.whitening import PCAWhitening
 from tests.hostile import NAME
 from tests.museum import write_museum
@@ -46,7 +47,7 @@ def failure(capsys):
 
 
 def open_index(path: Path, threshold: float | None = None):
-    return open_with_threshold(None, path, threshold=threshold, accelerator="cpu")
+    return open_with_threshold(PhotoOptions(store=path, threshold=threshold, accelerator="cpu"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ import pytest
 from metilr.cli import main
 from metilr.collection.index import Index
 from metilr.collection.open_collection import open_with_threshold
-from metilr.collection.serve.app import is_loopback
+from metilr.collection.serve import build_app, is_loopback
+from metilr.collection.threshold import PhotoOptions
 from tests.browser import browser as browser  # a fixture
 from tests.hostile import NAME, REASONS, write_hostile_files
 from tests.museum import write_museum
@@ -46,9 +47,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def app_of(run: Path | None = None, store: Path | None = None, threshold: float | None = None):
-    from metilr.collection.serve.web import build_app
-
-    opened = open_with_threshold(run, store, threshold=threshold, accelerator="cpu")
+    opened = open_with_threshold(PhotoOptions(run, store, threshold=threshold, accelerator="cpu"))
     return build_app(*opened, MAX_BYTES, HOSTS, MAX_PIXELS)
 
 

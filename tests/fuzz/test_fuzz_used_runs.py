@@ -9,7 +9,7 @@ import yaml
 
 from metilr.cli import options_of
 from metilr.collection.open_collection import open_with_threshold
-from metilr.collection.threshold import collection_document
+from metilr.collection.threshold import PhotoOptions, collection_document
 from metilr.commands.compare import compare
 from metilr.commands.evaluate import evaluate
 from metilr.commands.pack import pack
@@ -42,7 +42,7 @@ def use(run: Path, whole: Path, output: Path) -> int:
     """How many of the commands take it; the others must say why they do not."""
     n_taken = 0
     with refusal(run) as said:
-        collection, _ = open_with_threshold(run, None, accelerator="cpu")
+        collection, _ = open_with_threshold(PhotoOptions(run, accelerator="cpu"))
         answer = collection.answer(load_image(collection.image(0)), 2)
         assert answer.exhibit in collection.exhibits and len(answer.matches) <= 2
         json.dumps(collection_document(collection), allow_nan=False)
@@ -81,7 +81,7 @@ def test_elements_that_were_deleted_are_refused_where_photos_are_answered(change
     content["elements"][element] = value
     (changed / "results.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"{changed}: was evaluated with {element} '?{value}'?: "):
-        open_with_threshold(changed, None, accelerator="cpu")
+        open_with_threshold(PhotoOptions(changed, accelerator="cpu"))
 
 
 def test_changed_results_in_use(changed, whole, tmp_path):
