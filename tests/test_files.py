@@ -2,12 +2,16 @@ import errno
 import hashlib
 import multiprocessing
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from metilr import files
-from metilr.files import file_sha256, new_file, reserve_array, write_atomically
+from metilr.errors import UserError
+from metilr.files import alone_in, file_sha256, new_file, reserve_array, write_atomically
 
 
 def no_space(*_):
@@ -121,3 +125,57 @@ def test_a_full_disk_leaves_no_temporary_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         reserve_array(tmp_path / "a.npy", (3, 2), np.dtype(np.float32))
     assert names(tmp_path) == []
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from metilr.files import alone_in
+with alone_in(Path(sys.argv[1]), "another run", "stop it"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def lock(folder: Path):
+    return alone_in(folder, "another run", "stop it")
+
+
+def test_the_second_process_is_told_of_the_first_and_a_killed_one_holds_nothing(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    repository = Path(__file__).resolve().parents[1]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=repository) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+            with pytest.raises(UserError) as refused, lock(tmp_path):
+                pass
+            assert str(refused.value) == f"{tmp_path}: another run is at work there; wait for it, or stop it"
+        finally:
+            holder.kill()
+    with lock(tmp_path):
+        pass
+
+
+def test_it_ends_with_the_block_and_with_an_error_in_it(tmp_path):
+    with pytest.raises(KeyError), lock(tmp_path):
+        raise KeyError
+    with lock(tmp_path), pytest.raises(UserError), lock(tmp_path):
+        pass
+    with lock(tmp_path):
+        pass
+
+
+def test_a_fork_does_not_hold_it(tmp_path):
+    """Workers of a loader live on for seconds when their parent is killed."""
+    context = multiprocessing.get_context("fork")
+    runs, goes_on = context.Event(), context.Event()
+    with lock(tmp_path):
+        worker = context.Process(target=lambda: (runs.set(), goes_on.wait()))
+        worker.start()
+        runs.wait()
+    try:
+        with lock(tmp_path):
+            pass
+    finally:
+        worker.kill()
+        worker.join()

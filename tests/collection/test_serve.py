@@ -301,10 +301,10 @@ def test_the_command_serves_until_it_is_interrupted(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--port", "70000"], "--port 70000"),
-        (["--host", "203.0.113.1"], "--port 8000: 203.0.113.1 cannot be listened at"),
-        (["--max_megabytes", "0"], "--max_megabytes 0"),
-        (["--port", "0"], "give either run"),
+        (["--port", "70000", "--store", "nowhere"], "--port 70000"),
+        (["--host", "203.0.113.1", "--store", "nowhere"], "--port 8000: 203.0.113.1 cannot be listened at"),
+        (["--max_megabytes", "0", "--store", "nowhere"], "--max_megabytes 0"),
+        ([], "give either run"),
         (["--port", "0", "--store", "nowhere"], "nowhere: not an index"),
     ],
 )

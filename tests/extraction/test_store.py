@@ -2,12 +2,17 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from metilr.data.ground_truth import load_ground_truth
 from metilr.errors import UserError
+from metilr.extraction.describe import image_sizes
 from metilr.extraction.store import DescriptorStore, row_chunks, settings_fingerprint
+from tests.small_runs import evaluate
 
 WIDTH = 5
 COUNTS = {"database": 40, "val": 3, "test": 4}
@@ -246,3 +251,20 @@ def test_row_chunks_are_the_kept_rows_side_by_side(chunk_rows):
     expected = [[*left[i], *right[i].astype(np.float32)] for i in range(23) if keep[i]]
     np.testing.assert_array_equal(np.concatenate(chunks), np.array(expected, dtype=np.float32))
     assert list(row_chunks([left], np.zeros(23, dtype=bool), chunk_rows)) == []
+
+
+def test_a_store_of_the_first_edition_is_reused(tiny_museum, tmp_path, monkeypatch, capsys):
+    """Of the museum that write_museum draws; nothing in it is made again."""
+    path = Path(shutil.copytree(Path(__file__).parents[1] / "fixtures" / "first_edition_store", tmp_path / "store"))
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    store, truth = DescriptorStore(path), load_ground_truth(tiny_museum)
+    for split, sizes in image_sizes(truth).items():  # another version of Pillow compresses to other sizes
+        np.testing.assert_array_equal(np.abs(store.files(split)) > 0, sizes > 0)
+        np.save(path / f"{split}.files.npy", sizes)
+    monkeypatch.chdir(tmp_path)
+    options = {"backbone": "timm/test_resnet", "weights": "random", "scales": [1], "accelerator": "cpu"}
+    evaluate(tiny_museum, store=path, num_workers=0, report=False, output=Path("out"), **options)
+    assert "reusing 22 rows" in capsys.readouterr().out
+    assert {name: (path / name).read_bytes() for name in before if "files" not in name} == {
+        name: content for name, content in before.items() if "files" not in name
+    }
