@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import platform
+import shlex
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -65,3 +67,21 @@ def processor() -> str:
             if name.strip() == "model name" and value.strip():
                 return value.strip()
     return platform.processor() or platform.machine()
+
+
+def command() -> str | None:
+    """The command line, if this is one of metilr's; None where a program of the user's calls."""
+    script = Path(sys.argv[0])
+    if script.stem == "metilr":
+        return shlex.join(["metilr", *sys.argv[1:]])
+    return shlex.join([Path(sys.executable).name, *sys.argv]) if script.name == "evaluate.py" else None
+
+
+def peak_memory_gb() -> float | None:
+    """Most memory that one process of this run has held, memory-mapped files included; None where nothing tells."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)

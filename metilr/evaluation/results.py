@@ -61,12 +61,25 @@ class Data(Part):
     fingerprint: Text
 
 
+class Pooling(Part):
+    """How a map became a descriptor."""
+
+    kind: PoolingName
+    p: Any = None
+
+
+class Session(Part):
+    """Where descriptors were made."""
+
+    weights_from: dict[str, Any] = {}
+
+
 class Model(Part):
     """What made the descriptors; of several sources, or a descriptors.pkl, next to nothing is known."""
 
     backbone: Text | None = None
     weights_sha256: Text | None = None
-    pooling: dict[str, Any] | None = None
+    pooling: Pooling | None = None
     projector: dict[str, Any] | None = None
     stage: int | None = None
     scales: Sequence[float] = ()
@@ -74,7 +87,7 @@ class Model(Part):
     precision: Precision = "32"
     engine: Engine = "torch"
     store: Text | None = None
-    made_with: list[dict[str, Any]] = []
+    made_with: list[Session] = []
     concatenated: list[dict[str, Any]] = []
 
 

@@ -3,9 +3,7 @@
 import contextlib
 import csv
 import dataclasses
-import shlex
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +19,7 @@ from metilr.evaluation.options import MethodOptions
 from metilr.evaluation.results import PREDICTION_COLUMNS, SCHEMA_VERSION, SIZES, Results
 from metilr.files import alone_in, named, remove_leftovers, write_atomically
 from metilr.metrics import DISTRACTOR
+from metilr.provenance import command, commit, library_versions, machine, peak_memory_gb
 from metilr.retrieval.whitening import DEFAULT_DIM, LearnedWhitening, PCAWhitening
 
 if TYPE_CHECKING:
@@ -98,8 +97,7 @@ def summarise(
 
     ``options`` are the command's, flat; ``synthetic`` says that the museum is the demo's.
     """
-    from metilr.evaluation.recognition import figures_of  # FAISS, as above torch: reading runs does without
-    from metilr.provenance import commit, library_versions, machine
+    from metilr.evaluation.recognition import figures_of  # FAISS, which making a folder needs not
 
     tuning, geometry = recognition.tuning, None
     grid = tuning and {"k": [*tuning.k_grid], "tau": [*tuning.tau_grid], "val_gap": tuning.surface.tolist()}
@@ -115,11 +113,11 @@ def summarise(
         {
             "schema_version": SCHEMA_VERSION,
             "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "command": _command(),
+            "command": command(),
             "directory": str(Path.cwd()),
             "options": plain_options(options),
             "seconds": round(seconds, 1),
-            "peak_memory_gb": _peak_memory_gb(),
+            "peak_memory_gb": peak_memory_gb(),
             "notes": _notes(opened, recognition, synthetic, method.whitening_dim),
             "data": {
                 "root": ground_truth.root.resolve().name,
@@ -140,24 +138,6 @@ def summarise(
             "machine": machine(),
         }
     )
-
-
-def _command() -> str | None:
-    """The command line, if this is one of metilr's; None where a program of the user's calls."""
-    script = Path(sys.argv[0])
-    if script.stem == "metilr":
-        return shlex.join(["metilr", *sys.argv[1:]])
-    return shlex.join([Path(sys.executable).name, *sys.argv]) if script.name == "evaluate.py" else None
-
-
-def _peak_memory_gb() -> float | None:
-    """Most memory that one process of this run has held, memory-mapped files included; None where nothing tells."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
 
 
 def _notes(opened: "Descriptors", recognition: "Recognition", synthetic: bool, dim: int | None) -> list[str]:

@@ -7,7 +7,7 @@ Sources: *Augmenting Backbone Approaches to Instance-level Recognition for Artwo
 and 2 (mini); Ypsilantis et al., The Met Dataset, NeurIPS 2021 Datasets and Benchmarks ("Met paper").
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,14 +75,14 @@ def published(results: Results) -> tuple[Published, ...]:
     whitening to 512 learned on the database, k and τ tuned on val, no image left out, no element beyond the recipe.
     """
     data, model, knn, elements = results.data, results.model, results.knn, results.elements
-    pooling, whitening = model.pooling or {}, results.whitening or {}
+    pooling, whitening = model.pooling, results.whitening or {}
     tuned = {} if knn.grid is None or knn.tuned_on is None else knn.grid
     is_that_row = (
         not data.synthetic
         and data.counts == {**MET_COUNTS[data.database], **MET_QUERIES}
         and bool(model.made_with)
-        and all(_is_official(session.get("weights_from"), model.backbone) for session in model.made_with)
-        and (pooling.get("kind"), pooling.get("p")) == ("gem", 3.0)
+        and all(_is_official(session.weights_from, model.backbone) for session in model.made_with)
+        and (pooling and (pooling.kind, pooling.p)) == ("gem", 3.0)
         and (model.stage, model.projector, model.image_size, tuple(model.scales)) == (None, None, None, SCALES)
         and whitening.get("source") == "learned on the database"
         and (whitening.get("dim"), whitening.get("shrinkage")) == (512, 1.0)
@@ -95,10 +95,8 @@ def published(results: Results) -> tuple[Published, ...]:
     return tuple(row for row in rows if (row.backbone, row.database) == (model.backbone, data.database))
 
 
-def _is_official(weights: Any, backbone: str | None) -> bool:
+def _is_official(weights: Mapping[str, Any], backbone: str | None) -> bool:
     """Whether a session that made descriptors had the publisher's file: no training, nothing random."""
     spec = BACKBONES.get(backbone or "")
-    if spec is None or not isinstance(weights, dict):
-        return False
-    digest = weights.get("file_sha256")
-    return weights.get("source") == spec.url or (isinstance(digest, str) and digest.startswith(spec.sha256 or "?"))
+    digest = str(weights.get("file_sha256"))
+    return spec is not None and (weights.get("source") == spec.url or digest.startswith(spec.sha256 or "not stated"))

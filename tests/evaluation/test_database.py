@@ -12,7 +12,6 @@ from metilr.evaluation.database import (
     build_searchable,
     pair_differences,
     query_views,
-    ring_pairs,
     whitening_of,
 )
 from metilr.evaluation.options import MethodOptions
@@ -92,12 +91,6 @@ def test_candidates_are_found_however_many_images_the_nearest_exhibits_have():
             expected = sorted(nearest, key=lambda row: -exact[row])[:4]
             assert found.tolist() == expected
             np.testing.assert_allclose(similarities, exact[expected])
-
-
-def test_pairs_in_rings():
-    first, second = ring_pairs(np.array([5, 2, 5, 2, 2, 7, -1, -1, 2]))
-    assert sorted(zip(first.tolist(), second.tolist(), strict=True)) == [(0, 2), (1, 3), (3, 4), (4, 8), (8, 1)]
-    assert [part.size for part in ring_pairs(np.arange(4))] == [0, 0]
 
 
 @pytest.mark.parametrize("parts", [1, 2])

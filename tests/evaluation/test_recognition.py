@@ -100,20 +100,15 @@ def check_against_loop(recognition, truth, rows, k, tau, kept=None):
 
 @pytest.mark.parametrize(("k", "tau"), [(1, 1.0), (10, 100.0), (50, 0.1), (7, 500.0)])
 def test_given_k_and_tau_without_whitening(k, tau):
-    descriptors, truth, rows = synthetic()
-    recognition = recognise(descriptors, truth, MethodOptions(whitening="none", k=k, tau=tau))
-    assert recognition.tuning is None and recognition.whitening is None
-    assert (recognition.k, recognition.tau) == (k, tau)
-    check_against_loop(recognition, truth, rows, k, tau)
-
-
-def test_descriptors_of_any_length_are_compared_at_unit_length():
+    """Descriptors of any length, in parts, are compared at unit length."""
     descriptors, truth, rows = synthetic(n_parts=3)
     lengths = {split: np.linspace(0.1, 9, len(x), dtype=np.float32)[:, None] for split, x in rows.items()}
     parts = {split: [part * lengths[split] for part in descriptors.parts[split]] for split in rows}
     scaled = Descriptors(parts, descriptors.made, [{}] * 3)
-    recognition = recognise(scaled, truth, MethodOptions(whitening="none", k=3, tau=15.0))
-    check_against_loop(recognition, truth, rows, 3, 15.0)
+    recognition = recognise(scaled, truth, MethodOptions(whitening="none", k=k, tau=tau))
+    assert recognition.tuning is None and recognition.whitening is None
+    assert (recognition.k, recognition.tau) == (k, tau)
+    check_against_loop(recognition, truth, rows, k, tau)
 
 
 @pytest.mark.parametrize(("dim", "n_parts"), [(None, 2), (5, 1)])

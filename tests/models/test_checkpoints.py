@@ -69,7 +69,7 @@ def test_evaluation_takes_it_and_refuses_idle_options(tiny_museum, tmp_path, mon
     reference_checkpoint(Path("a.ckpt"))
     results = evaluate(root=tiny_museum, ckpt=Path("a.ckpt"), accelerator="cpu", num_workers=0, output=Path("out"))
     assert results is not None and results.model.backbone == "timm/resnet18"
-    assert results.model.pooling["p"] == 2.5 and results.model.projector["out_dim"] == 16
+    assert results.model.pooling.p == 2.5 and results.model.projector["out_dim"] == 16
     assert json.loads(Path("out/results.json").read_text())["model"]["made_with"][0]["weights_from"]["file_sha256"]
     for option in ({"backbone": "r18_in"}, {"p": 2.0}, {"weights": "random"}, {"pooling": "mac"}):
         with pytest.raises(UserError, match="no effect with ckpt"):
