@@ -95,7 +95,7 @@ def index(
     if not launched_as_first():
         return None
     opened = open_descriptors([store.path], ground_truth, views)
-    is_valid = opened.made["database"]
+    is_valid = opened.is_valid["database"]
     n_rows = int(is_valid.sum()) * method.rows_per_image
     k = min(USUAL_K * method.rows_per_image, n_rows) if method.k is None else method.k
     if k > n_rows:

@@ -42,7 +42,7 @@ def whitening_of(
         return None
     if method.whitening not in ("pca", "learned"):
         return load_whitening(method.whitening)
-    with counted("learning whitening", int(descriptors.made["database"].sum()), "rows", quiet) as done:
+    with counted("learning whitening", int(descriptors.is_valid["database"].sum()), "rows", quiet) as done:
         database = _chunks(descriptors, "database", done)
         try:
             if not method.is_learned:
@@ -79,7 +79,7 @@ def load_whitening(path: str | Path) -> PCAWhitening:
 
 def pair_differences(descriptors: "Descriptors", ground_truth: GroundTruth) -> Iterator[np.ndarray]:
     """Differences of descriptors that show one exhibit, float32 ``(m, D)``: of images and visits, and of images."""
-    images, made = descriptors.parts["database"], descriptors.made["database"]
+    images, made = descriptors.parts["database"], descriptors.is_valid["database"]
     if "visits" in descriptors.parts:
         yield from visit_differences(images, descriptors.parts["visits"], made)
     yield from exhibit_differences(images, np.where(made, ground_truth.labels["database"], -1))
@@ -179,7 +179,7 @@ def build_searchable(
     quiet: bool = True,
 ) -> Searchable:
     """Whiten the database's descriptors, and those of its visits where the method searches them too."""
-    images, splits = np.flatnonzero(descriptors.made["database"]), ["database"]
+    images, splits = np.flatnonzero(descriptors.is_valid["database"]), ["database"]
     if method.database_views == "rows":
         images, splits = np.concatenate([images, np.repeat(images, method.n_visits)]), ["database", "visits"]
     rows = _unit_rows(descriptors, splits, whitening, quiet)
@@ -202,7 +202,7 @@ def _unit_rows(
 ) -> np.ndarray:
     """Rows of splits one after another as they are compared, float32 ``(n made, D)``, of unit length."""
     width = descriptors.width if whitening is None else whitening.dim
-    ready, start = np.empty((sum(int(descriptors.made[split].sum()) for split in splits), width), dtype=np.float32), 0
+    ready, start = np.empty((sum(int(descriptors.is_valid[split].sum()) for split in splits), width), dtype=np.float32), 0
     with counted(f"whitening {' and '.join(splits)}", len(ready), "rows", quiet) as done:
         for split in splits:
             for chunk in _chunks(descriptors, split, done):
@@ -212,7 +212,7 @@ def _unit_rows(
 
 
 def _chunks(descriptors: "Descriptors", split: str, done: Done) -> Iterator[np.ndarray]:
-    for chunk in row_chunks(descriptors.parts[split], descriptors.made[split]):
+    for chunk in row_chunks(descriptors.parts[split], descriptors.is_valid[split]):
         yield chunk
         done(len(chunk))
 

@@ -82,7 +82,7 @@ def recognise(
     told what is done, a line a step: at full size some take minutes.
     """
     method = method or MethodOptions()
-    made, device, n_classes = descriptors.made, method.search_device or "cpu", ground_truth.n_classes
+    made, device, n_classes = descriptors.is_valid, method.search_device or "cpu", ground_truth.n_classes
     n_database = int(made["database"].sum())
     if n_database == 0:
         raise UserError("no database image has a descriptor: there is nothing to search; mend the images")

@@ -159,9 +159,9 @@ def _notes(opened: "Descriptors", recognition: "Recognition", synthetic: bool, d
     k_grid = recognition.tuning.k_grid if recognition.tuning else ()
     if len(k_grid) > 1 and k_grid[-1] < K_GRID[-1]:
         notes.append(f"the grid of k ends at {k_grid[-1]}: a larger k passes the database's rows")
-    skipped = {split: int((~opened.made[split]).sum()) for split in ("database", *QUERY_FILES)}
+    skipped = {split: int((~opened.is_valid[split]).sum()) for split in ("database", *QUERY_FILES)}
     if any(skipped.values()):
-        of_splits = ", ".join(f"{n:,} of {len(opened.made[split]):,} in {split}" for split, n in skipped.items() if n)
+        of_splits = ", ".join(f"{n:,} of {len(opened.is_valid[split]):,} in {split}" for split, n in skipped.items() if n)
         notes.append(f"images that are missing or cannot be decoded were left out: {of_splits} (see skipped_images)")
     return notes
 
@@ -192,7 +192,7 @@ def _skipped_images(opened: "Descriptors", ground_truth: GroundTruth) -> list[di
     """Each image that is missing or cannot be decoded: its split, path and reason."""
     skipped = []
     for split, paths in ground_truth.paths.items():
-        for i in np.flatnonzero(~opened.made[split]):
+        for i in np.flatnonzero(~opened.is_valid[split]):
             file, reason = ground_truth.image(paths[i]), "could not be decoded when its descriptor was made"
             try:
                 load_image(file)

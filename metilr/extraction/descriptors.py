@@ -23,12 +23,12 @@ class Descriptors:
     Attributes:
         parts: By split, one matrix per source, each ``(n, D_i)``; memory-mapped where they come from a store. View v of
             image i is row ``i * n_views + v`` of its split.
-        made: By split, which rows exist, bool ``(n,)``; the others' images could not be decoded.
+        is_valid: By split, which rows have a descriptor, bool ``(n,)``; the others' images could not be decoded.
         origins: By source, what made it: for results and reports.
     """
 
     parts: Mapping[str, Sequence[np.ndarray]]
-    made: Mapping[str, np.ndarray]
+    is_valid: Mapping[str, np.ndarray]
     origins: Sequence[Mapping[str, Any]]
 
     @property
@@ -60,14 +60,14 @@ def open_descriptors(paths: Sequence[Path], ground_truth: GroundTruth, views: Se
             "leave out the options that need them",
             "descriptors",
         )
-    made = {split: np.logical_and.reduce([one.made[split] for one in opened]) for split in opened[0].made}
+    made = {split: np.logical_and.reduce([one.is_valid[split] for one in opened]) for split in opened[0].made}
     for view in views:
         for split, source in view.of.items():
             made[source] &= made[split].reshape(-1, view.n).all(axis=1)
             made[split] = np.repeat(made[source], view.n)
     return Descriptors(
         parts={split: [part for one in opened for part in one.parts[split]] for split in made},
-        made=made,
+        is_valid=made,
         origins=[origin for one in opened for origin in one.origins],
     )
 

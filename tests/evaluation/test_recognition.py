@@ -104,7 +104,7 @@ def test_given_k_and_tau_without_whitening(k, tau):
     descriptors, truth, rows = synthetic(n_parts=3)
     lengths = {split: np.linspace(0.1, 9, len(x), dtype=np.float32)[:, None] for split, x in rows.items()}
     parts = {split: [part * lengths[split] for part in descriptors.parts[split]] for split in rows}
-    scaled = Descriptors(parts, descriptors.made, [{}] * 3)
+    scaled = Descriptors(parts, descriptors.is_valid, [{}] * 3)
     recognition = recognise(scaled, truth, MethodOptions(whitening="none", k=k, tau=tau))
     assert recognition.tuning is None and recognition.whitening is None
     assert (recognition.k, recognition.tau) == (k, tau)
@@ -146,7 +146,7 @@ def test_only_what_is_not_given_is_tuned_and_test_has_no_say():
     given_tau = recognise(descriptors, truth, MethodOptions(whitening="none", tau=33.0))
     assert given_tau.tau == 33.0 and given_tau.tuning.tau_grid == (33.0,) and given_tau.tuning.k_grid == GRID_K
     other_test = {**descriptors.parts, "test": [-part[::-1] for part in descriptors.parts["test"]]}
-    again = recognise(Descriptors(other_test, descriptors.made, [{}]), truth, MethodOptions(whitening="none"))
+    again = recognise(Descriptors(other_test, descriptors.is_valid, [{}]), truth, MethodOptions(whitening="none"))
     first = recognise(descriptors, truth, MethodOptions(whitening="none"))
     np.testing.assert_array_equal(again.tuning.surface, first.tuning.surface)
     assert (again.k, again.tau) == (first.k, first.tau)
@@ -169,7 +169,7 @@ def test_images_left_out(whitening):
 
 def test_all_queries_left_out_and_a_database_smaller_than_the_grid():
     descriptors, truth, rows = synthetic(n_classes=4, width=3)  # 8 images
-    made = {**descriptors.made, "val": np.zeros(len(rows["val"]), dtype=bool)}
+    made = {**descriptors.is_valid, "val": np.zeros(len(rows["val"]), dtype=bool)}
     recognition = recognise(Descriptors(descriptors.parts, made, [{}]), truth)
     cases = recognition.cases(truth)
     assert gap(*cases["val"]) == acc(*cases["val"]) == 0 and acc(*cases["test"]) > 0
@@ -181,7 +181,7 @@ def test_what_does_not_fit_the_descriptors():
 
     def refused(made, **options):
         with pytest.raises(UserError) as caught:
-            made = {**descriptors.made, "database": np.arange(50) < made}
+            made = {**descriptors.is_valid, "database": np.arange(50) < made}
             recognise(Descriptors(descriptors.parts, made, [{}]), truth, MethodOptions(**options))
         return str(caught.value)
 

@@ -66,9 +66,9 @@ def test_a_store_and_a_pickle_side_by_side(tmp_path, truth):
     for split in COUNTS:
         left, right = opened.parts[split]
         np.testing.assert_array_equal(right, unit_rows(3, 1)[split])
-        np.testing.assert_array_equal(left[opened.made[split]], unit_rows(4, 0)[split][opened.made[split]])
-    assert opened.made["database"].tolist() == [True, False, True, True, True]
-    assert opened.made["val"].all() and opened.made["test"].tolist() == [True, True, False]
+        np.testing.assert_array_equal(left[opened.is_valid[split]], unit_rows(4, 0)[split][opened.is_valid[split]])
+    assert opened.is_valid["database"].tolist() == [True, False, True, True, True]
+    assert opened.is_valid["val"].all() and opened.is_valid["test"].tolist() == [True, True, False]
     assert opened.origins[0]["model"] == {"backbone": "b"} and opened.origins[1] == {
         "pickle": str(file),
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
@@ -80,7 +80,7 @@ def test_a_row_must_be_made_in_every_source(tmp_path, truth):
     first = make_store(tmp_path / "first", truth, bad={("val", 0)})
     second = make_store(tmp_path / "second", truth, bad={("database", 4)})
     opened = open_descriptors([first, second], truth)
-    assert opened.made["val"].tolist() == [False, True] and opened.made["database"].tolist() == [True] * 4 + [False]
+    assert opened.is_valid["val"].tolist() == [False, True] and opened.is_valid["database"].tolist() == [True] * 4 + [False]
 
 
 def test_wrong_number_of_rows(tmp_path, truth):

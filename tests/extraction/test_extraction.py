@@ -146,7 +146,7 @@ def test_a_bad_image_has_no_views(embedder, museum, tmp_path):
     views, _ = views_store(store, view)
     assert np.flatnonzero(~views.is_valid("visits")).tolist() == [9, 10, 11]
     opened = open_descriptors([store.path], museum, [view])
-    assert np.flatnonzero(~opened.made["database"]).tolist() == [3]
+    assert np.flatnonzero(~opened.is_valid["database"]).tolist() == [3]
     with pytest.raises(UserError, match="holds no descriptors of 4 simulated visits an image"):
         open_descriptors([store.path], museum, [SimulatedVisits(4)])
 
