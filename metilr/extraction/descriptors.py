@@ -60,7 +60,7 @@ def open_descriptors(paths: Sequence[Path], ground_truth: GroundTruth, views: Se
             "leave out the options that need them",
             "descriptors",
         )
-    made = {split: np.logical_and.reduce([one.is_valid[split] for one in opened]) for split in opened[0].made}
+    made = {split: np.logical_and.reduce([one.is_valid[split] for one in opened]) for split in opened[0].is_valid}
     for view in views:
         for split, source in view.of.items():
             made[source] &= made[split].reshape(-1, view.n).all(axis=1)
