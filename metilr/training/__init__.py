@@ -25,8 +25,8 @@ class RunOptions:
 
     Attributes:
         seed_everything: Decides weights that are not read, pairs and views.
-        output: Folder of the run; without it a dated one under runs/. With an unfinished run of the same options in it,
-            that run is continued from its last epoch. Needed under torchrun and SLURM.
+        output: Folder of the run, in which an unfinished run of the same options is continued; without it a dated one
+            under runs/. Needed under torchrun and SLURM.
         validate_first: Validate the starting weights too, before training.
         wandb: Log to Weights & Biases: auto is online if there is a key (WANDB_API_KEY or netrc), else offline.
         wandb_project: Project in Weights & Biases.
@@ -61,9 +61,8 @@ class FineTuningOptions:
         pooling: gem, mac, spoc, rmac or cls.
         p: GeM's exponent, its start if learned.
         learn_p: Whether to learn p, between 1 and 10.
-        projector_dim: Outputs of a 1x1-convolution projector after the pooling; without it there is none.
-        projector_start: Start the projector as PCA-whitening of the database's current descriptors, as whitening
-            learned from simulated visits, or at random.
+        projector_dim: Outputs of a linear projector after the pooling; without it there is none.
+        projector_start: As PCA-whitening of the database, as whitening learned from simulated visits, or at random.
         scales: Written to the checkpoint, for evaluation; training and its validation use the image's own size.
         freeze_backbone: Train the projector alone.
         loss: metilr.training.losses.ContrastiveLoss, or any of pytorch_metric_learning.losses by class_path: that gets
@@ -116,22 +115,17 @@ class PairOptions:
     """Pairs of database images. The test split is never read.
 
     Attributes:
-        root: Folder with images/ and ground_truth/ in the Met layout; without it the built-in demo museum, which is
-            synthetic.
+        root: Folder with images/ and ground_truth/ in the Met layout; without it the synthetic demo museum.
         database: Train on MET_database.json (full) or mini_MET_database.json (mini).
-        pairing: syn: two views of one image. syn+neg: and a hard negative per image, mined each epoch. syn+real+neg:
-            the positive is another image of the exhibit, where there is one. syn+real-closest+neg: the image itself or
-            its most similar fellow.
+        pairing: syn, two views of one image; syn+neg, and a hard negative per image, mined each epoch; syn+real+neg,
+            the positive is another image of the exhibit if there is one; syn+real-closest+neg, it or the most similar.
         first_view: Augmentation of the first image of a pair: RandomCrop, PublishedAugmentation or SimulatedVisit.
         second_view: Augmentation of the second.
         batch_pairs: Pairs in a batch, over all processes together.
-        anchors_per_epoch: Images that are anchors in an epoch; without it each once. More than there are: several
-            rounds, for small museums.
+        anchors_per_epoch: Anchors in an epoch, in several rounds if need be; without it each image once.
         n_views: Draw views from so many fixed ones per image; without it each view of the run is a new one.
-        cache_views: Compute the n_views of each image through the frozen backbone once, keep them on disk and train
-            from them.
-        image_size: Resize database and val images for mining and validation so that the longest side has this many px;
-            without it as they are.
+        cache_views: Compute the n_views of each image through the frozen backbone once and keep them on disk.
+        image_size: Longest side in px of database and val images in mining and validation; without it as they are.
         extraction_batch_size: Most images in a batch of mining and validation.
         num_workers: Decoding processes beside each process; without it as many as cores are free, at most 8.
         bad_images: Stop at an image that cannot be decoded, or skip it.
@@ -165,7 +159,7 @@ class PairOptions:
     @property
     def has_negatives(self) -> bool:
         """Whether each anchor gets a negative beside its positive."""
-        return self.pairing.endswith("+neg")
+        return self.pairing != "syn"
 
     @property
     def needs_descriptors(self) -> bool:

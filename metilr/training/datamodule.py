@@ -32,7 +32,7 @@ from metilr.evaluation.options import VISITS
 from metilr.evaluation.runs import RUNS
 from metilr.extraction.datamodule import ImageDataModule
 from metilr.extraction.describe import describe_in_training, image_sizes, require_images, store_settings
-from metilr.extraction.store import CHUNK_ROWS, DescriptorStore, row_chunks, settings_fingerprint
+from metilr.extraction.store import DescriptorStore, row_chunks, settings_fingerprint
 from metilr.metrics import DISTRACTOR
 from metilr.models.embedder import Embedder, Projector
 from metilr.retrieval.knn import Predictions, classify, with_skipped
@@ -72,14 +72,13 @@ class PairDataModule(pl.LightningDataModule):
     @override
     def setup(self, stage: str) -> None:
         """Read the ground truth of database and val, and refuse what cannot be trained on."""
-        options, root = self.options, self.options.root or DEMO
+        options = self.options
         limit_images(options.max_megapixels)
-        self.ground_truth = load_ground_truth(root, options.database, queries=("val",))
-        self.paths, self.sizes = self.ground_truth.paths, image_sizes(self.ground_truth)
-        require_images(self.ground_truth, self.sizes, options.bad_images)
-        if options.has_negatives and self.ground_truth.n_classes < 2:
-            message = f"{options.pairing}: negatives need at least two exhibits, {root} has one; use syn"
-            raise UserError(message, "pairing")
+        truth = self.ground_truth = load_ground_truth(options.root or DEMO, options.database, queries=("val",))
+        self.paths, self.sizes = truth.paths, image_sizes(truth)
+        require_images(truth, self.sizes, options.bad_images)
+        if options.has_negatives and truth.n_classes < 2:
+            raise UserError(f"{options.pairing}: negatives need at least two exhibits, here is one; use syn", "pairing")
         self.workers = default_workers(self.trainer.num_devices) if options.num_workers is None else options.num_workers
         self.first_views, self.second_views = self._views(options.first_view), self._views(options.second_view)
         n_anchors = options.anchors_per_epoch or int((self.sizes["database"] > 0).sum())
@@ -154,10 +153,9 @@ class PairDataModule(pl.LightningDataModule):
         self.descriptors = {split: store.descriptors(split) for split in self.paths}
         if is_frozen and embedder.projector is not None:
             for split, pooled in self.descriptors.items():
-                self.descriptors[split] = np.concatenate([
-                    _on_device(embedder, embedder.project, torch.from_numpy(np.array(pooled[i : i + CHUNK_ROWS])))
-                    for i in range(0, len(pooled), CHUNK_ROWS)
-                ])  # fmt: skip
+                chunks = row_chunks([pooled], self.is_valid[split])  # all are, where views are cached
+                projected = [_on_device(embedder, embedder.project, torch.from_numpy(chunk)) for chunk in chunks]
+                self.descriptors[split] = np.concatenate(projected)
 
     def whitening_start(self, embedder: Embedder, is_learned: bool) -> dict[str, Tensor]:
         """State of the projector that whitens, by PCA, or as learned from simulated visits of the images.
@@ -167,18 +165,19 @@ class PairDataModule(pl.LightningDataModule):
         self.describe(single_scale(embedder, projector=False))
         database, is_valid = [self.descriptors["database"]], self.is_valid["database"]
         if is_learned:
-            view, second = SimulatedVisit(), self.options.second_view
-            visits = self.cached(embedder, second if isinstance(second, SimulatedVisit) else view, VISITS)
+            view = self.options.second_view
+            visits = self.cached(embedder, view if isinstance(view, SimulatedVisit) else SimulatedVisit(), VISITS)
         state: dict[str, Tensor] | None = None
         with agree(self.trainer):
             if self.trainer.is_global_zero:
+                chunks = row_chunks(database, is_valid)
                 if not is_learned:
-                    whitening = fit_pca_whitening(row_chunks(database, is_valid), embedder.dim)
+                    whitening = fit_pca_whitening(chunks, embedder.dim)
                 else:
                     labels = np.where(is_valid, self.ground_truth.labels["database"], DISTRACTOR)
                     of_visits = visit_differences(database, [visits], is_valid)
                     pairs = itertools.chain(of_visits, exhibit_differences(database, labels))
-                    whitening = fit_learned_whitening(row_chunks(database, is_valid), pairs, embedder.dim)
+                    whitening = fit_learned_whitening(chunks, pairs, embedder.dim)
                 mean, projection = torch.from_numpy(whitening.mean), torch.from_numpy(whitening.projection)
                 state = Projector.from_whitening(mean, projection).state_dict()
         state = self.trainer.strategy.broadcast(state)

@@ -98,15 +98,12 @@ def run(
         except BaseException as error:
             for process in getattr(trainer and trainer.strategy.launcher, "procs", None) or []:
                 process.kill()
-            is_dated, has_epochs = options.output is None, (output / "last.ckpt").exists()
-            if is_dated and not has_epochs and is_first_process():
+            has_epochs = (output / "last.ckpt").exists()
+            if options.output is None and not has_epochs and is_first_process():
                 shutil.rmtree(output, ignore_errors=True)
-            remedy = f"to continue, add --output {output}" if is_dated else "the same command continues"
-            kept = f"finished epochs are kept ({remedy})" if has_epochs else "no epoch was finished, nothing is kept"
             if isinstance(error, SystemExit):  # what Lightning turns Ctrl-C into
+                kept = f"with --output {output} the command continues" if has_epochs else "no epoch was finished"
                 raise UserError(f"interrupted; {kept}") from None
-            if isinstance(error, UserError) and is_dated and has_epochs:
-                raise UserError(f"{error.message}; {kept}", error.parameter) from error
             raise
         if trainer.is_global_zero:
             write_atomically(output / "finished", f"{datetime.now().astimezone().isoformat(timespec='seconds')}\n")

@@ -13,96 +13,84 @@ ROWS = np.arange(len(LABELS))
 
 @pytest.fixture
 def descriptors() -> np.ndarray:
-    x = np.random.default_rng(0).normal(size=(len(LABELS), 8)).astype(np.float32)
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
+    return unit(np.random.default_rng(0).normal(size=(len(LABELS), 8)))
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
 def usual_negatives(descriptors, labels, anchor, n=10) -> set[int]:
+    similarities = descriptors.astype(np.float64) @ descriptors[anchor].astype(np.float64)
     others = [j for j in range(len(labels)) if labels[j] != labels[anchor]]
-    others.sort(key=lambda j: (-float(descriptors[anchor].astype(np.float64) @ descriptors[j].astype(np.float64)), j))
-    return set(others[:n])
+    return set(sorted(others, key=lambda j: (-similarities[j], j))[:n])
+
+
+def drawn_by(draw, n: int) -> dict[int, set[int]]:
+    """All that ``draw`` gives each anchor, over ``n`` seeds."""
+    every = np.array([draw(np.random.default_rng(seed)) for seed in range(n)])
+    return {anchor: set(every[:, anchor].tolist()) for anchor in ROWS.tolist()}
 
 
 def test_negatives_are_drawn_from_the_ten_most_similar_of_other_classes(descriptors):
-    drawn = {anchor: set() for anchor in ROWS.tolist()}
-    for seed in range(300):
-        for anchor, negative in enumerate(hard_negatives(ROWS, ROWS, LABELS, descriptors, np.random.default_rng(seed))):
-            drawn[anchor].add(int(negative))
+    drawn = drawn_by(lambda rng: hard_negatives(ROWS, ROWS, LABELS, descriptors, rng), 300)
     assert drawn == {anchor: usual_negatives(descriptors, LABELS, anchor) for anchor in ROWS.tolist()}
 
 
 def test_a_class_of_more_images_than_the_first_search_sees(descriptors):
     """Near-copies of one exhibit fill the neighbourhood: the search goes on until it finds others."""
-    rng = np.random.default_rng(1)
-    copies = np.repeat(descriptors[:1], 60, axis=0) + rng.normal(size=(60, 8)).astype(np.float32) * 1e-3
-    many = np.concatenate([copies / np.linalg.norm(copies, axis=1, keepdims=True), descriptors[3:]])
+    copies = np.repeat(descriptors[:1], 60, axis=0) + np.random.default_rng(1).normal(size=(60, 8)) * 1e-3
+    many = np.concatenate([unit(copies), descriptors[3:]])
     labels = np.concatenate([np.zeros(60, dtype=np.int64), LABELS[3:]])
     for seed in range(20):
         chosen = hard_negatives(np.array([0, 61]), np.arange(len(many)), labels, many, np.random.default_rng(seed))
-        assert chosen[0] in usual_negatives(many, labels, 0)
-        assert chosen[1] in usual_negatives(many, labels, 61)
+        assert all(negative in usual_negatives(many, labels, i) for i, negative in zip((0, 61), chosen, strict=True))
 
 
 def test_fewer_than_ten_negatives_and_one_class(descriptors):
-    labels = np.array([0, 0, 1, 2])
-    chosen = {
-        int(hard_negatives(np.array([0]), np.arange(4), labels, descriptors[:4], np.random.default_rng(s))[0])
-        for s in range(30)
-    }
-    assert chosen == {2, 3}
+    def chosen(labels: list[int], seed: int) -> int:
+        rng = np.random.default_rng(seed)
+        return int(hard_negatives(np.array([0]), np.arange(4), np.array(labels), descriptors[:4], rng)[0])
+
+    assert {chosen([0, 0, 1, 2], seed) for seed in range(30)} == {2, 3}
     with pytest.raises(UserError, match="two exhibits"):
-        hard_negatives(np.array([0]), np.arange(4), np.zeros(4, int), descriptors[:4], np.random.default_rng(0))
-
-
-def test_rows_left_out_are_never_drawn(descriptors):
-    rows = np.setdiff1d(ROWS, [1, 4, 13])
-    for seed in range(30):
-        pairs = draw_pairs(rows, LABELS, descriptors, PairOptions(pairing="syn+real+neg"), 0, seed)
-        assert set(pairs.first) == set(rows) and set(pairs.second) <= set(rows)
+        chosen([0, 0, 0, 0], 0)
 
 
 @pytest.mark.parametrize("pairing", ["syn", "syn+real+neg", "syn+real-closest+neg"])
 def test_positives(descriptors, pairing):
-    drawn = {anchor: set() for anchor in ROWS.tolist()}
-    for seed in range(200):
-        for anchor, positive in enumerate(
-            positives(ROWS, ROWS, LABELS, pairing, descriptors, np.random.default_rng(seed))
-        ):
-            drawn[anchor].add(int(positive))
+    drawn = drawn_by(lambda rng: positives(ROWS, ROWS, LABELS, pairing, descriptors, rng), 200)
     for anchor in ROWS.tolist():
         fellows = [j for j in ROWS.tolist() if LABELS[j] == LABELS[anchor] and j != anchor]
         if pairing == "syn" or not fellows:
-            expected = {anchor}
+            assert drawn[anchor] == {anchor}
         elif pairing == "syn+real+neg":
-            expected = set(fellows)
+            assert drawn[anchor] == set(fellows)
         else:
-            expected = {anchor, max(fellows, key=lambda j: float(descriptors[anchor] @ descriptors[j]))}
-        assert drawn[anchor] == expected
+            assert drawn[anchor] == {anchor, max(fellows, key=lambda j: float(descriptors[anchor] @ descriptors[j]))}
 
 
-def test_an_epoch_has_each_image_as_anchor_of_one_positive_and_one_negative(descriptors):
-    pairs = draw_pairs(ROWS, LABELS, descriptors, PairOptions(pairing="syn+neg"), 0, 0)
-    assert sorted(pairs.first[pairs.positive]) == sorted(pairs.first[~pairs.positive]) == ROWS.tolist()
+def test_an_epoch_has_each_image_left_in_as_anchor_of_one_positive_and_one_negative(descriptors):
+    rows = np.setdiff1d(ROWS, [1, 4, 13])
+    pairs = draw_pairs(rows, LABELS, descriptors, PairOptions(pairing="syn+real+neg"), 0, 0)
+    assert sorted(pairs.first[pairs.positive]) == sorted(pairs.first[~pairs.positive]) == rows.tolist()
+    assert set(pairs.second) <= set(rows)
     assert (LABELS[pairs.first] == LABELS[pairs.second]).tolist() == pairs.positive.tolist()
-    views = np.concatenate([pairs.first_view, pairs.second_view])
-    assert len(set(views.tolist())) == 2 * len(pairs)
+    assert len({*pairs.first_view.tolist(), *pairs.second_view.tolist()}) == 2 * len(pairs)
 
 
 def test_epochs_and_seeds_differ_and_repeat(descriptors):
-    def drawn(epoch, seed):
-        pairs = draw_pairs(ROWS, LABELS, descriptors, PairOptions(pairing="syn+neg"), epoch, seed)
-        return np.stack([pairs.first, pairs.second]).tolist()
+    def drawn(epoch: int, seed: int) -> list:
+        return draw_pairs(ROWS, LABELS, descriptors, PairOptions(pairing="syn+neg"), epoch, seed).tolist()
 
-    assert drawn(0, 0) == drawn(0, 0)
-    assert drawn(0, 0) != drawn(1, 0) and drawn(0, 0) != drawn(0, 1)
+    assert drawn(0, 0) == drawn(0, 0) and drawn(0, 0) != drawn(1, 0) and drawn(0, 0) != drawn(0, 1)
 
 
-def test_a_fixed_number_of_views(descriptors):
-    pairs = draw_pairs(ROWS, LABELS, None, PairOptions(anchors_per_epoch=500, n_views=3), 0, 0)
-    assert set(pairs.first_view) == set(pairs.second_view) == {0, 1, 2}
-    assert (pairs.first_view != pairs.second_view).all()
-    single = draw_pairs(ROWS, LABELS, None, PairOptions(anchors_per_epoch=500, n_views=1), 0, 0)
-    assert set(single.first_view) == set(single.second_view) == {0}
+@pytest.mark.parametrize("n_views", [1, 3])
+def test_a_fixed_number_of_views(n_views):
+    pairs = draw_pairs(ROWS, LABELS, None, PairOptions(anchors_per_epoch=500, n_views=n_views), 0, 0)
+    assert set(pairs.first_view) == set(pairs.second_view) == set(range(n_views))
+    assert n_views == 1 or (pairs.first_view != pairs.second_view).all()
 
 
 def test_anchors_come_round_evenly():
@@ -114,14 +102,12 @@ def test_anchors_come_round_evenly():
 @pytest.mark.parametrize(("n", "size", "world"), [(20, 8, 1), (20, 8, 3), (7, 64, 2), (64, 64, 5), (129, 64, 8)])
 def test_each_pair_once_over_all_processes(n, size, world):
     parts = [deal_batches(n, size, rank, world) for rank in range(world)]
-    assert sorted(i for part in parts for batch in part for i in batch.tolist()) == list(range(n))
-    assert len({len(part) for part in parts}) == 1
+    whole = [np.concatenate(batches).tolist() for batches in zip(*parts, strict=True)]
+    assert whole == [batch.tolist() for batch in deal_batches(n, size, 0, 1)]
+    assert [i for batch in whole for i in batch] == list(range(n)) and max(map(len, whole)) <= size
     for batches in zip(*parts, strict=True):
         sizes = [len(batch) for batch in batches]
-        assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1 and sum(sizes) <= size
-    whole = deal_batches(n, size, 0, 1)
-    for i, batch in enumerate(whole):
-        assert np.concatenate([part[i] for part in parts]).tolist() == batch.tolist()
+        assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
 
 
 def test_more_processes_than_pairs():

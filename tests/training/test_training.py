@@ -299,7 +299,7 @@ def test_an_interrupted_dated_run_goes_on_and_keeps_its_best_under_another_name(
         patch.setattr(FineTuning, "on_train_epoch_start", stop_in_the_second_epoch)
         message = error_of(capsys, *options)
     [folder] = Path("runs").glob("*_train")
-    assert f"finished epochs are kept (to continue, add --output {folder})" in message
+    assert f"interrupted; with --output {folder} the command continues" in message
     folder.rename("after")
     run("--output", "after", *options)
     assert checkpoint("after/last.ckpt")["epoch"] == 1
