@@ -178,16 +178,13 @@ class Results(Part):
 
     @property
     def unit(self) -> str | None:
-        """The unit of the intervals to show, of those that both splits have: the one of the widest for GAP on test.
-
-        A few photographers, or two who took most photos, give intervals that are too narrow.
-        """
+        """The unit of the intervals to show: of the widest for GAP on test, as few photographers give narrow ones."""
         units = [unit for unit in UNITS if unit in self.val.intervals and unit in self.test.intervals]
         return max(units, key=lambda unit: np.ptp(self.test.intervals[unit]["gap"]), default=None)
 
     @property
     def accepted_from(self) -> float | None:
-        """Log-confidence from which on answers are accepted, chosen on val; None where none is precise enough."""
+        """Log-confidence from which on answers are accepted, chosen on val; None if none is precise enough."""
         return None if self.threshold is None else self.threshold["log_confidence"]
 
     def write(self, output: Path) -> Path:
@@ -229,12 +226,12 @@ class Config(Part):
 
 
 class Answers(NamedTuple):
-    """The predictions of one split, in ground-truth order; DISTRACTOR stands for no exhibit."""
+    """The predictions of one split, in ground-truth order: of Q queries; DISTRACTOR stands for no exhibit."""
 
-    paths: tuple[str, ...]  # of the queries, relative to images/
-    exhibit_ids: np.ndarray  # what each query shows, int64 (Q,)
-    predicted_ids: np.ndarray  # what was answered, int64 (Q,)
-    log_confidence: np.ndarray  # float64 (Q,)
+    paths: tuple[str, ...]
+    exhibit_ids: np.ndarray  # what each query shows
+    predicted_ids: np.ndarray  # what was answered
+    log_confidence: np.ndarray
 
 
 class Run(NamedTuple):
@@ -247,11 +244,7 @@ class Run(NamedTuple):
 
 
 def read_run(path: Path) -> Run:
-    """Read the folder that an evaluation wrote.
-
-    Raises:
-        UserError: If a file is missing, malformed, or of another schema.
-    """
+    """Read the folder that an evaluation wrote; a file that is missing or malformed is named."""
     path = Path(path)
     results, file = read_results(path), path / "config.yaml"
     with _readable(file):
@@ -269,11 +262,10 @@ def _read_answers(file: Path) -> Answers:
             raise ValueError("no predictions")
         ids = [[int(row[name] or DISTRACTOR) for row in rows] for name in ("exhibit_id", "predicted_id")]
         confidence = np.array([float(row["log_confidence"]) for row in rows])
-        exhibit_ids, predicted_ids = np.array(ids, dtype=np.int64)
-        answers = Answers(tuple(row["path"] for row in rows), exhibit_ids, predicted_ids, confidence)
-        if not all(answers.paths) or np.isnan(confidence).any() or np.min(ids) < DISTRACTOR:
+        paths, (exhibit_ids, predicted_ids) = tuple(row["path"] for row in rows), np.array(ids, dtype=np.int64)
+        if not all(paths) or np.isnan(confidence).any() or np.min(ids) < DISTRACTOR:
             raise ValueError("a row names no query, an exhibit below 0, or no confidence")
-        return answers
+        return Answers(paths, exhibit_ids, predicted_ids, confidence)
 
 
 @contextlib.contextmanager

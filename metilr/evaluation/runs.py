@@ -15,7 +15,6 @@ import yaml
 from metilr.data.decode import BadImageError, load_image
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.errors import UserError
-from metilr.evaluation.options import MethodOptions
 from metilr.evaluation.results import PREDICTION_COLUMNS, SCHEMA_VERSION, SIZES, Results
 from metilr.files import alone_in, named, remove_leftovers, write_atomically
 from metilr.metrics import DISTRACTOR
@@ -23,6 +22,7 @@ from metilr.provenance import command, commit, library_versions, machine, peak_m
 from metilr.retrieval.whitening import DEFAULT_DIM, LearnedWhitening, PCAWhitening
 
 if TYPE_CHECKING:
+    from metilr.evaluation.options import MethodOptions
     from metilr.evaluation.recognition import Recognition
     from metilr.extraction.descriptors import Descriptors
     from metilr.geometry.check import GeometricCheck
@@ -86,7 +86,7 @@ def summarise(
     ground_truth: GroundTruth,
     recognition: "Recognition",
     opened: "Descriptors",
-    method: MethodOptions,
+    method: "MethodOptions",
     check: "GeometricCheck | None",
     *,
     options: Mapping[str, Any],

@@ -55,10 +55,10 @@ def write_report(
     check: "GeometricCheck | None" = None,
     quiet: bool = False,
 ) -> Path:
-    """Write the page of an evaluation into its folder; images that are missing are left out of it.
+    """Write the page of an evaluation into its folder ``output``.
 
-    The gallery lists all queries, the first ``pictures_per_outcome`` of each split and outcome with pictures, and with
-    ``check`` with pictures of the matching regions.
+    The gallery lists all queries, the first ``pictures_per_outcome`` of each split and outcome with pictures, with
+    ``check`` also of the matching regions; images that are missing are left out.
     """
     import jinja2
     from markupsafe import Markup

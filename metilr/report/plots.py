@@ -34,9 +34,12 @@ SPLIT_COLOURS = {"val": COLOURS[1], "test": COLOURS[0]}
 ODDS_TICKS = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999, 1 - 1e-6, 1 - 1e-9, 1 - 1e-12)
 MOST_TICKS = 7
 MAX_LOG_ODDS = 40.0  # beyond, float64 has no room for the other classes
+LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": TEXT}
 BAR = 0.26  # height of one bar, where a run takes 1
 
 Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]  # two arrays (Q,) in rank order, by split
+Runs = Mapping[str, Results]  # by name
+KnownRows = Mapping[str, Sequence[Published]]  # by name of the run that measured the same
 
 
 def draw_plots(results: Results, ground_truth: GroundTruth, recognition: "Recognition") -> dict[str, Figure]:
@@ -69,7 +72,7 @@ def precision_recall_plot(
         if split in threshold_points:
             axes.plot(*threshold_points[split], "o", color=colour, markersize=7, markeredgecolor=TEXT, zorder=5)
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend(frameon=False, fontsize=9, labelcolor=TEXT)
+    axes.legend(**LEGEND)
     return figure
 
 
@@ -92,7 +95,7 @@ def risk_coverage_plot(curves: Curves) -> Figure:
         shown = np.unique(np.concatenate([np.arange(min(n, 200)), np.linspace(0, n - 1, 800).astype(int)]))
         axes.plot(coverage[shown], risk[shown], color=SPLIT_COLOURS[split], linewidth=1.8, label=split)
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend(frameon=False, fontsize=9, labelcolor=TEXT)
+    axes.legend(**LEGEND)
     return figure
 
 
@@ -139,7 +142,7 @@ def confidence_plot(log_confidence: np.ndarray, kinds: Sequence[str], threshold:
             near_1 = f"1−{1 - confidence:.0e}".replace("e-", "e−").replace("−0", "−")
             ticks[at] = f"{100 * confidence:g}%" if confidence < 0.99995 else near_1
     axes.set_xticks(list(ticks), list(ticks.values()))
-    axes.legend(frameon=False, fontsize=9, labelcolor=TEXT)
+    axes.legend(**LEGEND)
     return figure
 
 
@@ -180,13 +183,10 @@ def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def plot_comparison(
-    groups: Mapping[str, Mapping[str, Results]], published: Mapping[str, Sequence[Published]], files: Sequence[Path]
-) -> None:
+def plot_comparison(groups: Mapping[str, Runs], published: KnownRows, files: Sequence[Path]) -> None:
     """Draw runs as groups of bars, val on the left and test on the right, runs on other data in a row of their own.
 
-    ``groups`` are by title of the data and by name of the run, ``published`` by name of the run; ``files`` end in .png
-    or .svg.
+    ``groups`` are by title of the data; ``files`` end in .png or .svg.
     """
     heights = [len(runs) for runs in groups.values()]
     figure = Figure(figsize=(9, 1.1 + 0.62 * sum(heights) + 0.55 * len(groups)), dpi=160, layout="constrained")
@@ -215,9 +215,7 @@ def plot_comparison(
             write_picture(file, partial(figure.savefig, format=file.suffix[1:]))
 
 
-def _draw_bars(
-    axes: Axes, split: str, runs: Mapping[str, Results], published: Mapping[str, Sequence[Published]]
-) -> None:
+def _draw_bars(axes: Axes, split: str, runs: Runs, published: KnownRows) -> None:
     for y, (name, results) in enumerate(runs.items()):
         figures, unit = results.splits[split], results.unit
         for i, metric in enumerate(METRICS):

@@ -2,14 +2,12 @@
 
 import contextlib
 import io
-import netrc
 import os
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlparse
 
 from metilr.data.decode import BadImageError
 from metilr.data.ground_truth import GroundTruth
@@ -36,12 +34,10 @@ def check_key(mode: WandbMode) -> None:
 
 
 def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        return netrc.netrc().authenticators(host) is not None
-    return False
+    import requests
+
+    service = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return bool(os.environ.get("WANDB_API_KEY")) or requests.utils.get_netrc_auth(service) is not None
 
 
 def open_wandb(mode: WandbMode, project: str, folder: Path, options: Mapping[str, Any]) -> Any | None:
