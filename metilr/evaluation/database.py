@@ -202,8 +202,9 @@ def _unit_rows(
 ) -> np.ndarray:
     """Rows of splits one after another as they are compared, float32 ``(n made, D)``, of unit length."""
     width = descriptors.width if whitening is None else whitening.dim
-    ready, start = np.empty((sum(int(descriptors.is_valid[split].sum()) for split in splits), width), dtype=np.float32), 0
-    with counted(f"whitening {' and '.join(splits)}", len(ready), "rows", quiet) as done:
+    n_rows, start = sum(int(descriptors.is_valid[split].sum()) for split in splits), 0
+    ready = np.empty((n_rows, width), dtype=np.float32)
+    with counted(f"whitening {' and '.join(splits)}", n_rows, "rows", quiet) as done:
         for split in splits:
             for chunk in _chunks(descriptors, split, done):
                 ready[start : start + len(chunk)] = as_compared(chunk, whitening)

@@ -161,8 +161,9 @@ def _notes(opened: "Descriptors", recognition: "Recognition", synthetic: bool, d
         notes.append(f"the grid of k ends at {k_grid[-1]}: a larger k passes the database's rows")
     skipped = {split: int((~opened.is_valid[split]).sum()) for split in ("database", *QUERY_FILES)}
     if any(skipped.values()):
-        of_splits = ", ".join(f"{n:,} of {len(opened.is_valid[split]):,} in {split}" for split, n in skipped.items() if n)
-        notes.append(f"images that are missing or cannot be decoded were left out: {of_splits} (see skipped_images)")
+        parts = [f"{n:,} of {len(opened.is_valid[split]):,} in {split}" for split, n in skipped.items() if n]
+        left_out = f"were left out: {', '.join(parts)} (see skipped_images)"
+        notes.append(f"images that are missing or cannot be decoded {left_out}")
     return notes
 
 
