@@ -80,7 +80,9 @@ def test_a_row_must_be_made_in_every_source(tmp_path, truth):
     first = make_store(tmp_path / "first", truth, bad={("val", 0)})
     second = make_store(tmp_path / "second", truth, bad={("database", 4)})
     opened = open_descriptors([first, second], truth)
-    assert opened.is_valid["val"].tolist() == [False, True] and opened.is_valid["database"].tolist() == [True] * 4 + [False]
+    assert opened.is_valid["val"].tolist() == [False, True] and opened.is_valid["database"].tolist() == [True] * 4 + [
+        False
+    ]
 
 
 def test_wrong_number_of_rows(tmp_path, truth):
