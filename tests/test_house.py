@@ -97,3 +97,16 @@ def test_retrieval_knows_no_images():
         for name in imports_of(MODULES[module])
     }
     assert imported <= {"", "metrics", "retrieval"}
+
+
+def test_options_and_finished_runs_are_read_without_heavy_libraries():
+    modules = (
+        "evaluation.options",
+        "evaluation.runs",
+        "report.tables",
+        "report.published",
+        "report.wandb",
+        "report.page",
+    )
+    loaded = loaded_after(f"import {', '.join(f'metilr.{module}' for module in modules)}")
+    assert not loaded & {"torch", "faiss", "sklearn", *HEAVY}

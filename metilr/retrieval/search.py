@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import faiss
 import numpy as np
 
 from metilr.errors import UserError
@@ -62,6 +61,8 @@ def search(
     Raises:
         UserError: If k does not fit database or GPU, arrays are not 2-D of one width and finite, or there is no GPU.
     """
+    import faiss  # here, as below: the options of a command do without
+
     database_norms, query_norms = norms(database, "database"), norms(queries, "query")
     check_queries(queries, database.shape, k)
     check_device(device, k)
@@ -137,6 +138,8 @@ def check_device(device: SearchDevice, k: int) -> None:
     """Refuse a device that is not there, or that cannot select so many neighbours."""
     if device == "cpu":
         return
+    import faiss
+
     if faiss.get_num_gpus() == 0:
         raise UserError(
             "gpu: FAISS sees no GPU; take cpu, or install faiss-gpu and check nvidia-smi and CUDA_VISIBLE_DEVICES",
@@ -156,6 +159,8 @@ def device_for(device: SearchDevice, k: int) -> SearchDevice:
 
 def _gpu_search(database: np.ndarray) -> Any:
     """Spread the database over all GPUs in float32; what is returned searches there as ``faiss.knn`` does."""
+    import faiss
+
     options = faiss.GpuMultipleClonerOptions()
     options.shard = True
     # Cloned while empty, filled from the array: a full CPU index would be a second copy in memory.
