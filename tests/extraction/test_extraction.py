@@ -48,8 +48,7 @@ def museum(drawn, tmp_path) -> GroundTruth:
 
 @pytest.fixture(scope="module")
 def embedder() -> Embedder:
-    backbone = build_backbone("r18_in", "random")
-    return Embedder(backbone, build_pooling("gem")).eval()
+    return Embedder(build_backbone("timm/test_resnet", "random"), build_pooling("gem")).eval()
 
 
 def describe(embedder, museum, path, options=ON_CPU, views=()) -> DescriptorStore:
@@ -61,11 +60,8 @@ def one_by_one(embedder, museum, split) -> np.ndarray:
     for path in museum.paths[split]:
         with Image.open(museum.root / "images" / path) as image:
             pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
-        normalised = (pixels - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
-            [0.229, 0.224, 0.225]
-        ).view(3, 1, 1)
         with torch.no_grad():
-            rows.append(embedder.describe(normalised)[0].numpy())
+            rows.append(embedder.describe((pixels - 0.5) / 0.5)[0].numpy())
     return np.stack(rows)
 
 
@@ -97,35 +93,32 @@ def test_decoding_processes_change_no_byte_and_threads_no_more_than_rounding(emb
         np.testing.assert_allclose(threads.descriptors(split), plain.descriptors(split), atol=1e-5)
 
 
-def test_two_processes_give_the_rows_of_one(embedder, museum, tmp_path, monkeypatch):
-    one = describe(embedder, museum, tmp_path / "one")
-    options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=4)
+def test_two_processes_give_the_rows_of_one_and_each_view_is_described_as_alone(
+    embedder, museum, tmp_path, monkeypatch
+):
+    kinds = [SimulatedVisits(4, seed=3), CentreCrops((0.8, 0.5))]
+    one = describe(embedder, museum, tmp_path / "one", views=kinds)
+    options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=32)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # then Lightning sets it, and the number of threads
     before = state_of_process()
-    two = describe(embedder, museum, tmp_path / "two", options)
+    two = describe(embedder, museum, tmp_path / "two", options, kinds)
     assert state_of_process() == before
     for split in SPLITS:
         np.testing.assert_allclose(two.descriptors(split), one.descriptors(split), atol=1e-5)
         assert two.is_valid(split).all()
-
-
-@pytest.mark.parametrize("view", [SimulatedVisits(4, seed=3), CentreCrops((0.8, 0.5))])
-def test_views_are_described_as_one_by_one_by_one_process_and_by_two(embedder, museum, tmp_path, view):
-    store = describe(embedder, museum, tmp_path / "store", views=[view])
-    views, _ = views_store(store, view)
-    options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=32)
-    by_two, _ = views_store(describe(embedder, museum, tmp_path / "other", options, [view]), view)
-    assert views.path.parent == store.path and views.path.name == by_two.path.name
-    assert views.manifest()["settings"]["view"] == view.settings()
-    for split, source in view.of.items():
-        with torch.inference_mode():
-            expected = [
-                embedder.describe(embedder.normalise(view(load_image(museum.image(path)), path, number)[None]))[0]
-                for path in museum.paths[source]
-                for number in range(view.n)
-            ]
-        np.testing.assert_allclose(views.descriptors(split), torch.stack(expected).numpy(), atol=1e-5)
-        np.testing.assert_allclose(by_two.descriptors(split), views.descriptors(split), atol=1e-5)
+    for view in kinds:
+        (views, settings), (by_two, _) = views_store(one, view), views_store(two, view)
+        assert views.path.parent == one.path and views.path.name == by_two.path.name
+        assert views.manifest()["settings"] == settings and settings["view"] == view.settings()
+        for split, source in view.of.items():
+            with torch.inference_mode():
+                expected = [
+                    embedder.describe(embedder.normalise(view(load_image(museum.image(path)), path, number)[None]))[0]
+                    for path in museum.paths[source]
+                    for number in range(view.n)
+                ]
+            np.testing.assert_allclose(views.descriptors(split), torch.stack(expected).numpy(), atol=1e-5)
+            np.testing.assert_allclose(by_two.descriptors(split), views.descriptors(split), atol=1e-5)
 
 
 def test_one_pending_image_is_enough_for_two_processes(embedder, museum, tmp_path):
@@ -223,11 +216,11 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_killed_command_continues_to_the_same_bytes(embedder, museum, tmp_path, number):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_ended_command_continues_to_the_same_bytes(embedder, museum, tmp_path, number):
     (tmp_path / "killed.py").write_text(KILLED_RUN)
     options = [
-        *("--root", str(museum.root), "--backbone", "r18_in", "--weights", "random", "--accelerator", "cpu"),
+        *("--root", str(museum.root), "--backbone", "timm/test_resnet", "--weights", "random", "--accelerator", "cpu"),
         *("--batch_size", "4", "--num_workers", "1", "--store", str(tmp_path / "store")),
     ]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -237,12 +230,8 @@ def test_a_killed_command_continues_to_the_same_bytes(embedder, museum, tmp_path
         # Whoever runs the tests in the background hands down an ignored Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    if number == signal.SIGKILL:
-        assert run.returncode == -signal.SIGKILL
-    else:
-        assert run.returncode == 2, run.stderr
-        assert "Traceback" not in run.stderr
-        assert "interrupted; finished work is kept" in run.stderr.splitlines()[-1]
+    assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
+    assert "interrupted; finished work is kept" in run.stderr.splitlines()[-1]
     killed = DescriptorStore(tmp_path / "store")
     assert 0 < n_made(killed) < sum(len(paths) for paths in museum.paths.values())
 
@@ -274,7 +263,7 @@ def test_torchrun_gives_one_result_and_the_rows_of_one_process(embedder, museum,
     (tmp_path / "slow.py").write_text(SLOW_SECOND_PROCESS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = [
-        *("--root", str(museum.root), "--backbone", "r18_in", "--weights", "random", "--accelerator", "cpu"),
+        *("--root", str(museum.root), "--backbone", "timm/test_resnet", "--weights", "random", "--accelerator", "cpu"),
         *("--devices", "2", "--num_workers", "0", "--store", str(tmp_path / "store")),
     ]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -285,9 +274,7 @@ def test_torchrun_gives_one_result_and_the_rows_of_one_process(embedder, museum,
     command = [*launcher, str(REPOSITORY / "evaluate.py"), *options, "--whitening", "learned", "--visits", "1"]
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
     assert again.returncode == 0, again.stderr  # the images are there, their visits are shared out
-    third = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
-    assert third.returncode == 0, third.stderr  # nothing left to share out: the first process goes on alone
-    assert len(list((tmp_path / "runs").glob("20*/results.json"))) == 3
+    assert len(list((tmp_path / "runs").glob("20*/results.json"))) == 2
     one = describe(embedder, museum, tmp_path / "one")
     for split in SPLITS:
         np.testing.assert_allclose(
@@ -350,10 +337,9 @@ def test_other_settings_make_another_store(embedder, museum, tmp_path, monkeypat
 
 
 def test_a_descriptor_that_is_not_finite_stops_the_run_and_names_the_image(museum, tmp_path):
-    backbone = build_backbone("r18_in", "random")
-    broken = Embedder(backbone, build_pooling("gem")).eval()
+    broken = Embedder(build_backbone("timm/test_resnet", "random"), build_pooling("gem")).eval()
     with torch.no_grad():
-        broken.backbone.model.conv1.weight.fill_(float("nan"))
+        next(broken.backbone.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match=r"\.jpg: its descriptor is not finite"):
         describe(broken, museum, tmp_path / "store")
     assert n_made(DescriptorStore(tmp_path / "store")) == 0
@@ -366,7 +352,6 @@ def test_a_descriptor_that_is_not_finite_stops_the_run_and_names_the_image(museu
         ({"batch_size": 0}, "batch_size 0"),
         ({"devices": 0}, "devices 0"),
         ({"num_workers": -1}, "num_workers -1"),
-        ({"image_size": 0}, "image_size 0"),
         ({"image_size": 10**9}, "image_size 1000000000: must be at most 16,384"),
         ({"batch_size": 10**9}, "batch_size 1000000000: must be at most 4,096"),
         ({"devices": 10**17, "accelerator": "cpu"}, "devices 100000000000000000: this machine has"),
