@@ -1,5 +1,6 @@
 """Backbones: any network as a module that turns images into a map of local features, built by name."""
 
+import contextlib
 import difflib
 import functools
 import inspect
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from metilr.errors import UserError, one_line
 from metilr.files import file_sha256
 from metilr.models import RANDOM, PatchRounding, weights as weight_files
-from metilr.models.weights import Provenance, StateDict
-from metilr.models.zoo import BACKBONES, IMAGENET_MEAN, IMAGENET_STD
+from metilr.models.weights import Provenance
+from metilr.models.zoo import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
 
 FLOAT32_STAGES = 4  # of an EfficientNet, whatever the precision
 TIMM = "timm/"  # the prefix that asks for one of timm's models
@@ -39,10 +40,6 @@ class Backbone(nn.Module):
     The last stage's map is the output of timm's ``forward_features``: with ``conv_head`` for EfficientNets, after the
     final norm for transformers. Earlier stages are numbered from 1: a ResNet's ``layer1`` and on, a ViT's blocks
     (without the final norm), and in other families timm's ``feature_info``. What comes after is not computed.
-
-    Autocast does not reach the stem and the first four stages of an EfficientNet: in bfloat16 they would make most of
-    what it changes in a descriptor, and save next to nothing on CPUs without AMX. (Not with gradient checkpointing,
-    which would have to keep their maps.)
 
     ``mean`` and ``std`` are what images are normalised with, per channel, for values in [0, 1]; ``width`` is the number
     of the map's channels, ``patch`` what a ViT's image sides must be a multiple of, 1 where any size will do.
@@ -85,7 +82,7 @@ class Backbone(nn.Module):
                 images, indices=[self._index], stop_early=True, intermediates_only=True, **options
             )
             return Features(features[0], features[1][:, 0]) if self.has_cls else Features(features, None)
-        if self.sensitive is not None and not self.model.grad_checkpointing:
+        if self.sensitive is not None and not self.model.grad_checkpointing:  # which would have to keep these maps
             with torch.autocast(images.device.type, enabled=False):
                 early = self.sensitive(images)
             return Features(self.rest(early), None)
@@ -103,7 +100,10 @@ class Backbone(nn.Module):
 
     @property
     def sensitive(self) -> nn.Sequential | None:
-        """What runs in float32 whatever the precision, before ``rest``; None where nothing does."""
+        """What runs in float32 whatever the precision, before ``rest``: an EfficientNet's stem and first stages.
+
+        In bfloat16 they would make most of what it changes in a descriptor, and save little on CPUs without AMX.
+        """
         if self.stage is not None or not isinstance(self.model, EfficientNet):
             return None
         return nn.Sequential(self.model.conv_stem, self.model.bn1, *self.model.blocks[:FLOAT32_STAGES])
@@ -118,14 +118,12 @@ class Backbone(nn.Module):
 
         ``patch_rounding`` "nearest" rounds to the nearest (up when half-way), "down" down; "off" refuses other sizes.
         """
-        sides = []
-        for side in (height, width):
-            if self.patch_rounding == "off" and side % self.patch:
-                reason = f"an image side of {side} px is no multiple of {self.name}'s patch of {self.patch} px"
-                raise UserError(f"off: {reason}; take nearest or down", "patch_rounding")
-            raised = side + self.patch // 2 if self.patch_rounding == "nearest" else side
-            sides.append(max(1, raised // self.patch) * self.patch)
-        return sides[0], sides[1]
+        if self.patch_rounding == "off" and (height % self.patch or width % self.patch):
+            reason = f"{height}x{width} px is no multiple of {self.name}'s patch of {self.patch} px"
+            raise UserError(f"off: {reason}; take nearest or down", "patch_rounding")
+        added = self.patch // 2 if self.patch_rounding == "nearest" else 0
+        height, width = (max(1, (side + added) // self.patch) * self.patch for side in (height, width))
+        return height, width
 
 
 def build_backbone(
@@ -139,27 +137,18 @@ def build_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # of the CPU, where timm draws initial weights
         model = _create(name, pretrained=of_timm)
-    layers = model.pretrained_cfg.get("classifier") or ()  # of distilled ViTs two
-    classifier = tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
+    source, licence, digest = RANDOM, None, None
     if of_timm:
-        hub_id = config.get("hf_hub_id")
-        source, licence = f"hf-hub:{hub_id}" if hub_id else config["url"], config.get("license")
+        hub_id, licence = config.get("hf_hub_id"), config.get("license")
+        source = f"hf-hub:{hub_id}" if hub_id else config["url"]
         digest = weight_files.verify_hub_file(hub_id, config.get("hf_hub_filename")) if hub_id else None
-    elif weights == RANDOM:
-        source, licence, digest = RANDOM, None, None
-    else:
-        if weights is None:
-            assert spec is not None
+    elif weights != RANDOM:
+        if spec is not None and weights is None:
             file, source, licence = weight_files.official_file(spec), spec.url, spec.licence
         else:
-            file, source, licence = Path(weights), Path(weights).name, None
-        state_dict, ignored = weight_files.read_state_dict(file), classifier
-        if spec is None:
-            state_dict = _timm_keys(model, state_dict, classifier)
-        else:
-            ignored += spec.training_only
-            state_dict = {spec.rename(key): value for key, value in state_dict.items()} if spec.rename else state_dict
-        weight_files.load_strictly(model, state_dict, ignored, f"{file} for {name}")
+            file = Path(str(weights))
+            source = file.name
+        _load_file(model, spec, file, f"{file} for {name}")
         digest = file_sha256(file)
     weights_sha256 = weight_files.tensors_sha256(model.state_dict())
     provenance = Provenance(source, licence, digest, seed if weights == RANDOM else None, weights_sha256)
@@ -184,8 +173,7 @@ def backbone_shapes(name: str) -> dict[str, torch.Size]:
 def _timm_config(name: str) -> dict[str, Any]:
     """Return timm's record of a model's weights: source, licence, mean, std; empty if it has none."""
     model_name = name.removeprefix(TIMM)
-    architecture = model_name.partition(".")[0]
-    if model_name == name or not timm.is_model(architecture):
+    if model_name == name or not timm.is_model(model_name.partition(".")[0]):
         known = [*BACKBONES, *(TIMM + other for other in timm.list_models())]
         near = [TIMM + name] if timm.is_model(name) else difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(BACKBONES)}"
@@ -193,7 +181,7 @@ def _timm_config(name: str) -> dict[str, Any]:
     try:
         config = timm.models.get_pretrained_cfg(model_name)
     except RuntimeError as error:  # the architecture exists, the tag after the dot does not
-        tags = ", ".join(TIMM + other for other in timm.list_pretrained(architecture + ".*"))
+        tags = ", ".join(TIMM + other for other in timm.list_pretrained(model_name.partition(".")[0] + ".*"))
         raise UserError(f"{name}: timm has no such weights; known: {tags}", "backbone") from error
     return {} if config is None else config.to_dict()
 
@@ -224,17 +212,21 @@ def _create(name: str, pretrained: bool = False) -> Any:
     return model
 
 
-def _timm_keys(model: Any, state_dict: StateDict, classifier: tuple[str, ...]) -> StateDict:
-    """Turn the keys of a model's publisher into timm's, where they are not: timm's conversion would also resize."""
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    ours = {key for key in state_dict if not key.startswith(classifier)} == model.state_dict().keys()
-    if ours or convert is None:
-        return state_dict
-    try:
-        converted: StateDict = convert(state_dict, model)
-        return converted
-    except Exception:  # not the publisher's form either: strict loading is to name the keys
-        return state_dict
+def _load_file(model: Any, spec: BackboneSpec | None, file: Path, source: str) -> None:
+    """Load a file in its publisher's form: a named backbone's official one, or what timm's conversion knows."""
+    layers = model.pretrained_cfg.get("classifier") or ()  # of distilled ViTs two
+    ignored = tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
+    state_dict = weight_files.read_state_dict(file)
+    if spec is not None:
+        ignored += spec.training_only
+        state_dict = {spec.rename(key): value for key, value in state_dict.items()} if spec.rename else state_dict
+    elif {key for key in state_dict if not key.startswith(ignored)} != model.state_dict().keys():
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        # Only where the keys are not timm's: the conversion would also resize. A form that it does not know either
+        # raises anything; strict loading is to name the keys then.
+        with contextlib.suppress(Exception):
+            state_dict = convert(state_dict, model) if convert else state_dict
+    weight_files.load_strictly(model, state_dict, ignored, source)
 
 
 def _check_any_size(backbone: Backbone) -> None:
@@ -242,10 +234,10 @@ def _check_any_size(backbone: Backbone) -> None:
     height, width = (max(side // backbone.patch, 1) * backbone.patch for side in (97, 130))
     try:
         with torch.no_grad():
-            features = backbone(torch.zeros(1, 3, height, width))
-        if features.map.ndim == 4 and features.map.shape[1] == backbone.width:
+            features = backbone(torch.zeros(1, 3, height, width)).map
+        if features.ndim == 4 and features.shape[1] == backbone.width:
             return
-        reason = f"its features are {tuple(features.map.shape)}"
+        reason = f"its features are {tuple(features.shape)}"
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:  # each family in its own way
         reason = f"{type(error).__name__}: {one_line(error)}"
     problem = f"it gives no feature map for a {height}x{width} image ({reason}), and images have any size"

@@ -15,7 +15,7 @@ from metilr.data.decode import to_tensor
 from metilr.errors import UserError, shown
 from metilr.models import SCALES, PatchRounding, PoolingName
 from metilr.models.backbone import Backbone, Features, build_backbone
-from metilr.models.pooling import Pooling, build_pooling
+from metilr.models.pooling import Pooling
 from metilr.models.weights import tensors_sha256
 
 MAX_SCALES, MAX_SCALE = 32, 8  # of an image: more is a mistake, and takes gigabytes
@@ -42,8 +42,7 @@ class Projector(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Map ``(B, in_dim)`` to ``(B, out_dim)``."""
-        mapped: Tensor = self.linear(pooled)
-        return mapped
+        return self.linear(pooled)  # type: ignore[no-any-return]
 
 
 class Embedder(nn.Module):
@@ -51,8 +50,8 @@ class Embedder(nn.Module):
 
     Without a projector the normalisation after it is left out, too; a zero vector stays zero. The backbone runs in the
     precision of the caller's autocast, by ``engine`` if one is set, but by PyTorch in float32 on the CPU where a scaled
-    image has a side below ``BFLOAT16_LEAST_SIDE``; all else runs in float32. ``image_size`` is the longest side in px
-    of the images that it was trained with, to which ``embed`` resizes; None: as they are.
+    image has a side below ``BFLOAT16_LEAST_SIDE``; all else runs in float32. ``embed`` resizes images to
+    ``image_size``, the longest side in px of those that it was trained with; None: as they are.
     """
 
     mean: Tensor
@@ -63,7 +62,7 @@ class Embedder(nn.Module):
         scales: Sequence[float] = SCALES, image_size: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        if pooling.settings()["kind"] == "cls" and not backbone.has_cls:
+        if pooling.kind == "cls" and not backbone.has_cls:
             raise UserError(f"cls: {backbone.name} gives no class token here; take gem", "pooling")
         if not 0 < len(scales) <= MAX_SCALES or not all(0 < scale <= MAX_SCALE for scale in scales):
             limits = f"give 1 to {MAX_SCALES} numbers above 0, none above {MAX_SCALE}"
@@ -151,4 +150,4 @@ def build_embedder(
 ) -> Embedder:  # fmt: skip
     """Build a model, in eval mode, by the names of its parts; see ``ModelOptions``."""
     network = build_backbone(backbone, weights, stage, patch_rounding, seed)
-    return Embedder(network, build_pooling(pooling, p), scales=SCALES if scales is None else scales).eval()
+    return Embedder(network, Pooling(pooling, p), scales=SCALES if scales is None else scales).eval()

@@ -19,7 +19,7 @@ from metilr.errors import UserError, one_line
 from metilr.models import Engine
 from metilr.models.backbone import Backbone, Features
 
-MOST_GRAPHS = 16  # what is compiled for a backbone as CompiledEngine says comes to less
+MOST_GRAPHS = 16  # what is compiled for a backbone comes to less
 PROBE_SHAPE = (1, 3, 301, 267)  # odd, and beyond 256: bfloat16 cannot count further in steps of 1
 # Cosine to PyTorch in float32 that the probe's map must have: noise is the worst of images for bfloat16.
 LEAST_AGREEMENT = {"32": 0.9999, "bf16-mixed": 0.98}
@@ -35,45 +35,41 @@ def start_engine(
     """
     if engine == "torch":
         return None
-    return CompiledEngine(backbone) if engine == "compile" else OpenVINOEngine(backbone, precision, n_streams)
+    return compiled(backbone) if engine == "compile" else OpenVINOEngine(backbone, precision, n_streams)
 
 
-class CompiledEngine:
-    """Images to features, as ``Backbone.forward``.
+def compiled(backbone: Backbone) -> Callable[[Tensor], Features]:
+    """Return ``backbone.forward`` compiled, with heights and widths as unknowns of a graph.
 
-    Heights and widths are unknowns of a graph. PyTorch compiles another for a batch of 1, on CPUs also for one of 16
-    and more and for small maps, and for a ViT at its own image size, when it is first needed. What needs more than
-    ``MOST_GRAPHS``, as where average pooling rounds up (``resnet50d``), or cannot be compiled whole is refused:
-    PyTorch's own answer is to go on uncompiled.
+    PyTorch makes another graph for a batch of 1, on CPUs also for one of 16 and more and for small maps, and for a ViT
+    at its own image size, when it is first needed. What needs more than ``MOST_GRAPHS``, as where average pooling
+    rounds up (``resnet50d``), or cannot be compiled whole is refused: PyTorch's own answer is to go on uncompiled.
     """
+    from torch._dynamo import config as compiler_config  # seconds to import
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+    from torch.fx.experimental import _config as shape_config
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
-        self.compiled = torch.compile(backbone.forward, dynamic=True, fullgraph=True)
+    forward = torch.compile(backbone.forward, dynamic=True, fullgraph=True)
 
-    def __call__(self, images: Tensor) -> Features:
-        """Compute the features of normalised images ``(B, 3, H, W)``, for a ViT of sides that fit its patches."""
-        from torch._dynamo import config as compiler_config  # seconds to import
-        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-        from torch.fx.experimental import _config as shape_config
-
-        name = self.backbone.name
+    def compute(images: Tensor) -> Features:
         with contextlib.ExitStack() as stack:
             stack.enter_context(compiler_config.patch(recompile_limit=MOST_GRAPHS))
             # Or a first image that is square makes a graph of squares.
             stack.enter_context(shape_config.patch(use_duck_shape=False))  # type: ignore[attr-defined]
             stack.enter_context(mock.patch.object(padding, "get_same_padding", _same_padding))
-            if self.backbone.patch > 1:  # timm checks the sides, with a message that makes them constants of the graph
-                stack.enter_context(mock.patch.object(self.backbone.model.patch_embed, "img_size", None))
+            if backbone.patch > 1:  # timm checks the sides, with a message that makes them constants of the graph
+                stack.enter_context(mock.patch.object(backbone.model.patch_embed, "img_size", None))
             try:
-                features: Features = self.compiled(images)
+                features: Features = forward(images)
             except FailOnRecompileLimitHit as error:
-                reason = f"{name} would be compiled anew for most image shapes"
+                reason = f"{backbone.name} would be compiled anew for most image shapes"
                 raise UserError(f"compile: {reason}; take torch", "engine") from error
             except TorchDynamoException as error:
-                reason = f"PyTorch cannot compile {name} ({one_line(error)})"
+                reason = f"PyTorch cannot compile {backbone.name} ({one_line(error)})"
                 raise UserError(f"compile: {reason}; take torch", "engine") from error
         return features
+
+    return compute
 
 
 def _same_padding(side: int, kernel_size: int, stride: int, dilation: int) -> int:
@@ -104,7 +100,7 @@ class OpenVINOEngine:
         parts: list[tuple[nn.Module, str]] = [(_MapOf(backbone), precision)]
         if precision != "32" and backbone.sensitive is not None:
             parts = [(backbone.sensitive, "32"), (backbone.rest, precision)]
-        compiled = []
+        networks = []
         probe = torch.randn(PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
             example = probe.clone()
@@ -114,19 +110,17 @@ class OpenVINOEngine:
                     "NUM_STREAMS": n_streams, "INFERENCE_NUM_THREADS": torch.get_num_threads(),
                     "ENABLE_CPU_PINNING": False,  # several processes would be pinned to the same cores
                 }  # fmt: skip
-                compiled.append(core.compile_model(_converted(part, example, backbone.name), "CPU", options))
+                networks.append(core.compile_model(_converted(part, example, backbone.name), "CPU", options))
                 example = part(example)
         self.free: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()  # a request to each part, for each stream
         for _ in range(n_streams):
-            self.free.put([part.create_infer_request() for part in compiled])
-        features = self(probe).map
-        agreement, wrong = 0.0, f"shape {tuple(features.shape)} in place of {tuple(example.shape)}"
+            self.free.put([network.create_infer_request() for network in networks])
+        features, agreement = self(probe).map, 0.0
         if features.shape == example.shape:
             agreement = F.cosine_similarity(features.flatten(), example.flatten(), dim=0).item()
-            wrong = f"cosine {agreement:.4f}"
         if not agreement >= LEAST_AGREEMENT[precision]:
-            reason = f"computes {backbone.name} in precision {precision} otherwise than PyTorch ({wrong})"
-            raise UserError(f"openvino: {reason}; take torch", "engine")
+            reason = f"computes {backbone.name} in precision {precision} otherwise than PyTorch"
+            raise UserError(f"openvino: {reason} (cosine {agreement:.4f}); take torch", "engine")
 
     def __call__(self, images: Tensor) -> Features:
         """Compute the features of normalised images ``(B, 3, H, W)``: the map, float32."""

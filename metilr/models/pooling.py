@@ -82,53 +82,38 @@ def _full_precision(features: Tensor) -> Tensor:
     return features if features.dtype == torch.float64 else features.float()
 
 
-class GeM(nn.Module):
-    """Generalised-mean pooling, see ``gem``; its ``p``, ``(1,)``, is a parameter if learnable, else a buffer."""
+class Pooling(nn.Module):
+    """One vector from a backbone's features, by kind; ``cls`` takes a ViT's class token in the map's place.
+
+    GeM has an exponent ``p``, ``(1,)``: a parameter if learnable, else a buffer; other kinds ignore it.
+    """
 
     p: Tensor
 
-    def __init__(self, p: float = 3.0, learnable: bool = False) -> None:
+    def __init__(self, kind: PoolingName, p: float = 3.0, learnable: bool = False) -> None:
         super().__init__()
-        if not (math.isfinite(p) and p > 0):
-            raise UserError(f"{p}: GeM's exponent must be a finite number above 0", "p")
-        value = torch.full((1,), float(p))
-        self.p = nn.Parameter(value) if learnable else nn.Buffer(value)
-
-    def forward(self, features: Features) -> Tensor:
-        """Pool a batch of features to ``(B, C)``."""
-        return gem(features.map, self.p)
-
-    def settings(self) -> dict[str, Any]:
-        """Return what determines the output, in the words that stores keep."""
-        return {"kind": "gem", "p": self.p.item(), "p_sha256": None, "eps": EPS}
-
-
-class FixedPooling(nn.Module):
-    """Pooling without parameters: ``mac``, ``spoc``, ``rmac``, or ``cls``, a ViT's class token."""
-
-    def __init__(self, kind: PoolingName) -> None:
-        super().__init__()
+        if kind not in get_args(PoolingName):
+            raise UserError(f"{kind}: unknown; choose {', '.join(get_args(PoolingName))}", "pooling")
+        if learnable and kind != "gem":
+            raise UserError(f"{kind}: has no exponent to learn; take pooling gem", "pooling")
         self.kind = kind
+        if kind == "gem":
+            if not (math.isfinite(p) and p > 0):
+                raise UserError(f"{p}: GeM's exponent must be a finite number above 0", "p")
+            value = torch.full((1,), float(p))
+            self.p = nn.Parameter(value) if learnable else nn.Buffer(value)
 
     def forward(self, features: Features) -> Tensor:
         """Pool a batch of features to ``(B, C)``."""
+        if self.kind == "gem":
+            return gem(features.map, self.p)
         if self.kind == "cls":
             assert features.cls is not None, "Embedder refuses such a backbone"
             return _full_precision(features.cls)
         return {"mac": mac, "spoc": spoc, "rmac": rmac}[self.kind](features.map)
 
     def settings(self) -> dict[str, Any]:
-        """Return what determines the output."""
+        """Return what determines the output, in the words that stores keep."""
+        if self.kind == "gem":
+            return {"kind": "gem", "p": self.p.item(), "p_sha256": None, "eps": EPS}
         return {"kind": self.kind} | ({"levels": LEVELS} if self.kind == "rmac" else {})
-
-
-Pooling = GeM | FixedPooling
-
-
-def build_pooling(name: PoolingName, p: float = 3.0, learnable: bool = False) -> Pooling:
-    """Build a pooling by name; ``p`` is GeM's exponent, its start if learnable."""
-    if name not in get_args(PoolingName):
-        raise UserError(f"{name}: unknown; choose {', '.join(get_args(PoolingName))}", "pooling")
-    if learnable and name != "gem":
-        raise UserError(f"{name}: has no exponent to learn; take pooling gem", "pooling")
-    return GeM(p, learnable) if name == "gem" else FixedPooling(name)

@@ -54,21 +54,15 @@ def official_file(spec: BackboneSpec) -> Path:
             raise UserError(f"{path}: missing or not the published file; reinstall it: {install} --force-reinstall")
         return path
     path = Path(torch.hub.get_dir()) / "checkpoints" / spec.url.rpartition("/")[2]
-    record = path.with_name(path.name + ".sha256")
     if not path.is_file():
-        remedy = "run again, or get the file by other means and pass it as weights"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with byte_progress(console=Console(stderr=True)) as progress:
-                bar = progress.add_task(path.name, total=None)
-
-                def report(n: int, total: int | None) -> None:
-                    progress.update(bar, completed=n, total=total)
-
-                fetch(spec.url, path, remedy, sha256=spec.sha256, tries=3, report=report)
-        except OSError as error:
-            raise UserError(f"{spec.url}: cannot be downloaded to {path.parent} ({error}); {remedy}") from error
-    digest = file_sha256(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with byte_progress(console=Console(stderr=True)) as progress:
+            bar = progress.add_task(path.name, total=None)
+            fetch(
+                spec.url, path, "run again, or get the file by other means and pass it as weights", sha256=spec.sha256,
+                tries=3, report=lambda n, total: progress.update(bar, completed=n, total=total),
+            )  # fmt: skip
+    digest, record = file_sha256(path), path.with_name(path.name + ".sha256")
     expected = record.read_text(encoding="ascii", errors="replace").strip() if record.is_file() else digest
     if not digest.startswith(spec.sha256 or expected):
         raise UserError(f"{path}: its sha256 is {digest}, so it is not the file of {spec.url}; delete it and run again")
@@ -146,13 +140,12 @@ def refuse_unfit(wanted: Mapping[str, torch.Size], state_dict: StateDict, ignore
     message calls the weights. BatchNorm's step counters may be missing.
     """
     given = {key: value.shape for key, value in state_dict.items() if not key.startswith(tuple(ignored))}
+    shared = wanted.keys() & given.keys()
     problems = {
         "missing": [key for key in wanted.keys() - given.keys() if not key.endswith(COUNTER)],
-        "unexpected": list(given.keys() - wanted.keys()),
+        "unexpected": [*given.keys() - wanted.keys()],
         "of another shape": [
-            f"{key} {tuple(given[key])} for {tuple(wanted[key])}"
-            for key in wanted.keys() & given.keys()
-            if given[key] != wanted[key]
+            f"{key} {tuple(given[key])} for {tuple(wanted[key])}" for key in shared if given[key] != wanted[key]
         ],
     }
     listed = []
@@ -164,7 +157,7 @@ def refuse_unfit(wanted: Mapping[str, torch.Size], state_dict: StateDict, ignore
 
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return the sha256 of named tensors: names in order, dtypes, shapes and bytes, without BatchNorm's step counters.
+    """Digest named tensors: names in order, dtypes, shapes and bytes, without BatchNorm's step counters.
 
     The same for the same values whatever the file, order or device they came from.
     """

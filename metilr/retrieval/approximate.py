@@ -84,11 +84,7 @@ class ApproximateIndex:
 
     @classmethod
     def load(cls, folder: Path, rows_file: Path, made_from: str = "") -> "ApproximateIndex":
-        """Read what ``save`` wrote, and map the rows that it was built over, a .npy file.
-
-        Raises:
-            UserError: If a file is missing or damaged, or the index was made from something else.
-        """
+        """Read what ``save`` wrote, and map the rows that it was built over, a .npy file."""
         again = f"delete {folder} to search exactly, or make the index again"
         try:
             note = dict(json.loads((folder / _NOTE).read_text(encoding="utf-8")))
@@ -107,9 +103,6 @@ def build_approximate(rows: np.ndarray, seed: int = 0, quiet: bool = True) -> Ap
     """Learn lists and codes from a sample of rows ``(N, D)`` drawn with a seed, and fill them chunk by chunk.
 
     The same rows, seed and FAISS on the same kind of processor give the same index.
-
-    Raises:
-        UserError: If the rows are too few for it to make sense, not 2-D or not finite.
     """
     norms(rows[:1], "database")
     check_size(len(rows))
@@ -130,11 +123,8 @@ def build_approximate(rows: np.ndarray, seed: int = 0, quiet: bool = True) -> Ap
 def check_size(n: int) -> None:
     """Refuse a database of so few rows that an exact search is fast enough."""
     if n < MIN_ROWS:
-        raise UserError(
-            f"true: {n:,} rows are few; below {MIN_ROWS:,} an exact search takes less time than describing the photo, "
-            "and misses nothing: leave it out",
-            "approximate",
-        )
+        reason = f"{n:,} rows are few; below {MIN_ROWS:,} an exact search is fast, and misses nothing"
+        raise UserError(f"true: {reason}: leave it out", "approximate")
 
 
 def _usable(rows: np.ndarray) -> np.ndarray:

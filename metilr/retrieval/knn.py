@@ -25,55 +25,35 @@ N_NEIGHBOURS = 20  # looked through for matches: an exhibit has up to a dozen im
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """One prediction per query.
+    """One prediction per query."""
 
-    Attributes:
-        labels: Best class, int64; NO_LABEL if the query was skipped.
-        log_confidence: Logarithm of the softmax of the best class, float64; -inf if skipped.
-        similarity: Similarity s_c of the best class, float64 (0 if no neighbour shows it); NaN if skipped.
-        nearest: Database row that gave this similarity, int64; NO_ROW if none did.
-    """
-
-    labels: np.ndarray
-    log_confidence: np.ndarray
-    similarity: np.ndarray
-    nearest: np.ndarray
+    labels: np.ndarray  # best class, int64; NO_LABEL if the query was skipped
+    log_confidence: np.ndarray  # logarithm of the softmax of the best class, float64; -inf if skipped
+    similarity: np.ndarray  # s_c of the best class, float64 (0 if no neighbour shows it); NaN if skipped
+    nearest: np.ndarray  # database row that gave this similarity, int64; NO_ROW if none did
 
 
 @dataclass(frozen=True, eq=False)
 class Tuning:
-    """The grid point that was chosen, and GAP over the whole grid.
-
-    Attributes:
-        k: Chosen number of neighbours.
-        tau: Chosen inverse temperature.
-        surface: GAP in [0, 1] at each grid point, ``(len(k_grid), len(tau_grid))``.
-        k_grid: Numbers of neighbours tried, ascending: those asked for that the database can serve.
-        tau_grid: Inverse temperatures tried, ascending.
-    """
+    """The grid point that was chosen, and GAP over the whole grid."""
 
     k: int
     tau: float
-    surface: np.ndarray
-    k_grid: tuple[int, ...]
-    tau_grid: tuple[float, ...]
+    surface: np.ndarray  # GAP in [0, 1] at each grid point, (len(k_grid), len(tau_grid))
+    k_grid: tuple[int, ...]  # tried, ascending: those asked for that the database can serve
+    tau_grid: tuple[float, ...]  # tried, ascending
 
 
 @dataclass(frozen=True, eq=False)
 class Matches:
-    """Database images of different exhibits, most similar first; both arrays ``(Q, M)``.
+    """Database images of different exhibits, most similar first; both arrays ``(Q, M)``."""
 
-    Attributes:
-        rows: Database rows, int64; NO_ROW where the neighbours hold no further exhibit, or the query was skipped.
-        similarities: Inner products, float64; NaN where there is no row.
-    """
-
-    rows: np.ndarray
-    similarities: np.ndarray
+    rows: np.ndarray  # int64; NO_ROW where the neighbours hold no further exhibit, or the query was skipped
+    similarities: np.ndarray  # inner products, float64; NaN where there is no row
 
 
 def classify(neighbours: Neighbours, database_labels: np.ndarray, n_classes: int, k: int, tau: float) -> Predictions:
-    """Answer each query by its k nearest neighbours.
+    """Answer each query by its k nearest of at least k neighbours, whose classes are ``database_labels``, ``(N,)``.
 
     s_c is the largest similarity to a neighbour of class c among the k nearest, 0 for a class that has none.
     The answer is the class of largest s_c, the smaller label if several are equal: where no neighbour is more
@@ -81,16 +61,6 @@ def classify(neighbours: Neighbours, database_labels: np.ndarray, n_classes: int
     **all** classes, as a logarithm: -log1p(Σ exp(tau (s_c - s_best)) over the other classes). Unlike the
     softmax itself this keeps telling answers apart when the best class is far ahead: in float64 as long as
     tau times the lead over the second best class is at most 700, which a lead of at most 1 always meets here.
-
-    Args:
-        neighbours: Result of a search with at least k neighbours, ``(Q, >= k)``.
-        database_labels: Class of each database row, ``(N,)`` int64, 0 to n_classes - 1.
-        n_classes: Number of classes, those without a neighbour included.
-        k: Neighbours that count.
-        tau: Inverse temperature, above 0, at most 700.
-
-    Raises:
-        UserError: If ``k`` or ``tau`` is out of range.
 
     Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021.
     """
@@ -103,42 +73,30 @@ def with_skipped(predictions: Predictions, skipped: np.ndarray) -> Predictions:
     """Add the queries that have no descriptor (``skipped``, bool, of all queries): never right, less sure than all."""
     if (~skipped).sum() != len(predictions.labels):
         raise ValueError(f"{(~skipped).sum()} queries were not skipped, but {len(predictions.labels)} answered")
-    fills = {"labels": NO_LABEL, "log_confidence": -np.inf, "similarity": np.nan, "nearest": NO_ROW}
-    columns = {}
-    for name, fill in fills.items():
-        answered = getattr(predictions, name)
-        columns[name] = np.full(len(skipped), fill, dtype=answered.dtype)
-        columns[name][~skipped] = answered
-    return Predictions(**columns)
+
+    def spread(answered: np.ndarray, fill: float) -> np.ndarray:
+        column = np.full(len(skipped), fill, dtype=answered.dtype)
+        column[~skipped] = answered
+        return column
+
+    return Predictions(
+        spread(predictions.labels, NO_LABEL), spread(predictions.log_confidence, -np.inf),
+        spread(predictions.similarity, np.nan), spread(predictions.nearest, NO_ROW),
+    )  # fmt: skip
 
 
 def tune(
-    neighbours: Neighbours,
-    database_labels: np.ndarray,
-    n_classes: int,
-    query_labels: np.ndarray,
-    k_grid: Sequence[int] = K_GRID,
-    tau_grid: Sequence[float] = TAU_GRID,
-    skipped: np.ndarray | None = None,
-) -> Tuning:
+    neighbours: Neighbours, database_labels: np.ndarray, n_classes: int, query_labels: np.ndarray,
+    k_grid: Sequence[int] = K_GRID, tau_grid: Sequence[float] = TAU_GRID, skipped: np.ndarray | None = None,
+) -> Tuning:  # fmt: skip
     """Choose k and tau by GAP over the full grid.
 
     Equal GAPs: the smaller k, then the tau nearest ``USUAL_TAU`` by ratio. (With k = 1 every tau ranks alike, and
     the confidence should still tell something.) A k larger than the database is left out of the grid;
     ``k_grid`` of the result says which were tried.
 
-    Args:
-        neighbours: Result of one search with the largest k that fits, for the queries not skipped.
-        database_labels: As for ``classify``, and so ``n_classes``.
-        n_classes: Number of classes.
-        query_labels: True label of each query; DISTRACTOR where no exhibit is shown.
-        k_grid: Numbers of neighbours to try.
-        tau_grid: Inverse temperatures to try.
-        skipped: Whether each query has no descriptor, bool; ``neighbours`` holds the others in order. The skipped
-            ones count as wrong and rank last. None: none was skipped.
-
-    Raises:
-        UserError: If no grid point is valid, or no query shows an exhibit.
+    ``neighbours`` are of one search with the largest k that fits, for the queries not ``skipped``, in order;
+    ``query_labels`` are of all, DISTRACTOR where no exhibit is shown. Skipped ones count as wrong and rank last.
     """
     k_tried = tuple(sorted({k for k in k_grid if k <= len(database_labels)}))
     tau_tried = tuple(sorted(set(tau_grid)))
@@ -154,7 +112,6 @@ def tune(
         labels = _neighbour_labels(neighbours, database_labels, n_classes, k)
     skipped = np.zeros(len(query_labels), dtype=bool) if skipped is None else skipped
     is_first = _first_of_class(labels)
-
     surface = np.empty((len(k_tried), len(tau_tried)))
     for i, k in enumerate(k_tried):
         vote = _vote(neighbours, labels, is_first, n_classes, k)
@@ -211,7 +168,10 @@ def _vote(neighbours: Neighbours, labels: np.ndarray, is_first: np.ndarray, n_cl
     best = similarities[:, 0]
 
     # A class without a neighbour has s = 0: it wins against less than 0, and against 0 by a smaller label.
-    absent_label = _smallest_absent(labels, is_first, n_classes)
+    present = np.sort(np.where(is_first, labels, n_classes), axis=1)
+    # Distinct and ascending: as long as label i stands at place i, none is missing.
+    in_place = present == np.arange(labels.shape[1])
+    absent_label = np.where(in_place.all(axis=1), labels.shape[1], in_place.argmin(axis=1))
     absent_wins = (n_absent > 0) & ((best < 0) | ((best == 0) & (absent_label < best_label)))
     best = np.where(absent_wins, 0.0, best)
 
@@ -235,14 +195,6 @@ def _first_of_class(labels: np.ndarray) -> np.ndarray:
     is_first = np.empty_like(starts)
     np.put_along_axis(is_first, order, starts, axis=1)
     return is_first
-
-
-def _smallest_absent(labels: np.ndarray, is_first: np.ndarray, n_classes: int) -> np.ndarray:
-    """Return the smallest label that no neighbour has; n_classes if all have one."""
-    present = np.sort(np.where(is_first, labels, n_classes), axis=1)
-    # Distinct and ascending: as long as label i stands at place i, none is missing.
-    in_place = present == np.arange(labels.shape[1])
-    return np.where(in_place.all(axis=1), labels.shape[1], in_place.argmin(axis=1))
 
 
 def _neighbour_labels(neighbours: Neighbours, database_labels: np.ndarray, n_classes: int, k: int) -> np.ndarray:

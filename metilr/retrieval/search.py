@@ -25,25 +25,17 @@ SearchDevice = Literal["cpu", "gpu"]
 
 @dataclass(frozen=True, eq=False)
 class Neighbours:
-    """The k most similar database descriptors of each query, most similar first.
+    """The k most similar database descriptors of each query, most similar first."""
 
-    Attributes:
-        similarities: Inner products, ``(Q, k)`` float64, descending.
-        rows: Database rows, ``(Q, k)`` int64; equal similarities: smaller row first.
-    """
-
-    similarities: np.ndarray
-    rows: np.ndarray
+    similarities: np.ndarray  # inner products, (Q, k) float64, descending
+    rows: np.ndarray  # of the database, (Q, k) int64; equal similarities: smaller row first
 
 
 def search(
-    database: np.ndarray,
-    queries: np.ndarray,
-    k: int,
-    device: SearchDevice = "cpu",
+    database: np.ndarray, queries: np.ndarray, k: int, device: SearchDevice = "cpu",
     done: Callable[[int], None] = lambda n: None,
-) -> Neighbours:
-    """Find each query's k largest inner products over the whole database.
+) -> Neighbours:  # fmt: skip
+    """Find the k largest inner products of queries ``(Q, D)`` over a whole database ``(N, D)``, both float32.
 
     FAISS proposes ``k`` and some more candidates by float32 products. They are scored again in float64 by a sum whose
     order depends on ``D`` alone and sorted by (similarity descending, row ascending). Equal rows of the database
@@ -51,15 +43,8 @@ def search(
     that was not proposed is at most as similar as the last candidate plus the rounding bound; where the k-th neighbour
     does not clear that (say, many copies of one image), the search is widened for this query until it does.
 
-    Args:
-        database: Descriptors, ``(N, D)`` float32; may be memory-mapped, is not copied.
-        queries: Descriptors, ``(Q, D)`` float32.
-        k: Neighbours per query, 1 to N.
-        device: "cpu", or "gpu" for all GPUs, each of which holds a share of the database.
-        done: Told the number of queries that were answered since the last time.
-
-    Raises:
-        UserError: If k does not fit database or GPU, arrays are not 2-D of one width and finite, or there is no GPU.
+    The database may be memory-mapped and is not copied; on "gpu" each GPU holds a share of it. ``done`` is told how
+    many queries were answered since the last time.
     """
     import faiss  # here, as below: the options of a command do without
 
@@ -141,10 +126,7 @@ def check_device(device: SearchDevice, k: int) -> None:
     import faiss
 
     if faiss.get_num_gpus() == 0:
-        raise UserError(
-            "gpu: FAISS sees no GPU; take cpu, or install faiss-gpu and check nvidia-smi and CUDA_VISIBLE_DEVICES",
-            "search_device",
-        )
+        raise UserError("gpu: FAISS sees no GPU; take cpu, or install faiss-gpu", "search_device")
     if k + _MARGIN > GPU_MAX_K:
         raise UserError(f"{k}: a GPU selects at most {GPU_MAX_K - _MARGIN}; choose less, or search on the CPU", "k")
 
@@ -158,7 +140,7 @@ def device_for(device: SearchDevice, k: int) -> SearchDevice:
 
 
 def _gpu_search(database: np.ndarray) -> Any:
-    """Spread the database over all GPUs in float32; what is returned searches there as ``faiss.knn`` does."""
+    """Spread the database over all GPUs; what is returned searches there as ``faiss.knn`` does."""
     import faiss
 
     options = faiss.GpuMultipleClonerOptions()
@@ -170,11 +152,7 @@ def _gpu_search(database: np.ndarray) -> Any:
 
 
 def norms(descriptors: np.ndarray, name: str) -> np.ndarray:
-    """Return the lengths of descriptors ``(N, D)``, float64 ``(N,)``; none comes out too short.
-
-    Raises:
-        UserError: If they are no table of finite numbers; ``name`` says which these are.
-    """
+    """Return the lengths of finite descriptors ``(N, D)``, float64 ``(N,)``; none comes out too short."""
     if descriptors.ndim != 2 or descriptors.shape[1] == 0:
         raise UserError(f"{name} descriptors have shape {descriptors.shape}: expected (rows, width)")
     blocks = (descriptors[i : i + 2**13] for i in range(0, len(descriptors), 2**13))

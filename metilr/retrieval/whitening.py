@@ -21,23 +21,14 @@ _SAME_MAGNITUDE = 1e-6  # far above eigh's rounding, far below any difference th
 
 @dataclass(frozen=True, eq=False)
 class PCAWhitening:
-    """An affine map that decorrelates descriptors and gives their directions equal variance.
+    """An affine map that decorrelates descriptors and gives their directions equal variance; all in float64."""
 
-    Attributes:
-        mean: Mean of the database's descriptors, ``(D,)`` float64.
-        projection: Eigenvectors divided by eigenvalue**(shrinkage / 2), ``(D, dim)`` float64.
-        eigenvalues: Of the covariance, descending, ``(D,)`` float64; the first ``dim`` belong to ``projection``.
-        shrinkage: 1 is whitening, 0 is plain PCA.
-        n: Number of descriptors it was learned on.
-        supported_dim: Numerical rank of the covariance, the largest ``dim`` that the data supports.
-    """
-
-    mean: np.ndarray
-    projection: np.ndarray
-    eigenvalues: np.ndarray
-    shrinkage: float
-    n: int
-    supported_dim: int
+    mean: np.ndarray  # of the database's descriptors, (D,)
+    projection: np.ndarray  # eigenvectors divided by eigenvalue**(shrinkage / 2), (D, dim)
+    eigenvalues: np.ndarray  # of the covariance, descending, (D,); the first dim belong to projection
+    shrinkage: float  # 1 is whitening, 0 is plain PCA
+    n: int  # descriptors it was learned on
+    supported_dim: int  # numerical rank of the covariance, the largest dim that the data supports
 
     format: ClassVar[str] = "metilr.PCAWhitening/1"
 
@@ -66,9 +57,6 @@ class PCAWhitening:
         Computed in float64 in blocks of rows: the directions of small variance are differences of nearly equal
         numbers, which float32 sums would lose. Only the result is rounded to float32. ``x`` may be memory-mapped, and
         is never copied whole. A descriptor equal to the mean has no direction and stays zero.
-
-        Raises:
-            UserError: If the width differs from ``D``, or a descriptor holds NaN or infinity.
         """
         if x.ndim != 2 or x.shape[1] != len(self.mean):
             raise UserError(
@@ -91,19 +79,14 @@ class PCAWhitening:
 
     def save(self, path: str | Path) -> None:
         """Write everything to one ``.npz`` file, whole or not at all; its folder is made if need be."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = parts_of_whitening(self)
-        with replaced_file(path) as file:
+        with replaced_file(Path(path)) as file:
             np.savez(file, format=np.array(self.format), **arrays)
 
     @staticmethod
     def load(path: str | Path) -> "PCAWhitening":
-        """Read what ``save`` wrote, of either kind; no pickle code is run.
-
-        Raises:
-            UserError: If the file is missing, truncated, or not a whitening of metilr.
-        """
+        """Read what ``save`` wrote, of either kind; no pickle code is run."""
         try:
             parts = read_npz(Path(path))
             return whitening_from_parts(str(parts["format"]), parts)
@@ -116,14 +99,11 @@ class PCAWhitening:
 class LearnedWhitening(PCAWhitening):
     """PCA of the database where differences within pairs have equal variance in all directions.
 
-    Attributes:
-        eigenvalues: Of the database's covariance there, descending, ``(D,)`` float64; ``projection`` is not divided by
-            them.
-        shrinkage: Weight of the identity in the covariance of differences, in (0, 1].
-        n_pairs: Number of pairs it was learned on.
+    ``eigenvalues`` are of the database's covariance there, and ``projection`` is not divided by them; ``shrinkage`` is
+    the weight of the identity in the covariance of differences, in (0, 1].
     """
 
-    n_pairs: int
+    n_pairs: int  # it was learned on
 
     format: ClassVar[str] = "metilr.LearnedWhitening/1"
 
@@ -136,9 +116,7 @@ def parts_of_whitening(whitening: PCAWhitening) -> dict[str, np.ndarray]:
 def whitening_from_parts(kind: str, parts: Mapping[str, np.ndarray]) -> PCAWhitening:
     """Put together what ``parts_of_whitening`` took apart; ``kind`` is the class's ``format``.
 
-    Raises:
-        KeyError: If the kind is unknown or a part is missing.
-        ValueError: Or of another type, if the parts do not fit each other.
+    Parts of strangers that are missing or do not fit raise KeyError, ValueError, or another type.
     """
     whitening = {each.format: each for each in (PCAWhitening, LearnedWhitening)}[kind]
     wanted = {field.name: parts[field.name] for field in dataclasses.fields(whitening)}
@@ -158,14 +136,8 @@ def fit_pca_whitening(chunks: Iterable[np.ndarray], dim: int | None = None, shri
     Beyond it an eigenvector is noise that dividing by the root of its eigenvalue would blow up.
     Sign: in each eigenvector the first component whose magnitude is the largest (to 1e-6) is positive.
 
-    Args:
-        chunks: Descriptors in any number of pieces, each ``(n_i, D)`` float32.
-        dim: Dimensions to keep. None keeps ``min(DEFAULT_DIM, rank)``; see ``supported_dim`` of the result.
-        shrinkage: 1 is whitening, 0 is plain PCA, between them part of the way.
-
-    Raises:
-        UserError: If ``dim`` passes the rank (the largest possible is named), ``shrinkage`` lies outside
-            [0, 1], there are fewer than 2 descriptors, all are the same, or one holds NaN or infinity.
+    ``chunks`` are any number of pieces, each ``(n_i, D)`` float32; without ``dim``, ``min(DEFAULT_DIM, rank)``
+    dimensions are kept. ``shrinkage`` 1 is whitening, 0 plain PCA, between them part of the way.
 
     Source: Jégou and Chum, Negative evidences and co-occurrences in image retrieval, ECCV 2012; the Met
     benchmark's code. Differs from scikit-learn's ``PCA(whiten=True)``, which divides by n - 1 and does
@@ -180,11 +152,9 @@ def fit_pca_whitening(chunks: Iterable[np.ndarray], dim: int | None = None, shri
 
 
 def fit_learned_whitening(
-    database: Iterable[np.ndarray],
-    differences: Iterable[np.ndarray],
-    dim: int | None = None,
+    database: Iterable[np.ndarray], differences: Iterable[np.ndarray], dim: int | None = None,
     shrinkage: float = PAIR_SHRINKAGE,
-) -> LearnedWhitening:
+) -> LearnedWhitening:  # fmt: skip
     """Learn a whitening from pairs of descriptors that show the same exhibit, in one pass over each input.
 
     Let C be the mean of d dᵀ over the pairs' differences d, and t = trace(C) / D. The metric is
@@ -192,14 +162,8 @@ def fit_learned_whitening(
     projection is S^(-1/2) E, E the ``dim`` leading eigenvectors of S^(-1/2) covariance(database) S^(-1/2). All in
     float64. Because the identity is in S, fewer pairs than dimensions will do.
 
-    Args:
-        database: Descriptors in any number of pieces, each ``(n_i, D)`` float32.
-        differences: Of pairs, the same form; a pair counts once, in either direction.
-        dim: Dimensions to keep; None: as many as the database supports.
-        shrinkage: Weight of the identity, above 0, at most 1 (1: plain PCA).
-
-    Raises:
-        UserError: As ``fit_pca_whitening``; or if there is no pair or the differences are all zero.
+    Both inputs come in pieces as for ``fit_pca_whitening``; a pair counts once, in either direction. Without ``dim``
+    as many dimensions are kept as the database supports. ``shrinkage`` 1 is plain PCA.
 
     Source: Mikolajczyk and Matas, Improving Descriptors for Fast Tree Matching by Optimal Linear Projection, ICCV
     2007; Radenović et al., Fine-tuning CNN Image Retrieval with No Human Annotation, TPAMI 2019, section 4.2. Differs
@@ -233,9 +197,7 @@ def _leading(covariance: np.ndarray, n: int, dim: int | None, most: int) -> tupl
     tolerance = max(n, width) * np.finfo(np.float64).eps * max(float(eigenvalues[0]), 0.0)
     rank = min(int((eigenvalues > tolerance).sum()), n - 1)
     if rank == 0:
-        raise UserError(
-            f"all {n} database descriptors are the same: there is nothing to whiten; check the model and its weights"
-        )
+        raise UserError(f"all {n} database descriptors are the same: there is nothing to whiten; check the model")
     dim = min(most, rank) if dim is None else dim
     if not 1 <= dim <= rank:
         raise UserError(f"{dim}: {n} database descriptors of width {width} support 1 to {rank}", "dim")

@@ -17,7 +17,7 @@ from metilr.metrics import ACC, GAP, GAPMinus
 from metilr.models.backbone import build_backbone
 from metilr.models.checkpoints import FORMAT, model_entry
 from metilr.models.embedder import Embedder, Projector
-from metilr.models.pooling import GeM, build_pooling
+from metilr.models.pooling import Pooling
 from metilr.provenance import commit, library_versions, machine
 from metilr.training import FineTuningOptions
 from metilr.training.datamodule import PairDataModule
@@ -38,7 +38,7 @@ class FineTuning(pl.LightningModule):
         super().__init__()
         self.options, self.run_config, self.resumed = options, dict(run_config or {}), False
         network = build_backbone(options.backbone, options.weights, options.stage, options.patch_rounding, seed)
-        pool = build_pooling(options.pooling, options.p, learnable=options.learn_p)
+        pool = Pooling(options.pooling, options.p, learnable=options.learn_p)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             projector = None if options.projector_dim is None else Projector(network.width, options.projector_dim)
@@ -119,7 +119,7 @@ class FineTuning(pl.LightningModule):
             remedy = "lower lr, or take precision 32; finished epochs are kept"
             raise UserError(f"the loss is {loss.item()} in epoch {self.current_epoch}: {remedy}")
         figures = {"loss": loss.detach(), **figures}
-        if isinstance(self.embedder.pooling, GeM):
+        if self.embedder.pooling.kind == "gem":
             figures["p"] = self.embedder.pooling.p.detach().mean()
         self.log_dict({f"train/{name}": value for name, value in figures.items()}, batch_size=len(first))
         self.log("train/epoch_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(first), prog_bar=True)
@@ -127,7 +127,7 @@ class FineTuning(pl.LightningModule):
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
-        if self.options.learn_p and isinstance(self.embedder.pooling, GeM):
+        if self.options.learn_p and self.embedder.pooling.kind == "gem":
             with torch.no_grad():
                 self.embedder.pooling.p.clamp_(*P_BOUNDS)
 

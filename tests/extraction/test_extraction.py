@@ -26,7 +26,7 @@ from metilr.extraction.options import ExtractionOptions
 from metilr.extraction.store import SPLITS, DescriptorStore
 from metilr.models.backbone import build_backbone
 from metilr.models.embedder import Embedder
-from metilr.models.pooling import build_pooling
+from metilr.models.pooling import Pooling
 from tests.test_launch import state_of_process
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -48,7 +48,7 @@ def museum(drawn, tmp_path) -> GroundTruth:
 
 @pytest.fixture(scope="module")
 def embedder() -> Embedder:
-    return Embedder(build_backbone("timm/test_resnet", "random"), build_pooling("gem")).eval()
+    return Embedder(build_backbone("timm/test_resnet", "random"), Pooling("gem")).eval()
 
 
 def describe(embedder, museum, path, options=ON_CPU, views=()) -> DescriptorStore:
@@ -337,7 +337,7 @@ def test_other_settings_make_another_store(embedder, museum, tmp_path, monkeypat
 
 
 def test_a_descriptor_that_is_not_finite_stops_the_run_and_names_the_image(museum, tmp_path):
-    broken = Embedder(build_backbone("timm/test_resnet", "random"), build_pooling("gem")).eval()
+    broken = Embedder(build_backbone("timm/test_resnet", "random"), Pooling("gem")).eval()
     with torch.no_grad():
         next(broken.backbone.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match=r"\.jpg: its descriptor is not finite"):

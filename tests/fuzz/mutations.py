@@ -1,6 +1,7 @@
 """Random damage with a fixed seed: to bytes, and to what JSON, YAML and checkpoints hold."""
 
 import copy
+import json
 import os
 import random
 import struct
@@ -84,6 +85,24 @@ def mutated_value(value: Any, rng: random.Random, hostile: Sequence[Any] = HOSTI
         else:
             holder[key] = copy.deepcopy(rng.choice(hostile))
     return changed
+
+
+def json_cases(whole: Any, n: int, tokens: Sequence[bytes], hostile: Sequence[Any] = HOSTILE_VALUES) -> Iterator[bytes]:
+    """JSON with each of its parts replaced, with several, and with other bytes; n of each of the last two."""
+    for changed in (*each_replaced(whole, hostile), *(mutated_value(whole, rng) for rng in cases(n))):
+        yield json.dumps(changed).encode()
+    for rng in cases(n):
+        yield mutated(json.dumps(whole).encode(), rng, tokens)
+
+
+class Program:
+    """What a hostile pickle runs."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
 
 
 def each_replaced(value: Any, hostile: Sequence[Any] = HOSTILE_VALUES) -> Iterator[Any]:

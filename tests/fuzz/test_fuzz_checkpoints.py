@@ -1,7 +1,6 @@
 """Checkpoints, metilr's and the reference code's, and weights files."""
 
 import io
-import os
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -12,33 +11,23 @@ import timm
 import torch
 
 from metilr.evaluation.database import load_whitening
-from metilr.models.backbone import backbone_shapes
 from metilr.models.checkpoints import FORMAT, load_embedder, model_entry, read_checkpoint
 from metilr.models.embedder import Embedder, build_embedder
 from metilr.models.weights import read_state_dict
 from metilr.retrieval.whitening import PCAWhitening
 from tests.fuzz.guard import refusal
-from tests.fuzz.mutations import SHARED, cases, each_replaced, mutated, mutated_value
+from tests.fuzz.mutations import SHARED, Program, cases, each_replaced, mutated, mutated_value
 
 STATE = {"module.a.weight": torch.arange(6.0).reshape(2, 3), "module.b": torch.tensor([1], dtype=torch.int64)}
 TOKENS = (
     b"cos\nsystem\n", b"R", b"c__builtin__\neval\n", b"torch._utils\n_rebuild_tensor_v2\n", b"\x80\x02",
-    b"X\xff\xff\xff\x7f",
-    b"K\xff", b"J\xff\xff\xff\x7f", b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f", b"PK\x03\x04", b"PK\x01\x02",
-    b"PK\x05\x06", b".",
+    b"X\xff\xff\xff\x7f", b"K\xff", b"J\xff\xff\xff\x7f", b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f", b"PK\x03\x04",
+    b"PK\x01\x02", b"PK\x05\x06", b".",
 )  # fmt: skip
 SAFE_TOKENS = (
     b"[999999999999,3]", b"F64", b"BOOL", b"I8", b"-1", b"[0,0]", b"[3]", b'"', b"{" * 500, b"F8_E4M3", b"[]",
 )  # fmt: skip
 HOSTILE = (None, 3, "x", torch.zeros(0), torch.zeros(3, 3), torch.zeros(64, dtype=torch.bool), [1.0])
-
-
-class Program:
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
 
 
 def saved(content, **options):
@@ -100,19 +89,18 @@ def why_refused(file, load=load_embedder):
     return said[0] if said else None
 
 
-def tiny_checkpoint():
+@pytest.fixture(scope="module")
+def whole():
     torch.manual_seed(0)
     embedder = build_embedder("timm/test_resnet", "random", "gem", 3.0, None, (1.0,))
     state = {f"embedder.{name}": value for name, value in embedder.state_dict().items()}
-    entry = {
-        "format": FORMAT, "model": model_entry(embedder, 64), "provenance": {"source": "x", "licence": None},
-    }  # fmt: skip
+    model = {**model_entry(embedder, 64), "scales": [1.0]}
+    entry = {"format": FORMAT, "model": model, "provenance": {"source": "x", "licence": None}}
     return {"state_dict": state, "metilr": entry, "epoch": 1}
 
 
-def test_changed_entries_of_checkpoints(tmp_path):
-    file, whole, n_read = tmp_path / "a.ckpt", tiny_checkpoint(), 0
-    whole["metilr"]["model"]["scales"] = [*whole["metilr"]["model"]["scales"]]
+def test_changed_entries_of_checkpoints(tmp_path, whole):
+    file, n_read = tmp_path / "a.ckpt", 0
     for rng in cases(75):
         torch.save({**whole, "metilr": mutated_value(whole["metilr"], rng)}, file)
         with refusal(file) as said:
@@ -125,9 +113,9 @@ def test_changed_entries_of_checkpoints(tmp_path):
     assert n_read > 5
 
 
-def test_entries_whose_parts_share_their_parts(tmp_path):
+def test_entries_whose_parts_share_their_parts(tmp_path, whole):
     """A file keeps them short; in a message or a comparison they would be gigabytes."""
-    file, whole = tmp_path / "a.ckpt", tiny_checkpoint()
+    file = tmp_path / "a.ckpt"
     for changed in each_replaced(whole["metilr"], (SHARED, OrderedDict(a=SHARED), (SHARED, 1))):
         torch.save({**whole, "metilr": changed}, file)
         why_refused(file)
@@ -135,8 +123,8 @@ def test_entries_whose_parts_share_their_parts(tmp_path):
         assert why_refused(file, load_whitening)
 
 
-def test_changed_tensors_of_checkpoints(tmp_path):
-    file, whole = tmp_path / "a.ckpt", tiny_checkpoint()
+def test_changed_tensors_of_checkpoints(tmp_path, whole):
+    file = tmp_path / "a.ckpt"
     for rng in cases(30):
         state = dict(whole["state_dict"])
         state[rng.choice([*state, "embedder.new", "other", 3])] = rng.choice(HOSTILE)
@@ -150,39 +138,20 @@ def test_changed_tensors_of_checkpoints(tmp_path):
 HUGE = "timm/vit_gigantic_patch14_clip_224"  # 7 GB, where a case has 1
 
 
-def name_huge(whole):
-    whole["metilr"]["model"]["backbone"] = HUGE
-
-
-def one_number_many_times(whole):
-    """All names and shapes are right, and the file is small."""
-    name_huge(whole)
-    claims = {f"embedder.backbone.model.{name}": shape for name, shape in backbone_shapes(HUGE).items()}
-    whole["state_dict"] = {name: torch.zeros(()).expand(shape) for name, shape in claims.items()}
-
-
-def wide_projector(whole, shape=(2**20, 1)):
-    """As a layer of the network's width it would take 2 GB."""
-    whole["metilr"]["model"]["projector_dim"] = shape[0]
-    whole["state_dict"]["embedder.projector.linear.weight"] = torch.zeros(shape)
-    whole["state_dict"]["embedder.projector.linear.bias"] = torch.zeros(shape[0])
-
-
-def projector_of_another_width(whole):
-    wide_projector(whole, (1, 2**20))
-
-
 @pytest.mark.parametrize(
-    ("change", "said"),
-    [(name_huge, f"for {HUGE}: the weights do not fit (missing: backbone.model.blocks.0"),
-     (one_number_many_times, "its tensors claim more numbers than the file has"),
-     (wide_projector, "makes no model (ValueError: the projector has another shape"),
-     (projector_of_another_width, "makes no model (ValueError: the projector has another shape")],
-)  # fmt: skip
-def test_a_model_that_takes_memory_is_refused_before(tmp_path, change, said):
-    file, whole = tmp_path / "a.ckpt", tiny_checkpoint()
-    change(whole)
-    torch.save(whole, file)
+    ("changes", "tensors", "said"),
+    [
+        ({"backbone": HUGE}, {}, f"for {HUGE}: the weights do not fit (missing: backbone.model.blocks.0"),
+        ({}, {"embedder.x": torch.zeros(()).expand(2**33)}, "its tensors claim more numbers than the file has"),
+        # As a layer of the network's width it would take 2 GB.
+        ({"projector_dim": 2**20}, {"embedder.projector.linear.weight": torch.zeros(2**20, 1)}, "the projector is ("),
+        ({"projector_dim": 1}, {"embedder.projector.linear.weight": torch.zeros(1, 2**20)}, "the projector is ("),
+    ],
+)
+def test_a_model_that_takes_memory_is_refused_before(tmp_path, whole, changes, tensors, said):
+    file, entry = tmp_path / "a.ckpt", whole["metilr"]
+    changed = {**entry, "model": {**entry["model"], **changes}}
+    torch.save({"state_dict": {**whole["state_dict"], **tensors}, "metilr": changed}, file)
     assert said in why_refused(file)
 
 
@@ -195,7 +164,7 @@ def test_reference_weights_that_name_a_large_network(tmp_path, monkeypatch):
     torch.save({"state_dict": state}, file)
     built = []
     monkeypatch.setattr("metilr.models.checkpoints.build_backbone", lambda *_: built.append(True))
-    assert "for resnext101_32x16d: the weights do not fit" in why_refused(file) and not built
+    assert "for timm/resnext101_32x16d: the weights do not fit" in why_refused(file) and not built
 
 
 def test_changed_reference_checkpoints(tmp_path):

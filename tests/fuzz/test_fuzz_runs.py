@@ -1,15 +1,30 @@
-"""What an evaluation wrote, read back: results.json, config.yaml, predictions."""
+"""Runs of somebody else's: read back, and used by the commands that take one."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 from hypothesis import given, strategies as st
 
+from metilr.cli import options_of
+from metilr.collection.open_collection import open_with_threshold
+from metilr.collection.threshold import PhotoOptions, collection_document
+from metilr.commands.compare import compare
+from metilr.commands.evaluate import evaluate
+from metilr.commands.pack import pack
+from metilr.commands.rerun import _options, compare_results
+from metilr.data.decode import load_image
+from metilr.errors import UserError
 from metilr.evaluation.results import PREDICTION_COLUMNS, read_results, read_run
 from metilr.metrics import DISTRACTOR
+from metilr.report import plots
+from tests import small_runs
 from tests.fuzz.guard import refusal
 from tests.fuzz.mutations import HOSTILE_VALUES, PROPERTIES, cases, each_replaced, mutated, mutated_value
+from tests.museum import write_museum
 
 FIGURES = {
     "gap": 0.5, "gap_minus": 0.6, "acc": 0.7, "n_queries": 3, "n_met": 2,
@@ -92,27 +107,19 @@ def test_each_part_of_the_results_replaced(tmp_path):
     assert n_read > 100
 
 
-def test_changed_results(tmp_path):
-    make(tmp_path)
-    n_read = 0
-    contents = [json.dumps(mutated_value(RESULTS, rng)).encode() for rng in cases(75)]
-    contents += [mutated(json.dumps(RESULTS).encode(), rng, JSON_TOKENS) for rng in cases(125)]
+@pytest.mark.parametrize(("name", "least"), [("results.json", 4), ("config.yaml", 10), ("predictions/val.csv", 20)])
+def test_changed_files_of_a_run(tmp_path, name, least):
+    files, n_read = make(tmp_path), 0
+    tokens = {"results.json": JSON_TOKENS, "config.yaml": YAML_TOKENS, "predictions/val.csv": CSV_TOKENS}[name]
+    contents = [mutated(files[name], rng, tokens) for rng in cases(125 if name != "predictions/val.csv" else 300)]
+    if name == "results.json":
+        contents += [json.dumps(mutated_value(RESULTS, rng)).encode() for rng in cases(75)]
+    if name == "config.yaml":
+        contents += [b"a: " + token for token in YAML_TOKENS]
     for content in contents:
-        (tmp_path / "results.json").write_bytes(content)
+        (tmp_path / name).write_bytes(content)
         n_read += not read(tmp_path)
-    assert n_read > 4
-
-
-def test_changed_configurations(tmp_path):
-    whole = make(tmp_path)["config.yaml"]
-    n_read = 0
-    for rng in cases(175):
-        (tmp_path / "config.yaml").write_bytes(mutated(whole, rng, YAML_TOKENS))
-        n_read += not read(tmp_path)
-    assert n_read > 10
-    for token in YAML_TOKENS:
-        (tmp_path / "config.yaml").write_bytes(b"a: " + token)
-        read(tmp_path)
+    assert n_read > least
 
 
 def test_aliases_which_can_stand_for_gigabytes_are_refused(tmp_path):
@@ -120,15 +127,6 @@ def test_aliases_which_can_stand_for_gigabytes_are_refused(tmp_path):
     lists = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 60)]
     (tmp_path / "config.yaml").write_text("\n".join(["a0: &a0 [x, x]", *lists]))
     assert "it has aliases" in read(tmp_path)[0]
-
-
-def test_changed_predictions(tmp_path):
-    make(tmp_path)
-    n_read = 0
-    for rng in cases(450):
-        (tmp_path / "predictions" / "val.csv").write_bytes(mutated(CSV, rng, CSV_TOKENS))
-        n_read += not read(tmp_path)
-    assert n_read > 30
 
 
 @PROPERTIES
@@ -146,3 +144,84 @@ def test_predictions_are_read_as_written(tmp_path, rows):
         *(x.tolist() for x in (answers.exhibit_ids, answers.predicted_ids, answers.log_confidence)), strict=True
     )
     assert [*found] == rows
+
+
+YAML_VALUES = tuple(value for value in HOSTILE_VALUES if value != "\ud800")  # which PyYAML does not write
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run with all that a run can have."""
+    folder = tmp_path_factory.mktemp("used")
+    small_runs.evaluate(
+        write_museum(folder / "museum"), backbone="timm/test_resnet", weights="random", scales=[1.0], accelerator="cpu",
+        num_workers=0, store=folder / "store", output=folder / "run", report=False, wandb="off", quiet=True,
+        whitening="learned", visits=2, database_views="rows", query_crops=[0.8, 0.5],
+    )  # fmt: skip
+    return folder / "run"
+
+
+def use(run: Path, whole: Path, output: Path) -> int:
+    """How many of the commands take it; the others must say why they do not."""
+    n_taken = 0
+    with refusal(run) as said:
+        collection, _ = open_with_threshold(PhotoOptions(run, accelerator="cpu"))
+        answer = collection.answer(load_image(collection.image(0)), 2)
+        assert answer.exhibit in collection.exhibits and len(answer.matches) <= 2
+        json.dumps(collection_document(collection), allow_nan=False)
+    n_taken += not said
+    with refusal(run) as said:
+        compare([run, whole], output / "compared")
+        assert json.loads((output / "compared" / "comparison.json").read_text())
+    n_taken += not said
+    with refusal(run) as said:
+        (output / "packed.ckpt").unlink(missing_ok=True)
+        pack(run, output / "packed.ckpt")
+    n_taken += not said
+    with refusal(run) as said:
+        recorded = read_results(run)
+        assert options_of(evaluate, _options(run, recorded))
+        json.dumps(compare_results(recorded, read_results(whole)), allow_nan=False)
+    return n_taken + (not said)
+
+
+@pytest.fixture
+def changed(whole, tmp_path, monkeypatch) -> Path:
+    plot, n_drawn = plots.plot_comparison, iter(range(10**9))
+
+    def plot_some(*arguments):
+        if next(n_drawn) % 10 == 0:  # it takes most of the time
+            plot(*arguments)
+
+    monkeypatch.setattr(plots, "plot_comparison", plot_some)
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("element", "value"), [("dba", 2), ("crop_similarity", "mean"), ("database_views", "mean")])
+def test_elements_that_were_deleted_are_refused_where_photos_are_answered(changed, element, value):
+    content = json.loads((changed / "results.json").read_text())
+    content["elements"][element] = value
+    (changed / "results.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{changed}: was evaluated with {element} '?{value}'?: "):
+        open_with_threshold(PhotoOptions(changed, accelerator="cpu"))
+
+
+def test_changed_results_in_use(changed, whole, tmp_path):
+    content, n_taken = json.loads((whole / "results.json").read_text()), 0
+    content["knn"]["grid"] = {"k": [1, 2], "tau": [1, 5], "val_gap": []}  # fewer places of no interest
+    for split in ("val", "test"):
+        del content[split]["open_set"]
+    for rng in cases(25):
+        (changed / "results.json").write_text(json.dumps(mutated_value(content, rng)))
+        n_taken += use(changed, whole, tmp_path)
+    assert n_taken > 10
+
+
+def test_changed_configurations_in_use(changed, whole, tmp_path):
+    content, n_taken = yaml.safe_load((whole / "config.yaml").read_text()), 0
+    weights = {"weights": content.pop("weights")}  # without them it would ask the network
+    for rng in cases(10):
+        (changed / "config.yaml").write_text(yaml.safe_dump(mutated_value(content, rng, YAML_VALUES) | weights))
+        n_taken += use(changed, whole, tmp_path)
+    assert n_taken > 10

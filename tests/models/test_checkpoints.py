@@ -46,8 +46,7 @@ def plain_descriptors(network, images, projector=None):
     return x
 
 
-@pytest.mark.parametrize("sequential", [True, False])
-@pytest.mark.parametrize("with_projector", [True, False])
+@pytest.mark.parametrize(("with_projector", "sequential"), [(True, True), (False, False)])
 def test_a_reference_checkpoint(tmp_path, with_projector, sequential):
     network, weight, bias = reference_checkpoint(tmp_path / "a.ckpt", projector=with_projector, sequential=sequential)
     embedder = load_embedder(tmp_path / "a.ckpt")
@@ -58,7 +57,7 @@ def test_a_reference_checkpoint(tmp_path, with_projector, sequential):
         torch.testing.assert_close(embedder(images), expected)
 
 
-@pytest.mark.parametrize("architecture", ["resnet34", "resnet50", "resnext50_32x4d"])
+@pytest.mark.parametrize("architecture", ["resnet34", "resnext50_32x4d"])
 def test_the_architecture_is_read_from_the_shapes(tmp_path, architecture):
     reference_checkpoint(tmp_path / "a.ckpt", architecture)
     assert load_embedder(tmp_path / "a.ckpt").backbone.name == f"timm/{architecture}"
@@ -178,7 +177,7 @@ def test_another_architecture_and_missing_keys(tmp_path):
     content = torch.load(file, weights_only=False)
     del content["state_dict"]["backbone.backbone.7.1.conv2.weight"]
     torch.save(content, file)
-    with pytest.raises(UserError, match=r"missing: layer4\.1\.conv2\.weight"):
+    with pytest.raises(UserError, match=r"missing: backbone\.model\.layer4\.1\.conv2\.weight"):
         load_embedder(file)
     content["metilr"] = {"format": "metilr.checkpoint/99"}
     torch.save(content, file)

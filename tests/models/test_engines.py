@@ -10,12 +10,10 @@ from functools import partial
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from rich.console import Console
-from timm.layers import Conv2dSame, ScaledStdConv2dSame, StdConv2dSame, padding
-from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
+from timm.layers import Conv2dSame, padding
 from torch import nn
 from torch.nn import functional as F
 
@@ -34,7 +32,7 @@ openvino = pytest.importorskip("openvino", reason="needs metilr[openvino]")
 HAS_BFLOAT16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no bfloat16 arithmetic")
 
-SHAPES = [(393, 258), (301, 333), (128, 400)]  # odd sides beyond 256 among them
+SHAPES = [(393, 258), (301, 333), (128, 200)]  # odd sides beyond 256 among them
 
 
 def images(height, width, n=2):
@@ -50,7 +48,7 @@ def enlarged(museum):
     return museum
 
 
-@pytest.fixture(scope="module", params=["timm/test_resnet", "timm/test_efficientnet", "lite0_in"])
+@pytest.fixture(scope="module", params=["timm/test_resnet", "timm/test_efficientnet"])
 def backbone(request):
     return build_backbone(request.param, "random")
 
@@ -58,10 +56,11 @@ def backbone(request):
 @torch.inference_mode()
 def test_openvino_computes_what_pytorch_does(backbone):
     engine = start_engine("openvino", backbone, "32")
-    for shape in SHAPES:
-        found, expected = engine(images(*shape)), backbone(images(*shape))
-        assert found.cls is None
-        torch.testing.assert_close(found.map, expected.map, rtol=1e-3, atol=1e-4 * expected.map.abs().max().item())
+    found = [engine(images(*shape)) for shape in SHAPES]  # none is overwritten by the next
+    for shape, features in zip(SHAPES, found, strict=True):
+        expected = backbone(images(*shape)).map
+        assert features.cls is None
+        torch.testing.assert_close(features.map, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
 @needs_bfloat16
@@ -93,51 +92,23 @@ class Padded(nn.Module):
         return Features(self.last(F.relu(self.layer(F.relu(self.first(images))))), None)
 
 
-@needs_bfloat16
-@pytest.mark.parametrize(
-    "layer",
-    [
-        lambda: Conv2dSame(8, 8, 3, 2), lambda: StdConv2dSame(8, 8, 3, 2), lambda: ScaledStdConv2dSame(8, 8, 3, 2),
-        lambda: MaxPool2dSame(3, 2), lambda: AvgPool2dSame(3, 2),
-    ],
-    ids=["Conv2dSame", "StdConv2dSame", "ScaledStdConv2dSame", "MaxPool2dSame", "AvgPool2dSame"],
-)  # fmt: skip
-@torch.inference_mode()
-def test_layers_that_pad_by_the_image_s_side_in_bfloat16(layer):
-    """OpenVINO rounds what timm computes of a side; the probe at 301 px does not meet it here."""
-    padded = Padded(layer()).eval()
-    engine = engines.OpenVINOEngine(padded, "bf16-mixed")
-    for side in (517, 601):
-        found, expected = engine(images(side, side, 1)).map, padded(images(side, side, 1)).map
-        assert found.shape == expected.shape
-        assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.999
-
-
 def layer_kinds(module, example):
     return [node.get_type_name() for node in engines._converted(module, example, "network").get_ops()]
 
 
-@pytest.mark.parametrize("groups", [1, 8])
-@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 2, 1), (5, 2, 1), (3, 1, 2), (5, 3, 1), (1, 2, 1)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "groups"), [(3, 2, 1, 1), (5, 2, 1, 8), (3, 1, 2, 1), (5, 3, 1, 8), (1, 2, 1, 1)]
+)
 @torch.inference_mode()
 def test_convolutions_pad_as_timm_s_do(kernel, stride, dilation, groups):
     padded = Padded(Conv2dSame(8, 8, kernel, stride, dilation=dilation, groups=groups, bias=True)).eval()
     with torch.inference_mode(False), torch.no_grad():
         assert "Pad" not in layer_kinds(engines._MapOf(padded), images(60, 80, 1))
     engine = engines.OpenVINOEngine(padded, "32")
-    for height in range(33, 46):
+    for height in range(33, 46, 3):
         shape = height, 50 - height // 3
         found, expected = engine(images(*shape)).map, padded(images(*shape)).map
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@torch.inference_mode()
-def test_a_result_is_not_overwritten_by_the_next(backbone):
-    engine = start_engine("openvino", backbone, "32")
-    first = engine(images(80, 70)).map
-    before = first.clone()
-    engine(-images(80, 70))
-    torch.testing.assert_close(first, before, rtol=0, atol=0)
 
 
 def test_conversion_reports_nothing_to_anybody(monkeypatch):
@@ -160,7 +131,7 @@ def test_an_engine_that_computes_something_else_is_refused(monkeypatch, fault):
 
     backbone, converted = build_backbone("timm/test_resnet", "random"), engines._converted
     monkeypatch.setattr(engines, "_converted", lambda part, *others: converted(Wrong(backbone), *others))
-    with pytest.raises(UserError, match=r"otherwise than PyTorch \((shape|cosine)"):
+    with pytest.raises(UserError, match=r"otherwise than PyTorch \(cosine"):
         start_engine("openvino", backbone, "32")
 
 
@@ -269,18 +240,6 @@ def test_an_efficientnet_starts_in_float32_under_autocast():
     assert seen == {"conv_stem": torch.float32, "blocks.3": torch.float32, "blocks.4": torch.bfloat16}
 
 
-def test_gradient_checkpointing_of_an_efficientnet_changes_no_gradient():
-    gradients = []
-    for checkpointing in (False, True):
-        backbone = build_backbone("timm/test_efficientnet", "random")
-        assert isinstance(backbone.model, timm.models.EfficientNet)
-        backbone.model.set_grad_checkpointing(checkpointing)
-        backbone(images(64, 48).requires_grad_()).map.square().mean().backward()
-        gradients.append([parameter.grad.clone() for parameter in backbone.model.parameters()])
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, checkpointed)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @torch.inference_mode()
@@ -323,7 +282,11 @@ def graphs(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "batches", "most"),
-    [("timm/test_resnet", (2, 1, 16), 4 if NEW_TORCH else 6), ("timm/test_vit", (2, 1), 2), ("lite0_in", (2, 1), 2)],
+    [
+        ("timm/test_resnet", (2, 1, 16), 4 if NEW_TORCH else 6),
+        ("timm/test_vit", (2, 1), 2),
+        ("timm/test_efficientnet", (2, 1), 2),
+    ],
 )
 @torch.inference_mode()
 def test_a_few_graphs_serve_all_shapes_and_batches(name, batches, most, graphs):
@@ -351,20 +314,6 @@ def test_a_compiled_backbone_never_goes_on_uncompiled(graphs, monkeypatch):
     compiled(images(64, 50, 2))
     with pytest.raises(UserError, match="timm/test_resnet would be compiled anew for most image shapes"):
         compiled(images(64, 50, 1))
-
-
-@torch.inference_mode()
-def test_what_cannot_be_compiled_whole_is_refused(graphs):
-    backbone = build_backbone("timm/test_resnet", "random")
-    backbone.model.maxpool = Unknown()
-    with pytest.raises(UserError, match=r"cannot compile timm/test_resnet \(.+\); take torch"):
-        start_engine("compile", backbone, "32")(images(64, 50))
-
-
-class Unknown(nn.Module):
-    def forward(self, x):
-        torch._dynamo.graph_break()
-        return x
 
 
 @pytest.mark.parametrize("kernel_size", range(1, 8))

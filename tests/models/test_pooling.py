@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from metilr.errors import UserError
 from metilr.models.backbone import Features
-from metilr.models.pooling import GeM, build_pooling, gem, mac, rmac, rmac_regions, spoc
+from metilr.models.pooling import Pooling, gem, mac, rmac, rmac_regions, spoc
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_gem_gradients_are_those_of_the_formula() -> None:
 
 def test_gem_gradients_stay_finite_where_everything_is_clamped() -> None:
     features = torch.zeros(1, 2, 3, 3, requires_grad=True)
-    pooling = GeM(learnable=True)
+    pooling = Pooling("gem", learnable=True)
     pooling(Features(features, None)).sum().backward()
     assert features.grad is not None and features.grad.isfinite().all()
     assert pooling.p.grad is not None and pooling.p.grad.isfinite().all()
@@ -99,30 +99,30 @@ def test_rmac_sums_unit_length_regional_maxima(features: torch.Tensor) -> None:
     torch.testing.assert_close(rmac(one_position), F.normalize(one_position[..., 0, 0]))
 
 
-def test_build_pooling_by_name(features: torch.Tensor) -> None:
+def test_Pooling_by_name(features: torch.Tensor) -> None:
     batch = Features(features, torch.rand(2, 5))
     expected = {
         "gem": gem(features, 2.0), "mac": mac(features), "spoc": spoc(features), "rmac": rmac(features),
         "cls": batch.cls,
     }  # fmt: skip
     for name, pooled in expected.items():
-        pooling = build_pooling(name, p=2.0)
+        pooling = Pooling(name, p=2.0)
         torch.testing.assert_close(pooling(batch), pooled)
         assert pooling.settings()["kind"] == name
 
 
 def test_learnable_p_is_a_parameter_and_a_fixed_one_travels_with_the_state() -> None:
-    assert [tuple(p.shape) for p in build_pooling("gem", learnable=True).parameters()] == [(1,)]
-    fixed = build_pooling("gem", p=2.5)
+    assert [tuple(p.shape) for p in Pooling("gem", learnable=True).parameters()] == [(1,)]
+    fixed = Pooling("gem", p=2.5)
     assert not list(fixed.parameters()) and fixed.state_dict()["p"].tolist() == [2.5]
-    assert fixed.settings() != build_pooling("gem").settings()
+    assert fixed.settings() != Pooling("gem").settings()
 
 
 def test_wrong_options_are_refused() -> None:
     for p in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(UserError, match=r"^p "):
-            build_pooling("gem", p=p)
+            Pooling("gem", p=p)
     with pytest.raises(UserError, match="pooling max: unknown; choose gem, mac"):
-        build_pooling("max")
+        Pooling("max")
     with pytest.raises(UserError, match="pooling mac: has no exponent"):
-        build_pooling("mac", learnable=True)
+        Pooling("mac", learnable=True)

@@ -113,37 +113,12 @@ def test_all_lists_are_opened_where_those_asked_hold_too_few_rows(monkeypatch):
     assert np.isfinite(found.similarities).all()
 
 
-def test_a_search_for_very_many_is_exact():
-    rows, queries = exhibits(n=2000, n_queries=3)
-    index = build_approximate(rows)
-    for k in (200, 2000):
-        np.testing.assert_array_equal(index.search(queries, k).rows, brute_force(rows, queries, k)[1])
-
-
 def test_seed_and_rows_decide_the_index_and_chunks_do_not(monkeypatch):
     rows, _ = exhibits()
     once = faiss.serialize_index(build_approximate(rows, seed=3).index)
     monkeypatch.setattr(approximate, "_CHUNK", 700)
     np.testing.assert_array_equal(faiss.serialize_index(build_approximate(rows, seed=3).index), once)
     assert not np.array_equal(faiss.serialize_index(build_approximate(rows, seed=4).index), once)
-
-
-def test_building_reads_a_bounded_number_of_rows_at_a_time(monkeypatch, tmp_path):
-    monkeypatch.setattr(approximate, "_CHUNK", 500)
-    taken = []
-
-    class Watched(np.memmap):
-        def __getitem__(self, which):
-            part = super().__getitem__(which)
-            taken.append(len(part))
-            return np.asarray(part)
-
-    rows, _ = exhibits()
-    np.save(tmp_path / "rows.npy", rows)
-    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r").view(Watched)
-    built = faiss.serialize_index(build_approximate(mapped).index)
-    np.testing.assert_array_equal(built, faiss.serialize_index(build_approximate(rows).index))
-    assert max(taken) == 40 * 64 and taken.count(500) == 8  # a sample for 64 lists, then chunks
 
 
 def test_bad_input_is_refused():
