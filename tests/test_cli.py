@@ -245,24 +245,45 @@ def test_metilr_lists_its_subcommands_by_the_first_lines_of_their_docstrings(cap
             assert inspect.getdoc(_load(function)).splitlines()[0] == summary
 
 
-HEAVY = {"torch", "torchvision", "timm", "pytorch_lightning", "matplotlib", "wandb", "openvino", "torchmetrics"}
+VISION = {"torchvision", "timm", "pytorch_lightning", "matplotlib", "wandb", "openvino", "torchmetrics"}
+HEAVY = {*VISION, "torch", "faiss", "sklearn"}
 
 
-@pytest.mark.parametrize(
-    "args", ["--help", "--version", "evaluate --help", "evaluate --bakbone x", "compare --help", "sweep --help"]
-)
-def test_what_needs_no_library_imports_none(args):
+def imported_by(*commands: str, cwd: Path | None = None) -> set[str]:
+    """Top-level modules that a process has imported after some command lines, each to its end."""
     code = f"""
 import sys
 from metilr.cli import main
-try:
-    main({args.split()!r})
-finally:
-    print("imported", *sys.modules, file=sys.stderr)
+for args in {[command.split() for command in commands]!r}:
+    try:
+        main(args)
+    except SystemExit:
+        pass
+print("imported", *sys.modules)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    imported = set(run.stderr.partition("imported ")[2].split())
-    assert "metilr.cli" in imported and not imported & HEAVY
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    return {name.split(".")[0] for name in run.stdout.rpartition("imported ")[2].split()}
+
+
+def test_help_and_mistakes_import_nothing_that_takes_seconds():
+    helps = [f"{name} --help" for name in SUBCOMMANDS]
+    imported = imported_by("--help", "--version", "nonsense", "evaluate --bakbone x", *helps)
+    assert "metilr" in imported and not imported & HEAVY
+
+
+def test_what_looks_at_files_alone_imports_no_network_library(tiny_museum, tmp_path):
+    """A sweep's rows run in processes of their own; a comparison draws, which the others do not."""
+    first = Path(__file__).parent / "fixtures/first_edition_run"
+    (tmp_path / "config.yaml").write_text("weights: nowhere.pth")
+    commands = (
+        f"verify {tiny_museum} --decode", "download --mirror http://127.0.0.1:9/ --queries",
+        f"sweep config.yaml --root {tiny_museum}",
+    )  # fmt: skip
+    assert not imported_by(*commands, cwd=tmp_path) & VISION
+    drawing = imported_by(f"describe {tiny_museum}", f"compare {first}", cwd=tmp_path)
+    assert "matplotlib" in drawing and not drawing & (VISION - {"matplotlib"})
 
 
 @dataclasses.dataclass

@@ -3,17 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.markup import escape
 
-from metilr.collection.open_collection import embedder_of_run, whitening_of_run
 from metilr.errors import UserError
-from metilr.evaluation.database import CHECKPOINT
 from metilr.evaluation.results import read_run
-from metilr.models.checkpoints import EMBEDDER, FORMAT, model_entry, write_checkpoint
-from metilr.retrieval.whitening import parts_of_whitening
 
 
 def pack(run: Path, output: Path) -> None:
@@ -29,6 +23,14 @@ def pack(run: Path, output: Path) -> None:
     Raises:
         UserError: If the run has no model or no whitening, or the file cannot be written.
     """
+    import numpy as np  # these take seconds, which --help need not
+    import torch
+
+    from metilr.collection.open_collection import embedder_of_run, whitening_of_run
+    from metilr.evaluation.database import CHECKPOINT
+    from metilr.models.checkpoints import EMBEDDER, FORMAT, model_entry, write_checkpoint
+    from metilr.retrieval.whitening import parts_of_whitening
+
     output = Path(output)
     if output.suffix != CHECKPOINT:
         raise UserError(f"{output}: name a file that ends in {CHECKPOINT}", "output")
