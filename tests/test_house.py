@@ -100,13 +100,6 @@ def test_retrieval_knows_no_images():
 
 
 def test_options_and_finished_runs_are_read_without_heavy_libraries():
-    modules = (
-        "evaluation.options",
-        "evaluation.runs",
-        "report.tables",
-        "report.published",
-        "report.wandb",
-        "report.page",
-    )
+    modules = ("evaluation.options", "evaluation.runs", "report.published", "report.wandb", "report.page")
     loaded = loaded_after(f"import {', '.join(f'metilr.{module}' for module in modules)}")
     assert not loaded & {"torch", "faiss", "sklearn", *HEAVY}
