@@ -40,7 +40,7 @@ SUBCOMMANDS = {  # where each is within metilr, and its summary, which --help pr
     "verify": ("commands.verify:verify", "Check that every image of a ground truth is there and readable."),
     "pack": ("commands.pack:pack", "Write a run's model and whitening into one checkpoint, to pass on."),
     "export-descriptors": (
-        "extraction.reference_pickle:export_descriptors",
+        "extraction.descriptors:export_descriptors",
         "Write a store as the reference code's descriptors.pkl.",
     ),
     "visits": ("commands.visits:write_contact_sheet", "Draw simulated visits to the images of a folder on one sheet."),

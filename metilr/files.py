@@ -113,18 +113,20 @@ def remove_leftovers(folder: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def map_array(file: Path, remedy: str | Callable[[Exception], str]) -> np.memmap:
-    """Map a .npy file, read-only; ``remedy``, or what it returns for the error, is what a message says to do.
+def map_array(file: Path, remedy: str) -> np.memmap:
+    """Map a .npy file, read-only; ``remedy`` is what a message says to do about a file that is missing or damaged.
 
     Raises:
         UserError: If the file is missing, cut off, empty, or no array of numbers.
+        OSError: If the disk fails, which is no reason to throw the file away.
     """
     try:
         return np.load(file, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # NumPy raises many types on damaged headers
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise
         reason = "holds objects" if "pickle" in str(error) else one_line(error)  # NumPy's advice there would be unsafe
-        advice = remedy if isinstance(remedy, str) else remedy(error)
-        raise UserError(f"{file}: cannot be read ({reason}); {advice}") from None
+        raise UserError(f"{file}: cannot be read ({reason}); {remedy}") from None
 
 
 def reserve_array(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:

@@ -284,7 +284,7 @@ def load_searchable(folder: Path, made_from: str) -> Searchable:
 def digest_of_database(store: DescriptorStore, method: MethodOptions, seed: int, whitening: PCAWhitening | None) -> str:
     """A digest of all that decides the searched rows: the store, its images, the visits, the whitening."""
     settings = {
-        "store": store.manifest()["settings"],
+        "store": store.manifest().settings,
         "files": hashlib.sha256(store.files("database").tobytes()).hexdigest(),
         "whitening": None if whitening is None else whitening.sha256(),
         "visits": [method.rows_per_image - 1, method.database_views, seed],

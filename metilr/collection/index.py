@@ -200,7 +200,7 @@ class Image(Part):
     @classmethod
     def lies_below(cls, path: str) -> str:
         """Refuse what would be opened elsewhere."""
-        from metilr.data.folder import is_place_below
+        from metilr.data.ground_truth import is_place_below
 
         if not is_place_below(path):
             raise ValueError("must name a file below the folder")

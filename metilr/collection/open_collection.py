@@ -124,7 +124,7 @@ def _assemble(
     ``approximate`` is the folder with the database as it is searched and its index; without it that is made now.
     """
     wanted = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
-    refuse_another_model(store.path, store.manifest()["settings"], wanted)
+    refuse_another_model(store.path, store.manifest().settings, wanted)
     if approximate is None:
         used = [view for view in views_of(method, seed) if method.database_views != "none" and "visits" in view.of]
         opened = open_descriptors([store.path], ground_truth, used)

@@ -138,7 +138,7 @@ def _is_current(path: Path, options: Mapping[str, Any]) -> bool:
         retry_bad = options["bad_images"] == "stop"
         return all(
             store.is_complete
-            and store.manifest()["counts"] == {split: len(of_split) for split, of_split in of_part.items()}
+            and store.manifest().counts == {split: len(of_split) for split, of_split in of_part.items()}
             and not any(store.pending(split, of_split, retry_bad).any() for split, of_split in of_part.items())
             for store, of_part in parts
         )

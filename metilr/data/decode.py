@@ -1,7 +1,5 @@
 """From an image file to a uint8 RGB tensor, within limits, whatever its mode, orientation or depth."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
@@ -19,32 +17,38 @@ from metilr.files import named
 if TYPE_CHECKING:
     from torch import Tensor
 
-NO_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
-"""What a system says of a name under which no file can be had: of the image, not of the disk."""
-
-
-def file_size(path: Path) -> int | None:
-    """Bytes of a file; None if none can be had under that name.
-
-    Raises:
-        OSError: If the disk, not the name, is at fault.
-    """
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        if error.errno in NO_FILE:
-            return None
-        raise
-
-
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # Pillow knows more, and some of them start programs
+# Formats whose header tells the size of what is decoded. Pillow turns TIFF itself.
+HEADER_TELLS_SIZE = ("JPEG", "MPO", "PNG", "WEBP")
 MAX_MEGAPIXELS = 180.0  # the largest cameras take 150 at once; decoded, that is half a gigabyte a process
 MAX_PHOTO_MEGAPIXELS = 50.0  # phones take 12 to 50; decoded, that is 150 MB
 MAX_IMAGE_SIZE = 16_384  # px that an image is resized to: the longest side of one of 180 megapixels is not much longer
 MAX_SCANS = 100  # of a progressive JPEG, which decodes all of it with each; encoders write about 10
-_START_OF_SCAN = b"\xff\xda"  # in compressed data 0xFF is followed by 0, so it stands nowhere else
+START_OF_SCAN = b"\xff\xda"  # in compressed data 0xFF is followed by 0, so it stands nowhere else
+EXIF_ORIENTATION = 0x0112
+QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+
+# What a system says of a name under which no file can be had: of the image, not of the disk.
+NO_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+# What says nothing about the image: leaving it out would make a passing fault permanent. Not each system has all.
+FAILING_MACHINE = tuple(
+    getattr(errno, name)
+    for name in (
+        "EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "ENODEV", "ENXIO",
+        "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "EREMOTEIO",  # of network disks
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
 
 _max_pixels = int(MAX_MEGAPIXELS * 10**6)
+
+
+class BadImageError(UserError):
+    """An image file that cannot be decoded; the message names it, and ``reason`` says why in a few words."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class TooManyPixels(ValueError):
@@ -72,39 +76,44 @@ def max_pixels() -> int:
     return _max_pixels
 
 
+def file_size(path: Path) -> int | None:
+    """Bytes of a file; None if none can be had under that name. OSError if the disk is at fault."""
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        if error.errno in NO_FILE:
+            return None
+        raise
+
+
 @contextlib.contextmanager
 def open_image(file: Path | IO[bytes], max_pixels: int) -> Iterator[Image.Image]:
-    """Open an image without decoding it.
-
-    Args:
-        file: Its path, or the opened file.
-        max_pixels: More are refused.
+    """Open an image, by its path or as an opened file, without decoding it.
 
     Raises:
         TooManyPixels: If it claims more.
         Exception: Of many types, if it is no image of a usual kind, or a progressive JPEG of too many scans.
     """
     with contextlib.ExitStack() as stack:
-        if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):
-            raise ValueError("not a regular file")  # a pipe would be waited for
-        stream = stack.enter_context(file.open("rb")) if isinstance(file, Path) else file
-        with _opened(_Bounded(stream), max_pixels) as image:
-            yield image
-
-
-@contextlib.contextmanager
-def _opened(stream: Any, max_pixels: int) -> Iterator[Image.Image]:
-    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit, which would refuse what is allowed here
-    try:
-        opened = Image.open(stream, formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise TooManyPixels(max_pixels) from None
-    with opened as image:
+        if isinstance(file, Path):
+            if not stat.S_ISREG(file.stat().st_mode):
+                raise ValueError("not a regular file")  # a pipe would be waited for
+            file = stack.enter_context(file.open("rb"))
+        if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+            Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit, which would refuse what is allowed here
+        bounded: Any = _Bounded(file)
+        try:
+            image = stack.enter_context(Image.open(bounded, formats=FORMATS))
+        except Image.DecompressionBombError:
+            raise TooManyPixels(max_pixels) from None
         if image.width * image.height > max_pixels:
             raise TooManyPixels(max_pixels)
         if "progressive" in image.info:
-            _refuse_many_scans(image)
+            place = bounded.tell()
+            n_scans = bounded.read().count(START_OF_SCAN)
+            bounded.seek(place)
+            if n_scans > MAX_SCANS:
+                raise ValueError(f"a progressive JPEG of more than {MAX_SCANS} scans")
         yield image
 
 
@@ -120,43 +129,7 @@ class _Bounded:
         return self._stream.read(n if n is None or n < 0 else min(n, self._size))
 
 
-def _refuse_many_scans(image: Image.Image) -> None:
-    stream: IO[bytes] = image.fp  # type: ignore[attr-defined]
-    place = stream.tell()
-    n_scans = stream.read().count(_START_OF_SCAN)
-    stream.seek(place)
-    if n_scans > MAX_SCANS:
-        raise ValueError(f"a progressive JPEG of more than {MAX_SCANS} scans")
-
-
-EXIF_ORIENTATION = 0x0112
-QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
-# Formats whose header tells the size of what is decoded. Pillow turns TIFF itself, and an ICO holds several sizes.
-HEADER_TELLS_SIZE = ("JPEG", "MPO", "PNG", "WEBP")
-
-FAILING_MACHINE = tuple(
-    getattr(errno, name)
-    for name in (
-        "EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "ENODEV", "ENXIO",
-        "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "EREMOTEIO",  # of network disks
-    )
-    if hasattr(errno, name)
-)  # fmt: skip
-
-
-class BadImageError(UserError):
-    """An image file that cannot be decoded; the message names it.
-
-    Attributes:
-        reason: Why, in a few words.
-    """
-
-    def __init__(self, message: str, reason: str = "") -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-def load_image(path: Path, image_size: int | None = None, limit: int | None = None) -> Tensor:
+def load_image(path: Path, image_size: int | None = None, limit: int | None = None) -> "Tensor":
     """Decode a file to RGB, uint8 ``(3, H, W)``.
 
     EXIF orientation is applied; alpha is laid on white; grey, palette and CMYK become RGB; 16-bit grey is
@@ -173,49 +146,30 @@ def load_image(path: Path, image_size: int | None = None, limit: int | None = No
             without a clear 8-bit reading (32-bit float).
         OSError: If the disk, not the file, is at fault.
     """
-    try:
-        with open_image(path, max_pixels() if limit is None else limit) as image:
-            return to_tensor(image, image_size)
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's decoders raise many types on broken files; each means the same here
-        raise _bad_image(path, error) from None
+    with _named_if_bad(path), open_image(path, max_pixels() if limit is None else limit) as image:
+        return to_tensor(image, image_size)
 
 
-def to_tensor(image: Image.Image, image_size: int | None = None) -> Tensor:
-    """Decode an opened image as ``load_image`` does, uint8 ``(3, H, W)``.
+def image_shape(path: Path, image_size: int | None = None, limit: int | None = None) -> tuple[int, int]:
+    """Height and width of ``load_image``'s result, from the file's header alone where that is enough."""
+    with _named_if_bad(path), open_image(path, max_pixels() if limit is None else limit) as image:
+        if image.format not in HEADER_TELLS_SIZE:
+            image.load()
+        width, height = image.size
+        if image.getexif().get(EXIF_ORIENTATION) in QUARTER_TURNS:
+            height, width = width, height
+        return resized_shape(height, width, image_size)
 
-    Raises:
-        Exception: Of many types: whatever Pillow's decoders raise.
-    """
+
+def to_tensor(image: Image.Image, image_size: int | None = None) -> "Tensor":
+    """Decode an opened image as ``load_image`` does; raises whatever Pillow's decoders raise."""
+    import torch  # takes a second, and most of this module does without
+
     rgb = _to_rgb(ImageOps.exif_transpose(image))
     height, width = resized_shape(rgb.height, rgb.width, image_size)
     if (height, width) != (rgb.height, rgb.width):
         rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
-    import torch  # takes a second, and most of this module does without
-
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()  # HxWxC to CxHxW
-
-
-def image_shape(path: Path, image_size: int | None = None, limit: int | None = None) -> tuple[int, int]:
-    """Height and width of ``load_image``'s result, from the file's header alone where that is enough.
-
-    Raises:
-        BadImageError: If the header cannot be read, or claims too many pixels.
-        OSError: If the disk, not the file, is at fault.
-    """
-    try:
-        with open_image(path, max_pixels() if limit is None else limit) as image:
-            if image.format not in HEADER_TELLS_SIZE:
-                image.load()
-            width, height = image.size
-            if image.getexif().get(EXIF_ORIENTATION) in QUARTER_TURNS:
-                height, width = width, height
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _bad_image(path, error) from None
-    return resized_shape(height, width, image_size)
 
 
 def resized_shape(height: int, width: int, image_size: int | None) -> tuple[int, int]:
@@ -235,32 +189,29 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("32-bit float pixels have no stated range; convert it to 8 bits")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
 
 
-def _refuse_failing_machine(error: Exception) -> None:
-    """Pass on what says nothing about the image: leaving it out would make a passing fault permanent."""
-    if isinstance(error, OSError) and error.errno in FAILING_MACHINE:
-        raise error
-
-
-def _bad_image(path: Path, error: Exception) -> BadImageError:
-    with named(path):
-        reason = why_undecodable(error)
-    remedy = "make it smaller, raise max_megapixels" if isinstance(error, TooManyPixels) else "replace it"
-    message = f"{path}: cannot be decoded ({reason}); {remedy}, or leave it out with bad_images skip"
-    return BadImageError(message, reason)
+@contextlib.contextmanager
+def _named_if_bad(path: Path) -> Iterator[None]:
+    """Pillow's decoders raise many types on broken files; each means the same here."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        with named(path):
+            reason = why_undecodable(error)
+        remedy = "make it smaller, raise max_megapixels" if isinstance(error, TooManyPixels) else "replace it"
+        message = f"{path}: cannot be decoded ({reason}); {remedy}, or leave it out with bad_images skip"
+        raise BadImageError(message, reason) from None
 
 
 def why_undecodable(error: Exception) -> str:
-    """Say in a few words what an error of Pillow's decoders means.
-
-    Raises:
-        OSError: If the disk, not the file, is at fault.
-    """
-    _refuse_failing_machine(error)
+    """Say in a few words what an error of Pillow's decoders means; raises it if the disk, not the file, is at fault."""
+    if isinstance(error, OSError) and error.errno in FAILING_MACHINE:
+        raise error
     if isinstance(error, OSError) and error.errno in NO_FILE:
         return "no such file" if isinstance(error, FileNotFoundError) else os.strerror(error.errno)
     if isinstance(error, OSError) and "cannot identify" in str(error):

@@ -7,36 +7,30 @@ from collections import Counter
 from csv import DictReader, Error
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from metilr.data.ground_truth import GroundTruth
+from metilr.data.ground_truth import GroundTruth, is_place_below, is_text
 from metilr.errors import UserError, one_line, shown
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-OTHER_SUFFIXES = frozenset({
+OTHER_SUFFIXES = frozenset({  # of images that are not read
     ".arw", ".avif", ".cr2", ".cr3", ".dng", ".eps", ".heic", ".heif", ".j2k", ".jp2", ".jpe", ".jpx", ".jxl", ".nef",
     ".orf", ".pgm", ".ppm", ".psd", ".raf", ".raw", ".rw2", ".svg", ".tga",
 })  # fmt: skip
-"""Of images that are not read."""
 CSV_COLUMNS = ("path", "exhibit")
 
 
 class FoundImages(NamedTuple):
-    """What a folder holds.
-
-    Attributes:
-        files: Its images with its sub-folders', in the order of their paths.
-        left_aside: What looks like more images, in words that end a sentence; empty if there is nothing.
-    """
+    """A folder's image files, in the order of their paths, and what looks like more images, in words ("" if none)."""
 
     files: list[Path]
     left_aside: str
 
 
 def find_images(folder: Path) -> FoundImages:
-    """List a folder's images with its sub-folders', in the order of their paths.
+    """List a folder's images with its sub-folders'.
 
     Told by their endings. Names that begin with a dot are passed over; links to folders are not followed.
 
@@ -47,32 +41,24 @@ def find_images(folder: Path) -> FoundImages:
         raise UserError(f"{folder}: no such folder; name a folder of images")
     paths: list[Path] = []
     others: Counter[str] = Counter()
-    for parent, folders, names in os.walk(folder, onerror=_cannot_list):
+    for parent, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
         others["links to folders"] += sum(Path(parent, name).is_symlink() for name in folders)
-        for name in names:
-            suffix = Path(name).suffix.lower()
-            if name.startswith("."):
-                continue
-            if suffix in IMAGE_SUFFIXES:
-                paths.append(Path(parent, name))
-            elif suffix in OTHER_SUFFIXES:
-                others[suffix] += 1
+        visible = [Path(parent, name) for name in names if not name.startswith(".")]
+        paths += [path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES]
+        others.update(path.suffix.lower() for path in visible if path.suffix.lower() in OTHER_SUFFIXES)
     left_aside = ", ".join(f"{n:,} {what}" for what, n in sorted(others.items()) if n)
     if not paths:
         besides = f" (but {left_aside})" if left_aside else ""
-        raise UserError(
-            f"{folder}: no images inside{besides}; name a folder with {', '.join(sorted(IMAGE_SUFFIXES))} files whose "
-            "names do not begin with a dot"
-        )
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        remedy = f"name a folder with {suffixes} files whose names do not begin with a dot"
+        raise UserError(f"{folder}: no images inside{besides}; {remedy}")
     return FoundImages(sorted(paths), left_aside)
 
 
-def _cannot_list(error: OSError) -> NoReturn:
-    """Stop: what lies in there would be left out without a word."""
-    raise UserError(
-        f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or move it elsewhere"
-    ) from None
+def _raise(error: OSError) -> NoReturn:
+    """Stop: what lies in a folder that cannot be listed would be left out without a word."""
+    raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or move it elsewhere")
 
 
 @dataclass(frozen=True)
@@ -111,19 +97,6 @@ class Catalogue:
         )
 
 
-def _is_text(value: Any) -> bool:
-    """Whether it is text that a file's name can hold."""
-    return type(value) is str and "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
-
-
-def is_place_below(path: Any) -> bool:
-    """Whether a path, relative to a folder, names a file that can lie below it."""
-    if not _is_text(path):
-        return False
-    parts = PurePosixPath(path)
-    return bool(parts.name) and not parts.is_absolute() and ".." not in parts.parts
-
-
 def read_catalogue(folder: Path, csv: Path | None = None) -> Catalogue:
     """List the images of a folder and what they show. Opens no image.
 
@@ -139,8 +112,7 @@ def read_catalogue(folder: Path, csv: Path | None = None) -> Catalogue:
             sub-folder that cannot be listed, or the CSV file is malformed.
     """
     folder = Path(folder).absolute()
-    if not _is_text(str(folder)):
-        raise UserError(f"{folder}: its name is not UTF-8, which an index cannot hold; rename it")
+    _refuse_odd_name(folder)
     catalogue = _from_folder(folder) if csv is None else _from_csv(folder, Path(csv))
     if len(catalogue.names) < 2:
         name = " ".join(catalogue.names[0].split())[:60]
@@ -149,50 +121,50 @@ def read_catalogue(folder: Path, csv: Path | None = None) -> Catalogue:
     return catalogue
 
 
+def _refuse_odd_name(path: Path) -> None:
+    if not is_text(str(path)):
+        raise UserError(f"{path}: its name is not UTF-8, which an index cannot hold; rename it")
+
+
 def _from_folder(folder: Path) -> Catalogue:
     images = find_images(folder)
-    found = [path.relative_to(folder) for path in images.files]
-    for path in found:
-        if not is_place_below(path.as_posix()):
-            raise UserError(f"{folder / path}: its name is not UTF-8, which an index cannot hold; rename it")
-    exhibits = [path.parts[0] if len(path.parts) > 1 else path.stem for path in found]
-    taken = {path.parts[0]: path for path in found if len(path.parts) > 1}
-    for path in found:
-        if len(path.parts) == 1 and taken.setdefault(path.stem, path) != path:
-            raise UserError(
-                f"{folder}: {taken[path.stem]} and {path} both make an exhibit {path.stem}; put {path} into a "
-                "sub-folder, or name exhibits by a csv"
-            )
-    return Catalogue(folder, tuple(path.as_posix() for path in found), tuple(exhibits), images.left_aside)
+    paths = [path.relative_to(folder) for path in images.files]
+    exhibits = [path.parts[0] if len(path.parts) > 1 else path.stem for path in paths]
+    taken = {path.parts[0]: path for path in paths if len(path.parts) > 1}
+    for path, exhibit in zip(paths, exhibits, strict=True):
+        _refuse_odd_name(folder / path)
+        if len(path.parts) == 1 and taken.setdefault(exhibit, path) != path:
+            remedy = f"put {path} into a sub-folder, or name exhibits by a csv"
+            raise UserError(f"{folder}: {taken[exhibit]} and {path} both make an exhibit {exhibit}; {remedy}")
+    return Catalogue(folder, tuple(path.as_posix() for path in paths), tuple(exhibits), images.left_aside)
 
 
 def _from_csv(folder: Path, csv: Path) -> Catalogue:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name the folder that the paths in {csv} are relative to")
+    if not csv.is_file():
+        raise UserError(f"{csv}: no such file", "csv")
     try:
         with csv.open(newline="", encoding="utf-8-sig") as stream:
             reader = DictReader(stream)
-            missing = set(CSV_COLUMNS) - set(reader.fieldnames or ())
-            if missing:
+            if not {*CSV_COLUMNS} <= {*(reader.fieldnames or ())}:
                 raise UserError(f"{csv}: its first line must be {','.join(CSV_COLUMNS)}, with commas between", "csv")
             rows = [(reader.line_num, row["path"] or "", (row["exhibit"] or "").strip()) for row in reader]
-    except FileNotFoundError:
-        raise UserError(f"{csv}: no such file", "csv") from None
-    except (OSError, UnicodeDecodeError, Error) as error:
+    except (UnicodeDecodeError, Error) as error:
         raise UserError(f"{csv}: cannot be read as CSV in UTF-8 ({one_line(error)})", "csv") from None
     if not rows:
         raise UserError(f"{csv}: lists no images", "csv")
     seen: dict[PurePosixPath, int] = {}
     for line, path, exhibit in rows:
-        parts = PurePosixPath(path)
+        fault = None
         if not is_place_below(path):
-            raise UserError(f"{csv}: line {line}: path {shown(path)} must name a file below {folder}", "csv")
-        if not exhibit:
-            raise UserError(f"{csv}: line {line}: names no exhibit", "csv")
-        if not _is_text(exhibit):
-            raise UserError(f"{csv}: line {line}: exhibit {shown(exhibit)} cannot be a name", "csv")
-        if seen.setdefault(parts, line) != line:
-            raise UserError(
-                f"{csv}: line {line}: {shown(path)} is listed already in line {seen[parts]}; remove one", "csv"
-            )
+            fault = f"path {shown(path)} must name a file below {folder}"
+        elif not exhibit:
+            fault = "names no exhibit"
+        elif not is_text(exhibit):
+            fault = f"exhibit {shown(exhibit)} cannot be a name"
+        elif seen.setdefault(PurePosixPath(path), line) != line:
+            fault = f"{shown(path)} is listed already in line {seen[PurePosixPath(path)]}; remove one"
+        if fault:
+            raise UserError(f"{csv}: line {line}: {fault}", "csv")
     return Catalogue(folder, tuple(path for _, path, _ in rows), tuple(exhibit for _, _, exhibit in rows))

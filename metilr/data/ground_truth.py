@@ -8,7 +8,7 @@ Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021 Datasets and Benchmarks
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -21,8 +21,7 @@ from metilr.metrics import DISTRACTOR
 DatabaseName = Literal["full", "mini"]
 DATABASE_FILES: dict[DatabaseName, str] = {"full": "MET_database.json", "mini": "mini_MET_database.json"}
 QUERY_FILES = {"val": "valset.json", "test": "testset.json"}
-NOT_NAMED = -1
-"""Photographer of a query whose entry names none."""
+NOT_NAMED = -1  # photographer of a query whose entry names none
 MET = "met"
 DISTRACTOR_KINDS = {"test_other": "other-artwork", "test_noart": "non-art"}  # by folder, as published
 
@@ -122,36 +121,42 @@ def load_ground_truth(
     root = Path(root)
     if database not in DATABASE_FILES:
         raise UserError(f"{database}: choose one of {', '.join(DATABASE_FILES)}", "database")
-    files = {"database": DATABASE_FILES[database], **{split: QUERY_FILES[split] for split in queries}}
-    files = {split: str(root / "ground_truth" / name) for split, name in files.items()}
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; it must hold ground_truth/ and images/", "root")
-
+    names = {"database": DATABASE_FILES[database], **{split: QUERY_FILES[split] for split in queries}}
+    files = {split: root / "ground_truth" / name for split, name in names.items()}
     entries, digests = {}, {}
     for split, file in files.items():
-        entries[split], digests[split] = _read_entries(Path(file))
-    paths = {split: tuple(_path(files[split], i, e) for i, e in enumerate(entries[split])) for split in files}
-    _refuse_repeated_paths(files, paths)
+        entries[split], digests[split] = _read_entries(file)
+    _refuse_repeated_paths(files, entries)
 
-    database_ids = [_exhibit_id(files["database"], i, e, "id") for i, e in enumerate(entries["database"])]
+    database_ids = [_exhibit_id(files["database"], i, entry, "id") for i, entry in enumerate(entries["database"])]
     exhibit_ids, database_labels = np.unique(np.array(database_ids, dtype=np.int64), return_inverse=True)
     labels = {"database": database_labels.astype(np.int64).reshape(-1)}
     for split in queries:
         labels[split] = _query_labels(files[split], entries[split], exhibit_ids, database)
     photographers = {split: _photographers(entries[split]) for split in queries}
+    paths = {split: tuple(entry["path"] for entry in of_split) for split, of_split in entries.items()}
     return GroundTruth(root, database, paths, labels, exhibit_ids, digests, photographers)
 
 
-def _read_entries(file: Path) -> tuple[list[Any], str]:
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError:
-        raise UserError(
-            f"{file}: no such file; a data root holds ground_truth/MET_database.json (or mini_MET_database.json), "
-            "ground_truth/valset.json, ground_truth/testset.json and images/"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+def is_text(value: Any) -> bool:
+    """Whether it is text that a file's name can hold."""
+    return type(value) is str and "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def is_place_below(path: Any) -> bool:
+    """Whether a path, relative to a folder, names a file that can lie below it."""
+    parts = PurePosixPath(path) if is_text(path) else PurePosixPath()
+    return bool(parts.name) and not parts.is_absolute() and ".." not in parts.parts
+
+
+def _read_entries(file: Path) -> tuple[list[dict[str, Any]], str]:
+    if not file.exists():
+        names = ", ".join(f"ground_truth/{name}" for name in QUERY_FILES.values())
+        layout = f"ground_truth/{DATABASE_FILES['full']} (or {DATABASE_FILES['mini']}), {names} and images/"
+        raise UserError(f"{file}: no such file; a data root holds {layout}")
+    content = file.read_bytes()
     try:
         entries = json.loads(content)
     except (ValueError, RecursionError) as error:  # also a number with more digits than Python reads
@@ -161,69 +166,51 @@ def _read_entries(file: Path) -> tuple[list[Any], str]:
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise UserError(f"{file}: entry {i} must be an object with a 'path', found {shown(entry)}")
+        if not is_place_below(entry.get("path")):
+            found = shown(entry.get("path"))
+            raise UserError(f"{file}: entry {i}: 'path' must name a file inside images/, found {found}")
     return entries, hashlib.sha256(content).hexdigest()
 
 
-def _path(file: str, i: int, entry: dict[str, Any]) -> str:
-    path = entry.get("path")
-    if not isinstance(path, str) or not path:
-        raise UserError(f"{file}: entry {i}: 'path' must be a non-empty string, found {shown(path)}")
-    parts = PurePosixPath(path)
-    if parts.is_absolute() or ".." in parts.parts or not parts.name:
-        raise UserError(f"{file}: entry {i}: 'path' must stay inside images/, found {shown(path)}")
-    if "\0" in path or any("\ud800" <= letter <= "\udfff" for letter in path):
-        raise UserError(f"{file}: entry {i}: 'path' cannot be a file name, found {shown(path)}")
-    return path
-
-
-def _exhibit_id(file: str, i: int, entry: dict[str, Any], key: str) -> int:
+def _exhibit_id(file: Path, i: int, entry: dict[str, Any], key: str) -> int:
     exhibit_id = entry.get(key)
     if isinstance(exhibit_id, bool) or not isinstance(exhibit_id, int) or not 0 <= exhibit_id < 2**63:
         raise UserError(f"{file}: entry {i}: '{key}' must be a whole number >= 0, found {shown(exhibit_id)}")
     return exhibit_id
 
 
-def _refuse_repeated_paths(files: Mapping[str, str], paths: Mapping[str, Iterable[str]]) -> None:
+def _refuse_repeated_paths(files: Mapping[str, Path], entries: Mapping[str, list[dict[str, Any]]]) -> None:
     """An image listed twice, in one file or in two, would count twice or leak from one split to another."""
-    seen: dict[str, tuple[str, int]] = {}
-    for split, split_paths in paths.items():
-        for i, path in enumerate(split_paths):
-            same = str(PurePosixPath(path))  # ./a.jpg is a.jpg
-            if same in seen:
-                other_file, other = seen[same]
-                where = f"entry {other}" if other_file == files[split] else f"{other_file}, entry {other}"
-                raise UserError(
-                    f"{files[split]}: entry {i}: path {shown(path)} is listed already ({where}); remove one"
-                )
-            seen[same] = (files[split], i)
+    seen: dict[str, tuple[Path, int]] = {}
+    for split, file in files.items():
+        for i, entry in enumerate(entries[split]):
+            same = str(PurePosixPath(entry["path"]))  # ./a.jpg is a.jpg
+            other_file, other = seen.setdefault(same, (file, i))
+            if (other_file, other) != (file, i):
+                where = f"entry {other}" if other_file == file else f"{other_file}, entry {other}"
+                path = shown(entry["path"])
+                raise UserError(f"{file}: entry {i}: path {path} is listed already ({where}); remove one")
 
 
 def _query_labels(
-    file: str, entries: list[dict[str, Any]], exhibit_ids: np.ndarray, database: DatabaseName
+    file: Path, entries: list[dict[str, Any]], exhibit_ids: np.ndarray, database: DatabaseName
 ) -> np.ndarray:
     label_of = {int(exhibit_id): label for label, exhibit_id in enumerate(exhibit_ids)}
     labels = np.full(len(entries), DISTRACTOR, dtype=np.int64)
     unknown = []
     for i, entry in enumerate(entries):
-        if "MET_id" not in entry:
-            misspelt = [key for key in entry if key.lower() == "met_id" or key == "id"]
-            if misspelt:
-                raise UserError(
-                    f"{file}: entry {i}: has {shown(misspelt[0])}, a query's exhibit is 'MET_id'; rename it"
-                )
-            continue
-        exhibit_id = _exhibit_id(file, i, entry, "MET_id")
-        if exhibit_id in label_of:
-            labels[i] = label_of[exhibit_id]
-        else:
-            unknown.append(f"{entry['path'][:100]} (exhibit {exhibit_id})")
+        if "MET_id" in entry:
+            exhibit_id = _exhibit_id(file, i, entry, "MET_id")
+            labels[i] = label_of.get(exhibit_id, DISTRACTOR)
+            if exhibit_id not in label_of:
+                unknown.append(f"{entry['path'][:100]} (exhibit {exhibit_id})")
+        elif misspelt := [key for key in entry if key.lower() == "met_id" or key == "id"]:
+            raise UserError(f"{file}: entry {i}: has {shown(misspelt[0])}, a query's exhibit is 'MET_id'; rename it")
     if unknown:
-        named = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
-        raise UserError(
-            f"{file}: {len(unknown):,} met queries show exhibits that are not in {DATABASE_FILES[database]}: {named}; "
-            f"{'use database full' if database == 'mini' else 'add their images'}, or remove them "
-            "(a distractor has no 'MET_id')"
-        )
+        several = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        remedy = "use database full" if database == "mini" else "add their images"
+        fault = f"{len(unknown):,} met queries show exhibits that are not in {DATABASE_FILES[database]}: {several}"
+        raise UserError(f"{file}: {fault}; {remedy}, or remove them (a distractor has no 'MET_id')")
     if (labels == DISTRACTOR).all():
         raise UserError(f"{file}: no query has a 'MET_id', so GAP and ACC are undefined; add met queries")
     return labels

@@ -4,15 +4,18 @@ import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from torch import Tensor
-from torchvision.transforms.v2 import functional as F
+from typing_extensions import override
 
 from metilr.data.decode import image_shape, load_image, max_pixels
 from metilr.data.ground_truth import GroundTruth
-from metilr.data.visits import PRESETS, RECIPE, VisitStrengths, derive_seed, simulate_visit, visit_shape
+
+if TYPE_CHECKING:  # torch and torchvision take seconds, and reading descriptors does without
+    from torch import Tensor
+
+    from metilr.data.visits import VisitStrengths
 
 SIDE_STEP = 16  # px: with sides in such steps views of different images share a shape, and so a batch
 
@@ -29,7 +32,7 @@ class View(abc.ABC):
     n: int
 
     @abc.abstractmethod
-    def __call__(self, image: Tensor, name: str, number: int) -> Tensor:
+    def __call__(self, image: "Tensor", name: str, number: int) -> "Tensor":
         """View ``number`` of an image, uint8 ``(3, H, W)`` to uint8 ``(3, H', W')``."""
 
     @abc.abstractmethod
@@ -43,32 +46,38 @@ class View(abc.ABC):
 
 @dataclass(frozen=True)
 class SimulatedVisits(View):
-    """Visitors' photographs of an image, simulated: a scene mildly, then medium, then severe, then the next scene.
+    """``n`` visitors' photographs, simulated: a scene mildly, then medium, then severe, then the next scene.
 
-    Attributes:
-        n: Visits of an image.
-        seed: The run's.
+    Edges are cut off to sides that are multiples of ``SIDE_STEP``.
     """
 
     of: ClassVar[Mapping[str, str]] = {"visits": "database"}
     n: int
     seed: int = 0
 
-    def __call__(self, image: Tensor, name: str, number: int) -> Tensor:
-        """Simulate a visit, and cut its edges off to sides that are multiples of ``SIDE_STEP``."""
-        photograph = simulate_visit(image, *self._draw(name, number))
-        return F.center_crop(photograph, list(_stepped(photograph.shape[1], photograph.shape[2])))
+    @override
+    def __call__(self, image: "Tensor", name: str, number: int) -> "Tensor":
+        from metilr.data.visits import simulate_visit
 
+        photograph = simulate_visit(image, *self._draw(name, number))
+        return _middle(photograph, _stepped(photograph.shape[1], photograph.shape[2]))
+
+    @override
     def shape(self, height: int, width: int, name: str, number: int) -> tuple[int, int]:
-        """Height and width of a visit."""
+        from metilr.data.visits import visit_shape
+
         return _stepped(*visit_shape(height, width, *self._draw(name, number)))
 
-    def _draw(self, name: str, number: int) -> tuple[VisitStrengths, int]:
+    def _draw(self, name: str, number: int) -> tuple["VisitStrengths", int]:
+        from metilr.data.visits import PRESETS, derive_seed
+
         scene, preset = divmod(number, len(PRESETS))
         return list(PRESETS.values())[preset], derive_seed(self.seed, name, scene)
 
+    @override
     def settings(self) -> dict[str, Any]:
-        """What determines a visit."""
+        from metilr.data.visits import PRESETS, RECIPE
+
         presets = {name: asdict(strengths) for name, strengths in PRESETS.items()}
         return {
             "kind": "simulated visits", "recipe": RECIPE, "n": self.n, "seed": self.seed, "presets": presets,
@@ -80,34 +89,37 @@ class SimulatedVisits(View):
 class CentreCrops(View):
     """The middle of an image at its own resolution: a zoom that drops wall and frame.
 
-    Attributes:
-        shares: Of the image's height and width that each crop keeps, in (0, 1).
+    ``shares`` of the image's height and width, in (0, 1), are what each crop keeps.
     """
 
     of: ClassVar[Mapping[str, str]] = {"val_crops": "val", "test_crops": "test"}
-
     shares: tuple[float, ...]
 
     @property
+    @override
     def n(self) -> int:  # type: ignore[override]
-        """Crops of an image."""
         return len(self.shares)
 
-    def __call__(self, image: Tensor, name: str, number: int) -> Tensor:
-        """Crop."""
-        return F.center_crop(image, list(self.shape(image.shape[1], image.shape[2], name, number)))
+    @override
+    def __call__(self, image: "Tensor", name: str, number: int) -> "Tensor":
+        return _middle(image, self.shape(image.shape[1], image.shape[2], name, number))
 
+    @override
     def shape(self, height: int, width: int, name: str, number: int) -> tuple[int, int]:
-        """Height and width of a crop, at least 1 px."""
         return max(1, round(height * self.shares[number])), max(1, round(width * self.shares[number]))
 
+    @override
     def settings(self) -> dict[str, Any]:
-        """What determines a crop."""
         return {"kind": "centre crops", "shares": list(self.shares)}
 
 
+def _middle(image: "Tensor", shape: tuple[int, int]) -> "Tensor":
+    from torchvision.transforms.v2.functional import center_crop
+
+    return center_crop(image, list(shape))
+
+
 def _stepped(height: int, width: int) -> tuple[int, int]:
-    """Each side cut to a multiple of ``SIDE_STEP``; a shorter one as it is."""
     cut_height, cut_width = (side - side % SIDE_STEP if side > SIDE_STEP else side for side in (height, width))
     return cut_height, cut_width
 
@@ -130,48 +142,17 @@ class Images:
     view: View | None = None
     max_pixels: int = field(default_factory=max_pixels)
 
-    def __len__(self) -> int:
-        return len(self.files) * self.n_views
-
     @property
     def n_views(self) -> int:
         """Rows of an image."""
         return 1 if self.view is None else self.view.n
 
-    def file(self, row: int) -> Path:
-        """The file that a row is made from."""
-        return self.files[row // self.n_views]
-
-    def shape(self, row: int) -> tuple[int, int]:
-        """Height and width of a row's image, from the file's header.
-
-        Raises:
-            BadImageError: If the header cannot be read.
-        """
-        shape = image_shape(self.file(row), self.image_size, self.max_pixels)
-        if self.view is None:
-            return shape
-        return self.view.shape(*shape, self.names[row // self.n_views], row % self.n_views)
-
-    def load(self, row: int) -> Tensor:
-        """Decode a row's image, uint8 ``(3, H, W)``.
-
-        Raises:
-            BadImageError: If it cannot be decoded.
-            OSError: If the disk, not the file, is at fault.
-        """
-        image = load_image(self.file(row), self.image_size, self.max_pixels)
-        if self.view is None:
-            return image
-        return self.view(image, self.names[row // self.n_views], row % self.n_views)
+    def __len__(self) -> int:
+        return len(self.files) * self.n_views
 
 
 class ImageRows:
-    """One numbering over the images of several splits, in their order.
-
-    Args:
-        images: By split.
-    """
+    """One numbering over the images of several splits, in their order."""
 
     def __init__(self, images: Mapping[str, Images]) -> None:
         self.images = images
@@ -183,20 +164,27 @@ class ImageRows:
         split = next(split for split in reversed(list(self.starts)) if row >= self.starts[split])
         return split, row - self.starts[split]
 
-    def file(self, row: int) -> Path:
-        """See ``Images.file``."""
+    def _image(self, row: int) -> tuple[Images, int, int]:
+        """The split's images, the image's position there, and the number of the view."""
         split, i = self.locate(row)
-        return self.images[split].file(i)
+        return self.images[split], *divmod(i, self.images[split].n_views)
+
+    def file(self, row: int) -> Path:
+        """The file that a row is made from."""
+        images, i, _ = self._image(row)
+        return images.files[i]
 
     def shape(self, row: int) -> tuple[int, int]:
-        """See ``Images.shape``."""
-        split, i = self.locate(row)
-        return self.images[split].shape(i)
+        """Height and width of a row's image, from the file's header; raises as ``image_shape`` does."""
+        images, i, number = self._image(row)
+        shape = image_shape(images.files[i], images.image_size, images.max_pixels)
+        return shape if images.view is None else images.view.shape(*shape, images.names[i], number)
 
-    def load(self, row: int) -> Tensor:
-        """See ``Images.load``."""
-        split, i = self.locate(row)
-        return self.images[split].load(i)
+    def load(self, row: int) -> "Tensor":
+        """Decode a row's image, uint8 ``(3, H, W)``; raises as ``load_image`` does."""
+        images, i, number = self._image(row)
+        image = load_image(images.files[i], images.image_size, images.max_pixels)
+        return image if images.view is None else images.view(image, images.names[i], number)
 
 
 def images_of(ground_truth: GroundTruth, image_size: int | None) -> dict[str, Images]:

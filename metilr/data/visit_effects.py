@@ -48,9 +48,11 @@ def blur(image: torch.Tensor, strength: float, stream: Stream) -> torch.Tensor:
 
 def shrink(image: torch.Tensor, strength: float, stream: Stream) -> torch.Tensor:
     """Shrink to a small file's size."""
-    if strength == 0:
-        return image
-    return F.resize(image, list(shrunk_shape(image.shape[1], image.shape[2], strength, stream)), antialias=True)
+    return (
+        image
+        if strength == 0
+        else F.resize(image, list(shrunk_shape(image.shape[1], image.shape[2], strength, stream)), antialias=True)
+    )
 
 
 def shrunk_shape(height: int, width: int, strength: float, stream: Stream) -> tuple[int, int]:
@@ -108,23 +110,14 @@ def whole_pixels(side: float) -> int:
 
 # RGB in [0, 1]: gilt, pale gilt, walnut, oak, ebony, white lacquer.
 _FRAME_COLOURS = (
-    (0.72, 0.55, 0.25),
-    (0.80, 0.70, 0.46),
-    (0.30, 0.19, 0.12),
-    (0.58, 0.42, 0.27),
-    (0.10, 0.09, 0.09),
+    (0.72, 0.55, 0.25), (0.80, 0.70, 0.46), (0.30, 0.19, 0.12), (0.58, 0.42, 0.27), (0.10, 0.09, 0.09),
     (0.90, 0.89, 0.86),
-)
+)  # fmt: skip
 # White, warm grey, cool grey, cream, sage, Pompeian red, slate blue: what galleries are painted in.
 _WALL_COLOURS = (
-    (0.90, 0.89, 0.87),
-    (0.74, 0.71, 0.67),
-    (0.62, 0.64, 0.66),
-    (0.86, 0.80, 0.66),
-    (0.55, 0.60, 0.50),
-    (0.48, 0.20, 0.18),
-    (0.30, 0.36, 0.45),
-)
+    (0.90, 0.89, 0.87), (0.74, 0.71, 0.67), (0.62, 0.64, 0.66), (0.86, 0.80, 0.66), (0.55, 0.60, 0.50),
+    (0.48, 0.20, 0.18), (0.30, 0.36, 0.45),
+)  # fmt: skip
 
 
 def put_in_frame(image: torch.Tensor, strength: float, stream: Stream) -> torch.Tensor:

@@ -130,26 +130,23 @@ class VisitStrengths:
 
 RECIPE = 2  # raise it when code here or in visit_*.py changes what a visit looks like
 
-_PRESET_TABLE = {
-    # mild: somebody who takes care, straight on, the whole picture, well lit.
-    # medium: the usual snapshot in passing.
-    # severe: a dark room, over other people's heads, on an old phone.
-    "frame": (0.4, 0.5, 0.9),
-    "wall": (0.3, 0.5, 0.9),
-    "crop": (0.1, 0.2, 0.3),
-    "perspective": (0.2, 0.4, 0.9),
-    "rotation": (0.15, 0.3, 0.8),
-    "light": (0.3, 0.5, 0.8),
-    "glare": (0.15, 0.4, 0.8),
-    "blur": (0.1, 0.25, 0.5),
-    "noise": (0.1, 0.2, 0.4),
-    "scale": (0.1, 0.25, 0.5),
-    "jpeg": (0.3, 0.5, 0.8),
-}
 PRESETS = {
-    name: VisitStrengths(**{part: strengths[column] for part, strengths in _PRESET_TABLE.items()})
-    for column, name in enumerate(("mild", "medium", "severe"))
-}
+    # Somebody who takes care, straight on, the whole picture, well lit.
+    "mild": VisitStrengths(
+        frame=0.4, wall=0.3, crop=0.1, perspective=0.2, rotation=0.15, light=0.3, glare=0.15, blur=0.1, noise=0.1,
+        scale=0.1, jpeg=0.3,
+    ),
+    # The usual snapshot in passing.
+    "medium": VisitStrengths(
+        frame=0.5, wall=0.5, crop=0.2, perspective=0.4, rotation=0.3, light=0.5, glare=0.4, blur=0.25, noise=0.2,
+        scale=0.25, jpeg=0.5,
+    ),
+    # A dark room, over other people's heads, on an old phone.
+    "severe": VisitStrengths(
+        frame=0.9, wall=0.9, crop=0.3, perspective=0.9, rotation=0.8, light=0.8, glare=0.8, blur=0.5, noise=0.4,
+        scale=0.5, jpeg=0.8,
+    ),
+}  # fmt: skip
 
 
 def simulate_visit(
@@ -169,18 +166,10 @@ def simulate_visit(
 
     Returns:
         RGB, uint8, ``(3, H', W')``.
-
-    Raises:
-        ValueError: If the image is not a uint8 tensor of shape ``(3, H, W)`` or is empty.
     """
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
         raise ValueError(f"image must be uint8 (3, H, W), not {image.dtype} {tuple(image.shape)}")
-    if longest_side is None:
-        longest_side = max(image.shape[1:])
-
-    def stream(part: str) -> Stream:
-        return Stream(derive_seed(seed, part, 0))
-
+    stream, longest_side = _streams(seed), longest_side or max(image.shape[1:])
     photograph = F.to_dtype(image, torch.float32, scale=True)
     photograph = put_in_frame(photograph, strengths.frame, stream("frame"))
     photograph, coverage = _hang_on_wall(photograph, strengths, stream, longest_side)
@@ -193,16 +182,16 @@ def simulate_visit(
     return compress(photograph, strengths.jpeg, stream("jpeg"))
 
 
+def _streams(seed: int) -> Callable[[str], Stream]:
+    """Random numbers of each part of a visit, by the part's name."""
+    return lambda part: Stream(derive_seed(seed, part, 0))
+
+
 def visit_shape(
     height: int, width: int, strengths: VisitStrengths, seed: int, longest_side: int | None = None
 ) -> tuple[int, int]:
     """Height and width of the photograph that ``simulate_visit`` makes of an image of that size, without making it."""
-    if longest_side is None:
-        longest_side = max(height, width)
-
-    def stream(part: str) -> Stream:
-        return Stream(derive_seed(seed, part, 0))
-
+    stream, longest_side = _streams(seed), longest_side or max(height, width)
     framed = framed_shape(height, width, strengths.frame, stream("frame"))
     viewpoint = _choose_viewpoint(*framed, strengths, stream, longest_side)
     return shrunk_shape(*viewpoint.size, strengths.scale, stream("scale"))
@@ -215,27 +204,14 @@ def strengths_between(weakest: str, strongest: str, share: float) -> VisitStreng
 
 
 def derive_seed(base_seed: int, name: str, index: int) -> int:
-    """Derive a seed for one image and index, the same on every machine and in every process.
-
-    Args:
-        base_seed: The run's seed.
-        name: What the seed is for, such as an image's path.
-        index: Which of several, such as the epoch or the number of the view.
-
-    Returns:
-        An integer in [0, 2⁶³).
-    """
+    """An integer in [0, 2⁶³) for one image and one of several views or epochs, the same in every process."""
     # Python's own hash() of a string differs from process to process.
     digest = hashlib.blake2b(f"{base_seed}\0{index}\0{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def refuse_bad_seed(seed: int) -> None:
-    """Refuse a seed outside [0, 2⁶³), the range that every generator takes.
-
-    Raises:
-        UserError: If it is.
-    """
+    """Refuse a seed outside [0, 2⁶³), the range that every generator takes."""
     if not 0 <= seed < 2**63:
         raise UserError(f"{seed}: out of range; choose one from 0 to 2**63 - 1", "seed")
 
@@ -282,11 +258,7 @@ def _choose_viewpoint(
 def _hang_on_wall(
     picture: torch.Tensor, strengths: VisitStrengths, stream: Callable[[str], Stream], longest_side: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Photograph the picture where it hangs.
-
-    Returns:
-        The photograph, ``(3, H', W')``, and the picture's share of each of its pixels, ``(1, H', W')``.
-    """
+    """The photograph, ``(3, H', W')``, and the picture's share of each of its pixels, ``(1, H', W')``."""
     height, width = picture.shape[1:]
     viewpoint = _choose_viewpoint(height, width, strengths, stream, longest_side)
     # The warp below does not antialias, so the picture shrinks to its size in the photograph first.

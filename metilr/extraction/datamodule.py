@@ -4,18 +4,19 @@ import contextlib
 import heapq
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from metilr.data.decode import BadImageError
 from metilr.data.views import ImageRows, Images
-from metilr.distributed import leave_signals_to_the_parent
+from metilr.distributed import CONTINUE, leave_signals_to_the_parent
 from metilr.errors import UserError
 from metilr.extraction.options import BadImages
 from metilr.extraction.store import DescriptorStore, RowWriter, has_unit_length
@@ -25,25 +26,20 @@ FULL_BATCH_PIXELS = 500 * 500  # the Met's images have at most 500 px a side
 
 
 def same_shape_batches(shapes: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Group images of equal height and width, so that a batch needs neither padding nor cropping.
+    """Group images of equal height and width, int ``(n, 2)``, so that a batch needs neither padding nor cropping.
 
-    The largest images come first: a batch that does not fit in memory fails at the start of a run.
-
-    Args:
-        shapes: Height and width of each image, int ``(n, 2)``.
-        batch_size: Most images in a batch. Images of more than 500 x 500 px come in batches of fewer, in
-            proportion: memory goes with pixels, and a museum's own photographs can have millions.
+    The largest images come first: a batch that does not fit in memory fails at the start of a run. Images of more than
+    500 x 500 px come in batches of fewer, in proportion: memory goes with pixels, and a museum's own photographs can
+    have millions.
 
     Returns:
         Positions in ``shapes``, each once, in batches of one shape; ascending within a batch.
     """
-    if not len(shapes):
-        return []
     kinds, kind_of = np.unique(shapes, axis=0, return_inverse=True)
-    members = np.split(np.argsort(kind_of.reshape(-1), kind="stable"), np.cumsum(np.bincount(kind_of.reshape(-1)))[:-1])
-    by_area = np.argsort(-kinds.prod(axis=1), kind="stable")
+    by_kind = np.argsort(kind_of.reshape(-1), kind="stable")
+    members = np.split(by_kind, np.cumsum(np.bincount(kind_of.reshape(-1)))[:-1])
     batches = []
-    for kind in by_area:
+    for kind in np.argsort(-kinds.prod(axis=1), kind="stable"):
         size = max(1, min(batch_size, batch_size * FULL_BATCH_PIXELS // int(kinds[kind].prod())))
         batches += [members[kind][i : i + size] for i in range(0, len(members[kind]), size)]
     return batches
@@ -51,10 +47,6 @@ def same_shape_batches(shapes: np.ndarray, batch_size: int) -> list[np.ndarray]:
 
 def deal(work: Sequence[int], n_processes: int) -> list[list[int]]:
     """Share out batches so that each process has nearly the same work: the largest first, to whom has least.
-
-    Args:
-        work: Of each batch, in any unit.
-        n_processes: That share it.
 
     Returns:
         By process, its batches as positions in ``work``, ascending; each batch once.
@@ -75,6 +67,9 @@ class PlannedBatch(NamedTuple):
     shape: tuple[int, int]
 
 
+NOTHING = PlannedBatch(np.empty(0, dtype=np.int64), (1, 1))
+
+
 class ImageBatch(NamedTuple):
     """Decoded images of one shape.
 
@@ -89,50 +84,37 @@ class ImageBatch(NamedTuple):
     bad: list[tuple[int, str]]
 
 
-class BatchDataset(Dataset[ImageBatch]):
-    """An item is a whole planned batch, decoded, so the loader must not batch again (``batch_size=None``)."""
-
-    def __init__(self, images: ImageRows, batches: Sequence[PlannedBatch]) -> None:
-        self.images = images
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, i: int) -> ImageBatch:
-        planned = self.batches[i]
-        rows, images, bad = [], [], []
-        for row in planned.rows.tolist():
-            try:
-                image = self.images.load(row)
-                if tuple(image.shape[1:]) != planned.shape:
-                    raise BadImageError(f"{self.images.file(row)}: changed while the run was reading it; run again")
-            except BadImageError as error:
-                bad.append((row, str(error)))
-            else:
-                rows.append(row)
-                images.append(image)
-        stacked = torch.stack(images) if images else torch.empty((0, 3, *planned.shape), dtype=torch.uint8)
-        return ImageBatch(np.array(rows, dtype=np.int64), stacked, bad)
-
-
-NOTHING = PlannedBatch(np.empty(0, dtype=np.int64), (1, 1))
+def decode_batch(images: ImageRows, planned: PlannedBatch) -> ImageBatch:
+    """Decode a planned batch; what cannot be decoded, or has got another shape since, is bad."""
+    decoded, bad = {}, []
+    for row in planned.rows.tolist():
+        try:
+            image = images.load(row)
+            if tuple(image.shape[1:]) != planned.shape:
+                raise BadImageError(f"{images.file(row)}: changed while the run was reading it; run again")
+            decoded[row] = image
+        except BadImageError as error:
+            bad.append((row, str(error)))
+    none = torch.empty((0, 3, *planned.shape), dtype=torch.uint8)
+    return ImageBatch(np.array([*decoded], dtype=np.int64), torch.stack([*decoded.values()]) if decoded else none, bad)
 
 
 class ImageDataModule(LightningDataModule):
-    """Pending images of a store, in batches of one shape.
+    """Pending images of a prepared store, in batches of one shape.
 
     The plan is made by the first process and told to the others, since the store changes while they start.
 
     Args:
         images: What is described, by split.
         sizes: Size in bytes of each row's file, by split.
-        store: Says which rows are pending; already prepared.
+        store: Says which rows are pending.
         batch_size: Most images in a batch.
         num_workers: Decoding processes beside each process that runs the backbone.
         bad_images: ``"stop"`` raises on a file that cannot be decoded, ``"skip"`` leaves it out.
         quiet: Show no progress.
     """
+
+    trainer: Any
 
     def __init__(
         self,
@@ -145,24 +127,17 @@ class ImageDataModule(LightningDataModule):
         quiet: bool = False,
     ) -> None:
         super().__init__()
-        self.rows = ImageRows(images)
-        self.sizes = np.concatenate([sizes[split] for split in images])
-        self.store = store
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.bad_images = bad_images
-        self.quiet = quiet
+        self.rows, self.sizes_of, self.store = ImageRows(images), {split: sizes[split] for split in images}, store
+        self.sizes = np.concatenate([*self.sizes_of.values()])
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.bad_images, self.quiet = bad_images, quiet
         self.plan: list[PlannedBatch] = []
         self.side_stream: torch.cuda.Stream | None = None
 
     def pending_rows(self) -> np.ndarray:
         """Rows that the store lacks, ascending."""
-        splits = list(self.rows.starts)
-        sizes = np.split(self.sizes, [self.rows.starts[split] for split in splits[1:]])
-        pending = [
-            self.store.pending(split, split_sizes, retry_bad=self.bad_images == "stop")
-            for split, split_sizes in zip(splits, sizes, strict=True)
-        ]
+        retry_bad = self.bad_images == "stop"
+        pending = [self.store.pending(split, sizes, retry_bad) for split, sizes in self.sizes_of.items()]
         return np.flatnonzero(np.concatenate(pending))
 
     def make_plan(self) -> list[PlannedBatch]:
@@ -182,8 +157,8 @@ class ImageDataModule(LightningDataModule):
         shapes = np.zeros((len(rows), 2), dtype=np.int64)
         # In threads: the time goes into waiting for the disk.
         with contextlib.closing(self.store.writer()) as writer, ThreadPoolExecutor(8) as pool:
-            found = pool.map(shape_or_error, rows.tolist())
-            for i, shape in enumerate(tracked(found, "reading image sizes", len(rows), "images", self.quiet)):
+            read = pool.map(shape_or_error, rows.tolist())
+            for i, shape in enumerate(tracked(read, "reading image sizes", len(rows), "images", self.quiet)):
                 if not isinstance(shape, BadImageError):
                     shapes[i] = shape
                 elif self.bad_images == "stop":
@@ -192,10 +167,8 @@ class ImageDataModule(LightningDataModule):
                 else:
                     self._mark_bad(writer, int(rows[i]))
         rows, shapes = rows[shapes[:, 0] > 0], shapes[shapes[:, 0] > 0]
-        return [
-            PlannedBatch(rows[batch], (int(shapes[batch[0], 0]), int(shapes[batch[0], 1])))
-            for batch in same_shape_batches(shapes, self.batch_size)
-        ]
+        batches = same_shape_batches(shapes, self.batch_size)
+        return [PlannedBatch(rows[batch], tuple(shapes[batch[0]].tolist())) for batch in batches]
 
     def share(self, rank: int, world_size: int) -> list[PlannedBatch]:
         """A process's batches of the plan."""
@@ -204,13 +177,12 @@ class ImageDataModule(LightningDataModule):
 
     def loader(self, batches: Sequence[PlannedBatch], pin_memory: bool) -> DataLoader[ImageBatch]:
         """The batches, decoded one after the other."""
+        planned: Any = batches  # whole ones, so that it must not batch again
         return DataLoader(
-            BatchDataset(self.rows, batches),
-            batch_size=None,
-            num_workers=min(self.num_workers, len(batches)),
-            worker_init_fn=leave_signals_to_the_parent,
+            planned, batch_size=None, collate_fn=partial(decode_batch, self.rows),
+            num_workers=min(self.num_workers, len(batches)), worker_init_fn=leave_signals_to_the_parent,
             pin_memory=pin_memory,
-        )
+        )  # fmt: skip
 
     def write(self, writer: RowWriter, batch: ImageBatch, descriptors: Tensor) -> None:
         """Write a batch's descriptors, those of the images that could be decoded, ``(B, D)``, to their rows.
@@ -219,13 +191,11 @@ class ImageDataModule(LightningDataModule):
             UserError: If a descriptor is not of unit length.
             BadImageError: If an image is bad, with ``bad_images="stop"``.
         """
-        made = descriptors.float().cpu().numpy()
-        for row, descriptor, is_unit in zip(batch.rows.tolist(), made, has_unit_length(made), strict=True):
+        described = descriptors.float().cpu().numpy()
+        for row, descriptor, is_unit in zip(batch.rows.tolist(), described, has_unit_length(described), strict=True):
             if not is_unit:
-                raise UserError(
-                    f"{self.rows.file(row)}: its descriptor is not finite or all zero; "
-                    "take precision 32, or another pooling"
-                )
+                reason = "its descriptor is not finite or all zero; take precision 32, or another pooling"
+                raise UserError(f"{self.rows.file(row)}: {reason}")
             writer.write(*self.rows.locate(row), descriptor, int(self.sizes[row]))
         for row, reason in batch.bad:  # after the good ones, so that stopping loses nothing
             if self.bad_images == "stop":
@@ -235,21 +205,16 @@ class ImageDataModule(LightningDataModule):
     def _mark_bad(self, writer: RowWriter, row: int) -> None:
         """Note that an image is left out, unless it was there when the run began: then a disk has gone."""
         if self.sizes[row] and not self.rows.file(row).exists():
-            raise UserError(
-                f"{self.rows.file(row)}: has vanished during the run; is its disk still there? Finished work is kept, "
-                "run the same command to continue"
-            )
+            raise UserError(f"{self.rows.file(row)}: has vanished during the run; is its disk still there? {CONTINUE}")
         writer.mark_bad(*self.rows.locate(row), int(self.sizes[row]))
 
     @override
     def setup(self, stage: str) -> None:
         """Make the plan in the first process, and tell it to the others."""
-        assert self.trainer is not None
         self.plan = self.trainer.strategy.broadcast(self.make_plan() if self.trainer.is_global_zero else [])
 
     @override
     def predict_dataloader(self) -> DataLoader[ImageBatch]:
-        assert self.trainer is not None
         mine = self.share(self.trainer.global_rank, self.trainer.world_size)
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         return self.loader(mine or [NOTHING], pin_memory=on_gpu)  # Lightning refuses a process without a batch

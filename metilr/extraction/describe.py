@@ -23,13 +23,14 @@ from metilr.distributed import (
     default_workers,
     faults_in_one_line,
     has_launcher,
+    hidden,
     launched_as_first,
     process_as_before,
 )
 from metilr.errors import UserError
 from metilr.extraction.datamodule import ImageDataModule
 from metilr.extraction.descriptors import views_store
-from metilr.extraction.module import DescriptorModule, DescriptorWriter, ImageProgress, StageProfiler
+from metilr.extraction.module import DescriptorModule, DescriptorWriter, StageProfiler
 from metilr.extraction.options import BadImages, ExtractionOptions, Precision
 from metilr.extraction.store import DescriptorStore, settings_fingerprint
 from metilr.models import Engine
@@ -72,8 +73,7 @@ def describe_images(
 
     Raises:
         UserError: If images are missing or cannot be decoded (with ``bad_images="stop"``), one gives a descriptor
-            that is not finite, the store was made with other settings or cannot be written, or a process of the run
-            fails or is killed.
+            that is not finite, the store was made with other settings, or a process of the run fails or is killed.
         KeyboardInterrupt: If interrupted; finished work is kept.
     """
     settings = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
@@ -101,7 +101,7 @@ def describe_in_training(trainer: pl.Trainer, embedder: Embedder, data: ImageDat
     Raises:
         UserError: In all processes, if one of them met an image that cannot be decoded or described.
     """
-    device, store = trainer.strategy.root_device, data.store
+    device = trainer.strategy.root_device
     with agree(trainer):
         if trainer.is_global_zero:
             data.plan = data.make_plan()
@@ -111,15 +111,14 @@ def describe_in_training(trainer: pl.Trainer, embedder: Embedder, data: ImageDat
         if mine:
             module = DescriptorModule(embedder).to(device)
             module.on_predict_start()
-            is_hidden = None if trainer.is_global_zero else True  # None: shown on a terminal alone
             n = sum(len(batch.rows) for batch in mine)
-            bar = tqdm(total=n, desc="describing images", unit="image", leave=False, disable=is_hidden)
-            with contextlib.closing(store.writer()) as writer, bar:
+            bar = tqdm(total=n, desc="describing images", unit="image", leave=False, disable=hidden(trainer))
+            with contextlib.closing(data.store.writer()) as writer, bar:
                 for batch in data.loader(mine, pin_memory=device.type == "cuda"):
                     data.write(writer, batch, module.describe(batch.images.to(device)))
                     bar.update(len(batch.rows) + len(batch.bad))
     with agree(trainer):  # all descriptors are there now
-        if trainer.is_global_zero and not store.is_complete:
+        if trainer.is_global_zero and not data.store.is_complete:
             _finish(data)
 
 
@@ -167,12 +166,8 @@ def store_settings(
         model["engine"] = engine
     if precision != "32" and embedder.backbone.sensitive is not None:
         model["float32_stages"] = FLOAT32_STAGES
-    return {
-        "recipe": RECIPE,
-        "model": model,
-        "image_size": image_size,
-        "ground_truth": dict(ground_truth.digests),
-    }
+    digests = dict(ground_truth.digests)
+    return {"recipe": RECIPE, "model": model, "image_size": image_size, "ground_truth": digests}
 
 
 def _fill(
@@ -224,13 +219,17 @@ def _finish(data: ImageDataModule) -> None:
 
 def _predict(embedder: Embedder, data: ImageDataModule, options: ExtractionOptions) -> None:
     """Fill in what a prepared store lacks, in one process or several."""
-    callbacks: list[pl.Callback] = [DescriptorWriter(data, options.n_streams)]
+    strategy: str | Strategy = "auto"
+    if has_launcher():
+        strategy = DDPStrategy(timeout=PLAN_TIMEOUT)
+    elif options.n_processes > 1:  # spawned processes run the extraction only; this one waits and goes on alone
+        strategy = DDPStrategy(start_method="spawn", timeout=PLAN_TIMEOUT)
     trainer = pl.Trainer(
         accelerator=options.device,
         devices=options.n_processes,
         num_nodes=options.num_nodes,
-        strategy=_strategy(options),
-        callbacks=callbacks if options.quiet else [*callbacks, ImageProgress()],
+        strategy=strategy,
+        callbacks=[DescriptorWriter(data, options.n_streams)],
         profiler=StageProfiler() if options.profile else None,
         use_distributed_sampler=False,  # it would pad the last batch with images counted twice
         logger=False,
@@ -249,12 +248,3 @@ def _predict(embedder: Embedder, data: ImageDataModule, options: ExtractionOptio
     finally:
         module.teardown("predict")
         embedder.engine = None
-
-
-def _strategy(options: ExtractionOptions) -> str | Strategy:
-    if has_launcher():
-        return DDPStrategy(timeout=PLAN_TIMEOUT)
-    if options.n_processes == 1:
-        return "auto"
-    # Spawned processes run the extraction only; this one waits and goes on alone.
-    return DDPStrategy(start_method="spawn", timeout=PLAN_TIMEOUT)

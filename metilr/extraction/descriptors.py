@@ -1,19 +1,28 @@
-"""Descriptors as the cheap half reads them: from one or several stores or pickles, side by side, with their views."""
+"""Descriptors as the cheap half reads them: from stores or the reference code's pickles, side by side, with views.
+
+A pickle is a program: it names functions and calls them. The reader here knows a few of NumPy's names alone, and has
+for each something of its own that makes plain arrays and nothing else.
+"""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+import pickle
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.data.views import View
-from metilr.errors import UserError
-from metilr.extraction.reference_pickle import read_reference_descriptors
-from metilr.extraction.store import CHUNK_ROWS, DescriptorStore, settings_fingerprint
-from metilr.files import file_sha256
+from metilr.errors import UserError, shown
+from metilr.extraction.store import CHUNK_ROWS, SPLITS, DescriptorStore, settings_fingerprint
+from metilr.files import file_sha256, new_file
+
+KEYS = {"database": "train_descriptors", "val": "val_descriptors", "test": "test_descriptors"}
+PLAIN = re.compile(r"[fiub][1248]|[US][0-9]{1,6}", re.ASCII)  # array types without pointers
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,114 +49,84 @@ class Descriptors:
 def open_descriptors(paths: Sequence[Path], ground_truth: GroundTruth, views: Sequence[View] = ()) -> Descriptors:
     """Open stores and reference pickles that describe the images of one ground truth.
 
-    Args:
-        paths: Each a store's folder or a ``descriptors.pkl``.
-        ground_truth: Tells how many rows each split must have, and in which order.
-        views: To be opened beside the images; an image without all of its views counts as not made.
+    An image counts as described if it is in each of them, and has all of its ``views``, where they are wanted.
 
     Raises:
         UserError: If one cannot be read, is unfinished, was made for other images, has a wrong number of
             rows or different widths, or holds NaN or infinite values, or views are wanted that it does not have.
     """
-    opened = [
-        _open_store(Path(path), ground_truth, views) if Path(path).is_dir() else _open_pickle(Path(path), ground_truth)
-        for path in paths
-    ]
-    pickles = [path for path in paths if not Path(path).is_dir()]
-    if views and pickles:
-        raise UserError(
-            f"{pickles[0]}: holds no {views[0].settings()['kind']}, which a store can hold; describe the images, or "
-            "leave out the options that need them",
-            "descriptors",
-        )
-    made = {split: np.logical_and.reduce([one.is_valid[split] for one in opened]) for split in opened[0].is_valid}
+    opened = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            opened.append(_open_store(DescriptorStore(path), ground_truth, views))
+        elif views:
+            kind = views[0].settings()["kind"]
+            message = f"{path}: holds no {kind}, which a store can hold; describe the images, or leave out the options"
+            raise UserError(f"{message} that need them", "descriptors")
+        else:
+            matrices = read_reference_descriptors(path)
+            _check(path, matrices, {split: len(paths) for split, paths in ground_truth.paths.items()})
+            is_valid = {split: np.ones(len(matrix), dtype=bool) for split, matrix in matrices.items()}
+            parts = {split: [matrix] for split, matrix in matrices.items()}
+            opened.append(Descriptors(parts, is_valid, [{"pickle": str(path), "sha256": file_sha256(path)}]))
+    is_valid = {split: np.logical_and.reduce([one.is_valid[split] for one in opened]) for split in opened[0].is_valid}
     for view in views:
         for split, source in view.of.items():
-            made[source] &= made[split].reshape(-1, view.n).all(axis=1)
-            made[split] = np.repeat(made[source], view.n)
-    return Descriptors(
-        parts={split: [part for one in opened for part in one.parts[split]] for split in made},
-        is_valid=made,
-        origins=[origin for one in opened for origin in one.origins],
-    )
+            is_valid[source] &= is_valid[split].reshape(-1, view.n).all(axis=1)
+            is_valid[split] = np.repeat(is_valid[source], view.n)
+    parts = {split: [part for one in opened for part in one.parts[split]] for split in is_valid}
+    return Descriptors(parts, is_valid, [origin for one in opened for origin in one.origins])
 
 
 def views_store(store: DescriptorStore, view: View) -> tuple[DescriptorStore, dict[str, Any]]:
     """Where views of a store's images are kept, whether they are there or not, and the settings that make them."""
-    settings = dict(store.manifest()["settings"])
-    settings["ground_truth"] = {split: settings["ground_truth"][split] for split in view.of.values()}
-    settings["view"] = view.settings()
+    manifest = store.manifest()
+    digests = {split: manifest.digests.get(split) for split in view.of.values()}
+    settings = {**manifest.settings, "ground_truth": digests, "view": view.settings()}
     kind = settings["view"]["kind"].replace(" ", "_")
     return DescriptorStore(store.path / f"{kind}-{settings_fingerprint(settings)}"), settings
 
 
-def _open_store(path: Path, ground_truth: GroundTruth, views: Sequence[View]) -> Descriptors:
-    store = DescriptorStore(path)
-    manifest = store.manifest()
-    if not manifest["complete"]:
-        raise UserError(f"{path}: is not finished; run the evaluation that makes it again to complete it")
-    found = manifest["settings"].get("ground_truth", {})
-    for split in ground_truth.paths:
-        if found.get(split) != ground_truth.digests[split]:
+def _open_store(store: DescriptorStore, ground_truth: GroundTruth, views: Sequence[View]) -> Descriptors:
+    store.require_complete()
+    manifest, splits = store.manifest(), list(ground_truth.paths)
+    for split in splits:
+        if manifest.digests.get(split) != ground_truth.digests[split]:
             raise UserError(
-                f"{path}: was made for another {split} file than {ground_truth.root}/ground_truth has; "
+                f"{store.path}: was made for another {split} file than {ground_truth.root}/ground_truth has; "
                 "give the root and database that it was made with"
             )
-    matrices: dict[str, np.ndarray] = {split: store.descriptors(split) for split in ground_truth.paths}
-    _check(path, matrices, {split: len(paths) for split, paths in ground_truth.paths.items()})
-    made = {split: store.is_valid(split) for split in ground_truth.paths}
-    made_of_views = []
-    for view in views:
-        of_view = _open_views(store, view)
-        made_with = of_view.manifest().get("made_with", [])
-        made_of_views.append({**view.settings(), "store": str(of_view.path), "made_with": made_with})
-        expected = {split: len(ground_truth.paths[source]) * view.n for split, source in view.of.items()}
-        rows = {split: of_view.descriptors(split) for split in view.of}
-        _check(of_view.path, {"database": matrices["database"][:1], **rows}, expected)
-        matrices.update(rows)
-        made.update({split: of_view.is_valid(split) for split in view.of})
-    parts = {split: [matrix] for split, matrix in matrices.items()}
-    files = [store.files(split).tobytes() for split in ground_truth.paths]
+    rows: dict[str, np.ndarray] = {split: store.descriptors(split) for split in splits}
+    _check(store.path, rows, {split: len(paths) for split, paths in ground_truth.paths.items()})
+    is_valid = {split: store.is_valid(split) for split in splits}
+    files = b"".join(store.files(split).tobytes() for split in splits)
     origin = {
-        "store": str(path), **manifest["settings"], "made_with": manifest.get("made_with", []),
-        "image_files": hashlib.sha256(b"".join(files)).hexdigest(),  # of their sizes: images exchanged for others show
+        "store": str(store.path), **manifest.settings, "made_with": manifest.made_with,
+        "image_files": hashlib.sha256(files).hexdigest(),  # of their sizes: images exchanged for others show
     }  # fmt: skip
-    if made_of_views:
-        origin["views"] = made_of_views
-    return Descriptors(parts, made, [origin])
-
-
-def _open_views(store: DescriptorStore, view: View) -> DescriptorStore:
-    found, settings = views_store(store, view)
-    details = (
-        f"of {settings['view']['shares']}" if "shares" in settings["view"] else f"with seed {settings['view']['seed']}"
-    )
-    kind = f"{view.n} {settings['view']['kind']} an image {details}"
-    if not (found.path / "manifest.json").exists():
-        raise UserError(
-            f"{store.path}: holds no descriptors of {kind}; run the evaluation that made it (with its root and store "
-            f"{store.path}) with the same options, which adds them",
-            "descriptors",
-        )
-    if not found.is_complete:
-        raise UserError(f"{found.path}: is not finished; run the evaluation that makes it again to complete it")
-    return found
-
-
-def _open_pickle(path: Path, ground_truth: GroundTruth) -> Descriptors:
-    matrices = read_reference_descriptors(path)
-    _check(path, matrices, {split: len(paths) for split, paths in ground_truth.paths.items()})
-    made = {split: np.ones(len(matrix), dtype=bool) for split, matrix in matrices.items()}
-    origin = {"pickle": str(path), "sha256": file_sha256(path)}
-    return Descriptors({split: [matrix] for split, matrix in matrices.items()}, made, [origin])
+    for view in views:
+        of_view, settings = views_store(store, view)[0], view.settings()
+        if not of_view.exists:
+            details = f"of {settings['shares']}" if "shares" in settings else f"with seed {settings['seed']}"
+            missing = f"{store.path}: holds no descriptors of {view.n} {settings['kind']} an image {details}"
+            remedy = f"run the evaluation that made it (with its root and store {store.path}) with the same options"
+            raise UserError(f"{missing}; {remedy}, which adds them", "descriptors")
+        of_view.require_complete()
+        rows_of_view = {split: of_view.descriptors(split) for split in view.of}
+        expected = {split: len(ground_truth.paths[source]) * view.n for split, source in view.of.items()}
+        _check(of_view.path, {"database": rows["database"][:1], **rows_of_view}, expected)
+        rows.update(rows_of_view)
+        is_valid.update({split: of_view.is_valid(split) for split in view.of})
+        made = {**settings, "store": str(of_view.path), "made_with": of_view.manifest().made_with}
+        origin["views"] = [*origin.get("views", []), made]
+    return Descriptors({split: [matrix] for split, matrix in rows.items()}, is_valid, [origin])
 
 
 def _check(path: Path, matrices: Mapping[str, np.ndarray], counts: Mapping[str, int]) -> None:
+    width = matrices["database"].shape[-1] if matrices["database"].ndim else 0
     for split, matrix in matrices.items():
         if matrix.ndim != 2 or not matrix.size:
             raise UserError(f"{path}: {split} has shape {matrix.shape}, but must have rows and columns")
-    width = matrices["database"].shape[1]
-    for split, matrix in matrices.items():
         expected = counts.get(split, len(matrix))
         if len(matrix) != expected:
             hint = "" if split in QUERY_FILES else "; give the database (full or mini) that it was made with"
@@ -157,6 +136,174 @@ def _check(path: Path, matrices: Mapping[str, np.ndarray], counts: Mapping[str, 
         for start in range(0, len(matrix), CHUNK_ROWS):
             finite = np.isfinite(matrix[start : start + CHUNK_ROWS]).all(axis=1)
             if not finite.all():
-                raise UserError(
-                    f"{path}: {split} row {start + int(finite.argmin())} holds NaN or infinite values; extract it again"
-                )
+                row = start + int(finite.argmin())
+                raise UserError(f"{path}: {split} row {row} holds NaN or infinite values; extract it again")
+
+
+def read_reference_descriptors(file: Path) -> dict[str, np.ndarray]:
+    """Read a ``descriptors.pkl``. Only NumPy arrays of plain types, containers, strings and numbers are let through.
+
+    Returns:
+        Descriptors by split, each ``(n, D)``, of the file's floating type.
+
+    Raises:
+        UserError: If the file asks for anything else, is damaged, or lacks one of the three matrices, or one is empty.
+    """
+    try:
+        with Path(file).open("rb") as stream:
+            content = _ArrayUnpickler(_Bounded(stream)).load()
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle raises nearly any type
+        reason = f"{type(error).__name__}: {shown(str(error))}"
+        raise UserError(f"{file}: not a readable descriptors.pkl ({reason}); write or download it again") from None
+    if type(content) is not dict or not set(KEYS.values()) <= content.keys():
+        raise UserError(f"{file}: must hold a dict with {', '.join(KEYS.values())}")
+    matrices = {}
+    for split, key in KEYS.items():
+        matrix = getattr(content[key], "array", None) if type(content[key]) is _Array else None
+        if matrix is None or matrix.ndim != 2 or matrix.dtype.kind != "f":
+            raise UserError(f"{file}: {key} must be a 2-D NumPy array of floats")
+        if not matrix.size:
+            raise UserError(f"{file}: {key} is empty, of shape {matrix.shape}; extract it again")
+        matrices[split] = matrix
+    return matrices
+
+
+class _ArrayUnpickler(pickle._Unpickler):
+    """Knows the names that arrays of plain types are pickled by.
+
+    Python's own reader in Python: the one in C takes gigabytes for a number that a few bytes of a file name.
+    """
+
+    def __init__(self, stream: "_Bounded") -> None:
+        super().__init__(stream)
+        self.encoded, self.size = 0, stream.size
+        rebuilt = _Call(lambda *_: _Array())  # the array's state follows
+        self.names: dict[str, Callable[..., Any]] = {
+            "numpy.ndarray": rebuilt,
+            "numpy.dtype": _Call(_Type),
+            "_codecs.encode": _Call(self.encode),
+            "collections.OrderedDict": _Call(dict),
+        }
+        for core in ("numpy.core", "numpy._core"):  # of NumPy 1 and 2
+            self.names[f"{core}.multiarray._reconstruct"] = rebuilt
+            self.names[f"{core}.numeric._frombuffer"] = _Call(_Array.of_buffer)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in self.names:
+            raise _refused(f"it names {shown(f'{module}.{name}')}")
+        return self.names[f"{module}.{name}"]
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise _refused("it refers to something outside itself")
+
+    def encode(self, text: str, encoding: str) -> bytes:
+        """Bytes as pickles of protocols 0 to 2 hold them, no more of them than the file has."""
+        self.encoded += len(text)
+        if encoding != "latin1" or self.encoded > self.size:
+            raise _refused("it makes text into bytes in an unusual way")
+        return text.encode("latin1")
+
+
+class _Call:
+    """A function that a pickle can call and not change."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise _refused("it changes the state of a function")
+
+
+class _Type:
+    """An array's type, such as ``<f4``."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        if type(code) is not str or not PLAIN.fullmatch(code):
+            raise _refused(f"an array of type {shown(code)}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: Any) -> None:
+        if type(state) is not tuple or len(state) < 5 or state[1] not in ("<", ">", "|", "=") or any(state[2:5]):
+            raise _refused("an array type of an unusual kind")
+        if state[1] in "<>":
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """An array in the making."""
+
+    __slots__ = ("array",)
+    array: np.ndarray
+
+    def __setstate__(self, state: Any) -> None:
+        if type(state) is not tuple or len(state) != 5:
+            raise _refused("an array of an unusual kind")
+        _, shape, kind, is_fortran, content = state
+        self._make(content, kind, shape, {True: "F", False: "C"}.get(is_fortran) if type(is_fortran) is bool else None)
+
+    @classmethod
+    def of_buffer(cls, content: Any, kind: Any, shape: Any, order: Any) -> "_Array":
+        made = cls()
+        made._make(bytes(content) if type(content) is bytearray else content, kind, shape, order)
+        return made
+
+    def _make(self, content: Any, kind: Any, shape: Any, order: Any) -> None:
+        if type(kind) is not _Type or type(content) is not bytes or order not in ("C", "F"):
+            raise _refused("an array of an unusual kind")
+        if type(shape) is not tuple or not all(type(side) is int and side >= 0 for side in shape) or len(shape) > 8:
+            raise _refused("an array of an impossible shape")
+        if math.prod(shape) * kind.dtype.itemsize != len(content):
+            raise _refused(f"an array of shape {shown(shape)} in {len(content):,} bytes")
+        self.array = np.frombuffer(content, kind.dtype).reshape(shape, order=order)
+
+
+class _Bounded:
+    """A file that takes no memory for bytes that it does not have, whatever a pickle claims."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream, self.size = stream, stream.seek(0, 2)
+        stream.seek(0)
+        self.readline = stream.readline
+
+    def read(self, n: int) -> bytes:
+        if not 0 <= n <= self.size - self.stream.tell():
+            raise EOFError("it claims more bytes than the file has")
+        return self.stream.read(n)
+
+
+def _refused(what: str) -> UserError:
+    return UserError(f"refused: {what}; take the file from its publisher, or extract descriptors anew")
+
+
+def export_descriptors(store: Path, output: Path) -> None:
+    """Write a store as the reference code's descriptors.pkl.
+
+    Args:
+        store: Folder of a finished descriptor store.
+        output: The pickle to write; must not exist yet.
+
+    Raises:
+        UserError: If the store is unfinished or left images out (the format cannot say so), or ``output`` exists.
+    """
+    source = DescriptorStore(store)
+    source.require_complete()
+    left_out = sum(int((~source.is_valid(split)).sum()) for split in SPLITS)
+    if left_out:
+        raise UserError(f"{store}: {left_out:,} images were left out, which descriptors.pkl cannot say; mend them")
+    if output.exists():
+        raise UserError(f"{output}: exists already; name another file", "output")
+    with new_file(output) as stream:
+        content = {KEYS[split]: np.array(source.descriptors(split)) for split in SPLITS}
+        pickle.dump(content, stream, protocol=4)  # the first protocol without a 4 GB limit
+    print(f"wrote {output}")

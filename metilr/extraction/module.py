@@ -1,15 +1,15 @@
-"""Multi-scale descriptors as a Lightning module, a batch of one shape at a time, and its callbacks."""
+"""Multi-scale descriptors as a Lightning module, a batch of one shape at a time, and what writes them to the store."""
 
 import contextlib
 import os
 import signal
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, ClassVar
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import BasePredictionWriter, Callback
+from pytorch_lightning.callbacks import BasePredictionWriter
 from pytorch_lightning.profilers import SimpleProfiler
 from rich.console import Console
 from rich.progress import Progress
@@ -29,6 +29,12 @@ from metilr.progress import progress_bar
 # where shapes change all the time. Batches of one shape follow each other, and at three scales EfficientNet-Lite0 has
 # 127 different ones, ResNet-50 94. Read at the first convolution of a process.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+
+
+def keep_float32_exact() -> None:
+    """Switch TF32 off for this process: GPUs would round float32 convolutions to it, in mixed precision too."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
 
 
 class HostCopy:
@@ -64,8 +70,7 @@ class DescriptorModule(pl.LightningModule):
         super().__init__()
         self.embedder = embedder
         self.engine: Engine = engine
-        self.precision = precision
-        self.n_streams = n_streams
+        self.precision, self.n_streams = precision, n_streams
         self.streams: ThreadPoolExecutor | None = None
         self.memory_format = torch.contiguous_format
 
@@ -113,22 +118,11 @@ class DescriptorModule(pl.LightningModule):
             torch.set_num_threads(self.n_threads)
 
 
-def keep_float32_exact() -> None:
-    """Switch TF32 off for this process: GPUs would round float32 convolutions to it, in mixed precision too."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-
-
-class ExactFloat32(Callback):
-    """Keep float32 float32 on GPUs, in each process of a trainer."""
-
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        keep_float32_exact()
-
-
 class DescriptorWriter(BasePredictionWriter):
-    """Write each batch's descriptors to their rows as soon as they are computed.
+    """Write each batch's descriptors to their rows as soon as they are computed, under a bar in the first process.
+
+    That process knows its own share of the images alone, and the shares, which are of equal work, are done at about the
+    same pace: of all images the bar shows as large a part as of its own.
 
     Args:
         data: Knows the store, the rows and what to do with a bad image.
@@ -137,23 +131,26 @@ class DescriptorWriter(BasePredictionWriter):
 
     def __init__(self, data: ImageDataModule, n_streams: int = 1) -> None:
         super().__init__(write_interval="batch")
-        self.data = data
-        self.n_streams = n_streams
+        self.data, self.n_streams = data, n_streams
         self.writer: RowWriter | None = None
         self.unwritten: deque[tuple[ImageBatch, Future[Tensor] | HostCopy]] = deque()
-
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Open the store."""
-        self.writer = self.data.store.writer()
+        self.bar: Progress | None = None
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let this process end with the command that started it."""
+        """Open the store, and let this process end with the command that started it."""
+        self.writer = self.data.store.writer()
         if trainer.world_size > 1 and not has_launcher():  # this process was started by the command
             end_with_parent()
             # Lightning's answer would tell the other processes, of which one has just died.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if trainer.is_global_zero and not self.data.quiet:
+            own = self.data.share(trainer.global_rank, trainer.world_size)
+            self.n_all, self.n_own = (sum(len(batch.rows) for batch in part) for part in (self.data.plan, own))
+            self.n_done = 0  # of its own
+            self.bar = progress_bar("images")
+            self.bar.start()
+            self.task = self.bar.add_task("describing images", total=self.n_all)
 
     @override
     def write_on_batch_end(
@@ -169,9 +166,12 @@ class DescriptorWriter(BasePredictionWriter):
         """Write a batch's descriptors; those of batches that are still described, later."""
         if isinstance(prediction, Tensor):
             self._write(trainer, batch, prediction)
-            return
-        self.unwritten.append((batch, prediction))
-        self._write_all_but(self.n_streams, trainer)  # one more than are described waits its turn
+        else:
+            self.unwritten.append((batch, prediction))
+            self._write_all_but(self.n_streams, trainer)  # one more than are described waits its turn
+        if self.bar is not None:
+            self.n_done += len(batch.rows) + len(batch.bad)
+            self.bar.update(self.task, completed=self.n_all * self.n_done // max(self.n_own, 1))
 
     def _write_all_but(self, n: int, trainer: pl.Trainer) -> None:
         while len(self.unwritten) > n:
@@ -188,12 +188,13 @@ class DescriptorWriter(BasePredictionWriter):
 
     @override
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the store, and wait until all processes have."""
+        """Write the rest, and wait until all processes have: the first one goes on alone."""
         self._write_all_but(0, trainer)
         self._close()
-        if isinstance(trainer.profiler, StageProfiler) and trainer.is_global_zero:  # type: ignore[attr-defined]
-            trainer.profiler.print(trainer.world_size)  # type: ignore[attr-defined]
-        trainer.strategy.barrier()  # the first process goes on alone: by then the rows of all are there
+        profiler = trainer.profiler  # type: ignore[attr-defined]
+        if isinstance(profiler, StageProfiler) and trainer.is_global_zero:
+            profiler.print(trainer.world_size)
+        trainer.strategy.barrier()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -205,73 +206,25 @@ class DescriptorWriter(BasePredictionWriter):
         self._close()
 
     def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
         if self.writer is not None:
             self.writer.close()
             self.writer = None
 
 
-class ImageProgress(Callback):
-    """A bar with images done, images per second and time left.
-
-    The first process draws it. It knows its own share of the images alone, and the shares, which are of equal work, are
-    done at about the same pace: of all images it shows as large a part as of its own. At the end all are done.
-    """
-
-    def __init__(self) -> None:
-        self.bar: Progress | None = None
-
-    @override
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        own = data.share(trainer.global_rank, trainer.world_size)
-        self.n_all, self.n_own = (sum(len(batch.rows) for batch in part) for part in (data.plan, own))
-        self.n_done = 0  # of its own
-        self.bar = progress_bar("images")
-        self.bar.start()
-        self.task = self.bar.add_task("describing images", total=self.n_all)
-
-    @override
-    def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: ImageBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if self.bar is not None:
-            self.n_done += len(batch.rows) + len(batch.bad)
-            self.bar.update(self.task, completed=self.n_all * self.n_done // max(self.n_own, 1))
-
-    @override
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.bar is not None:  # the writer's barrier was before
-            self.bar.update(self.task, completed=self.n_all)
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "predict")
+STAGES = {  # by the end of Lightning's or our name of the action
+    "decoding": ("predict_next", "waiting for files to become pixels, in decoding processes"),
+    "transfer": ("batch_to_device", "pixels to the device"),
+    "network": ("predict_step", "resizing, backbone, pooling"),
+    "waiting": ("descriptors.wait", "for descriptors of batches described side by side, or on a GPU"),
+    "writing": ("descriptors.write", "descriptors to the store"),
+}
 
 
 class StageProfiler(SimpleProfiler):
     """Lightning's profiler, which tells of the stages between image and descriptor, of one process."""
-
-    STAGES: ClassVar = {  # by the end of Lightning's or our name of the action
-        "decoding": ("predict_next", "waiting for files to become pixels, in decoding processes"),
-        "transfer": ("batch_to_device", "pixels to the device"),
-        "network": ("predict_step", "resizing, backbone, pooling"),
-        "waiting": ("descriptors.wait", "for descriptors of batches described side by side, or on a GPU"),
-        "writing": ("descriptors.write", "descriptors to the store"),
-    }
 
     @override
     def stop(self, action_name: str) -> None:
@@ -284,10 +237,10 @@ class StageProfiler(SimpleProfiler):
         """Print a table of seconds by stage."""
         of_process = f" of the first of {n_processes} processes" if n_processes > 1 else ""
         table = Table("stage", "seconds", "", title=f"time{of_process}", title_justify="left", box=None)
-        for stage, (action, what) in self.STAGES.items():
-            durations = [seconds for name, all_of_it in self.recorded_durations.items() for seconds in all_of_it
-                         if name.endswith(action) and "LightningModule" not in name]  # fmt: skip
-            table.add_row(stage, f"{sum(durations):.2f}", what)
+        actions = {name: sum(all_of_it) for name, all_of_it in self.recorded_durations.items()}
+        for stage, (action, what) in STAGES.items():
+            seconds = sum(s for name, s in actions.items() if name.endswith(action) and "LightningModule" not in name)
+            table.add_row(stage, f"{seconds:.2f}", what)
         Console(highlight=False).print(table)
 
     @override

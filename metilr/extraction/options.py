@@ -97,15 +97,14 @@ class ExtractionOptions:
 
         object.__setattr__(self, "precision", str(self.precision))
         check_choices(self)
-        for name, least, most in (
-            ("image_size", 1, MAX_IMAGE_SIZE), ("devices", 1, None), ("num_nodes", 1, None),
-            ("batch_size", 1, MAX_BATCH), ("num_workers", 0, None),
-        ):  # fmt: skip
+        least = {"image_size": 1, "devices": 1, "num_nodes": 1, "batch_size": 1, "num_workers": 0}
+        most = {"image_size": MAX_IMAGE_SIZE, "batch_size": MAX_BATCH}
+        for name in least:
             value = getattr(self, name)
-            if isinstance(value, int) and value < least:
-                raise UserError(f"{value}: must be at least {least}", name)
-            if isinstance(value, int) and most is not None and value > most:
-                raise UserError(f"{value}: must be at most {most:,}", name)
+            if isinstance(value, int) and value < least[name]:
+                raise UserError(f"{value}: must be at least {least[name]}", name)
+            if isinstance(value, int) and value > most.get(name, value):
+                raise UserError(f"{value}: must be at most {most[name]:,}", name)
         if self.accelerator == "gpu" and self.device != "cuda":
             raise UserError("gpu: PyTorch sees no GPU here; use cpu, or check nvidia-smi and the driver", "accelerator")
         if self.accelerator == "mps" and self.device != "mps":
@@ -118,12 +117,10 @@ class ExtractionOptions:
         if self.n_processes > there:
             kind = "cores" if self.device == "cpu" else "GPUs"
             raise UserError(f"{self.devices}: this machine has {there} {kind}; choose {there} or fewer", "devices")
-        most = WORKERS_A_CORE * cores // self.n_processes
-        if (self.num_workers or 0) > most:
-            raise UserError(
-                f"{self.num_workers}: choose {most} or fewer on this machine's {cores} cores", "num_workers"
-            )
+        n_workers = WORKERS_A_CORE * cores // self.n_processes
+        if (self.num_workers or 0) > n_workers:
+            message = f"{self.num_workers}: choose {n_workers} or fewer on this machine's {cores} cores"
+            raise UserError(message, "num_workers")
         if self.num_nodes > 1 and not has_launcher():
-            raise UserError(
-                f"{self.num_nodes}: start this command on each machine with torchrun or in a SLURM job", "num_nodes"
-            )
+            message = f"{self.num_nodes}: start this command on each machine with torchrun or in a SLURM job"
+            raise UserError(message, "num_nodes")

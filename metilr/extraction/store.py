@@ -16,18 +16,38 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from metilr.errors import UserError, one_line
 from metilr.files import LOCK, alone_in, map_array, named, remove_leftovers, reserve_array, write_atomically
 
-SCHEMA = "metilr.descriptors/1"
+SCHEMA: Final = "metilr.descriptors/1"
 SPLITS = ("database", "val", "test")
 CHUNK_ROWS = 8192
 OURS = (".manifest.json.", LOCK)  # in a folder where a killed process has got no further
 UNIT_TOLERANCE = 1e-3  # float32 descriptors are of unit length to about 1e-6; a torn write is far off
+
+
+class Manifest(BaseModel):
+    """What made a store, and whether it is finished."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    form: Literal["metilr.descriptors/1"] = Field(default=SCHEMA, alias="schema")
+    settings: dict[str, Any]  # all that can change a descriptor, as JSON types
+    counts: dict[str, Annotated[int, Field(ge=0, lt=2**63)]]  # images by split
+    width: Annotated[int, Field(ge=1)]
+    complete: bool
+    made_with: list[dict[str, Any]] = []  # worth knowing, but changes nothing beyond rounding (versions, device)
+
+    @property
+    def digests(self) -> dict[str, Any]:
+        """Of the ground-truth files that it was made for, by split."""
+        found = self.settings.get("ground_truth")
+        return found if isinstance(found, dict) else {}
 
 
 class DescriptorStore:
@@ -39,58 +59,46 @@ class DescriptorStore:
     def prepare(self, settings: Mapping[str, Any], counts: Mapping[str, int], width: int) -> None:
         """Make the folder and reserve its disk space, or check that it was made with the same settings.
 
-        Args:
-            settings: All that can change a descriptor, as JSON types.
-            counts: Images by split.
-            width: Descriptor dimensions.
-
         Raises:
-            UserError: If the folder holds something else, or was made with other settings, or cannot be written, or
-                the disk is too full.
+            UserError: If the folder holds something else, or was made with other settings, or the disk is too full.
         """
-        wanted = {"schema": SCHEMA, "settings": _as_json(settings), "counts": dict(counts), "width": width}
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            present = sorted(file.name for file in self.path.iterdir())
-            if "manifest.json" not in present:
-                foreign = [name for name in present if not name.startswith(OURS)]
-                if foreign:
-                    raise UserError(f"{self.path}: holds other files ({foreign[0]}); name an empty or new folder")
-                self._write_manifest({**wanted, "complete": False})  # first: arrays without it are somebody else's
-            manifest = self.manifest()
-            decisive = ("settings", "counts", "width")
-            differing = _differing({name: manifest[name] for name in decisive}, {n: wanted[n] for n in decisive}, "")
-            if differing:
-                named_keys = "; ".join(differing[:4]) + ("; ..." if len(differing) > 4 else "")
-                raise UserError(f"{self.path}: was made with other settings ({named_keys}); name another folder")
-            for split, n in {} if manifest["complete"] else counts.items():
-                _reserve(self.path / f"{split}.npy", (n, width), np.float32)
-                _reserve(self.path / f"{split}.files.npy", (n,), np.int64)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); name another folder") from None
+        wanted = Manifest(settings=_as_json(settings), counts=dict(counts), width=width, complete=False)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.exists:
+            foreign = [file.name for file in sorted(self.path.iterdir()) if not file.name.startswith(OURS)]
+            if foreign:
+                raise UserError(f"{self.path}: holds other files ({foreign[0]}); name an empty or new folder")
+            self._write_manifest(wanted)  # first: arrays without it are somebody else's
+        manifest = self.manifest()
+        decisive = {"settings", "counts", "width"}
+        differing = _differing(manifest.model_dump(include=decisive), wanted.model_dump(include=decisive), "")
+        if differing:
+            several = "; ".join(differing[:4]) + ("; ..." if len(differing) > 4 else "")
+            raise UserError(f"{self.path}: was made with other settings ({several}); name another folder")
+        for split, n in {} if manifest.complete else counts.items():
+            try:
+                reserve_array(self.path / f"{split}.npy", (n, width), np.dtype(np.float32))
+                reserve_array(self.path / f"{split}.files.npy", (n,), np.dtype(np.int64))
+            except OSError as error:
+                message = f"{self.path}: cannot reserve {n * (4 * width + 8) / 1e9:.2f} GB ({error.strerror})"
+                raise UserError(f"{message}; free some, or name a folder on another disk") from None
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the store against other runs while it is filled; of several processes of a run the first one does.
-
-        Raises:
-            UserError: If another run fills it now.
-        """
+        """Hold the store against other runs while it is filled; of several processes of a run the first one does."""
         return alone_in(self.path, "another run", "stop it")
 
     def begin(self, made_with: Mapping[str, Any]) -> None:
         """Mark the store incomplete before it is filled: a run killed now leaves no mixture unnoticed.
 
-        Args:
-            made_with: What is worth knowing but changes nothing beyond rounding (versions, device). A run that
-                continues with another one adds it.
+        What it is ``made_with`` is added if a run continues with something else.
         """
         manifest, now = self.manifest(), _as_json(made_with)
-        before = manifest.get("made_with", [])
-        self._write_manifest({**manifest, "complete": False, "made_with": before if now in before else [*before, now]})
+        made = manifest.made_with if now in manifest.made_with else [*manifest.made_with, now]
+        self._write_manifest(manifest.model_copy(update={"complete": False, "made_with": made}))
 
     def finish(self) -> None:
         """Mark the store complete."""
-        self._write_manifest({**self.manifest(), "complete": True})
+        self._write_manifest(self.manifest().model_copy(update={"complete": True}))
         remove_leftovers(self.path)
 
     @property
@@ -101,33 +109,25 @@ class DescriptorStore:
     @property
     def is_complete(self) -> bool:
         """Whether it was finished."""
-        return bool(self.manifest()["complete"])
+        return self.manifest().complete
 
     def require_complete(self) -> None:
-        """Refuse a store that is not finished.
-
-        Raises:
-            UserError: If it is not, or the folder is not a store.
-        """
+        """Refuse a store that is not finished, and what is no store."""
         if not self.is_complete:
             raise UserError(f"{self.path}: is not finished; run the evaluation that makes it again to complete it")
 
-    def manifest(self) -> dict[str, Any]:
-        """What made the descriptors.
-
-        Raises:
-            UserError: If the folder is not a store.
-        """
+    def manifest(self) -> Manifest:
+        """What made the descriptors; UserError if the folder is not a store."""
         file = self.path / "manifest.json"
         try:
-            manifest = json.loads(file.read_text())
+            return Manifest.model_validate(json.loads(file.read_bytes()))
         except FileNotFoundError:
             raise UserError(f"{self.path}: not a descriptor store (it has no manifest.json)") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{file}: cannot be read ({one_line(error)}); {_remedy(file, error)}") from None
-        if not _is_manifest(manifest):
-            raise UserError(f"{file}: not of the form {SCHEMA}; delete {self.path} to make it again")
-        return manifest
+        except (ValueError, RecursionError) as error:
+            reason = one_line(error)
+            raise UserError(
+                f"{file}: not of the form {SCHEMA} ({reason}); delete {self.path} to make it again"
+            ) from None
 
     def descriptors(self, split: str) -> np.memmap:
         """Descriptors of a split, float32 ``(n, D)``, memory-mapped, read-only."""
@@ -142,20 +142,18 @@ class DescriptorStore:
         return self.files(split) > 0
 
     def pending(self, split: str, sizes: np.ndarray, retry_bad: bool) -> np.ndarray:
-        """Which rows are still to be made, bool ``(n,)``.
+        """Which rows are still to be made, bool ``(n,)``: not made yet, torn, or of a file of another size.
 
         Args:
             split: A split's name.
-            sizes: Size in bytes of each row's image file now; a row made from a file of another size is pending.
+            sizes: Size in bytes of each row's image file now.
             retry_bad: Whether to try files again that could not be decoded and have not changed.
         """
         files = self.files(split)
         settled = (files == sizes) & (files > 0)
         if not self.is_complete:  # a complete store passed this when it was finished
-            descriptors, rows = self.descriptors(split), np.flatnonzero(settled)
-            for start in range(0, len(rows), CHUNK_ROWS):
-                part = rows[start : start + CHUNK_ROWS]
-                settled[part] = has_unit_length(descriptors[part])
+            chunks = row_chunks([self.descriptors(split)], settled)
+            settled[settled] = np.concatenate([np.empty(0, dtype=bool), *map(has_unit_length, chunks)])
         if not retry_bad:
             settled |= files == -sizes - 1
         return ~settled
@@ -165,17 +163,16 @@ class DescriptorStore:
         return RowWriter(self)
 
     def _array(self, name: str, dtype: type, ndim: int) -> np.memmap:
-        file = self.path / name
-        array = map_array(file, lambda error: _remedy(file, error))
+        again = f"delete {self.path} to make it again"
+        array = map_array(self.path / name, again)
         if array.dtype != dtype or array.ndim != ndim or not array.flags.c_contiguous:
-            raise UserError(
-                f"{file}: holds {array.dtype} of shape {array.shape}, which is no part of a store; "
-                f"delete {self.path} to make it again"
-            )
+            found = f"{array.dtype} of shape {array.shape}"
+            raise UserError(f"{self.path / name}: holds {found}, which is no part of a store; {again}")
         return array
 
-    def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
-        write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    def _write_manifest(self, manifest: Manifest) -> None:
+        content = json.dumps(manifest.model_dump(by_alias=True), indent=1, sort_keys=True)
+        write_atomically(self.path / "manifest.json", content + "\n")
 
 
 class RowWriter:
@@ -186,7 +183,7 @@ class RowWriter:
     """
 
     def __init__(self, store: DescriptorStore) -> None:
-        splits = store.manifest()["counts"]
+        splits = store.manifest().counts
         arrays = {split: store.descriptors(split) for split in splits}
         arrays |= {f"{split}.files": store._array(f"{split}.files.npy", np.int64, 1) for split in splits}
         self._offsets = {name: array.offset for name, array in arrays.items()}
@@ -226,26 +223,10 @@ def has_unit_length(descriptors: np.ndarray) -> np.ndarray:
     return np.abs(np.linalg.norm(descriptors, axis=1) - 1) < UNIT_TOLERANCE
 
 
-def differing_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Name each setting that differs between two, with both values in short."""
-    return _differing(_as_json(found), _as_json(wanted), "settings")
-
-
-def settings_fingerprint(settings: Mapping[str, Any]) -> str:
-    """Twelve hex digits that change with any setting."""
-    return hashlib.sha256(json.dumps(_as_json(settings), sort_keys=True).encode()).hexdigest()[:12]
-
-
 def row_chunks(arrays: Sequence[np.ndarray], keep: np.ndarray, chunk_rows: int = CHUNK_ROWS) -> Iterator[np.ndarray]:
-    """Kept rows of several equally long matrices side by side, a bounded number at a time.
+    """Rows to ``keep``, bool ``(n,)``, of several ``(n, D_i)`` side by side: float32 ``(m, sum of D_i)``, in order.
 
-    Args:
-        arrays: Each ``(n, D_i)``, memory-mapped or not.
-        keep: Which rows, bool ``(n,)``.
-        chunk_rows: Most rows read at a time.
-
-    Yields:
-        float32 ``(m, sum of D_i)``, ``m <= chunk_rows``, in row order.
+    At most ``chunk_rows`` rows are read at a time; memory-mapped arrays stay on disk.
     """
     for start in range(0, len(keep), chunk_rows):
         part = slice(start, start + chunk_rows)
@@ -253,33 +234,14 @@ def row_chunks(arrays: Sequence[np.ndarray], keep: np.ndarray, chunk_rows: int =
             yield np.concatenate([np.asarray(a[part][keep[part]], dtype=np.float32) for a in arrays], axis=1)
 
 
-def _is_manifest(found: Any) -> bool:
-    kinds = {"schema": str, "settings": dict, "counts": dict, "width": int, "complete": bool}
-    return (
-        isinstance(found, dict)
-        and all(type(found.get(name)) is kind for name, kind in kinds.items())
-        and found["schema"] == SCHEMA
-        and found["width"] >= 1
-        and all(type(n) is int and 0 <= n < 2**63 for n in found["counts"].values())
-        and isinstance(found["settings"].get("ground_truth", {}), dict)
-        and isinstance(found.setdefault("made_with", []), list)
-        and all(isinstance(each, dict) for each in found["made_with"])
-    )
+def settings_fingerprint(settings: Mapping[str, Any]) -> str:
+    """Twelve hex digits that change with any setting."""
+    return hashlib.sha256(json.dumps(_as_json(settings), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _reserve(file: Path, shape: tuple[int, ...], dtype: type) -> None:
-    try:
-        reserve_array(file, shape, np.dtype(dtype))
-    except OSError as error:
-        gigabytes = int(np.prod(shape)) * np.dtype(dtype).itemsize / 1e9
-        remedy = "free some, or name a folder on another disk"
-        raise UserError(f"{file}: cannot reserve {gigabytes:.2f} GB ({error.strerror}); {remedy}") from None
-
-
-def _remedy(file: Path, error: Exception) -> str:
-    """What to do: descriptors on a disk that fails are not to be thrown away."""
-    fails = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-    return "mend that and run the same command again" if fails else f"delete {file.parent} to make it again"
+def differing_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Name each setting that differs between two, with both values in short."""
+    return _differing(_as_json(found), _as_json(wanted), "settings")
 
 
 def _differing(found: Any, wanted: Any, name: str) -> list[str]:

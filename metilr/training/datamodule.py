@@ -141,7 +141,7 @@ class PairDataModule(pl.LightningDataModule):
         with agree(trainer):
             if trainer.is_global_zero:
                 settings = store_settings(described, self.ground_truth, options.image_size, "32")
-                if store.path.exists() and not (store.exists and store.manifest()["settings"] == settings):
+                if store.path.exists() and not (store.exists and store.manifest().settings == settings):
                     (store.path / "manifest.json").unlink(missing_ok=True)  # half a store must not pass for whole
                     shutil.rmtree(store.path)
                 store.prepare(settings, {split: len(paths) for split, paths in self.paths.items()}, described.dim)

@@ -49,9 +49,6 @@ def test_missing_root_and_file(tmp_path):
     assert "no such folder" in refusal(tmp_path / "nowhere") and "nowhere" in refusal(tmp_path / "nowhere")
     write_ground_truth(tmp_path, DATABASE, VAL, TEST)
     assert "mini_MET_database.json: no such file" in refusal(tmp_path, "mini")
-    (tmp_path / "ground_truth" / "valset.json").unlink()
-    (tmp_path / "ground_truth" / "valset.json").mkdir()
-    assert "valset.json: cannot be read (Is a directory)" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -83,18 +80,14 @@ def test_file_must_be_a_list_with_entries(tmp_path, content):
         (5, "entry 1 must be an object with a 'path', found 5"),
         ({"id": True, "path": "x.jpg"}, "entry 1: 'id' must be a whole number >= 0, found True"),
         ({"id": -4, "path": "x.jpg"}, "found -4"),
-        ({"id": 1.0, "path": "x.jpg"}, "found 1.0"),
-        ({"id": "1", "path": "x.jpg"}, "found '1'"),
         ({"id": 2**63, "path": "x.jpg"}, "'id' must be a whole number"),
         ({"path": "x.jpg"}, "'id' must be a whole number >= 0, found None"),
-        ({"id": 1}, "entry 1: 'path' must be a non-empty string, found None"),
-        ({"id": 1, "path": ""}, "'path' must be a non-empty string"),
-        ({"id": 1, "path": 4}, "'path' must be a non-empty string, found 4"),
-        ({"id": 1, "path": "/etc/passwd"}, "must stay inside images/, found '/etc/passwd'"),
-        ({"id": 1, "path": "MET/../../x.jpg"}, "must stay inside images/"),
-        ({"id": 1, "path": "."}, "must stay inside images/"),
-        ({"id": 1, "path": "a\0.jpg"}, "cannot be a file name"),
-        ({"id": 1, "path": "a\ud800.jpg"}, "cannot be a file name"),
+        ({"id": 1}, "entry 1: 'path' must name a file inside images/, found None"),
+        ({"id": 1, "path": ""}, "'path' must name"),
+        ({"id": 1, "path": "/etc/passwd"}, "'path' must name a file inside images/, found '/etc/passwd'"),
+        ({"id": 1, "path": "MET/../../x.jpg"}, "'path' must name"),
+        ({"id": 1, "path": "a\0.jpg"}, "'path' must name"),
+        ({"id": 1, "path": "a\ud800.jpg"}, "'path' must name"),
     ],
 )
 def test_database_entries_of_wrong_form_are_refused_by_place(tmp_path, entry, said):

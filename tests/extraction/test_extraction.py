@@ -109,7 +109,7 @@ def test_two_processes_give_the_rows_of_one_and_each_view_is_described_as_alone(
     for view in kinds:
         (views, settings), (by_two, _) = views_store(one, view), views_store(two, view)
         assert views.path.parent == one.path and views.path.name == by_two.path.name
-        assert views.manifest()["settings"] == settings and settings["view"] == view.settings()
+        assert views.manifest().settings == settings and settings["view"] == view.settings()
         for split, source in view.of.items():
             with torch.inference_mode():
                 expected = [

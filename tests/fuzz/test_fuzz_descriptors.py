@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as arrays
 
-from metilr.extraction.reference_pickle import KEYS, read_reference_descriptors
+from metilr.extraction.descriptors import KEYS, read_reference_descriptors
 from metilr.extraction.store import SPLITS, DescriptorStore
 from metilr.retrieval.whitening import LearnedWhitening, PCAWhitening
 from tests.fuzz.guard import refusal
@@ -44,10 +44,10 @@ def use(store):
     """What continues or opens a store."""
     with refusal(store.path) as said:
         manifest = store.manifest()
-        assert type(manifest["settings"]) is type(manifest["counts"]) is dict
-        assert type(manifest["width"]) is int and manifest["width"] >= 1 and type(manifest["complete"]) is bool
-        assert all(type(n) is int and n >= 0 for n in manifest["counts"].values())
-        assert all(type(made) is dict for made in manifest.get("made_with", []))
+        assert type(manifest.settings) is type(manifest.counts) is dict
+        assert type(manifest.width) is int and manifest.width >= 1 and type(manifest.complete) is bool
+        assert all(type(n) is int and n >= 0 for n in manifest.counts.values())
+        assert all(type(made) is dict for made in manifest.made_with)
         for split in SPLITS:
             rows, made = store.descriptors(split), store.is_valid(split)
             assert rows.dtype == np.float32 and rows.ndim == 2 and np.isfinite(rows.sum(dtype=np.float64)) is not None
