@@ -42,13 +42,15 @@ def build(folder: Path) -> None:
     # In signatures its name, not the dozen types that it stands for.
     numpy.typing.ArrayLike = type("ArrayLike", (), {"__module__": "numpy.typing"})
 
-    from metilr import __version__, metrics, training
+    import metilr
+    from metilr import metrics, training
 
-    for name in metrics.__all__:  # some are imported when they are first asked for, which pdoc does not do
-        setattr(metrics, name, getattr(metrics, name))
+    for package in (metilr, metrics):  # some names are imported when they are first asked for, which pdoc does not do
+        for name in package.__all__:
+            setattr(package, name, getattr(package, name))
     for name in [name for name in vars(training) if name.startswith("LazyInstance_")]:  # jsonargparse's
         delattr(training, name)
-    pdoc.render.configure(docformat="google", footer_text=f"metilr {__version__}")
+    pdoc.render.configure(docformat="google", footer_text=f"metilr {metilr.__version__}")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", category=UserWarning, module="pdoc")
         pdoc.pdoc("metilr", *METRICS, output_directory=folder)
