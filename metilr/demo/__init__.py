@@ -32,8 +32,8 @@ def __getattr__(name: str) -> Any:
 def draw_demo(root: Path, seed: int = 0) -> None:
     """Draw the synthetic museum of the demo, in the Met's layout.
 
-    It is what ``metilr evaluate`` draws for itself when no ``--root`` is given: a place to try every command without
-    a download. No image in it is a photograph; figures measured on it say nothing about real museums.
+    ``metilr evaluate`` draws it for itself when no ``--root`` is given: a place to try every command without a
+    download. No image in it is a photograph; figures measured on it say nothing about real museums.
 
     Args:
         root: Folder to write, and what ``--root`` of other commands then takes. A demo already there is kept if

@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as F
 from metilr.data.visits import PRESETS, VisitStrengths, derive_seed, refuse_bad_seed, simulate_visit
 from metilr.demo import drawing
 from metilr.errors import UserError
+from metilr.files import named
 
 VERSION = 2  # raise it with every change that changes a pixel or an annotation
 _MARKER = "demo.json"
@@ -171,33 +172,29 @@ def make_demo(root: Path, seed: int = 0, size: MuseumSize | None = None, progres
     """Draw a synthetic museum in the Met layout at ``root``, unless it is there already; return ``root``.
 
     An interrupted run leaves nothing there. The same version, seed and size give the same files, byte for byte on one
-    machine; a drawn museum of others is replaced. Of two processes at once, one draws and the other waits.
-
-    Raises:
-        UserError: If ``root`` holds something else than a drawn museum, or cannot be written, or the seed is
-            outside [0, 2⁶³).
+    machine; a drawn museum of others is replaced, a folder with anything else in it is refused. Of two processes at
+    once, one draws and the other waits.
     """
     refuse_bad_seed(seed)
     root, size = Path(root), size or MuseumSize()
     marker = {"kind": _KIND, "version": VERSION, "seed": seed, "size": json.loads(json.dumps(dataclasses.asdict(size)))}
     if _read_marker(root) == marker:
         return root
-    _refuse_foreign(root)
+    names = {path.name for path in root.iterdir()} if root.exists() else set()
+    if foreign := sorted(names - {_MARKER, "ground_truth", "images"} if _read_marker(root) else names):
+        raise UserError(f"{root}: holds {foreign[0]!r}, which is not the demo's; move it, or choose another folder")
     unfinished = root.parent / f".{root.name}.unfinished"
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(root.parent / f".{root.name}.lock"):
-            try:
-                if _read_marker(root) != marker:
-                    shutil.rmtree(unfinished, ignore_errors=True)  # a killed run's
-                    _write_museum(unfinished / root.name, marker, plan_museum(seed, size), progress)
-                    if root.exists():
-                        root.rename(unfinished / "replaced")
-                    (unfinished / root.name).rename(root)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"{root}: cannot be written ({error.strerror or error}); choose another folder") from error
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.parent / f".{root.name}.lock"):
+        try:
+            if _read_marker(root) != marker:
+                shutil.rmtree(unfinished, ignore_errors=True)  # a killed run's
+                _write_museum(unfinished / root.name, marker, plan_museum(seed, size), progress)
+                if root.exists():
+                    root.rename(unfinished / "replaced")
+                (unfinished / root.name).rename(root)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return root
 
 
@@ -210,7 +207,8 @@ def _write_museum(folder: Path, marker: _Row, plan: _Plan, progress: bool) -> No
     def draw(path: str) -> None:
         content = io.BytesIO()  # Pillow, when it writes to a disk itself, does not notice that the disk is full
         drawings[path]().save(content, "JPEG", quality=90)
-        (folder / "images" / path).write_bytes(content.getbuffer())
+        with named(folder / "images" / path):
+            (folder / "images" / path).write_bytes(content.getbuffer())
 
     # Two threads will do: Pillow, NumPy and torch let go of the interpreter while they work.
     with ThreadPoolExecutor(2) as executor:
@@ -229,14 +227,3 @@ def _read_marker(root: Path) -> _Row | None:
     except (OSError, ValueError):
         return None
     return marker if isinstance(marker, dict) and marker.get("kind") == _KIND else None
-
-
-def _refuse_foreign(root: Path) -> None:
-    """Raise unless ``root`` is missing, empty, or a drawn museum with nothing added at its top."""
-    if root.is_dir():
-        names = {path.name for path in root.iterdir()}
-        foreign = sorted(names - {_MARKER, "ground_truth", "images"} if _read_marker(root) else names)
-        if foreign:
-            raise UserError(f"{root}: holds {foreign[0]!r}, which is not the demo's; move it, or choose another folder")
-    elif root.exists() or root.is_symlink():
-        raise UserError(f"{root}: not a folder; choose another for the demo")

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from metilr.data.decode import NO_FILE, BadImageError, load_image
 from metilr.distributed import default_workers
-from metilr.errors import UserError
 from metilr.extraction.module import keep_float32_exact
 from metilr.extraction.store import settings_fingerprint
 from metilr.files import replaced_file
@@ -43,7 +42,7 @@ class LocalFeatureExtractor:
     """Turns images into local features with an embedder's weights, and no others, on its device.
 
     The map is that of the stage with the wanted stride in px or, where none has it, as in ViTs, the one that the
-    embedder pools; ``stride`` is then that one's. Features of all relative image sizes, ``scales``, are put together.
+    embedder pools; ``stride`` is then that one's. Features of all ``scales`` are put together.
     """
 
     def __init__(
@@ -65,10 +64,9 @@ class LocalFeatureExtractor:
     def extract(self, image: Tensor) -> LocalFeatures:
         """Compute the features of one image, uint8 ``(3, H, W)``, at most ``n_features``, by scales and rows.
 
-        The backbone runs in the precision of the caller's autocast, with ``Embedder``'s exception for small images.
         Each channel is standardised over the positions of all scales, so that descriptors tell what differs from place
         to place; the strongest by their norm are L2-normalised, and rounded to what float16 can say, as they are kept.
-        A map that is the same everywhere or not finite gives none.
+        A map that is the same everywhere or not finite gives none. Autocast is as in ``Embedder``.
         """
         height, width = image.shape[1:]
         normalised = self.embedder.normalise(image[None].to(self.embedder.mean.device))
@@ -138,8 +136,8 @@ class GeometricCheck:
     def features(self, image: Path) -> LocalFeatures | None:
         """Return an image file's features, kept or computed; None if it cannot be decoded.
 
-        Of another size or time of change it is another image. It takes from 0.1 MB (lite0_in) to 1.2 MB (a ResNet-50)
-        of the disk, in float16, to which the extractor rounds: figures do not depend on what was kept.
+        Of another size or time of change it is another image. What is kept takes 0.1 MB (lite0_in) to 1.2 MB
+        (ResNet-50), in float16, to which the extractor rounds: figures do not depend on it.
         """
         try:
             status = image.stat()
@@ -154,12 +152,9 @@ class GeometricCheck:
             if error.errno not in NO_FILE:
                 raise
             return None
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with replaced_file(file) as stream:
-                np.savez(stream, positions=positions, descriptors=descriptors.astype(np.float16))
-        except OSError as error:
-            raise UserError(f"{file}: cannot be written ({error.strerror}); free some space") from None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replaced_file(file) as stream:
+            np.savez(stream, positions=positions, descriptors=descriptors.astype(np.float16))
         return LocalFeatures(positions, descriptors)
 
     def verify(self, query: LocalFeatures, candidate: LocalFeatures | None) -> Verification:

@@ -40,7 +40,7 @@ OFF = GATES[0]
 class Checked:
     """What was checked of the answers to Q queries."""
 
-    matches: Matches  # candidates of each query, the first M of which were checked; rows of the database
+    matches: Matches  # candidates of each query, the first M of which were checked
     inliers: np.ndarray  # of those, int64 (Q, M)
     database_labels: np.ndarray  # class of each database row, (N,)
     n_classes: int

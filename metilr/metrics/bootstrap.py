@@ -61,7 +61,6 @@ def intervals(
     n_resamples: int = N_RESAMPLES, seed: int = 0, level: float = 0.95,
 ) -> dict[str, Interval]:  # fmt: skip
     """Compute percentile intervals of GAP, GAP⁻ and ACC that hold the share ``level`` of the resamples."""
-    _check_level(level)
     values = bootstrap(log_confidence, predicted, target, units, n_resamples, seed)
     return {metric: Interval(*_ends(values[metric], level)) for metric in METRICS}
 
@@ -74,7 +73,6 @@ def paired_intervals(
 
     Both runs are measured on the same resamples, so what makes a resample hard for both cancels.
     """
-    _check_level(level)
     # What is drawn depends on target, units and seed alone, so it is the same for both.
     before = bootstrap(*first, target, units, n_resamples, seed)
     after = bootstrap(*second, target, units, n_resamples, seed)
@@ -95,14 +93,11 @@ def bootstrap(
     which each query is repeated as often as it was drawn, copies side by side. Units differ in size, so the
     number of met queries varies with the resample, and with it the denominator.
 
-    Args:
-        units: Met queries of equal number are drawn together, ``(Q,)`` integers; one of a negative number is a
-            unit of its own. Not read at distractors.
-        n_resamples: Number of resamples, B.
-        seed: Of the draws. More resamples of one seed begin with those of fewer.
+    Met queries of equal number in ``units``, ``(Q,)`` integers, are drawn together; one of a negative number is a unit
+    of its own. Not read at distractors. More resamples of one seed begin with those of fewer.
     """
     if n_resamples < 1:
-        raise UserError(f"n_resamples {n_resamples}: choose at least 1")
+        raise UserError(f"{n_resamples}: choose at least 1", "n_resamples")
     confidence, right, is_met = checked(log_confidence, predicted, target)
     number, n_units = _numbered(np.asarray(units), is_met)
     order = np.argsort(-confidence, kind="stable")
@@ -139,7 +134,7 @@ def _numbered(units: np.ndarray, is_met: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _draw(rng: np.random.Generator, n_resamples: int, n: int) -> np.ndarray:
-    """Draw n of n with replacement; return how often each was drawn, ``(n_resamples, n)``."""
+    """Draw n of n with replacement; how often each was drawn, ``(n_resamples, n)``."""
     drawn = rng.integers(n, size=(n_resamples, n)) + n * np.arange(n_resamples)[:, None]
     return np.bincount(drawn.ravel(), minlength=n_resamples * n).reshape(n_resamples, n)
 
@@ -159,9 +154,6 @@ def _summed_precision(copies: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _ends(values: np.ndarray, level: float) -> list[float]:
-    return np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()
-
-
-def _check_level(level: float) -> None:
     if not 0 < level < 1:
-        raise UserError(f"level {level}: choose a share between 0 and 1, such as 0.95")
+        raise UserError(f"{level}: choose a share between 0 and 1, such as 0.95", "level")
+    return np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()

@@ -37,9 +37,8 @@ def open_set_figures(
     ``by_class_size``, with all distractors, there also ``acc`` and ``gap_minus``; ``n`` counts the distractors or met
     queries of the group. None where a figure is undefined: without distractors, or in a bin without queries.
 
-    Args:
-        kinds: What each query shows, ``Q`` names; read at distractors only.
-        class_sizes: Number of database images of each class, ``(n_classes,)``; a met query's class has some.
+    ``kinds`` says what each query shows, read at distractors only; ``class_sizes``, ``(n_classes,)``, how many images
+    the database has of each class, some of a met query's.
     """
     confidence, _, is_met = checked(log_confidence, predicted, target)
     answers, truth, kind_of = np.asarray(predicted), np.asarray(target), np.asarray(kinds)

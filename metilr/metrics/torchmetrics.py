@@ -1,7 +1,7 @@
 """GAP, GAP⁻ and ACC as torchmetrics: the same figures whatever the batches, their order and the processes."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +17,8 @@ class AnswerMetric(Metric):
 
     Every query carries its position in the split. Answers are put in that order before they are scored, and a
     position that occurs twice counts once (a DistributedSampler pads with repeats), so that the value is that
-    of the pure function on the whole split. The three metrics keep the same states: in a ``MetricCollection``
-    they form one compute group and store them once.
-
-    Args:
-        no_met: What ``compute`` gives if no query shows an exhibit, as in a batch or a sanity check of
-            distractors only: "nan", or "raise" a UserError.
-        kwargs: Those of ``torchmetrics.Metric``.
+    of the pure function on the whole split; NaN if no query shows an exhibit, as in a sanity check. The three
+    metrics keep the same states: in a ``MetricCollection`` they form one compute group and store them once.
     """
 
     is_differentiable = False
@@ -42,9 +37,8 @@ class AnswerMetric(Metric):
     }
     _score: Callable[[Any, Any, Any], float]
 
-    def __init__(self, no_met: Literal["nan", "raise"] = "nan", **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.no_met = no_met
         for name in self._dtypes:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
@@ -66,7 +60,7 @@ class AnswerMetric(Metric):
         )
         _, first = np.unique(index, return_index=True)
         target = target[first]
-        if self.no_met == "nan" and (target == functional.DISTRACTOR).all():
+        if (target == functional.DISTRACTOR).all():
             return torch.tensor(torch.nan, dtype=torch.float64, device=self.device)
         score = type(self)._score(log_confidence[first], predicted[first], target)
         return torch.tensor(score, dtype=torch.float64, device=self.device)

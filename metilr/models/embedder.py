@@ -33,7 +33,7 @@ class Projector(nn.Module):
 
     @classmethod
     def from_whitening(cls, mean: Tensor, projection: Tensor) -> "Projector":
-        """Return the projector that whitens, x ↦ (x − mean) · projection, of ``(D,)`` and ``(D, dim)``."""
+        """Return x ↦ (x − mean) · projection, of ``(D,)`` and ``(D, dim)``."""
         projector = cls(*projection.shape)
         with torch.no_grad():
             projector.linear.weight.copy_(projection.T)
@@ -42,7 +42,7 @@ class Projector(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Map ``(B, in_dim)`` to ``(B, out_dim)``."""
-        return self.linear(pooled)  # type: ignore[no-any-return]
+        return self.linear(pooled)
 
 
 class Embedder(nn.Module):

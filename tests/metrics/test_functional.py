@@ -2,7 +2,6 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 from sklearn.metrics import average_precision_score
 
 from metilr.errors import UserError
@@ -90,17 +89,6 @@ def test_bounds_are_reached_by_some_order_and_passed_by_none():
         assert bounds == pytest.approx((min(values), max(values)), abs=1e-14)
         widths.append(bounds[1] - bounds[0])
     assert max(widths) > 0.1
-
-
-def test_bounds_meet_without_ties():
-    confidence, predicted, target = answers(np.random.default_rng(3))
-    least, greatest = gap_bounds(confidence, predicted, target)
-    assert least == greatest == gap(confidence, predicted, target)
-
-
-def test_takes_tensors():
-    tensors = (torch.tensor(CONFIDENCE, dtype=torch.float64), torch.tensor(PREDICTED), torch.tensor(TARGET))
-    assert gap(*tensors) == gap(CONFIDENCE, PREDICTED, TARGET)
 
 
 @pytest.mark.parametrize("metric", [gap, gap_minus, acc, gap_bounds])
