@@ -8,16 +8,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hypothesis import HealthCheck, settings
-
 TIMES = int(os.environ.get("METILR_FUZZ", "1"))  # a longer run: so many times as many cases
-PROPERTIES = settings(
-    derandomize=True,
-    database=None,
-    deadline=None,
-    max_examples=80 * TIMES,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 DEEP: Any = 1
 for _ in range(50):
     DEEP = [DEEP]

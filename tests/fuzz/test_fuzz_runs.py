@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given, strategies as st
 
 from metilr.cli import options_of
 from metilr.collection.open_collection import open_with_threshold
@@ -23,7 +22,7 @@ from metilr.metrics import DISTRACTOR
 from metilr.report import plots
 from tests import small_runs
 from tests.fuzz.guard import refusal
-from tests.fuzz.mutations import HOSTILE_VALUES, PROPERTIES, cases, each_replaced, mutated, mutated_value
+from tests.fuzz.mutations import HOSTILE_VALUES, cases, each_replaced, mutated, mutated_value
 from tests.museum import write_museum
 
 FIGURES = {
@@ -127,23 +126,6 @@ def test_aliases_which_can_stand_for_gigabytes_are_refused(tmp_path):
     lists = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 60)]
     (tmp_path / "config.yaml").write_text("\n".join(["a0: &a0 [x, x]", *lists]))
     assert "it has aliases" in read(tmp_path)[0]
-
-
-@PROPERTIES
-@given(st.lists(st.tuples(st.integers(-1, 2**63 - 1), st.integers(-1, 2**63 - 1), st.floats(max_value=0)), min_size=1))
-def test_predictions_are_read_as_written(tmp_path, rows):
-    folder = tmp_path / "run"
-    if not folder.exists():
-        folder.mkdir()
-        make(folder)
-    lines = [f"{i}.jpg,{'' if a < 0 else a},{'' if b < 0 else b},{c!r},0,0,,0" for i, (a, b, c) in enumerate(rows)]
-    (folder / "predictions" / "test.csv").write_text("\n".join([",".join(PREDICTION_COLUMNS), *lines]))
-    assert not read(folder)
-    answers = read_run(folder).answers["test"]
-    found = zip(
-        *(x.tolist() for x in (answers.exhibit_ids, answers.predicted_ids, answers.log_confidence)), strict=True
-    )
-    assert [*found] == rows
 
 
 YAML_VALUES = tuple(value for value in HOSTILE_VALUES if value != "\ud800")  # which PyYAML does not write
