@@ -135,11 +135,8 @@ def load_image(path: Path, image_size: int | None = None, limit: int | None = No
     EXIF orientation is applied; alpha is laid on white; grey, palette and CMYK become RGB; 16-bit grey is
     scaled to 8 bits. Of an animation the first frame counts.
 
-    Args:
-        path: Image file.
-        image_size: Length in px that the longest side is resized to (bilinear, antialiased, up or down);
-            ``None`` keeps the size.
-        limit: Most pixels of the file; ``None``: as ``limit_images`` says.
+    The longest side is resized to ``image_size`` px, if given (bilinear, antialiased, up or down). A file of more
+    pixels than ``limit``, or ``limit_images`` has said, is bad.
 
     Raises:
         BadImageError: If the file is missing, truncated, not an image of a usual kind, too large, or of a kind

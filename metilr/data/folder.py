@@ -63,19 +63,12 @@ def _raise(error: OSError) -> NoReturn:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Which images show which exhibit.
-
-    Attributes:
-        folder: Holds the images.
-        paths: Of the images, relative to ``folder``.
-        exhibits: What each image shows, by name.
-        left_aside: See ``FoundImages``.
-    """
+    """Which images, by their paths relative to a folder, show which exhibit, by name."""
 
     folder: Path
     paths: tuple[str, ...]
     exhibits: tuple[str, ...]
-    left_aside: str = ""
+    left_aside: str = ""  # see FoundImages
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -103,9 +96,7 @@ def read_catalogue(folder: Path, csv: Path | None = None) -> Catalogue:
     Without ``csv``, a sub-folder is an exhibit, with all that lies below it, and an image beside the sub-folders is an
     exhibit of its own, named as the file without its ending. Names that begin with a dot are passed over.
 
-    Args:
-        folder: Holds the images.
-        csv: Names them instead: columns ``path`` (relative to the folder) and ``exhibit``; others are passed over.
+    A ``csv`` names them instead: columns ``path`` (relative to the folder) and ``exhibit``; others are passed over.
 
     Raises:
         UserError: If there are no images, fewer than 2 exhibits, two that have one name, a name that is not UTF-8, a

@@ -106,17 +106,11 @@ class GroundTruth:
 def load_ground_truth(
     root: Path, database: DatabaseName = "full", queries: Sequence[str] = ("val", "test")
 ) -> GroundTruth:
-    """Read and check the JSON files of a data root. Opens no image.
-
-    Args:
-        root: Holds ``ground_truth/`` and ``images/``.
-        database: Which database the queries are matched against.
-        queries: Query splits to read; the others' files are not opened and need not be there.
+    """Read and check the JSON files of a data root; of ``queries`` alone. Opens no image.
 
     Raises:
-        UserError: If a file is missing or malformed, an entry has a wrong type, a path is not inside
-            ``images/`` or is listed twice, a query's exhibit is not in the database, or a split has no
-            query that shows an exhibit.
+        UserError: If a file is missing or malformed, an entry has a wrong type, a path is not inside ``images/`` or is
+            listed twice, a query's exhibit is not in the database, or a split has no query that shows an exhibit.
     """
     root = Path(root)
     if database not in DATABASE_FILES:

@@ -157,15 +157,8 @@ def simulate_visit(
     The same image, strengths and seed give the same photograph, in any thread or process; the global random
     state is neither read nor changed. With all strengths 0 the photograph is a copy of the image.
 
-    Args:
-        image: RGB, uint8, ``(3, H, W)``; any size down to one pixel.
-        strengths: How strongly each part acts.
-        seed: Any integer; see `derive_seed` for one per image and index.
-        longest_side: The photograph's longest side is at most this, by default the image's own longest side.
-            Nothing is magnified to reach it.
-
-    Returns:
-        RGB, uint8, ``(3, H', W')``.
+    RGB, uint8, ``(3, H, W)`` to ``(3, H', W')``, of any size down to one pixel. The longest side is at most
+    ``longest_side``, by default the image's own; nothing is magnified to reach it.
     """
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
         raise ValueError(f"image must be uint8 (3, H, W), not {image.dtype} {tuple(image.shape)}")
@@ -217,17 +210,11 @@ def refuse_bad_seed(seed: int) -> None:
 
 
 class _Viewpoint(NamedTuple):
-    """Where the picture lies in the photograph.
+    """Where the picture lies in the photograph."""
 
-    Attributes:
-        corners: The picture's, in px of the photograph, clockwise from top left, ``(4, 2)``; None: it fills it.
-        size: Height and width of the photograph.
-        zoom: Size of the picture in the photograph, relative to its own.
-    """
-
-    corners: torch.Tensor | None
-    size: tuple[int, int]
-    zoom: float
+    corners: torch.Tensor | None  # in px of the photograph, clockwise from top left, (4, 2); None: it fills it
+    size: tuple[int, int]  # height and width of the photograph
+    zoom: float  # size of the picture in the photograph, relative to its own
 
 
 def _choose_viewpoint(

@@ -71,17 +71,11 @@ NOTHING = PlannedBatch(np.empty(0, dtype=np.int64), (1, 1))
 
 
 class ImageBatch(NamedTuple):
-    """Decoded images of one shape.
+    """Decoded images of one shape."""
 
-    Attributes:
-        rows: Row of each image in the store, int64 ``(B,)``.
-        images: uint8 ``(B, 3, H, W)``.
-        bad: Rows that could not be decoded, each with the reason.
-    """
-
-    rows: np.ndarray
-    images: Tensor
-    bad: list[tuple[int, str]]
+    rows: np.ndarray  # of each image in the store, int64 (B,)
+    images: Tensor  # uint8 (B, 3, H, W)
+    bad: list[tuple[int, str]]  # rows that could not be decoded, each with the reason
 
 
 def decode_batch(images: ImageRows, planned: PlannedBatch) -> ImageBatch:
@@ -102,16 +96,8 @@ def decode_batch(images: ImageRows, planned: PlannedBatch) -> ImageBatch:
 class ImageDataModule(LightningDataModule):
     """Pending images of a prepared store, in batches of one shape.
 
-    The plan is made by the first process and told to the others, since the store changes while they start.
-
-    Args:
-        images: What is described, by split.
-        sizes: Size in bytes of each row's file, by split.
-        store: Says which rows are pending.
-        batch_size: Most images in a batch.
-        num_workers: Decoding processes beside each process that runs the backbone.
-        bad_images: ``"stop"`` raises on a file that cannot be decoded, ``"skip"`` leaves it out.
-        quiet: Show no progress.
+    The plan is made by the first process and told to the others, since the store changes while they start. ``images``
+    are what is described and ``sizes`` the bytes of each row's file, by split; for the rest see ``ExtractionOptions``.
     """
 
     trainer: Any

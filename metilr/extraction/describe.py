@@ -59,14 +59,8 @@ def describe_images(
     takes some of the batches and writes its descriptors where they belong, so none depends on the number of processes
     either (beyond float32 rounding, about 1e-6).
 
-    Args:
-        embedder: Describes the images.
-        ground_truth: Names the images.
-        path: The store's folder; None: ``runs/descriptors/BACKBONE-FINGERPRINT``.
-        options: How images are read and where the backbone runs.
-        console: Told what is done.
-        views: Described too, each in a store of its own in the images' store; row ``i * view.n + v`` is view v of
-            image i.
+    ``path`` is the store's folder, without it ``runs/descriptors/BACKBONE-FINGERPRINT``. Each of the ``views`` is in a
+    store of its own in there, view v of image i in row ``i * view.n + v``. ``console`` is told what is done.
 
     Returns:
         The images' store, finished; in processes of a launcher other than the first, as far as this one filled it.

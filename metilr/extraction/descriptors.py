@@ -52,8 +52,7 @@ def open_descriptors(paths: Sequence[Path], ground_truth: GroundTruth, views: Se
     An image counts as described if it is in each of them, and has all of its ``views``, where they are wanted.
 
     Raises:
-        UserError: If one cannot be read, is unfinished, was made for other images, has a wrong number of
-            rows or different widths, or holds NaN or infinite values, or views are wanted that it does not have.
+        UserError: If one is damaged, unfinished, of other images or another size, not finite, or lacks a view.
     """
     opened = []
     for path in map(Path, paths):
@@ -61,8 +60,8 @@ def open_descriptors(paths: Sequence[Path], ground_truth: GroundTruth, views: Se
             opened.append(_open_store(DescriptorStore(path), ground_truth, views))
         elif views:
             kind = views[0].settings()["kind"]
-            message = f"{path}: holds no {kind}, which a store can hold; describe the images, or leave out the options"
-            raise UserError(f"{message} that need them", "descriptors")
+            remedy = "describe the images, or leave out the options that need them"
+            raise UserError(f"{path}: holds no {kind}, which a store can hold; {remedy}", "descriptors")
         else:
             matrices = read_reference_descriptors(path)
             _check(path, matrices, {split: len(paths) for split, paths in ground_truth.paths.items()})
@@ -141,21 +140,17 @@ def _check(path: Path, matrices: Mapping[str, np.ndarray], counts: Mapping[str, 
 
 
 def read_reference_descriptors(file: Path) -> dict[str, np.ndarray]:
-    """Read a ``descriptors.pkl``. Only NumPy arrays of plain types, containers, strings and numbers are let through.
+    """Read a ``descriptors.pkl``: by split ``(n, D)``, of the file's floating type.
 
-    Returns:
-        Descriptors by split, each ``(n, D)``, of the file's floating type.
-
-    Raises:
-        UserError: If the file asks for anything else, is damaged, or lacks one of the three matrices, or one is empty.
+    Only NumPy arrays of plain types, containers, strings and numbers are let through.
     """
     try:
         with Path(file).open("rb") as stream:
             content = _ArrayUnpickler(_Bounded(stream)).load()
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
     except OSError:
         raise
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     except Exception as error:  # a damaged pickle raises nearly any type
         reason = f"{type(error).__name__}: {shown(str(error))}"
         raise UserError(f"{file}: not a readable descriptors.pkl ({reason}); write or download it again") from None
@@ -223,9 +218,7 @@ class _Call:
         raise _refused("it changes the state of a function")
 
 
-class _Type:
-    """An array's type, such as ``<f4``."""
-
+class _Type:  # of an array, such as <f4
     __slots__ = ("dtype",)
 
     def __init__(self, code: Any, *_: Any) -> None:
@@ -292,9 +285,6 @@ def export_descriptors(store: Path, output: Path) -> None:
     Args:
         store: Folder of a finished descriptor store.
         output: The pickle to write; must not exist yet.
-
-    Raises:
-        UserError: If the store is unfinished or left images out (the format cannot say so), or ``output`` exists.
     """
     source = DescriptorStore(store)
     source.require_complete()

@@ -58,12 +58,8 @@ class HostCopy:
 class DescriptorModule(pl.LightningModule):
     """Multi-scale descriptors of a batch of images.
 
-    Args:
-        embedder: The model.
-        engine: What computes the features.
-        precision: Of the backbone: ``32``, ``bf16-mixed`` or ``16-mixed``.
-        n_streams: Batches that are described side by side, by OpenVINO: what one core alone can do for a new image
-            shape then leaves the others at work. Beyond 1, a step returns the descriptors' future.
+    With ``n_streams`` OpenVINO describes so many batches side by side: what one core alone can do for a new image shape
+    then leaves the others at work. Beyond 1, a step returns the descriptors' future.
     """
 
     def __init__(self, embedder: Embedder, engine: Engine = "torch", precision: str = "32", n_streams: int = 1) -> None:
@@ -123,10 +119,6 @@ class DescriptorWriter(BasePredictionWriter):
 
     That process knows its own share of the images alone, and the shares, which are of equal work, are done at about the
     same pace: of all images the bar shows as large a part as of its own.
-
-    Args:
-        data: Knows the store, the rows and what to do with a bad image.
-        n_streams: Batches that are described at a time; predictions may be futures of descriptors.
     """
 
     def __init__(self, data: ImageDataModule, n_streams: int = 1) -> None:

@@ -37,11 +37,6 @@ def change(image: torch.Tensor, strengths: VisitStrengths, seed: int) -> float:
     return (photograph.float() - image.float()).abs().mean().item()
 
 
-def test_presets_cover_every_part():
-    for strengths in PRESETS.values():
-        assert all(strength > 0 for strength in dataclasses.asdict(strengths).values())
-
-
 def test_same_seed_gives_same_photograph_and_another_seed_another(image):
     for strengths in PRESETS.values():
         first = simulate_visit(image, strengths, 7)
@@ -59,23 +54,16 @@ def test_zero_strengths_return_every_level_unchanged_in_new_memory():
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_each_part_alone_changes_the_image(image, part):
-    for seed in range(5):
-        photograph = simulate_visit(image, VisitStrengths(**{part: 0.5}), seed)
-        assert photograph.shape != image.shape or not torch.equal(photograph, image)
-
-
-@pytest.mark.parametrize("part", PARTS)
 def test_stronger_part_changes_more(image, part):
     weak, strong = (
-        np.mean([change(image, VisitStrengths(**{part: strength}), seed) for seed in range(8)])
+        np.mean([change(image, VisitStrengths(**{part: strength}), seed) for seed in range(4)])
         for strength in (0.2, 1.0)
     )
     assert 0 < weak < strong
 
 
 def test_presets_grow(image):
-    means = [np.mean([change(image, PRESETS[name], seed) for seed in range(8)]) for name in PRESETS]
+    means = [np.mean([change(image, PRESETS[name], seed) for seed in range(4)]) for name in PRESETS]
     assert list(PRESETS) == ["mild", "medium", "severe"]
     assert means == sorted(means) and means[0] > 1
 
@@ -89,13 +77,6 @@ def test_any_size_works_and_stays_within_its_longest_side(shape):
             photograph = simulate_visit(image, strengths, seed)
             assert photograph.dtype == torch.uint8 and photograph.shape[0] == 3
             assert min(photograph.shape[1:]) >= 1 and max(photograph.shape[1:]) <= max(shape)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_photographs_show_something(image, preset):
-    for seed in range(10):
-        photograph = simulate_visit(image, PRESETS[preset], seed).float()
-        assert photograph.mean() > 10 and photograph.std() > 5
 
 
 def test_longest_side_bounds_the_photograph(image):
@@ -134,9 +115,9 @@ def test_global_random_state_is_neither_read_nor_changed(image):
 
 
 def test_threads_do_not_disturb_each_other(image):
-    alone = [simulate_visit(image, PRESETS["medium"], seed) for seed in range(16)]
+    alone = [simulate_visit(image, PRESETS["medium"], seed) for seed in range(8)]
     with ThreadPoolExecutor(4) as executor:
-        together = list(executor.map(lambda seed: simulate_visit(image, PRESETS["medium"], seed), range(16)))
+        together = list(executor.map(lambda seed: simulate_visit(image, PRESETS["medium"], seed), range(8)))
     assert all(torch.equal(first, second) for first, second in zip(alone, together, strict=True))
 
 
@@ -149,23 +130,16 @@ def test_image_is_left_as_it_is_and_need_not_be_contiguous(image):
     assert torch.equal(image, original)
 
 
-def test_a_part_draws_the_same_whatever_else_is_on(image):
-    small = simulate_visit(image, VisitStrengths(scale=0.7), 5)
-    assert simulate_visit(image, VisitStrengths(scale=0.7, light=1.0, noise=1.0), 5).shape == small.shape
-
-
 def test_wrong_strength_is_refused_by_name():
     for strength in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="glare"):
             VisitStrengths(glare=strength)
 
 
-@pytest.mark.parametrize(
-    "wrong", [torch.zeros(3, 4, 4), torch.zeros(4, 4, 3, dtype=torch.uint8), torch.zeros(3, 0, 4).byte()]
-)
-def test_wrong_image_is_refused(wrong):
-    with pytest.raises(ValueError, match="uint8"):
-        simulate_visit(wrong, VisitStrengths(), 0)
+def test_wrong_image_is_refused():
+    for wrong in (torch.zeros(3, 4, 4), torch.zeros(4, 4, 3, dtype=torch.uint8), torch.zeros(3, 0, 4).byte()):
+        with pytest.raises(ValueError, match="uint8"):
+            simulate_visit(wrong, VisitStrengths(), 0)
 
 
 def test_derived_seeds_differ_and_are_the_same_in_every_process():
@@ -188,7 +162,7 @@ def test_the_shape_is_known_before_the_photograph_is_made(shape):
     image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
     parts_off = [VisitStrengths(), VisitStrengths(frame=1), VisitStrengths(scale=1), VisitStrengths(crop=1)]
     for strengths in [*PRESETS.values(), *parts_off]:
-        for seed in range(8):
+        for seed in range(4):
             for longest_side in (None, 50):
                 photograph = simulate_visit(image, strengths, seed, longest_side)
                 assert tuple(photograph.shape[1:]) == visit_shape(*shape, strengths, seed, longest_side)

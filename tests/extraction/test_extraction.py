@@ -1,6 +1,7 @@
 """The extraction loop: what batch size 1 gives, for any batching, number of processes and interruptions."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -121,16 +122,6 @@ def test_two_processes_give_the_rows_of_one_and_each_view_is_described_as_alone(
             np.testing.assert_allclose(by_two.descriptors(split), views.descriptors(split), atol=1e-5)
 
 
-def test_one_pending_image_is_enough_for_two_processes(embedder, museum, tmp_path):
-    store = describe(embedder, museum, tmp_path / "store")
-    before = np.array(store.descriptors("val"))
-    path = museum.image(museum.paths["val"][2])
-    Image.effect_noise((72, 60), 80).convert("RGB").save(path)
-    options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=4)
-    after = describe(embedder, museum, tmp_path / "store", options).descriptors("val")
-    assert np.flatnonzero((before != after).any(axis=1)).tolist() == [2]
-
-
 def test_a_bad_image_has_no_views(embedder, museum, tmp_path):
     museum.image(museum.paths["database"][3]).write_bytes(b"not an image")
     skip = ExtractionOptions(accelerator="cpu", num_workers=0, bad_images="skip")
@@ -153,14 +144,14 @@ def test_a_bad_image_ends_two_processes_with_one_line(embedder, museum, tmp_path
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_second_call_describes_nothing(embedder, museum, tmp_path, monkeypatch):
-    describe(embedder, museum, tmp_path / "store")
-
-    def refuse(*args):
-        raise AssertionError("described again")
-
-    monkeypatch.setattr(images, "load_image", refuse)
-    describe(embedder, museum, tmp_path / "store")
+def test_an_extraction_says_where_its_time_went_and_a_second_one_describes_nothing(embedder, museum, tmp_path, capsys):
+    options = ExtractionOptions(accelerator="cpu", num_workers=0, quiet=True, profile=True)
+    describe(embedder, museum, tmp_path / "store", options)
+    seconds = dict(re.findall(r"^ *([a-z]+) +(\d+\.\d+) ", capsys.readouterr().out, flags=re.MULTILINE))
+    assert list(seconds) == ["decoding", "transfer", "network", "waiting", "writing"]
+    assert float(seconds["network"]) > 0  # decoding a few tiny images can round to 0
+    describe(embedder, museum, tmp_path / "store", options)
+    assert not capsys.readouterr().out
 
 
 def test_an_interrupted_run_continues_where_it_stopped(embedder, museum, tmp_path, monkeypatch):
@@ -316,13 +307,13 @@ def test_skipped_images_are_left_out_and_a_mended_one_is_described(embedder, mus
         describe(embedder, museum, tmp_path / "store")
 
 
-def test_an_exchanged_image_is_described_anew(embedder, museum, tmp_path):
+def test_an_exchanged_image_alone_is_described_anew_also_by_two_processes(embedder, museum, tmp_path):
     before = np.array(describe(embedder, museum, tmp_path / "store").descriptors("database"))
     path = museum.image(museum.paths["database"][5])
     Image.effect_noise((72, 60), 80).convert("RGB").save(path)
-    after = describe(embedder, museum, tmp_path / "store").descriptors("database")
-    changed = np.flatnonzero((before != after).any(axis=1))
-    assert changed.tolist() == [5]
+    options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=4)
+    after = describe(embedder, museum, tmp_path / "store", options).descriptors("database")
+    assert np.flatnonzero((before != after).any(axis=1)).tolist() == [5]
     np.testing.assert_allclose(after, one_by_one(embedder, museum, "database"), atol=1e-5)
 
 

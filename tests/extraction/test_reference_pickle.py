@@ -1,7 +1,6 @@
 import builtins
 import os
 import pickle
-import random
 import struct
 import tracemalloc
 import types
@@ -40,8 +39,7 @@ def refused(file):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("dtype", ["<f4", "<f8", ">f4", "<f2"])
-@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize(("dtype", "order"), [("<f4", "C"), ("<f4", "F"), ("<f8", "C"), (">f4", "F"), ("<f2", "C")])
 def test_every_protocol_type_and_order_reads_as_written(tmp_path, protocol, dtype, order):
     written = matrices(dtype, order)
     read = read_reference_descriptors(pickled(tmp_path, written, protocol))
@@ -245,53 +243,6 @@ def state_of_the_reader():
 )
 def test_what_the_file_says_reaches_no_terminal(tmp_path, operations):
     refused(pickled(tmp_path, b"\x80\x04" + operations + b"."))  # printable and short
-
-
-def mutated(content, rng):
-    content = bytearray(content)
-    for _ in range(rng.choice((1, 1, 2, 4))):
-        at = rng.randrange(len(content))
-        length = rng.choice((1, 1, 2, 8, 30))
-        how = rng.randrange(6)
-        if how == 0:
-            content[at] = rng.randrange(256)
-        elif how == 1:
-            content[at] ^= 1 << rng.randrange(8)
-        elif how == 2 and len(content) > length:
-            del content[at : at + length]
-        elif how == 3:
-            start = rng.randrange(len(content))
-            content[at:at] = content[start : start + length]
-        elif how == 4:
-            content[at:at] = rng.choice(
-                (b"b", b"R", b"\x81", b"0", b"(", b"\x85", b"\x94", b"h\0", b"}", b"N", b"K\xff")
-            )
-        else:
-            content[at : at + 4] = rng.choice((b"\xff" * 4, b"\0" * 4, struct.pack("<I", 2**31 - 1)))
-    return bytes(content)
-
-
-def test_mutated_pickles_are_read_as_matrices_or_refused(tmp_path):
-    rng = random.Random(0)
-    seeds = [pickle.dumps(matrices(kind), protocol) for protocol in range(6) for kind in ("<f4", ">f8")]
-    seeds += [b"\x80\x04" + operations + b"." for operations, _ in HOSTILE.values() if len(operations) < 2000]
-    before, n_read = state_of_the_reader(), 0
-    for i in range(1000):
-        file = pickled(tmp_path, mutated(seeds[i % 12 if i % 2 else rng.randrange(len(seeds))], rng))
-        try:
-            read = read_reference_descriptors(file)
-        except UserError as error:
-            assert str(error).isprintable() and len(str(error)) < len(str(file)) + 250
-        else:
-            n_read += 1
-            assert list(read) == list(SPLITS)
-            for matrix in read.values():
-                assert type(matrix) is np.ndarray and matrix.ndim == 2 and matrix.size
-                assert matrix.dtype.kind == "f" and matrix.dtype.itemsize in (2, 4, 8)
-                assert matrix.tobytes()
-    assert n_read > 20  # of changed numbers: the reader did not refuse all
-    assert state_of_the_reader() == before
-    assert read_reference_descriptors(pickled(tmp_path, matrices()))["test"].shape == (5, 3)
 
 
 def test_damaged_files(tmp_path):
