@@ -11,13 +11,11 @@ from PIL import Image
 from metilr.geometry.verify import (
     COLOUR,
     GAP,
-    NOTHING_IN_COMMON,
     SIDE,
     LocalFeatures,
     Verification,
     is_plausible,
     matching_picture,
-    matching_regions,
     mutual_nearest,
     verify,
 )
@@ -105,20 +103,6 @@ def test_features_at_few_places_have_nothing_in_common(places: list[list[int]]) 
     together = LocalFeatures(np.resize(np.float32(places), (60, 2)), first.descriptors)
     for pair in ((first, together), (together, first), (together, together)):
         assert verify(*pair, TOLERANCE).n_inliers == 0
-
-
-def test_matching_regions_enclose_the_matches() -> None:
-    rng = np.random.default_rng(0)
-    first = random_features(rng, 200)
-    second = seen_again(rng, first, HOMOGRAPHY, n_outliers=0, noise=0.0)
-    found = verify(first, second, TOLERANCE)
-    region, there = matching_regions(first, found)
-    for name in (0, 1):  # the hull reaches as far as the matches do
-        assert region[:, name].min() == first.positions[found.matches[:, 0], name].min()
-        assert region[:, name].max() == first.positions[found.matches[:, 0], name].max()
-    for corner, moved in zip(region, there, strict=True):
-        assert math.dist(moved_by_hand(HOMOGRAPHY, corner), moved) < 0.1
-    assert [part.shape for part in matching_regions(first, NOTHING_IN_COMMON)] == [(0, 2), (0, 2)]
 
 
 def test_mutual_nearest_is_its_definition() -> None:

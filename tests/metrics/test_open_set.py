@@ -98,24 +98,6 @@ def test_detection_identification_rate_equals_the_best_of_all_thresholds(far):
         assert detection_identification_rate(confidence, predicted, target, far) == pytest.approx(best, abs=1e-14)
 
 
-def test_detection_identification_rate_at_the_end_is_acc():
-    _, predicted, target = CASE
-    lowest = np.where(np.array(target) == DISTRACTOR, 0, -np.inf)  # even where nothing is less confident
-    assert detection_identification_rate(lowest, predicted, target, far=1) == acc(*CASE) == 3 / 4
-
-
-def test_risk_coverage_equals_a_loop():
-    for confidence, predicted, target in many_answers(3):
-        n_wrong, risks = 0, []
-        for n, i in enumerate(sorted(range(len(target)), key=lambda i: -confidence[i]), start=1):
-            n_wrong += target[i] == DISTRACTOR or predicted[i] != target[i]
-            risks.append(n_wrong / n)
-        coverage, risk = risk_coverage(confidence, predicted, target)
-        assert coverage == pytest.approx(np.linspace(0, 1, len(target) + 1)[1:])
-        assert risk == pytest.approx(risks, abs=1e-14)
-        assert aurc(confidence, predicted, target) == pytest.approx(sum(risks) / len(risks), abs=1e-14)
-
-
 def test_step_area_of_precision_recall_is_gap():
     for case in many_answers(4):
         precision, recall = precision_recall(*case)

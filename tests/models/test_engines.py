@@ -5,7 +5,6 @@ import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -153,28 +152,29 @@ def test_what_cannot_run_is_refused_and_leaves_no_store_behind(monkeypatch, tiny
         check_engine("openvino", "cpu")
 
 
-def test_a_store_is_that_of_its_engine(tiny_museum, tmp_path):
-    truth = load_ground_truth(enlarged(tiny_museum))
-    embedder = build_embedder("timm/test_resnet", "random")
-    rows, console = {}, Console(quiet=True)
-    for engine in ("torch", "openvino"):
-        options = ExtractionOptions(accelerator="cpu", engine=engine, num_workers=0, quiet=True)
-        rows[engine] = np.array(
-            describe_images(embedder, truth, tmp_path / engine, options, console).descriptors("database")
-        )
-        assert embedder.engine is None  # not left behind
-    np.testing.assert_allclose(rows["openvino"], rows["torch"], rtol=0, atol=2e-6)
-    with pytest.raises(UserError, match="engine"):
-        describe_images(embedder, truth, tmp_path / "torch", options, console)
-    assert "engine" not in store_settings(embedder, truth, None, "32")["model"]
-
-
 @pytest.fixture
 def two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+def test_a_store_is_that_of_its_engine(tiny_museum, tmp_path, two_threads):
+    truth = load_ground_truth(enlarged(tiny_museum))
+    embedder = build_embedder("timm/test_resnet", "random")
+    rows, console = {}, Console(quiet=True)
+    for engine in ("torch", "openvino"):
+        options = ExtractionOptions(accelerator="cpu", engine=engine, batch_size=2, num_workers=0, quiet=True)
+        assert options.n_streams == (2 if engine == "openvino" else 1)
+        rows[engine] = np.array(
+            describe_images(embedder, truth, tmp_path / engine, options, console).descriptors("database")
+        )
+        assert embedder.engine is None and torch.get_num_threads() == 2  # not left behind, nor divided
+    np.testing.assert_allclose(rows["openvino"], rows["torch"], rtol=0, atol=2e-6)
+    with pytest.raises(UserError, match="engine"):
+        describe_images(embedder, truth, tmp_path / "torch", options, console)
+    assert "engine" not in store_settings(embedder, truth, None, "32")["model"]
 
 
 @pytest.mark.parametrize("precision", ["32", pytest.param("bf16-mixed", marks=needs_bfloat16)])
@@ -186,19 +186,6 @@ def test_streams_at_work_side_by_side_keep_to_themselves(backbone, precision, tw
         found = list(streams.map(engine, inputs))
     for features, x in zip(found, inputs, strict=True):
         torch.testing.assert_close(features.map, engine(x).map, rtol=1e-5, atol=1e-5)
-
-
-def test_batches_described_side_by_side_give_the_rows_of_one_after_another(tiny_museum, tmp_path, two_threads):
-    truth, embedder = load_ground_truth(enlarged(tiny_museum)), build_embedder("timm/test_resnet", "random")
-    options = ExtractionOptions(accelerator="cpu", engine="openvino", batch_size=2, num_workers=0, quiet=True)
-    assert options.n_streams == 2 and replace(options, engine="torch").n_streams == 1
-    side_by_side = describe_images(embedder, truth, tmp_path / "two", options, Console(quiet=True))
-    assert torch.get_num_threads() == 2  # not left divided
-    torch.set_num_threads(1)
-    assert options.n_streams == 1
-    one = describe_images(embedder, truth, tmp_path / "one", options, Console(quiet=True))
-    for split in ("database", "val", "test"):
-        np.testing.assert_allclose(side_by_side.descriptors(split), one.descriptors(split), rtol=0, atol=2e-6)
 
 
 def test_a_fault_in_a_stream_is_told_and_finished_rows_are_kept(tiny_museum, tmp_path, two_threads, monkeypatch):

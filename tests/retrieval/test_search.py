@@ -150,11 +150,3 @@ def test_gpu_equals_cpu():
     gpu, cpu = search(database, queries, 50, device="gpu"), search(database, queries, 50)
     np.testing.assert_array_equal(gpu.rows, cpu.rows)
     np.testing.assert_array_equal(gpu.similarities, cpu.similarities)
-
-
-def test_every_query_is_counted_once_when_it_is_answered():
-    rng = np.random.default_rng(0)
-    database = np.repeat(rng.standard_normal((4, 8)).astype(np.float32), 60, axis=0)  # ties: some widen their search
-    told: list[int] = []
-    search(database, rng.standard_normal((30, 8)).astype(np.float32), 3, done=told.append)
-    assert sum(told) == 30
