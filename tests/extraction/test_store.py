@@ -1,6 +1,5 @@
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -149,14 +148,13 @@ def test_bad_files_are_settled_only_for_those_who_skip_them(tmp_path):
     assert store.pending("test", mended, retry_bad=False).tolist() == [False, True, True, False]
 
 
-@pytest.mark.parametrize("content", [np.zeros(WIDTH), np.full(WIDTH, 0.3), np.full(WIDTH, np.nan)])
-def test_a_marked_row_that_was_torn_is_pending(tmp_path, content):
+def test_a_marked_row_that_was_torn_is_pending(tmp_path):
     store = prepared(tmp_path)
     fill(store, "test", range(4))
     rows = np.load(tmp_path / "test.npy", mmap_mode="r+")
-    rows[1] = content
+    rows[:3] = np.array([0, 0.3, np.nan])[:, None]
     rows.flush()
-    assert store.pending("test", SIZES["test"], retry_bad=True).tolist() == [False, True, False, False]
+    assert store.pending("test", SIZES["test"], retry_bad=True).tolist() == [True, True, True, False]
 
 
 def test_a_row_of_another_width_is_a_defect_not_a_shifted_store(tmp_path):
@@ -165,24 +163,6 @@ def test_a_row_of_another_width_is_a_defect_not_a_shifted_store(tmp_path):
         with pytest.raises(AssertionError):
             writer.write("val", 0, wrong, 1)
     writer.close()
-
-
-def _write_every_other(path, start):
-    fill(DescriptorStore(path), "database", range(start, COUNTS["database"], 2))
-
-
-def test_two_processes_write_interleaved_rows(tmp_path):
-    prepared(tmp_path)
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_write_every_other, args=(tmp_path, start)) for start in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(30)
-        assert process.exitcode == 0
-    store = DescriptorStore(tmp_path)
-    np.testing.assert_array_equal(store.descriptors("database"), ROWS["database"])
-    assert store.is_valid("database").all()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema": "other"}', '{"schema": "metilr.descriptors/1"}', "\ufffd"])
