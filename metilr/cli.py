@@ -121,11 +121,7 @@ def _groups(function: Callable[..., Any]) -> dict[str, Any]:
 def parse_options(
     function: Callable[..., Any], args: Sequence[str] | None = None, prog: str | None = None
 ) -> dict[str, Any]:
-    """Read a command line into the flat options of a function, defaults included; ``call`` calls it with them.
-
-    Raises:
-        UserError: If an option is unknown, lacks a value or has one of a wrong type.
-    """
+    """Read a command line into the flat options of a function, defaults included; ``call`` calls it with them."""
     parser, args = _parser(function, prog), list(sys.argv[1:] if args is None else args)
     refuse_unknown(parser, args)
     for i, arg in enumerate(args):
@@ -136,11 +132,7 @@ def parse_options(
 
 
 def options_of(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Read recorded options as ``parse_options`` reads a command line.
-
-    Raises:
-        UserError: If the command has no such option, or not with such a value.
-    """
+    """Read recorded options as ``parse_options`` reads a command line, or refuse them."""
     parser = _parser(function)
     _check_names(parser, options)
     return _checked(function, parser.parse_object(dict(options)).as_dict())
