@@ -16,6 +16,8 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from metilr.commands.evaluate import evaluate
+from metilr.evaluation.options import ReportOptions
+from metilr.extraction.options import ExtractionOptions
 
 PICTURE = Path(__file__).with_name("report.jpg")
 WINDOW = {"width": 1200, "height": 820}
@@ -25,7 +27,7 @@ def main() -> None:
     """Evaluate, photograph, write."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "demo"
-        evaluate(output=output, wandb="off", quiet=True)
+        evaluate(output=output, extraction=ExtractionOptions(quiet=True), report=ReportOptions(wandb="off"))
         top, gallery = _photograph(output / "report" / "index.html")
     both = Image.new("RGB", (top.width + gallery.width + 16, top.height), "grey")
     both.paste(top, (0, 0))
