@@ -12,12 +12,12 @@ from metilr.data.decode import load_image
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.demo import MuseumSize, make_demo
 from metilr.errors import UserError
-from metilr.geometry.check import GeometricCheck, LocalFeatureExtractor, count_inliers, geometric_check_of
+from metilr.geometry.check import GeometricCheck, LocalFeatureExtractor, cell_centres, count_inliers, geometric_check_of
 from metilr.geometry.verify import LocalFeatures, verify
 from metilr.models.embedder import Embedder, build_embedder
 from metilr.retrieval.knn import NO_ROW
 
-SIZE = MuseumSize(exhibits=6, mini_exhibits=5, val=(4, 1, 1), test=(2, 1, 1), longest_side=200)
+SIZE = MuseumSize(exhibits=6, mini_exhibits=5, val=(6, 2, 1), test=(2, 1, 1), longest_side=200)
 
 
 def embedder_of(name: str, stage: int | None = None) -> Embedder:
@@ -66,6 +66,14 @@ def test_the_strongest_are_kept_in_order(embedder: Embedder) -> None:
     np.testing.assert_array_equal(few.descriptors, few.descriptors.astype(np.float16))  # they are kept exactly
 
 
+def test_a_bright_square_is_where_the_features_are(embedder: Embedder) -> None:
+    image = torch.full((3, 256, 384), 20, dtype=torch.uint8)
+    image[:, 96:128, 240:272] = 230
+    found = LocalFeatureExtractor(embedder, scales=(1.0, 0.5), n_features=8).extract(image)
+    assert len(found.positions) == 8
+    assert (np.abs(found.positions - [256, 112]) <= 16 + 16).all()  # half the square's side, a cell at scale 1/2
+
+
 @pytest.mark.parametrize(
     "image",
     [*(torch.full((3, 64, 64), v, dtype=torch.uint8) for v in (0, 255)), noise(1, 1), noise(8, 8), noise(9, 200)],
@@ -74,6 +82,13 @@ def test_images_of_one_colour_and_tiny_ones_give_finite_features(embedder: Embed
     found = LocalFeatureExtractor(embedder).extract(image)
     assert found.positions.shape == (len(found.descriptors), 2)
     np.testing.assert_allclose(np.linalg.norm(found.descriptors, axis=1), 1, atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
+def test_maps_that_are_not_finite_or_all_alike_give_none(embedder: Embedder, monkeypatch, value: float) -> None:
+    monkeypatch.setattr(LocalFeatureExtractor, "_map", lambda self, images: torch.full((1, 8, 4, 4), value))
+    found = LocalFeatureExtractor(embedder).extract(noise())
+    assert found.positions.shape == (0, 2) and found.descriptors.shape == (0, 8)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +132,19 @@ def test_settings_tell_what_changes_features(embedder: Embedder) -> None:
         assert LocalFeatureExtractor(embedder).settings() != settings
 
 
+def test_autocast_is_the_callers(embedder: Embedder) -> None:
+    image = noise(160, 160)
+    exact = LocalFeatureExtractor(embedder, scales=(1.0,)).extract(image)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = LocalFeatureExtractor(embedder, scales=(1.0,)).extract(image)
+    assert rounded.descriptors.dtype == np.float32
+    assert 0 < np.abs(rounded.descriptors - exact.descriptors).max() < 0.2
+
+
+def test_cells_tile_the_image() -> None:
+    np.testing.assert_allclose(cell_centres(2, 3, 20, 60), [[10, 5], [30, 5], [50, 5], [10, 15], [30, 15], [50, 15]])
+
+
 @pytest.fixture(scope="module")
 def museum(tmp_path_factory) -> GroundTruth:
     return load_ground_truth(make_demo(tmp_path_factory.mktemp("check") / "museum", size=SIZE, progress=False))
@@ -155,6 +183,28 @@ def test_counts_are_those_of_a_plain_loop(museum, extractor, tmp_path) -> None:
         assert (geometric == expected)[expected >= 0].mean() >= 0.6
 
 
+def test_counts_do_not_depend_on_order_company_or_what_is_kept(museum, extractor, tmp_path) -> None:
+    queries, database = files(museum, "val")[:4], files(museum, "database")
+    candidates = everything(museum, "val")[:4, :5]
+    counts = count_inliers(check_at(tmp_path / "a", extractor), queries, candidates, database)
+    kept = dataclasses.replace(check_at(tmp_path / "a", extractor), extractor=OfKept(extractor.tolerance))
+    np.testing.assert_array_equal(count_inliers(kept, queries, candidates, database), counts)
+    backwards = count_inliers(check_at(tmp_path / "b", extractor), queries[::-1], candidates[::-1, ::-1], database)
+    np.testing.assert_array_equal(backwards[::-1, ::-1], counts)
+    alone = count_inliers(check_at(tmp_path / "c", extractor), queries[2:3], candidates[2:3, 1:2], database)
+    assert alone[0, 0] == counts[2, 1]
+
+
+@dataclasses.dataclass
+class OfKept:
+    """Stands for an extractor where all features are kept."""
+
+    tolerance: float = 1.0
+
+    def extract(self, image: torch.Tensor) -> LocalFeatures:
+        raise AssertionError("computed again")
+
+
 def test_no_candidate_and_bad_images_have_no_inliers(museum, extractor, tmp_path) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"no image")
@@ -173,15 +223,15 @@ def image(museum, tmp_path) -> Path:
     return file
 
 
-class Refusing:
-    """Stands for an extractor where all features are kept."""
-
-    def extract(self, image: torch.Tensor) -> LocalFeatures:
-        raise AssertionError("computed again")
-
-
 def refuses_to_compute(check: GeometricCheck, image: Path) -> LocalFeatures:
-    return dataclasses.replace(check, extractor=Refusing()).features(image)
+    return dataclasses.replace(check, extractor=OfKept()).features(image)
+
+
+def test_new_and_kept_features_are_the_same(image, extractor, tmp_path) -> None:
+    check = check_at(tmp_path / "kept", extractor)
+    for one, two in zip(check.features(image), refuses_to_compute(check, image), strict=True):
+        assert one.dtype == two.dtype == np.float32 and len(one) > 100
+        np.testing.assert_array_equal(one, two)
 
 
 def test_other_settings_images_and_contents_are_computed(image, extractor, tmp_path) -> None:
@@ -200,7 +250,7 @@ def test_other_settings_images_and_contents_are_computed(image, extractor, tmp_p
         refuses_to_compute(check, image)
 
 
-@pytest.mark.parametrize("damage", ["short", "bit", "text"])
+@pytest.mark.parametrize("damage", ["short", "bit", "empty", "text"])
 def test_damaged_features_are_computed_again(image, extractor, tmp_path, damage: str) -> None:
     check = check_at(tmp_path / "kept", extractor)
     whole = check.features(image)
@@ -208,7 +258,7 @@ def test_damaged_features_are_computed_again(image, extractor, tmp_path, damage:
     content = entry.read_bytes()
     middle = len(content) // 2
     flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-    entry.write_bytes({"short": content[:-100], "bit": flipped, "text": b"no features"}[damage])
+    entry.write_bytes({"short": content[:-100], "bit": flipped, "empty": b"", "text": b"no features"}[damage])
     with pytest.raises(AssertionError, match="computed again"):
         refuses_to_compute(check, image)
     check.features(image)

@@ -53,6 +53,25 @@ def test_equals_a_loop_that_writes_the_copies_down(scheme, with_distractors):
         assert len(np.unique(values[metric])) > 5  # resamples do differ
 
 
+def test_is_as_exact_with_as_many_queries_as_the_met_test_split_has():
+    rng = np.random.default_rng(9)
+    target = rng.permutation(np.concatenate([np.arange(1000) % 700, np.full(18_000, DISTRACTOR)]))
+    confidence, predicted = rng.standard_normal(19_000), np.where(rng.random(19_000) < 0.6, target, 700)
+    expected = loop(confidence, predicted, target, target, 3, seed=0)
+    values = bootstrap(confidence, predicted, target, target, 3, seed=0)
+    for metric in METRICS:
+        assert values[metric] == pytest.approx(expected[metric], abs=1e-10)
+
+
+def test_what_stands_at_a_distractor_in_units_is_not_read():
+    rng = np.random.default_rng(1)
+    confidence, predicted, target = answers(rng)
+    units = rng.integers(-1, 5, len(target))
+    others = np.where(target == DISTRACTOR, 77, units)
+    first, second = (bootstrap(confidence, predicted, target, u, 20) for u in (units, others))
+    assert all((first[metric] == second[metric]).all() for metric in METRICS)
+
+
 def test_the_seed_decides_the_draws_and_more_resamples_begin_with_those_of_fewer():
     confidence, predicted, target = answers(np.random.default_rng(2))
     few = bootstrap(confidence, predicted, target, target, 10, seed=5)["gap"]
@@ -73,6 +92,12 @@ def test_interval_holds_the_level_of_the_resamples():
         assert interval.low < METRICS[metric](confidence, predicted, target) < interval.high
 
 
+def test_a_run_does_not_differ_from_itself():
+    confidence, predicted, target = answers(np.random.default_rng(4))
+    same = paired_intervals((confidence, predicted), (confidence, predicted), target, target, 30)
+    assert same == dict.fromkeys(METRICS, (0.0, 0.0, 0.0))
+
+
 def test_paired_differences_are_second_minus_first_on_the_same_resamples():
     rng = np.random.default_rng(5)
     confidence, predicted, target = answers(rng, n=80)
@@ -85,6 +110,38 @@ def test_paired_differences_are_second_minus_first_on_the_same_resamples():
         expected = function(*other, target) - function(confidence, predicted, target), low, high
         assert differences[metric] == pytest.approx(expected, abs=1e-12)
         assert differences[metric].low < differences[metric].high
+
+
+def photos(rng, n_groups, per_group=8):
+    """Met queries in groups that share how hard they are, and 1.5 distractors a met query."""
+    group = np.repeat(np.arange(n_groups), per_group)
+    ease = 1.5 * rng.standard_normal(n_groups)[group]
+    right = rng.random(len(group)) < 1 / (1 + np.exp(-ease))
+    n_distractors = len(group) * 3 // 2
+    met_confidence = 0.7 * ease + right + rng.standard_normal(len(group))
+    confidence = np.concatenate([met_confidence, rng.standard_normal(n_distractors) - 0.5])
+    target = np.concatenate([group, np.full(n_distractors, DISTRACTOR)])
+    predicted = np.where(np.append(right, np.zeros(n_distractors, bool)), target, n_groups)
+    return confidence, predicted, target
+
+
+def test_intervals_cover_the_truth_if_grouped_photos_are_drawn_together():
+    rng = np.random.default_rng(6)
+    n_sets, n_groups = 200, 60
+    population = photos(rng, 30_000)
+    truth = {metric: function(*population) for metric, function in METRICS.items()}
+    covered = {scheme: dict.fromkeys(METRICS, 0) for scheme in ("classes", "queries")}
+    for i in range(n_sets):
+        confidence, predicted, target = photos(rng, n_groups)
+        schemes = resampling_units(target, np.full(len(target), -1))
+        for scheme, counts in covered.items():
+            for metric, (low, high) in intervals(
+                confidence, predicted, target, schemes[scheme], n_resamples=200, seed=i
+            ).items():
+                counts[metric] += low <= truth[metric] <= high
+    for metric in METRICS:
+        assert 0.88 <= covered["classes"][metric] / n_sets <= 0.995
+        assert covered["queries"][metric] / n_sets < 0.85
 
 
 def test_schemes_of_the_published_test_split(met_root):
@@ -130,6 +187,13 @@ def test_refuses(change, message):
     intervals(**arguments, n_resamples=2)
     with pytest.raises(UserError, match=message):
         intervals(**arguments | change)
+
+
+@pytest.mark.parametrize("level", [0.0, 95])
+def test_paired_refuses_a_level_out_of_range(level):
+    run = ([0.0, -1.0], [1, 2])
+    with pytest.raises(UserError, match=f"level {level}"):
+        paired_intervals(run, run, [1, 2], [0, 1], level=level)
 
 
 @pytest.mark.parametrize("units", [[0, 1], [0.0, 1.0, 2.0], [[0, 1, 2]]])

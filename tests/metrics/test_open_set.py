@@ -98,6 +98,24 @@ def test_detection_identification_rate_equals_the_best_of_all_thresholds(far):
         assert detection_identification_rate(confidence, predicted, target, far) == pytest.approx(best, abs=1e-14)
 
 
+def test_detection_identification_rate_at_the_end_is_acc():
+    _, predicted, target = CASE
+    lowest = np.where(np.array(target) == DISTRACTOR, 0, -np.inf)  # even where nothing is less confident
+    assert detection_identification_rate(lowest, predicted, target, far=1) == acc(*CASE) == 3 / 4
+
+
+def test_risk_coverage_equals_a_loop():
+    for confidence, predicted, target in many_answers(3):
+        n_wrong, risks = 0, []
+        for n, i in enumerate(sorted(range(len(target)), key=lambda i: -confidence[i]), start=1):
+            n_wrong += target[i] == DISTRACTOR or predicted[i] != target[i]
+            risks.append(n_wrong / n)
+        coverage, risk = risk_coverage(confidence, predicted, target)
+        assert coverage == pytest.approx(np.linspace(0, 1, len(target) + 1)[1:])
+        assert risk == pytest.approx(risks, abs=1e-14)
+        assert aurc(confidence, predicted, target) == pytest.approx(sum(risks) / len(risks), abs=1e-14)
+
+
 def test_step_area_of_precision_recall_is_gap():
     for case in many_answers(4):
         precision, recall = precision_recall(*case)
@@ -168,6 +186,12 @@ def test_figures_are_those_of_their_queries_alone():
         assert of_size["auroc"] == auroc(confidence[kept], predicted[kept], target[kept])
 
 
+def test_class_sizes_fall_into_their_bins():
+    target = np.arange(6)
+    figures = open_set_figures(-target, target, target, ["met"] * 6, np.array([1, 1, 2, 3, 4, 90]))
+    assert {size: of_size["n"] for size, of_size in figures["by_class_size"].items()} == {"1": 2, "2-3": 2, "4+": 2}
+
+
 def test_undefined_figures_are_none():
     figures = open_set_figures([0, -np.inf], [0, 0], [0, 1], ["met", "met"], np.array([2, 3, 1]))
     rejection = {"auroc": None, "fpr95": None, "dir": {"0.01": None, "0.1": None}}
@@ -194,6 +218,31 @@ def test_distractors_are_needed(metric):
         metric([0, -1], [1, 2], [1, 2])
 
 
+@pytest.mark.parametrize(
+    "metric",
+    [
+        auroc,
+        fpr_at_tpr,
+        risk_coverage,
+        aurc,
+        precision_recall,
+        lambda *case: detection_identification_rate(*case, far=0.1),
+        lambda *case: threshold_for_precision(*case, precision=0.9),
+    ],
+)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([0, -1], [1, 2], [DISTRACTOR, DISTRACTOR]), "no query shows an exhibit"),
+        (([0, np.nan], [1, 2], [1, DISTRACTOR]), "query 1 is NaN"),
+        (([0, -1], [1], [1, DISTRACTOR]), "of one length"),
+    ],
+)
+def test_refuses(metric, arguments, message):
+    with pytest.raises(UserError, match=message):
+        metric(*arguments)
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_refuses_shares_out_of_range(share):
     with pytest.raises(UserError, match="level"):
@@ -202,3 +251,10 @@ def test_refuses_shares_out_of_range(share):
         detection_identification_rate(*CASE, far=share)
     with pytest.raises(UserError, match="precision"):
         threshold_for_precision(*CASE, precision=share)
+
+
+def test_refuses_to_accept_nothing():
+    with pytest.raises(UserError, match="above 0"):
+        fpr_at_tpr(*CASE, level=0)
+    with pytest.raises(UserError, match="above 0"):
+        threshold_for_precision(*CASE, precision=0)

@@ -52,6 +52,15 @@ def test_many_duplicates_come_in_row_order(k):
             assert len(set(similarities[groups.ravel() == group])) == 1  # to the last bit
 
 
+@pytest.mark.parametrize("width", [1, 6])
+def test_different_rows_may_tie(width):
+    # Small integers: sums are exact, so very many rows tie without being equal.
+    rng = np.random.default_rng(0)
+    database = rng.integers(-1, 2, (500, width)).astype(np.float32)
+    queries = rng.integers(-1, 2, (30, width)).astype(np.float32)
+    assert_exact(search(database, queries, 7), database, queries, 7)
+
+
 def test_differences_below_float32_rounding_decide():
     # 400 rows whose products differ by less than float32 sums can tell, at the boundary of the candidates.
     rng = np.random.default_rng(0)
@@ -84,6 +93,15 @@ def test_chunks_change_no_bit(monkeypatch, width):
     np.testing.assert_array_equal(cut.similarities, whole.similarities)
     alone = [search(database, query[None], 6).similarities[0] for query in queries]
     np.testing.assert_array_equal(alone, whole.similarities)
+
+
+def test_reads_a_memory_mapped_database_and_finds_nothing_without_a_query(tmp_path):
+    rng = np.random.default_rng(0)
+    database, queries = unit(rng, 100, 16), unit(rng, 4, 16)
+    np.save(tmp_path / "database.npy", database)
+    mapped = np.load(tmp_path / "database.npy", mmap_mode="r")
+    assert_exact(search(mapped, queries, 3), database, queries, 3)
+    assert search(mapped, queries[:0], 2).rows.shape == search(mapped, queries[:0], 2).similarities.shape == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -150,3 +168,11 @@ def test_gpu_equals_cpu():
     gpu, cpu = search(database, queries, 50, device="gpu"), search(database, queries, 50)
     np.testing.assert_array_equal(gpu.rows, cpu.rows)
     np.testing.assert_array_equal(gpu.similarities, cpu.similarities)
+
+
+def test_every_query_is_counted_once_when_it_is_answered():
+    rng = np.random.default_rng(0)
+    database = np.repeat(rng.standard_normal((4, 8)).astype(np.float32), 60, axis=0)  # ties: some widen their search
+    told: list[int] = []
+    search(database, rng.standard_normal((30, 8)).astype(np.float32), 3, done=told.append)
+    assert sum(told) == 30

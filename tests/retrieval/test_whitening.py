@@ -1,3 +1,4 @@
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,13 @@ def test_equals_scikit_learn_up_to_sign_and_denominator(shrinkage):
     np.testing.assert_allclose(whitening.eigenvalues[:10] * len(x) / (len(x) - 1), pca.explained_variance_, rtol=1e-9)
 
 
+def test_shrinkage_between_whitens_part_of_the_way():
+    x = descriptors()
+    half = fit_pca_whitening([x], shrinkage=0.5)
+    projected = (x - half.mean) @ half.projection
+    np.testing.assert_allclose(projected.var(axis=0), np.sqrt(half.eigenvalues), rtol=1e-8)
+
+
 def test_transform_is_the_formula_to_float32_rounding(monkeypatch):
     x = descriptors()
     whitening = fit_pca_whitening([x], dim=12)
@@ -50,6 +58,11 @@ def test_transform_is_the_formula_to_float32_rounding(monkeypatch):
     np.testing.assert_allclose(whitened, expected, rtol=2**-23, atol=1e-12)
     monkeypatch.setattr(whitening_module, "_BLOCK_ROWS", 7)
     np.testing.assert_allclose(whitening.transform(x), whitened, rtol=2**-22, atol=1e-12)
+
+
+def test_a_descriptor_at_the_mean_stays_zero():
+    whitening = fit_pca_whitening([np.array([[1, 0], [-1, 0], [0, 2], [0, -2]], dtype=np.float32)])
+    np.testing.assert_array_equal(whitening.transform(np.zeros((1, 2), dtype=np.float32)), [[0, 0]])
 
 
 def test_cutting_into_chunks_changes_rounding_only():
@@ -64,9 +77,25 @@ def test_cutting_into_chunks_changes_rounding_only():
         np.testing.assert_allclose(cut.projection, whole.projection, rtol=1e-6, atol=1e-8)
 
 
+def test_a_large_offset_does_not_cancel():
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((500, 4)) + 4096).astype(np.float32)
+    exact = np.cov((x - 4096).astype(np.float64).T, bias=True)
+    np.testing.assert_allclose(fit_pca_whitening([x]).eigenvalues, np.sort(np.linalg.eigvalsh(exact))[::-1], rtol=1e-12)
+
+
+def test_memory_does_not_grow_with_the_chunk(tmp_path):
+    np.save(tmp_path / "x.npy", np.tile(descriptors(4096, 16), (50, 1)))
+    x = np.load(tmp_path / "x.npy", mmap_mode="r")
+    tracemalloc.start()
+    fit_pca_whitening([x])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < x.nbytes  # float64 copies of all of it would be twice that
+
+
 def test_fewer_descriptors_than_dimensions():
     x = descriptors(n=10)
-    assert fit_learned_whitening([x], [pairs(5)]).dim == 9
     whitening = fit_pca_whitening([x])
     assert whitening.dim == whitening.supported_dim == 9 < DEFAULT_DIM
     assert np.isfinite(whitening.transform(x)).all()
@@ -74,6 +103,13 @@ def test_fewer_descriptors_than_dimensions():
     assert fit_pca_whitening([np.tile(descriptors(n=5), (100, 1))]).supported_dim == 4
     with pytest.raises(UserError, match=r"dim 10: .* support 1 to 9"):
         fit_pca_whitening([x], dim=10)
+
+
+def test_wide_data_keeps_the_default_dim():
+    rng = np.random.default_rng(0)
+    whitening = fit_pca_whitening([rng.standard_normal((600, 520), dtype=np.float32)])
+    assert (whitening.dim, whitening.supported_dim) == (DEFAULT_DIM, 520)
+    assert whitening.projection.dtype == np.float64
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -96,7 +132,7 @@ def test_signs_are_fixed():
         assert mirrored.projection[0, 0] > 0 > mirrored.projection[1, 0]
 
 
-@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_refuses_what_is_not_finite(bad):
     x = descriptors()
     whitening = fit_pca_whitening([x])
@@ -184,6 +220,14 @@ def test_learned_whitening_solves_the_generalised_eigenproblem(n_pairs, shrinkag
     signs = np.sign((learned.projection * (metric @ expected)).sum(axis=0))
     np.testing.assert_allclose(learned.projection, expected * signs, rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(learned.eigenvalues, values[::-1], rtol=1e-6, atol=1e-12)
+
+
+def test_learned_whitening_of_fewer_images_than_dimensions():
+    learned = fit_learned_whitening([descriptors()[:10]], [pairs(5)])
+    assert learned.dim == learned.supported_dim == 9
+    assert np.isfinite(learned.transform(descriptors())).all()
+    with pytest.raises(UserError, match=r"dim 10: .* support 1 to 9"):
+        fit_learned_whitening([descriptors()[:10]], [pairs(5)], dim=10)
 
 
 def test_learned_whitening_in_pieces_and_back_from_disk(tmp_path):
