@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from rich.markup import escape
 
 from metilr.data.ground_truth import NOT_NAMED, QUERY_FILES, load_ground_truth
 from metilr.errors import UserError
-from metilr.evaluation.results import FIGURES, LEVEL, UNITS, Run, read_run
+from metilr.evaluation.results import FIGURES, LEVEL, UNITS, Figures, Run, read_run
 from metilr.evaluation.runs import RUNS, make_output
 from metilr.files import write_atomically
 from metilr.metrics.bootstrap import Difference, paired_intervals, resampling_units
@@ -29,18 +30,12 @@ DIFFERENT_DATA = "runs on other data are in a table of their own: figures of dif
 def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
     """Compare evaluations with each other and with published figures.
 
-    Writes comparison.md, .csv, .tex, .json, .png and .svg. Runs on other data get a table of their own. Differences
-    are to the first run, on the same queries and the same resamples.
+    Writes comparison.md, .csv, .tex, .json, .png and .svg, and returns what the JSON says. Runs on other data get a
+    table of their own. Differences are to the first run, on the same queries and the same resamples.
 
     Args:
         runs: Folders that evaluations wrote; the first is the baseline of the differences.
         output: Folder for the files, which replace those of an earlier comparison; without it a dated one under runs/.
-
-    Returns:
-        What comparison.json says.
-
-    Raises:
-        UserError: If a folder holds no finished evaluation or is named twice, or the output cannot be written.
     """
     from metilr.report.plots import plot_comparison  # matplotlib, which help does not need
 
@@ -50,12 +45,20 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
     groups = _by_data(read)
     folder = make_output(output, "compare")
 
-    tables = [figures_table(title, group, known) for title, group in groups.items()]
-    differences, notes = _differences(read)
-    if len(read) > 1:
-        tables += [differences_table(split, next(iter(read)), differences, notes[split]) for split in QUERY_FILES]
+    tables = [_figures_table(title, group, known) for title, group in groups.items()]
+    (baseline_name, baseline), *others = read.items()
+    photographers = photographers_of(baseline) if others else None
+    differences = [
+        (name, pair)
+        for name, run in tracked(others, "differences", len(others), "runs")
+        for pair in paired_differences(baseline, run, photographers)
+    ]
+    if others:
+        gone = f"the ground truth of {baseline_name} is not where it was, so photographers are not known"
+        notes = [gone] if photographers is None else []
+        tables += [_differences_table(split, read, differences, notes) for split in QUERY_FILES]
     if any(run.results.seconds is not None for run in read.values()):  # not of runs by other programs
-        tables += [costs_table(title, group) for title, group in groups.items()]
+        tables += [_costs_table(title, group) for title, group in groups.items()]
     if len(groups) > 1:
         console.print(f"[bold yellow]note:[/] {DIFFERENT_DATA}")
     for table in tables:
@@ -71,12 +74,11 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
         "csv": _as_csv(read, known),
         "json": json.dumps(comparison, indent=1, allow_nan=False) + "\n",
     }
-    for ending, text in texts.items():
-        write_atomically(folder / f"comparison.{ending}", text)
-    pictures = [folder / "comparison.png", folder / "comparison.svg"]
+    written = [folder / f"comparison.{ending}" for ending in (*texts, "png", "svg")]
+    for file, text in zip(written, texts.values(), strict=False):
+        write_atomically(file, text)
     results = {title: {name: run.results for name, run in group.items()} for title, group in groups.items()}
-    plot_comparison(results, known, pictures)
-    written = [*(folder / f"comparison.{ending}" for ending in texts), *pictures]
+    plot_comparison(results, known, written[len(texts) :])
     console.print("wrote " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)
     return comparison
 
@@ -84,11 +86,10 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
 def _read_runs(paths: Sequence[Path]) -> dict[str, Run]:
     """Read the runs by name: the folder's, or as much of its path as tells it from the others."""
     folders = [Path(path).resolve() for path in paths]
-    twice = [path for path, folder in zip(paths, folders, strict=True) if folders.count(folder) > 1]
-    if twice:
-        raise UserError(f"{twice[0]}: named twice; name each run once")
     if not folders:
         raise UserError("no run is named; name the folders that evaluations wrote")
+    if twice := [path for path, folder in zip(paths, folders, strict=True) if folders.count(folder) > 1]:
+        raise UserError(f"{twice[0]}: named twice; name each run once")
     length = 1
     while len({folder.parts[-length:] for folder in folders}) < len(folders):
         length += 1
@@ -97,14 +98,13 @@ def _read_runs(paths: Sequence[Path]) -> dict[str, Run]:
 
 def _by_data(runs: Mapping[str, Run]) -> dict[str, dict[str, Run]]:
     """Group runs by the data that they were measured on, titled."""
-    by_fingerprint: dict[str, dict[str, Run]] = {}
+    titles: dict[str, str] = {}  # by fingerprint
+    groups: dict[str, dict[str, Run]] = defaultdict(dict)
     for name, run in runs.items():
-        by_fingerprint.setdefault(run.results.data.fingerprint, {})[name] = run
-    groups: dict[str, dict[str, Run]] = {}
-    for fingerprint, group in by_fingerprint.items():
-        data = next(iter(group.values())).results.data
+        data = run.results.data
         title = f"{'SYNTHETIC demo museum' if data.synthetic else data.root}, {data.database} database"
-        groups[title + (f" ({fingerprint[:8]})" if title in groups else "")] = group
+        title += f" ({data.fingerprint[:8]})" if title in titles.values() else ""
+        groups[titles.setdefault(data.fingerprint, title)][name] = run
     return groups
 
 
@@ -133,11 +133,10 @@ def paired_differences(
         taken_by = np.full(len(target), NOT_NAMED) if photographers is None else photographers[split]
         units = resampling_units(target, taken_by)
         before, after = ((answers.log_confidence, answers.predicted_ids) for answers in (first, second))
-        by_unit = {
+        of = {
             unit: paired_intervals(before, after, target, units[unit], level=LEVEL) for unit in UNITS if unit in units
         }
-        left_out = None if by_unit else "too few met queries for an interval"
-        compared.append(PairedDifferences(split, by_unit, left_out))
+        compared.append(PairedDifferences(split, of, None if of else "too few met queries for an interval"))
     return compared
 
 
@@ -153,52 +152,27 @@ def photographers_of(run: Run) -> Mapping[str, np.ndarray] | None:
     return ground_truth.photographers if ground_truth.fingerprint() == data.fingerprint else None
 
 
-def _differences(runs: Mapping[str, Run]) -> tuple[dict[str, list[PairedDifferences]], dict[str, list[str]]]:
-    """Compare each run with the first; the notes say, by split, what had to be left out."""
-    (base_name, baseline), *others = runs.items()
-    photographers = photographers_of(baseline) if others else None
-    differences: dict[str, list[PairedDifferences]] = {}
-    noted: dict[str, dict[str, list[str]]] = {split: {} for split in QUERY_FILES}
-    for name, run in tracked(others, "differences", len(others), "runs"):
-        differences[name] = paired_differences(baseline, run, photographers)
-        same_data = run.results.data.fingerprint == baseline.results.data.fingerprint
-        for pair in differences[name]:
-            if pair.left_out:
-                noted[pair.split].setdefault(f"left out, {pair.left_out}", []).append(name)
-            elif not same_data:
-                noted[pair.split].setdefault(f"matched against another database than {base_name}", []).append(name)
-    notes = {split: [f"{note}: {', '.join(names)}" for note, names in of.items()] for split, of in noted.items()}
-    if others and photographers is None:
-        for of_split in notes.values():
-            of_split.append(f"the ground truth of {base_name} is not where it was, so photographers are not known")
-    return differences, notes
-
-
-def figures_table(title: str, runs: Mapping[str, Run], known: Mapping[str, Sequence[Published]]) -> TextTable:
+def _figures_table(title: str, runs: Mapping[str, Run], known: Mapping[str, Sequence[Published]]) -> TextTable:
     """Put runs on the same data in the shape of the report's Tables 1 and 2, published figures under their split."""
     rows, quiet = [], []
+    true_of: dict[str, list[str]] = defaultdict(list)  # what the evaluations themselves noted, each thing once
     for name, run in runs.items():
-        knn, splits = run.results.knn, run.results.splits.values()
-        figures = [f"{100 * getattr(of_split, metric):.2f}" for of_split in splits for metric in METRICS]
-        rows.append([name, str(knn.k), f"{knn.tau:g}", *figures])
+        knn, splits = run.results.knn, run.results.splits
+        rows.append([name, str(knn.k), f"{knn.tau:g}", *(cell for split in splits.values() for cell in _cells(split))])
         for row in known[name]:
             quiet.append(len(rows))
-            of_row = [f"{100 * getattr(row, metric):.2f}" for metric in METRICS]
-            figures = [*of_row, "", "", ""] if row.split == "val" else ["", "", "", *of_row]
+            figures = [cell for split in splits for cell in (_cells(row) if split == row.split else [""] * 3)]
             k_and_tau = ["" if value is None else f"{value:g}" for value in (row.k, row.tau)]
             rows.append([f"published ({row.split})", *k_and_tau, *figures])
+        for note in (f"{chosen(knn, with_values=False)}; test scored once", *run.results.notes):
+            true_of[note].append(name)
     counts = next(iter(runs.values())).results.data.counts
-    sources = dict.fromkeys(f"published ({row.split}): {row.source}" for name in runs for row in known[name])
-    true_of: dict[str, list[str]] = {}  # what the evaluations themselves noted, each thing once
-    for name, run in runs.items():
-        for note in (f"{chosen(run.results.knn, with_values=False)}; test scored once", *run.results.notes):
-            true_of.setdefault(note, []).append(name)
     notes = [
         f"in percent; {counts['database_images']:,} database images of {counts['exhibits']:,} exhibits; "
         f"val {counts['val_queries']:,} queries ({counts['val_met']:,} met), "
         f"test {counts['test_queries']:,} ({counts['test_met']:,} met)"
     ]
-    if sources:
+    if sources := dict.fromkeys(f"published ({row.split}): {row.source}" for name in runs for row in known[name]):
         misnamed = "the report's tables say test, but were measured on val"
         notes.append(f"{'; '.join(sources)}; each under the split that it was measured on; {misnamed}")
     notes += [f"{note} ({'all runs' if len(of) == len(runs) else ', '.join(of)})" for note, of in true_of.items()]
@@ -207,7 +181,11 @@ def figures_table(title: str, runs: Mapping[str, Run], known: Mapping[str, Seque
     return TextTable(title, spans, header, rows, frozenset(quiet), notes)
 
 
-def costs_table(title: str, runs: Mapping[str, Run]) -> TextTable:
+def _cells(figures: Figures | Published) -> list[str]:
+    return [f"{100 * getattr(figures, metric):.2f}" for metric in METRICS]
+
+
+def _costs_table(title: str, runs: Mapping[str, Run]) -> TextTable:
     """Put beside each run's GAP its interval, and what the run took."""
     rows = []
     for name, run in runs.items():
@@ -226,20 +204,27 @@ def costs_table(title: str, runs: Mapping[str, Run]) -> TextTable:
     return TextTable(f"{title}: what each run took", [], header, rows, notes=notes)
 
 
-def differences_table(
-    split: str, base_name: str, differences: Mapping[str, Sequence[PairedDifferences]], notes: Sequence[str]
+def _differences_table(
+    split: str, runs: Mapping[str, Run], differences: Sequence[tuple[str, PairedDifferences]], notes: Sequence[str]
 ) -> TextTable:
-    """Put the differences to the baseline on one split in a table, each with the widest interval of all units."""
-    rows = []
-    drawn: dict[str, None] = {}
-    for name, pairs in differences.items():
-        for pair in pairs:
-            if pair.split == split and pair.by_unit:
-                unit = max(pair.by_unit, key=lambda unit: np.ptp(pair.by_unit[unit]["gap"][1:]))
-                rows.append([name, *(_with_interval(pair.by_unit[unit][metric]) for metric in METRICS)])
-                drawn[unit] = None
-    explained = f"in points, in brackets {100 * LEVEL:g}% intervals: paired bootstrap over {' or '.join(drawn)}"
-    notes = [*([f"{explained} and distractors"] if rows else []), *notes]
+    """Put the differences to the first run on one split in a table, each with the widest interval of all units."""
+    base_name, baseline = next(iter(runs.items()))
+    rows, units = [], {}
+    true_of: dict[str, list[str]] = defaultdict(list)
+    for name, (of_split, by_unit, left_out) in differences:
+        if of_split != split:
+            continue
+        if by_unit:
+            unit = max(by_unit, key=lambda unit: np.ptp(by_unit[unit]["gap"][1:]))
+            rows.append([name, *(_with_interval(by_unit[unit][metric]) for metric in METRICS)])
+            units[unit] = None
+        if left_out:
+            true_of[f"left out, {left_out}"].append(name)
+        elif runs[name].results.data.fingerprint != baseline.results.data.fingerprint:
+            true_of[f"matched against another database than {base_name}"].append(name)
+    drawn = f"paired bootstrap over {' or '.join(units)} and distractors"
+    explained = [f"in points, in brackets {100 * LEVEL:g}% intervals: {drawn}"] if rows else []
+    notes = [*explained, *(f"{note}: {', '.join(names)}" for note, names in true_of.items()), *notes]
     return TextTable(f"{split}: difference to {base_name}", [], ["run", *METRICS.values()], rows, notes=notes)
 
 
@@ -267,7 +252,7 @@ def _as_csv(runs: Mapping[str, Run], known: Mapping[str, Sequence[Published]]) -
 def _as_json(
     runs: Mapping[str, Run],
     known: Mapping[str, Sequence[Published]],
-    differences: Mapping[str, Sequence[PairedDifferences]],
+    differences: Sequence[tuple[str, PairedDifferences]],
 ) -> dict[str, Any]:
     of_runs = []
     for name, run in runs.items():
@@ -277,8 +262,7 @@ def _as_json(
         rows = [vars(row) for row in known[name]]
         of_runs.append({"name": name, "path": str(run.path.resolve()), **parts, "knn": knn, "published": rows})
     of_pairs = []
-    for name, pairs in differences.items():
-        for split, by_unit, left_out in pairs:
-            plain = {unit: {metric: each._asdict() for metric, each in of.items()} for unit, of in by_unit.items()}
-            of_pairs.append({"run": name, "split": split, "left_out": left_out, "by_unit": plain})
+    for name, (split, by_unit, left_out) in differences:
+        plain = {unit: {metric: each._asdict() for metric, each in of.items()} for unit, of in by_unit.items()}
+        of_pairs.append({"run": name, "split": split, "left_out": left_out, "by_unit": plain})
     return {"baseline": next(iter(runs)), "runs": of_runs, "differences": of_pairs}
