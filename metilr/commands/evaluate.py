@@ -13,15 +13,21 @@ from rich.markup import escape
 from metilr.cli import flat, flat_defaults
 from metilr.data.decode import limit_images
 from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_truth
+from metilr.distributed import launched_as_first, quieten_lightning
 from metilr.errors import UserError
+from metilr.evaluation.database import views_of
 from metilr.evaluation.options import MethodOptions, ReportOptions
+from metilr.evaluation.recognition import Recognition, check_method, check_recognition, recognise
 from metilr.evaluation.results import Results
+from metilr.evaluation.runs import output_folder, summarise, write_answers
+from metilr.extraction.descriptors import open_descriptors
 from metilr.extraction.options import ExtractionOptions
 from metilr.models import ModelOptions
-from metilr.retrieval.search import SearchDevice
+from metilr.report.page import write_report
+from metilr.report.tables import print_table
+from metilr.report.wandb import check_key, finishing, log_evaluation, open_wandb, staging_beside, where_logged
 
 if TYPE_CHECKING:
-    from metilr.evaluation.recognition import Recognition
     from metilr.geometry.check import GeometricCheck
 
 # Options that make descriptors from images.
@@ -46,6 +52,7 @@ def evaluate(
 
     Descriptors are computed once and kept in a store under runs/descriptors; a second run with the same
     settings reuses them, an interrupted one continues. k and tau are chosen by GAP on val; test is scored once.
+    Returns what results.json says, but None in the processes of a launcher other than the first.
 
     Args:
         root: Folder with images/ and ground_truth/ in the Met layout. Without it: the built-in demo museum,
@@ -59,24 +66,11 @@ def evaluate(
             descriptors.pkl, several are concatenated.
         store: Folder for the descriptors; without it runs/descriptors/BACKBONE-FINGERPRINT.
         output: Folder for results; without it a dated one under runs/.
-
-    Returns:
-        What results.json says; None in the processes of a launcher other than the first.
-
-    Raises:
-        UserError: If an option, a file or the data is not usable; says which and what to do.
     """
-    # Here, since they take seconds, which --help need not.
-    from metilr.demo import DEMO, make_demo
-    from metilr.distributed import launched_as_first, quieten_lightning
-    from metilr.evaluation.database import views_of
-    from metilr.evaluation.recognition import check_method, check_recognition, recognise
-    from metilr.evaluation.runs import output_folder, summarise
+    from metilr.demo import DEMO, make_demo  # these draw, or load torch, which --help need not
     from metilr.extraction.describe import describe_images
-    from metilr.extraction.descriptors import open_descriptors
     from metilr.geometry.check import geometric_check_of
     from metilr.models.checkpoints import build_model
-    from metilr.report.wandb import check_key
 
     started = time.perf_counter()
     model, extraction = model or ModelOptions(), extraction or ExtractionOptions()
@@ -91,7 +85,11 @@ def evaluate(
     is_first, quiet = launched_as_first(), extraction.quiet
     console = Console(highlight=False, quiet=not is_first)
     progress = Console(highlight=False, quiet=quiet or not is_first)
-    method = replace(method, search_device=method.search_device or _default_search_device(extraction.device))
+    if method.search_device is None:
+        import faiss
+
+        has_gpu = extraction.device == "cuda" and faiss.get_num_gpus()
+        method = replace(method, search_device="gpu" if has_gpu else "cpu")
 
     root = make_demo(DEMO, progress=not quiet) if root is None else Path(root)
     synthetic = (root / "demo.json").exists()
@@ -134,18 +132,13 @@ def _leave_behind(
     folder: Path,
     results: Results,
     ground_truth: GroundTruth,
-    recognition: "Recognition",
+    recognition: Recognition,
     check: "GeometricCheck | None",
     report: ReportOptions,
     console: Console,
     progress: Console,
 ) -> None:
     """Write predictions, whitening, report page, W&B's run and, last, ``results.json``: now it is finished."""
-    from metilr.evaluation.runs import write_answers
-    from metilr.report.page import write_report
-    from metilr.report.tables import print_table
-    from metilr.report.wandb import finishing, log_evaluation, open_wandb, staging_beside, where_logged
-
     written = write_answers(folder, ground_truth, recognition)
     print_table(console, results)  # before the page, so that nothing that happens there hides it
     pages = []
@@ -163,18 +156,12 @@ def _leave_behind(
 
 def _refuse_idle(options: Mapping[str, Any]) -> None:
     """Refuse options that would be ignored with descriptors: recorded all the same, they would lie."""
-    if not options["descriptors"]:
-        return
     defaults = flat_defaults(evaluate)
-    for name in OF_THE_IMAGES:
+    for name in (*OF_THE_IMAGES, "geometric_check") if options["descriptors"] else ():
         if options[name] != defaults[name]:
-            raise UserError("has no effect with descriptors, which were made before; leave it out", name)
-    if options["geometric_check"]:
-        raise UserError(
-            f"{options['geometric_check']}: needs the model and the images; give root with the model's options (and "
-            "store) instead of descriptors",
-            "geometric_check",
-        )
+            raise UserError(
+                "needs images, but descriptors are given, which were made before; leave one of the two out", name
+            )
 
 
 def _data_line(ground_truth: GroundTruth, synthetic: bool) -> str:
@@ -186,9 +173,3 @@ def _data_line(ground_truth: GroundTruth, synthetic: bool) -> str:
         f"val {counts['val_queries']:,} queries ({counts['val_met']:,} met), "
         f"test {counts['test_queries']:,} ({counts['test_met']:,} met)"
     )
-
-
-def _default_search_device(device: str) -> SearchDevice:
-    import faiss
-
-    return "gpu" if device == "cuda" and faiss.get_num_gpus() else "cpu"

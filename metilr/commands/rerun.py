@@ -9,28 +9,30 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from metilr.cli import call, options_of
 from metilr.commands.evaluate import evaluate
+from metilr.data.ground_truth import load_ground_truth
+from metilr.demo import DEMO
 from metilr.errors import UserError
+from metilr.evaluation.database import views_of
 from metilr.evaluation.options import MethodOptions, without_deleted
 from metilr.evaluation.results import FIGURES, SCHEMA_VERSION, Results, read_results
 from metilr.evaluation.runs import make_output
+from metilr.extraction.descriptors import views_store
 from metilr.extraction.options import Accelerator
 from metilr.extraction.store import DescriptorStore, differing_settings
 from metilr.files import write_atomically
 from metilr.models import RANDOM
-from metilr.report.tables import METRICS
+from metilr.report.tables import METRICS, TextTable
 
 # Of a figure in [0, 1]: 0.1 points, the last digit that is published. Other hardware or versions round descriptors
 # differently by about 1e-6, which can exchange two answers whose confidences are next to equal.
 TOLERANCE = 1e-3
 COUNTS = ("n_queries", "n_met")
-# What may explain a difference; where the descriptors lie is none.
+# What may explain a difference; where things lie is none.
 MADE_BY = ("data", "model", "whitening", "elements", "geometric_check", "search", "versions", "machine")
 PLACES = ("store", "made_with", "pickle", "views", "concatenated")
 WORDS = (RANDOM, "pca", "learned", "none")  # in place of a file
@@ -53,7 +55,8 @@ def rerun(
 
     Figures agree if each of GAP, GAP⁻ and ACC, on val and on test, is the recorded one within 0.1 points, of the same
     numbers of queries. Where they are not exactly the same, what else differs is named: data, weights, settings,
-    devices, library versions. The exit status is 1 if they do not agree.
+    devices, library versions. The exit status is 1 if they do not agree. Returns what rerun.json says, but None in the
+    processes of a launcher other than the first.
 
     Args:
         results: The results.json, or the folder with it.
@@ -67,12 +70,6 @@ def rerun(
         describe_again: Describe the images again, into OUTPUT/store; without it the recorded store is read, if it is
             finished and of the images as they are, else the one of metilr evaluate is continued.
         quiet: Print tables and paths alone.
-
-    Returns:
-        What rerun.json says; None in the processes of a launcher other than the first.
-
-    Raises:
-        UserError: If the file does not say how to repeat the run, or the run cannot be repeated here.
     """
     recorded = read_results(results)
     options = _options(Path(results), recorded)
@@ -122,11 +119,7 @@ def _options(path: Path, recorded: Results) -> dict[str, Any]:
 
 def _is_current(path: Path, options: Mapping[str, Any]) -> bool:
     """Whether a store, with the views that the run needs, is finished and of the image files as they are."""
-    from metilr.data.ground_truth import load_ground_truth
-    from metilr.demo import DEMO
-    from metilr.evaluation.database import views_of
-    from metilr.extraction.describe import image_sizes
-    from metilr.extraction.descriptors import views_store
+    from metilr.extraction.describe import image_sizes  # torch
 
     try:
         sizes = image_sizes(load_ground_truth(options["root"] or DEMO, options["database"]))
@@ -147,38 +140,36 @@ def _is_current(path: Path, options: Mapping[str, Any]) -> bool:
 
 
 def compare_results(recorded: Results, now: Results) -> dict[str, Any]:
-    """Set the figures of two results side by side.
+    """Set the figures of two results side by side, as rerun.json holds them.
 
-    Returns:
-        ``agree`` (``"exactly"``, ``"within the tolerance"`` or ``"not"``), ``tolerance``, ``figures`` (by split and
-        name the recorded one and the new one), and ``differences``: what differs of what made them, in words.
+    ``agree`` is "exactly", "within the tolerance" or "not"; ``figures`` has by split and name the recorded one and the
+    new one; ``differences`` says what differs of what made them.
     """
     figures = {
         split: {name: [getattr(of, name) for of in (before, now.splits[split])] for name in (*FIGURES, *COUNTS)}
         for split, before in recorded.splits.items()
     }
     off_by = [(name, abs(a - b)) for of_split in figures.values() for name, (a, b) in of_split.items()]
-    agree: Literal["exactly", "within the tolerance", "not"] = "not"
     if not any(difference for _, difference in off_by):
         agree = "exactly"
     elif all(difference <= (TOLERANCE if name in FIGURES else 0) for name, difference in off_by):
         agree = "within the tolerance"
+    else:
+        agree = "not"
     differences = [
         f"{part}: {line}" if part in ("versions", "machine") else line
         for part in MADE_BY
         for line in differing_settings(_part(recorded, part), _part(now, part))
     ]
     if recorded.knn.tuned_on:
-        tuned = [{"tuned k": of.knn.k, "tuned tau": of.knn.tau} for of in (recorded, now)]
-        differences += differing_settings(*tuned)
+        differences += differing_settings(*({"tuned k": of.knn.k, "tuned tau": of.knn.tau} for of in (recorded, now)))
     return {"agree": agree, "tolerance": TOLERANCE, "figures": figures, "differences": differences}
 
 
 def _part(results: Results, part: str) -> dict[str, Any]:
     """A part of the results without what says only where things lie, with the devices of the descriptors."""
     content = dict(results.recorded().get(part) or {})
-    if part == "elements":
-        content = without_deleted(content)
+    content = without_deleted(content) if part == "elements" else content
     if part == "model" and (sessions := content.get("made_with")):
         content |= {name: sorted({str(session.get(name)) for session in sessions}) for name in ("device", "processor")}
     return {key: value for key, value in content.items() if key not in PLACES}
@@ -186,23 +177,21 @@ def _part(results: Results, part: str) -> dict[str, Any]:
 
 def _print(comparison: Mapping[str, Any], file: Path) -> None:
     console = Console(highlight=False)
-    table = Table(title="recorded and repeated, in percent", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("split", "figure", "recorded", "now", "difference"):
-        table.add_column(column, justify="left" if column in ("split", "figure") else "right", no_wrap=True)
+    rows = []
     for split, figures in comparison["figures"].items():
         for name, (before, now) in figures.items():
             if name in FIGURES:
-                cells = f"{100 * before:.2f}", f"{100 * now:.2f}", f"{100 * (now - before):+.3g}"
-                table.add_row(split, METRICS[name], *cells)
+                percent = f"{100 * before:.2f}", f"{100 * now:.2f}", f"{100 * (now - before):+.3g}"
+                rows.append([f"{split} {METRICS[name]}", *percent])
             elif before != now:
-                table.add_row(split, name, f"{before:,}", f"{now:,}", f"{now - before:+,}")
-    console.print(table)
+                rows.append([f"{split} {name}", f"{before:,}", f"{now:,}", f"{now - before:+,}"])
+    header = ["figure", "recorded", "now", "difference"]
+    console.print(TextTable("recorded and repeated, in percent", [], header, rows).rich())
     agree, points = comparison["agree"], f"{100 * comparison['tolerance']:g} points"
     if agree == "not":
         console.print(f"[bold red]the figures do not agree[/] within {points}")
     else:
         console.print(f"[bold]the figures agree {agree}[/]{'' if agree == 'exactly' else f' (of {points})'}")
-    if agree != "exactly":
-        for difference in comparison["differences"] or [NOTHING]:
-            console.print(f"  {escape(difference)}", soft_wrap=True)
+    for difference in [] if agree == "exactly" else comparison["differences"] or [NOTHING]:
+        console.print(f"  {escape(difference)}", soft_wrap=True)
     console.print(f"wrote {escape(str(file))}", soft_wrap=True)

@@ -165,7 +165,7 @@ def test_descriptors_alone_give_the_same_figures_without_images(evaluated, again
     assert len(read_json(Path("both/results.json"))["model"]["concatenated"]) == 2
 
     message = error_of(capsys, "--root", "bare", "--descriptors", store, "--geometric_check", 5)
-    assert "--geometric_check 5: needs the model and the images" in message
+    assert "--geometric_check needs images, but descriptors are given" in message
     message = error_of(capsys, "--root", "bare", "--descriptors", store, "--query_crops", 0.5)
     assert "store: holds no descriptors of 1 centre crops an image of [0.5]; run the evaluation that made it" in message
 
@@ -226,7 +226,7 @@ BAD_OPTIONS = [  # what an option alone can have wrong is tested beside its data
     (["--stage", "9"], "--stage 9"),
     (["--whitening_dim", "8"], "--whitening_dim 8: 8 database images of width 96 support 1 to 7"),
     (["--visits", 3], "--visits has no effect without whitening learned or database_views rows"),
-    (["--descriptors", "x.pkl", "--pooling", "mac"], "has no effect with descriptors"),
+    (["--descriptors", "x.pkl", "--pooling", "mac"], "needs images, but descriptors are given"),
     (["--search_device", "gpu"], "FAISS sees no GPU"),
     (["--num_nodes", "2"], "--num_nodes 2: start this command"),
     (["--whitening", "missing.npz"], "missing.npz: no such file"),

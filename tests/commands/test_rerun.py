@@ -214,7 +214,7 @@ def test_descriptors_of_a_dated_folder_are_kept_and_it_is_said_where(recorded, c
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr("metilr.evaluation.recognition.recognise", fail)
+        patch.setattr("metilr.commands.evaluate.recognise", fail)
         main(["rerun", str(recorded), "--describe_again"])
     [folder] = Path("runs").glob("*_rerun")
     assert f"describing into {folder}" in capsys.readouterr().out
