@@ -21,9 +21,9 @@ from metilr.collection.open_collection import open_with_threshold
 from metilr.collection.serve import build_app, is_loopback
 from metilr.collection.threshold import PhotoOptions
 from tests.browser import browser as browser  # a fixture
-from tests.hostile import NAME, REASONS, write_hostile_files
-from tests.museum import write_museum
-from tests.small_runs import evaluate, index
+from tests.collection.conftest import UNTRAINED
+from tests.hostile import NAME, REASONS
+from tests.small_runs import evaluate
 
 pytest.importorskip("fastapi", reason="needs metilr[serve]")
 uvicorn = pytest.importorskip("uvicorn", reason="needs metilr[serve]")
@@ -32,18 +32,6 @@ testclient = pytest.importorskip("fastapi.testclient", reason="needs httpx")
 MAX_BYTES = 200_000
 MAX_PIXELS = 50_000_000
 HOSTS = ["127.0.0.1", "localhost"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """An index of a tiny museum, beside its images; one exhibit has HTML in its name."""
-    folder = tmp_path_factory.mktemp("serve")
-    write_museum(folder / "met")
-    (folder / "met" / "images" / "MET").rename(folder / "museum")
-    (folder / "museum" / "70").rename(folder / "museum" / NAME)
-    options = {"backbone": "r18_in", "weights": "random", "image_size": 40, "accelerator": "cpu", "num_workers": 0}
-    index(folder / "museum", folder / "index", **options)
-    return folder
 
 
 def app_of(run: Path | None = None, store: Path | None = None, threshold: float | None = None):
@@ -56,8 +44,8 @@ def client_of(app):
 
 
 @pytest.fixture(scope="module")
-def app(folder):
-    return app_of(store=folder / "index", threshold=-3.0)
+def app(indexed):
+    return app_of(store=indexed / "index", threshold=-3.0)
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +72,8 @@ def send(client, content: bytes, name: str = "photo.jpg"):
     return client.post("/identify", files={"photo": (name, content)})
 
 
-def test_an_upload_gets_the_collection_s_answer(client, folder):
-    response = send(client, (folder / "museum" / "9" / "2.jpg").read_bytes())
+def test_an_upload_gets_the_collection_s_answer(client, indexed):
+    response = send(client, (indexed / "museum" / "9" / "2.jpg").read_bytes())
     answer = response.json()
     assert response.status_code == 200
     assert (answer["decision"], answer["exhibit"], answer["headline"]) == ("exhibit", "9", "exhibit 9")
@@ -96,14 +84,10 @@ def test_an_upload_gets_the_collection_s_answer(client, folder):
     assert picture.status_code == 200 and picture.headers["content-type"] == "image/jpeg"
 
 
-def test_the_page_shows_what_photo_and_answer_have_in_common(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    museum = write_museum(tmp_path / "museum")
-    evaluate(
-        museum, backbone="r18_in", weights="random", accelerator="cpu", num_workers=0, report=False, geometric_check=2,
-        output=Path("run"),
-    )  # fmt: skip
-    client = client_of(app_of(Path("run")))
+def test_the_page_shows_what_photo_and_answer_have_in_common(museum, run, tmp_path):
+    options = {"store": museum.parent / "store", "output": tmp_path / "run", "geometric_check": 2}
+    evaluate(museum, report=False, **options, **UNTRAINED)
+    client = client_of(app_of(tmp_path / "run"))
     answer = send(client, (museum / "images" / "MET" / "9" / "2.jpg").read_bytes()).json()
     assert answer["matches"][0]["inliers"] > 20
     kind, _, encoded = answer["regions"].partition(",")
@@ -119,24 +103,23 @@ def wait_for_pictures(page) -> None:
     raise AssertionError("a picture does not load")
 
 
-@pytest.mark.parametrize("kind", REASONS)
-def test_one_bad_upload_is_refused_and_harms_no_other(client, folder, tmp_path, kind):
-    bad = write_hostile_files(tmp_path)[kind].read_bytes()
-    response = send(client, bad, name=NAME)
-    assert response.status_code == (413 if "megapixels" in REASONS[kind] else 422)
-    assert REASONS[kind] in response.json()["error"]
-    good = send(client, (folder / "museum" / "9" / "2.jpg").read_bytes())
+def test_a_bad_upload_is_refused_and_harms_no_other(client, indexed, hostile):
+    for kind, reason in REASONS.items():
+        response = send(client, hostile[kind].read_bytes(), name=NAME)
+        assert response.status_code == (413 if "megapixels" in reason else 422)
+        assert reason in response.json()["error"]
+    good = send(client, (indexed / "museum" / "9" / "2.jpg").read_bytes())
     assert good.status_code == 200 and good.json()["exhibit"] == "9"
 
 
-def test_uploads_at_once_get_their_own_answers(client, folder):
-    photos = [file for file in sorted((folder / "museum").rglob("*.jpg")) if file.is_file()]
+def test_uploads_at_once_get_their_own_answers(client, indexed):
+    photos = [file for file in sorted((indexed / "museum").rglob("*.jpg")) if file.is_file()]
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda photo: send(client, photo.read_bytes()).json(), photos * 3))
     assert [answer["exhibit"] for answer in answers] == [photo.parent.name for photo in photos * 3]
 
 
-def test_too_long_an_upload_is_refused_by_what_it_says_and_while_it_comes_in(client, folder):
+def test_too_long_an_upload_is_refused_by_what_it_says_and_while_it_comes_in(client, indexed):
     too_long = bytes(MAX_BYTES + 1)
     response = send(client, too_long)
     assert response.status_code == 413 and "more than 0.2 MB" in response.json()["error"]
@@ -152,7 +135,7 @@ def test_too_long_an_upload_is_refused_by_what_it_says_and_while_it_comes_in(cli
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     response = client.post("/identify", content=body(), headers=headers)  # without a Content-Length
     assert response.status_code == 413
-    assert send(client, (folder / "museum" / "9" / "2.jpg").read_bytes()).status_code == 200
+    assert send(client, (indexed / "museum" / "9" / "2.jpg").read_bytes()).status_code == 200
 
 
 def test_other_requests_get_an_error_in_words(client):
@@ -173,10 +156,10 @@ def test_other_requests_get_an_error_in_words(client):
         assert response.headers["content-type"] == "application/json" and response.json()["error"]
 
 
-def test_a_picture_that_is_gone_is_said(folder, tmp_path):
-    client = client_of(app_of(store=folder / "index"))
-    paths = Index.load(folder / "index").catalogue.paths
-    photo = folder / "museum" / "41" / "4.jpg"
+def test_a_picture_that_is_gone_is_said(indexed, tmp_path):
+    client = client_of(app_of(store=indexed / "index"))
+    paths = Index.load(indexed / "index").catalogue.paths
+    photo = indexed / "museum" / "41" / "4.jpg"
     content = photo.read_bytes()
     photo.rename(tmp_path / "away.jpg")
     try:
@@ -220,10 +203,18 @@ def upload(page, name: str, content: bytes) -> None:
     page.locator(".answer:not(.waiting)").wait_for()
 
 
+DROP = """content => {
+    const transfer = new DataTransfer();
+    transfer.items.add(new File([new Uint8Array(content)], "dropped.jpg"));
+    return transfer;
+}"""
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (1400, "dark")])
-def test_a_photo_chosen_on_the_page_is_answered_with_pictures(browser, address, folder, width, scheme):
+def test_photos_chosen_and_dropped_on_the_page_are_answered_and_bad_ones_told(browser, address, indexed, width, scheme):
+    good = (indexed / "museum" / "9" / "2.jpg").read_bytes()
     with opened(browser, address, width, scheme) as page:
-        upload(page, NAME, (folder / "museum" / NAME / "0.jpg").read_bytes())
+        upload(page, NAME, (indexed / "museum" / NAME / "0.jpg").read_bytes())
         assert page.locator("h2").inner_text().lower() == f"exhibit {NAME}"
         assert page.locator("figcaption").inner_text() == NAME
         assert page.locator(".matches li").count() == 5
@@ -231,38 +222,18 @@ def test_a_photo_chosen_on_the_page_is_answered_with_pictures(browser, address, 
         assert page.locator("img").count() == 6  # the photo and its matches; none came out of a name
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.errors == []
-
-
-def test_a_dropped_photo_is_answered(browser, address, folder):
-    with opened(browser, address, 1400) as page:
-        content = list((folder / "museum" / "9" / "2.jpg").read_bytes())
-        transfer = page.evaluate_handle(
-            """content => {
-                const transfer = new DataTransfer();
-                transfer.items.add(new File([new Uint8Array(content)], "dropped.jpg"));
-                return transfer;
-            }""",
-            content,
-        )
+        upload(page, NAME, b"no image")
+        assert page.locator(".answer.error h2").inner_text() == "The photo cannot be decoded (not an image)."
+        page.errors.clear()  # the browser's own line about the status 422
+        upload(page, "long.jpg", bytes(MAX_BYTES + 1))
+        assert "at most 0.2 are taken" in page.locator(".answer.error h2").inner_text()
+        transfer = page.evaluate_handle(DROP, list(good))
         page.dispatch_event("main", "dragover", {"dataTransfer": transfer})
         assert "over" in page.locator("#ask").get_attribute("class")
         page.dispatch_event("main", "drop", {"dataTransfer": transfer})  # beside the frame counts as well
         page.locator(".answer.exhibit").wait_for()
         assert page.locator("h2").inner_text().lower() == "exhibit 9" and page.errors == []
         assert "over" not in page.locator("#ask").get_attribute("class")
-
-
-def test_bad_photos_on_the_page_are_told_and_the_next_is_answered(browser, address, folder):
-    with opened(browser, address, 360) as page:
-        upload(page, NAME, b"no image")
-        assert page.locator(".answer.error h2").inner_text() == "The photo cannot be decoded (not an image)."
-        assert page.locator("figcaption").inner_text() == NAME
-        page.errors.clear()  # the browser's own line about the status 422
-        upload(page, "long.jpg", bytes(MAX_BYTES + 1))
-        assert "at most 0.2 are taken" in page.locator(".answer.error h2").inner_text()
-        upload(page, "good.jpg", (folder / "museum" / "9" / "2.jpg").read_bytes())
-        page.locator(".answer.exhibit").wait_for()
-        assert page.errors == []
 
 
 def test_the_keyboard_alone_reaches_the_choice(browser, address):
@@ -281,8 +252,8 @@ def test_the_keyboard_alone_reaches_the_choice(browser, address):
         assert len(choosers) == 1
 
 
-def test_the_command_serves_until_it_is_interrupted(folder):
-    command = [sys.executable, "-c", "from metilr.cli import main; main()", "serve", "--store", str(folder / "index"),
+def test_the_command_serves_until_it_is_interrupted(indexed):
+    command = [sys.executable, "-c", "from metilr.cli import main; main()", "serve", "--store", str(indexed / "index"),
                "--port", "0", "--accelerator", "cpu"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -303,8 +274,6 @@ def test_the_command_serves_until_it_is_interrupted(folder):
     [
         (["--port", "70000", "--store", "nowhere"], "--port 70000"),
         (["--host", "203.0.113.1", "--store", "nowhere"], "--port 8000: 203.0.113.1 cannot be listened at"),
-        (["--max_megabytes", "0", "--store", "nowhere"], "--max_megabytes 0"),
-        ([], "give either run"),
         (["--port", "0", "--store", "nowhere"], "nowhere: not an index"),
     ],
 )
@@ -313,16 +282,6 @@ def test_a_bad_option_ends_in_one_line_that_names_it(capsys, options, message):
         main(["serve", *options])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and message in error
-
-
-def test_a_port_that_is_taken_is_named_before_the_model_is_loaded(capsys):
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = str(other.getsockname()[1])
-        with pytest.raises(SystemExit):
-            main(["serve", "--port", port, "--store", "nowhere"])
-    assert f"--port {port}: 127.0.0.1 cannot be listened at there (Address already in use)" in capsys.readouterr().err
 
 
 def test_without_its_libraries_the_command_says_how_to_get_them(capsys, monkeypatch):
