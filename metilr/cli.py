@@ -43,7 +43,7 @@ SUBCOMMANDS = {  # where each is within metilr, and its summary, which --help pr
         "extraction.descriptors:export_descriptors",
         "Write a store as the reference code's descriptors.pkl.",
     ),
-    "visits": ("commands.visits:write_contact_sheet", "Draw simulated visits to the images of a folder on one sheet."),
+    "visits": ("commands.describe:write_contact_sheet", "Draw simulated visits to a folder's images on one sheet."),
     "demo": ("demo:draw_demo", "Draw the synthetic museum of the demo, in the Met's layout."),
 }
 

@@ -1,34 +1,38 @@
-"""``metilr describe ROOT``: what a data root holds, before anything is computed from it."""
+"""What there is to see: ``metilr describe`` counts and shows a data root, ``metilr visits`` shows simulated visits."""
 
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from metilr.commands.visits import arrange
 from metilr.data.decode import BadImageError, file_size, load_image
+from metilr.data.folder import find_images
 from metilr.data.ground_truth import MET, NOT_NAMED, QUERY_FILES, DatabaseName, GroundTruth, load_ground_truth
 from metilr.errors import UserError
 from metilr.evaluation.runs import make_output
 from metilr.files import write_atomically, write_picture
 from metilr.metrics import DISTRACTOR
 from metilr.progress import printable
+from metilr.report.tables import TextTable
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 CLASS_SIZES = {"1": (1, 1), "2-3": (2, 3), "4-10": (4, 10), "11+": (11, np.inf)}  # images of an exhibit, both ends in
 MAX_LINEAR_SIZE = 40  # images of an exhibit up to which each size gets a bar of its own
 MAX_LABELLED_BARS = 16  # beyond, their numbers would run into each other
 MAX_KINDS = 4  # of distractors on the sheet: the most frequent
-SAMPLE_SIDE = 400  # px: a sheet shows less
+SAMPLE_SIDE, VISIT_SIDE = 400, 500  # px that images of a sheet are read at; a visit's source as large as the Met's own
+CELL, MARGIN = 200, 6  # px of a sheet: longest side that an image is reduced to, and between images
 
 
 def describe(
@@ -36,19 +40,14 @@ def describe(
 ) -> dict[str, Any]:
     """Show what a data root holds: counts, class sizes, sample images.
 
-    Writes counts.json, class_sizes.png and samples.jpg; without images there is no sheet, and the command says so.
+    Writes counts.json, class_sizes.png and samples.jpg, and returns what the JSON says; without images there is no
+    sheet, and the command says so.
 
     Args:
         root: Folder with ground_truth/ and, for the sheet, images/ in the Met layout.
         database: Describe MET_database.json (full) or mini_MET_database.json (mini).
         output: Folder for the files; without it a dated one under runs/.
         images: Images in each row of the sheet.
-
-    Returns:
-        What counts.json says.
-
-    Raises:
-        UserError: If the ground truth is missing or malformed, ``images`` is below 1, or the output cannot be written.
     """
     if images < 1:
         raise UserError(f"{images}: choose 1 or more", "images")
@@ -82,20 +81,20 @@ def count(ground_truth: GroundTruth) -> dict[str, Any]:
     """
     sizes = ground_truth.class_sizes()
     largest = int(sizes.argmax())
-    within = {name: (sizes >= low) & (sizes <= high) for name, (low, high) in CLASS_SIZES.items()}
-    database = {
-        "name": ground_truth.database,
-        "images": int(sizes.sum()),
-        "exhibits": ground_truth.n_classes,
-        "class_sizes": {name: int(are.sum()) for name, are in within.items()},
-        "share_with_one_image": float((sizes == 1).mean()),
-        "largest": {"exhibit_id": int(ground_truth.exhibit_ids[largest]), "images": int(sizes[largest])},
-    }
     counts: dict[str, Any] = {
         "root": ground_truth.root.resolve().name,
         "synthetic": (ground_truth.root / "demo.json").exists(),
         "fingerprint": ground_truth.fingerprint(),
-        "database": database,
+        "database": {
+            "name": ground_truth.database,
+            "images": int(sizes.sum()),
+            "exhibits": ground_truth.n_classes,
+            "class_sizes": {
+                name: int(((sizes >= low) & (sizes <= high)).sum()) for name, (low, high) in CLASS_SIZES.items()
+            },
+            "share_with_one_image": float((sizes == 1).mean()),
+            "largest": {"exhibit_id": int(ground_truth.exhibit_ids[largest]), "images": int(sizes[largest])},
+        },
     }
     for split in ground_truth.query_splits:
         labels = ground_truth.labels[split]
@@ -113,26 +112,20 @@ def count(ground_truth: GroundTruth) -> dict[str, Any]:
 
 def _print(console: Console, counts: dict[str, Any]) -> None:
     database, parts = counts["database"], {split: counts[split] for split in QUERY_FILES if split in counts}
-    kind_of_data = "SYNTHETIC demo museum" if counts["synthetic"] else escape(counts["root"])
-    table = Table(title=f"{kind_of_data}, {database['name']} database", title_justify="left")
-    table.add_column("")
-    for column in ("database", *parts):
-        table.add_column(column, justify="right")
-    table.add_row("images", f"{database['images']:,}", *(f"{part['queries']:,}" for part in parts.values()))
+    title = f"{'SYNTHETIC demo museum' if counts['synthetic'] else counts['root']}, {database['name']} database"
+    rows = [["images", f"{database['images']:,}", *(f"{part['queries']:,}" for part in parts.values())]]
     for kind in dict.fromkeys(kind for part in parts.values() for kind in part["kinds"]):
-        numbers = (part["kinds"].get(kind, 0) for part in parts.values())
-        table.add_row(f"  {escape(printable(kind))}", "", *(f"{n:,}" for n in numbers))
-    table.add_row("exhibits", f"{database['exhibits']:,}", *(f"{part['exhibits']:,}" for part in parts.values()))
+        rows.append([f"  {kind}", "", *(f"{part['kinds'].get(kind, 0):,}" for part in parts.values())])
+    rows.append(["exhibits", f"{database['exhibits']:,}", *(f"{part['exhibits']:,}" for part in parts.values())])
     photographers = [part["photographers"] for part in parts.values()]
-    table.add_row("photographers of met", "", *("not named" if n is None else f"{n:,}" for n in photographers))
-    console.print(table)
+    rows.append(["photographers of met", "", *("not named" if n is None else f"{n:,}" for n in photographers)])
+    console.print(TextTable(title, [], ["", "database", *parts], rows).rich())
 
-    table = Table(title="Images of an exhibit", title_justify="left")
-    for column in ("images", "exhibits", "share"):
-        table.add_column(column, justify="right")
-    for name, n in database["class_sizes"].items():
-        table.add_row(name.replace("-", "–"), f"{n:,}", f"{100 * n / database['exhibits']:.1f}%")
-    console.print(table)
+    sizes = [
+        [name.replace("-", "–"), f"{n:,}", f"{100 * n / database['exhibits']:.1f}%"]
+        for name, n in database["class_sizes"].items()
+    ]
+    console.print(TextTable("Images of an exhibit", [], ["images", "exhibits", "share"], sizes).rich())
     largest = database["largest"]
     console.print(f"most images: {largest['images']:,}, of exhibit {largest['exhibit_id']}")
 
@@ -173,40 +166,106 @@ def _sample_rows(ground_truth: GroundTruth, n: int) -> "tuple[dict[str, list[Ten
 
     Those that cannot be had are left out; the second part says why.
     """
-    left_out: list[str] = []
-    pairs = list(_take(_met_pairs(ground_truth), n, left_out))
-    rows = {
-        "met queries": [images[0] for images in pairs],
-        "their exhibits in the database": [images[1] for images in pairs],
-    }
+    pairs: dict[int, tuple[Path, ...]] = {}  # by exhibit one query and one database image
     by_kind: dict[str, list[tuple[Path, ...]]] = {}
+    first_row = ground_truth.first_images()
     for split in ground_truth.query_splits:
-        for path, kind in zip(ground_truth.paths[split], ground_truth.kinds(split), strict=True):
-            if kind != MET:
-                by_kind.setdefault(kind, []).append((ground_truth.image(path),))
+        labels, kinds = ground_truth.labels[split].tolist(), ground_truth.kinds(split)
+        for path, label, kind in zip(ground_truth.paths[split], labels, kinds, strict=True):
+            query = ground_truth.image(path)
+            if label != DISTRACTOR:
+                pairs.setdefault(label, (query, ground_truth.image(ground_truth.paths["database"][first_row[label]])))
+            else:
+                by_kind.setdefault(kind, []).append((query,))
+    left_out: list[str] = []
+    read = list(_take([*pairs.values()], n, left_out))
+    rows = {
+        "met queries": [images[0] for images in read],
+        "their exhibits in the database": [images[1] for images in read],
+    }
     for kind in sorted(by_kind, key=lambda kind: -len(by_kind[kind]))[:MAX_KINDS]:
         rows[f"distractors: {kind}"] = [images[0] for images in _take(by_kind[kind], n, left_out)]
     return {caption: images for caption, images in rows.items() if images}, left_out
 
 
-def _met_pairs(ground_truth: GroundTruth) -> list[tuple[Path, ...]]:
-    """One met query and one database image of every exhibit that is queried."""
-    first_row = ground_truth.first_images()
-    pairs: dict[int, tuple[Path, ...]] = {}
-    for split in ground_truth.query_splits:
-        for path, label in zip(ground_truth.paths[split], ground_truth.labels[split].tolist(), strict=True):
-            if label != DISTRACTOR:
-                database_path = ground_truth.paths["database"][first_row[label]]
-                pairs.setdefault(label, (ground_truth.image(path), ground_truth.image(database_path)))
-    return list(pairs.values())
-
-
 def _take(candidates: Sequence[tuple[Path, ...]], n: int, left_out: list[str]) -> "Iterator[list[Tensor]]":
     """Read ``n`` of those whose files are all there, spread evenly; say of undecodable ones why they are left out."""
     there = [files for files in candidates if all(file_size(file) is not None for file in files)]
-    chosen = [there[i * len(there) // n] for i in range(n)] if len(there) > n else there
-    for files in chosen:
+    for files in _spread(there, n):
         try:
             yield [load_image(file, SAMPLE_SIDE) for file in files]
         except BadImageError as error:
             left_out.append(str(error))
+
+
+def _spread(items: Sequence[T], n: int) -> Sequence[T]:
+    """Choose at most ``n``, evenly."""
+    return [items[i * len(items) // n] for i in range(n)] if len(items) > n else items
+
+
+def write_contact_sheet(
+    folder: Path,
+    output: Path,
+    preset: Literal["mild", "medium", "severe"] = "medium",
+    visits: int = 5,
+    images: int = 8,
+    seed: int = 0,
+) -> Path:
+    """Draw simulated visits to a folder's images on one sheet.
+
+    A row an image: first the image itself, then its visits. A chosen image that cannot be decoded ends the command by
+    name: a sheet with gaps would pass for the whole folder.
+
+    Args:
+        folder: Folder of images, searched with its subfolders.
+        output: File to write, .png or .jpg.
+        preset: How strong the visits are.
+        visits: Visits per image.
+        images: At most so many images, spread evenly over the folder in the order of their paths.
+        seed: Another seed, from 0 up, gives other visits.
+    """
+    from metilr.data.visits import PRESETS, derive_seed, refuse_bad_seed, simulate_visit  # torch, too slow for --help
+
+    folder, output = Path(folder), Path(output)
+    for name, number in (("visits", visits), ("images", images)):
+        if number < 1:
+            raise UserError(f"{number}: choose 1 or more", name)
+    kind = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}.get(output.suffix.lower())
+    if kind is None:
+        raise UserError(f"{output}: end the sheet's name with .png or .jpg", "output")
+    refuse_bad_seed(seed)
+
+    paths, left_aside = find_images(folder)
+    rows = []
+    for path in _spread(paths, images):
+        try:
+            image = load_image(path)
+            image = load_image(path, VISIT_SIDE) if max(image.shape) > VISIT_SIDE else image
+        except BadImageError as error:
+            raise UserError(f"{path}: cannot be decoded ({error.reason}); move it out of {folder}") from None
+        name = path.relative_to(folder).as_posix()
+        seeds = [derive_seed(seed, name, visit) for visit in range(visits)]
+        rows.append([image, *(simulate_visit(image, PRESETS[preset], each) for each in seeds)])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_picture(output, partial(arrange(rows).save, format=kind))
+    print(f"wrote {output}" + (f"; left aside: {left_aside}" if left_aside else ""))
+    return output
+
+
+def arrange(rows: "Sequence[Sequence[Tensor]]", captions: Sequence[str] = ()) -> Image.Image:
+    """Lay rows of images, uint8 ``(3, H, W)`` each, out on a white sheet, each under its caption if there is one."""
+    line = 24 if captions else 0
+    columns = max(len(images) for images in rows)
+    height = MARGIN + len(rows) * (line + CELL + MARGIN)
+    sheet = Image.new("RGB", (MARGIN + columns * (CELL + MARGIN), height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
+    for row, images in enumerate(rows):
+        row_top = MARGIN + row * (line + CELL + MARGIN)
+        if captions:
+            draw.text((MARGIN, row_top), captions[row], fill="black", font=font)
+        for column, image in enumerate(images):
+            tile = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+            tile.thumbnail((CELL, CELL))
+            left = MARGIN + column * (CELL + MARGIN) + (CELL - tile.width) // 2
+            sheet.paste(tile, (left, row_top + line + (CELL - tile.height) // 2))
+    return sheet

@@ -19,9 +19,6 @@ def pack(run: Path, output: Path) -> None:
     Args:
         run: Folder that metilr evaluate wrote.
         output: File to write, ending in .ckpt.
-
-    Raises:
-        UserError: If the run has no model or no whitening, or the file cannot be written.
     """
     import numpy as np  # these take seconds, which --help need not
     import torch
@@ -42,9 +39,10 @@ def pack(run: Path, output: Path) -> None:
         raise UserError(f"{run}: was made from descriptors, so it has no model; evaluate from a root")
     whitening = whitening_of_run(finished)
     if whitening is None:
-        raise UserError(f"{run}: was evaluated without whitening; its checkpoint, if it has one, is all there is")
+        raise UserError(f"{run}: was evaluated without whitening; there is none to pack")
     embedder = embedder_of_run(finished, None)
     provenance = embedder.backbone.provenance
+    parts = {name: torch.from_numpy(np.array(part)) for name, part in parts_of_whitening(whitening).items()}
     content: dict[str, Any] = {
         "state_dict": {f"{EMBEDDER}{name}": tensor for name, tensor in embedder.state_dict().items()},
         "metilr": {
@@ -53,10 +51,7 @@ def pack(run: Path, output: Path) -> None:
             "provenance": {"source": provenance.source, "licence": provenance.licence},
             "data": finished.results.data.model_dump(include={"root", "database", "counts", "fingerprint"}),
             "config": dict(finished.config),
-            "whitening": {
-                "kind": whitening.format,
-                **{name: torch.from_numpy(np.array(part)) for name, part in parts_of_whitening(whitening).items()},
-            },
+            "whitening": {"kind": whitening.format, **parts},
         },
     }
     write_checkpoint(output, content)

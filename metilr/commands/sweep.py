@@ -1,6 +1,7 @@
 """``metilr sweep CONFIG...``: many evaluations one after another, and their comparison."""
 
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -39,16 +40,12 @@ KEPT_OF_ERRORS = 1 << 16  # bytes at the end of a failed row's stderr
 
 @dataclass(frozen=True)
 class Row:
-    """One evaluation of a sweep.
-
-    ``arguments`` are those of ``metilr evaluate``, without the folder that it writes; ``options`` the same as resolved,
-    as ``config.yaml`` keeps them.
-    """
+    """One evaluation of a sweep, by the arguments of ``metilr evaluate`` but its output, and by what these set."""
 
     name: str
     folder: Path
     arguments: tuple[str, ...]
-    options: Mapping[str, Any]
+    options: Mapping[str, Any]  # as config.yaml keeps them
 
     @property
     def is_finished(self) -> bool:
@@ -69,6 +66,7 @@ def sweep(
 
     Every evaluation is a row of its own process and folder. A row that fails is shown with its reason and does not stop
     the others. The same command continues an interrupted sweep and tries failed rows again; finished ones are kept.
+    Returns by row the reason why it failed, None if it did not; refused in the end if a row failed.
 
     Args:
         configs: YAML files of metilr evaluate's options, as in configs/eval.
@@ -78,12 +76,6 @@ def sweep(
         values: Values of that option, a row each; a list as [1,0.5].
         options: Further options of metilr evaluate for all rows, each as NAME=VALUE, such as accelerator=cpu.
         output: Folder for a folder a row, and for the comparison.
-
-    Returns:
-        By row, the reason why it failed; None if it did not.
-
-    Raises:
-        UserError: If an option is wrong, a finished row was made with other options, or, in the end, a row failed.
     """
     started = time.monotonic()
     console = Console(highlight=False)
@@ -130,20 +122,15 @@ def plan_rows(
     options: Sequence[str],
     output: Path,
 ) -> list[Row]:
-    """Plan the rows: every configuration with every value, in that order.
-
-    Raises:
-        UserError: If an option is unknown, set twice or has a wrong value, or two rows would have one name.
-    """
+    """Plan the rows: every configuration with every value, in that order."""
     if (vary is None) != (not values):
         raise UserError("and values belong together; give both or neither", "vary")
     pairs = [(name, str(value)) for name, value in (("root", root), ("database", database)) if value is not None]
     for option in options:
-        name, equals, value = option.partition("=")
-        if not equals:
+        if "=" not in option:
             raise UserError(f"{option}: write it as NAME=VALUE, such as accelerator=cpu", "options")
+        name, _, value = option.partition("=")
         pairs.append((name, value))
-    shared = dict(pairs)
     named = [name for name, _ in pairs] + ([] if vary is None else [vary])
     if twice := [name for name in named if named.count(name) > 1]:
         raise UserError(f"{twice[0]}: is set twice for all rows; leave one of the two out")
@@ -151,17 +138,16 @@ def plan_rows(
         raise UserError("output: every row has a folder of its own; leave it out")
     varied = [{}] if vary is None else [{vary: value} for value in values]
     rows: dict[str, Row] = {}
-    for config in configs:
-        for changes in varied:
-            name = "-".join([Path(config).stem, *(f"{option}={value}" for option, value in changes.items())])
-            name = re.sub(r"[^\w.,=+-]+", "_", name)  # a value may be a path
-            if name in rows:
-                raise UserError(f"two rows would be called {name}; name every configuration and value once")
-            given = [part for option in {**shared, **changes}.items() for part in _written(*option)]
-            arguments = ("--config", str(config), *given)
-            resolved = parse_options(evaluate, arguments)
-            resolved["precision"] = str(resolved["precision"])  # as evaluate records it
-            rows[name] = Row(name, output / name, arguments, plain_options(resolved))
+    for config, changes in itertools.product(configs, varied):
+        name = "-".join([Path(config).stem, *(f"{option}={value}" for option, value in changes.items())])
+        name = re.sub(r"[^\w.,=+-]+", "_", name)  # a value may be a path
+        if name in rows:
+            raise UserError(f"two rows would be called {name}; name every configuration and value once")
+        given = [part for option in (*pairs, *changes.items()) for part in _written(*option)]
+        arguments = ("--config", str(config), *given)
+        resolved = parse_options(evaluate, arguments)
+        resolved["precision"] = str(resolved["precision"])  # as evaluate records it
+        rows[name] = Row(name, output / name, arguments, plain_options(resolved))
     return list(rows.values())
 
 
@@ -173,14 +159,11 @@ def _written(option: str, value: str) -> list[str]:
 
 def _refuse_other_options(row: Row) -> None:
     """Refuse a finished row that stands for something else than what is asked for now."""
-    defaults = flat_defaults(evaluate)
-    before = {**plain_options(defaults), **read_run(row.folder).config}
+    before = {**plain_options(flat_defaults(evaluate)), **read_run(row.folder).config}
     for name, value in row.options.items():
         if name not in CHANGE_NO_FIGURE and before[name] != value:
-            raise UserError(
-                f"{row.folder}: was made with {name} {before[name]}, and is now to have {value}; "
-                "name another output, or delete it"
-            )
+            made = f"was made with {name} {before[name]}, and is now to have {value}"
+            raise UserError(f"{row.folder}: {made}; name another output, or delete it")
 
 
 def _run(row: Row) -> str | None:
@@ -203,8 +186,7 @@ def _run(row: Row) -> str | None:
         return None
     printed = errors.decode(errors="replace")
     reason = _reason(process.returncode, printed)
-    command = shlex.join(["metilr", "evaluate", *row.arguments, "--output", str(row.folder)])
-    write_atomically(record, f"{reason}\n\n{command}\n\n{printed}")
+    write_atomically(record, f"{reason}\n\n{shlex.join(_command(row)[2:])}\n\n{printed}")
     return reason
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from metilr.data.decode import MAX_MEGAPIXELS, BadImageError, file_size, image_shape, limit_images, load_image
 from metilr.data.ground_truth import DATABASE_FILES, QUERY_FILES, DatabaseName, load_ground_truth
@@ -66,9 +66,6 @@ def verify(
         list: CSV file for all that is wrong, with the columns part, path and reason.
         num_workers: Images that are decoded at once; without it as many as cores are free, at most 8.
         quiet: Show no progress.
-
-    Raises:
-        UserError: If the ground truth is missing or malformed, or none of its images is there.
     """
     limit_images(max_megapixels)
     if list is not None and not Path(list).parent.is_dir():
@@ -76,7 +73,12 @@ def verify(
     found = check(Path(root), parts, decode, num_workers, quiet)
     print_verification(Console(highlight=False), found, list)
     if list is not None:
-        write_faults(found, Path(list))
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("part", "path", "reason"))
+        for part in found.paths:
+            writer.writerows((part, path, reason) for path, reason in found.faults_of(part).items())
+        write_atomically(Path(list), text.getvalue())
     if found.faults:
         sys.exit(1)
 
@@ -91,21 +93,19 @@ def check(
     """Look at the images of a data root; see ``verify``."""
     if num_workers is not None and num_workers < 0:
         raise UserError(f"{num_workers}: choose 0 or more", "num_workers")
-    named = read_paths(root, parts)
+    named = _read_paths(root, parts)
     there = {part: paths for part, paths in named.items() if parts or _is_meant(root, part, named)}
     if not parts and not any(file_size(root / "images" / path) for paths in there.values() for path in paths):
         raise UserError(f"{root / 'images'}: none of the images that {root / 'ground_truth'} names is there; put them")
     unique = [*dict.fromkeys(path for paths in there.values() for path in paths)]  # mini's are among full's
     files = [root / "images" / path for path in unique]
     threads = READERS if not decode else default_workers(1) if num_workers is None else max(1, num_workers)
-    with (
-        counted("decoding" if decode else "reading headers", len(files), "images", quiet) as done,
-        ThreadPoolExecutor(threads) as pool,
-    ):
-        faults: dict[str, str] = {}
+    title, faults = "decoding" if decode else "reading headers", {}
+    with counted(title, len(files), "images", quiet) as done, ThreadPoolExecutor(threads) as pool:
         try:
             for path, reason in zip(unique, pool.map(partial(find_fault, decode=decode), files), strict=True):
-                faults |= {} if reason is None else {path: reason}
+                if reason is not None:
+                    faults[path] = reason
                 done(1)
         finally:
             pool.shutdown(cancel_futures=True)
@@ -124,7 +124,7 @@ def find_fault(file: Path, decode: bool = False) -> str | None:
     return None
 
 
-def read_paths(root: Path, parts: Sequence[PartName] = ()) -> dict[PartName, tuple[str, ...]]:
+def _read_paths(root: Path, parts: Sequence[PartName]) -> dict[PartName, tuple[str, ...]]:
     """Image paths of the parts of a data root, from its ground truth; by default of all whose file is there."""
     wanted = [part for part in PARTS if (part in parts if parts else (root / "ground_truth" / FILES[part]).is_file())]
     queries = [part for part in wanted if part in QUERY_FILES]
@@ -148,22 +148,10 @@ def _is_meant(root: Path, part: PartName, named: dict[PartName, tuple[str, ...]]
     return any(file_size(root / "images" / path) is not None for path in own)
 
 
-def write_faults(found: Verification, file: Path) -> None:
-    """Write everything that is wrong as CSV: part, path, reason."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("part", "path", "reason"))
-    for part in found.paths:
-        writer.writerows((part, path, reason) for path, reason in found.faults_of(part).items())
-    write_atomically(file, text.getvalue())
-
-
 def print_verification(console: Console, found: Verification, list_file: Path | None = None) -> None:
     """Print the counts of each part, and the first faults."""
-    table = Table(title="decoded whole" if found.decoded else "headers read", title_justify="left")
-    table.add_column("")
-    for column in ("images", "fine", MISSING, EMPTY, "not readable"):
-        table.add_column(column, justify="right")
+    columns = (Column(name, justify="right") for name in ("images", "fine", MISSING, EMPTY, "not readable"))
+    table = Table("", *columns, title="decoded whole" if found.decoded else "headers read", title_justify="left")
     for part, paths in found.paths.items():
         reasons = [*found.faults_of(part).values()]
         missing, empty = reasons.count(MISSING), reasons.count(EMPTY)
