@@ -71,7 +71,13 @@ def run_command(function: Callable[..., Any] | str, args: Sequence[str] | None =
 
     def run(prog: str) -> None:
         loaded = _load(function) if isinstance(function, str) else function
-        call(loaded, parse_options(loaded, args, prog))
+        options = parse_options(loaded, args, prog)
+        try:
+            call(loaded, options)
+        except UserError as error:  # its parameter may be none of this command's, or one without two dashes
+            if flat_defaults(loaded).get(error.parameter or "", inspect.Parameter.empty) is inspect.Parameter.empty:
+                raise UserError(str(error)) from error
+            raise
 
     _run(run, prog)
 

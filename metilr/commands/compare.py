@@ -209,7 +209,8 @@ def _differences_table(
 ) -> TextTable:
     """Put the differences to the first run on one split in a table, each with the widest interval of all units."""
     base_name, baseline = next(iter(runs.items()))
-    rows, units = [], {}
+    rows: list[list[str]] = []
+    units: dict[str, None] = {}
     true_of: dict[str, list[str]] = defaultdict(list)
     for name, (of_split, by_unit, left_out) in differences:
         if of_split != split:

@@ -21,7 +21,7 @@ from metilr.distributed import end_with_parent, has_launcher, quieten_lightning
 from metilr.extraction.datamodule import ImageBatch, ImageDataModule
 from metilr.extraction.store import RowWriter
 from metilr.models import Engine
-from metilr.models.embedder import Embedder
+from metilr.models.embedder import Embedder, keep_float32_exact
 from metilr.models.engines import start_engine
 from metilr.progress import progress_bar
 
@@ -29,12 +29,6 @@ from metilr.progress import progress_bar
 # where shapes change all the time. Batches of one shape follow each other, and at three scales EfficientNet-Lite0 has
 # 127 different ones, ResNet-50 94. Read at the first convolution of a process.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-
-
-def keep_float32_exact() -> None:
-    """Switch TF32 off for this process: GPUs would round float32 convolutions to it, in mixed precision too."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
 
 
 class HostCopy:

@@ -19,13 +19,12 @@ from torch.nn import functional as F
 
 from metilr.data.decode import NO_FILE, BadImageError, load_image
 from metilr.distributed import default_workers
-from metilr.extraction.module import keep_float32_exact
 from metilr.extraction.store import settings_fingerprint
 from metilr.files import replaced_file
 from metilr.geometry.evidence import OFF, Gate
 from metilr.geometry.verify import NOTHING_IN_COMMON, LocalFeatures, Verification, matching_picture, verify
 from metilr.models import SCALES
-from metilr.models.embedder import BFLOAT16_LEAST_SIDE, Embedder
+from metilr.models.embedder import BFLOAT16_LEAST_SIDE, Embedder, keep_float32_exact
 from metilr.models.weights import tensors_sha256
 from metilr.progress import tracked
 from metilr.retrieval.knn import NO_ROW

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from metilr.metrics.functional import gap
-from metilr.retrieval.knn import NO_ROW, Matches, Predictions
+from metilr.retrieval.knn import NO_ROW, Matches, Predictions, log_confidence
 
 BOOST_GRID = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # 0 leaves the order; 4 is beyond what similarities can outweigh
 ENOUGH_TO_REORDER = 30.0  # inliers, see ``reordered``
@@ -92,11 +92,10 @@ def reordered(answers: Predictions, checked: Checked, boost: float) -> Predictio
     is_answered = row != NO_ROW
     best = np.where(is_answered, best, 0)
     behind = np.where(np.arange(rows.shape[1]) == place, -np.inf, boosted - best[:, None])
-    odds = np.exp(checked.tau * behind).sum(axis=1)
-    odds += (checked.n_classes - is_there.sum(axis=1)) * np.exp(-checked.tau * best)
+    sure = log_confidence(behind, checked.n_classes - is_there.sum(axis=1), best, checked.tau)
     return Predictions(
         labels=np.where(is_answered, checked.database_labels[row], answers.labels),
-        log_confidence=np.where(is_answered, -np.log1p(odds), answers.log_confidence),
+        log_confidence=np.where(is_answered, sure, answers.log_confidence),
         similarity=np.where(is_answered, similarity, answers.similarity),
         nearest=np.where(is_answered, row, answers.nearest),
     )

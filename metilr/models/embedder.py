@@ -45,6 +45,12 @@ class Projector(nn.Module):
         return self.linear(pooled)
 
 
+def keep_float32_exact() -> None:
+    """Switch TF32 off for this process: GPUs would round float32 convolutions to it, in mixed precision too."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+
+
 class Embedder(nn.Module):
     """Images to descriptors: f(x) = L2(projector(L2(pooling(backbone(x))))), summed over scales, L2 again.
 
@@ -81,7 +87,9 @@ class Embedder(nn.Module):
 
     @torch.inference_mode()
     def embed(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Describe images of any size and mode; float32 ``(N, dim)``, unit length."""
+        """Describe images of any size and mode; float32 ``(N, dim)``, unit length. Leaves the embedder in eval mode."""
+        keep_float32_exact()
+        self.eval()
         descriptors = np.empty((len(images), self.dim), dtype=np.float32)
         for descriptor, image in zip(descriptors, images, strict=True):
             pixels = to_tensor(image, self.image_size)[None].to(self.mean.device)

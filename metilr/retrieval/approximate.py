@@ -9,6 +9,7 @@ Source: Jégou et al., Product Quantization for Nearest Neighbor Search, TPAMI 2
 2019 (codes of 4 bits, summed in registers).
 """
 
+import hashlib
 import json
 import math
 import mmap
@@ -21,14 +22,14 @@ import faiss
 import numpy as np
 
 from metilr.errors import UserError, one_line
-from metilr.files import map_array, replaced_file, write_atomically
+from metilr.files import file_sha256, map_array, replaced_file, write_atomically
 from metilr.progress import counted
 from metilr.retrieval.search import Neighbours, check_queries, exact_similarities, norms, ranked, search
 
 MIN_ROWS = 100_000  # an exact search of fewer takes less time than describing a photo
 _CHUNK = 2**16  # rows added at a time: 128 MiB of width 512
 _CANDIDATES = 2**17  # scored at a time
-_SCHEMA, _INDEX, _NOTE = "metilr.approximate/2", "index.faiss", "approximate.json"
+_SCHEMA, _INDEX, _NOTE = "metilr.approximate/3", "index.faiss", "approximate.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,24 +80,34 @@ class ApproximateIndex:
         (folder / _NOTE).unlink(missing_ok=True)  # written last: with it the index is whole
         with replaced_file(folder / _INDEX) as stream:
             faiss.write_index(self.index, str(stream.name))
-        note = {"schema": _SCHEMA, "made_from": made_from, "shape": self.rows.shape, "faiss": faiss.__version__}
+        note = {**_note(folder, self.rows, made_from), "faiss": faiss.__version__}
         write_atomically(folder / _NOTE, json.dumps(note, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path, rows_file: Path, made_from: str = "") -> "ApproximateIndex":
         """Read what ``save`` wrote, and map the rows that it was built over, a .npy file."""
         again = f"delete {folder} to search exactly, or make the index again"
+        rows = map_array(rows_file, again)
         try:
             note = dict(json.loads((folder / _NOTE).read_text(encoding="utf-8")))
-            index = faiss.read_index(str(folder / _INDEX))
+            expected = _note(folder, rows, made_from)
+            if {name: note.get(name) for name in expected} != expected:  # FAISS would read what is damaged, too
+                reason = "is damaged, or was made from other descriptors or with other options than are here"
+                raise UserError(f"{folder}: {reason}; {again}")
+            return cls(faiss.read_index(str(folder / _INDEX)), rows)
+        except UserError:
+            raise
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{folder}: its index cannot be read ({one_line(error)}); {again}") from None
-        rows = map_array(rows_file, again)
-        expected = {"schema": _SCHEMA, "made_from": made_from, "shape": [*rows.shape]}
-        is_of_rows = rows.shape == (index.ntotal, index.d) and rows.dtype == np.float32
-        if not is_of_rows or {name: note.get(name) for name in expected} != expected:
-            raise UserError(f"{folder}: was made from other descriptors or with other options than are here; {again}")
-        return cls(index, rows)
+
+
+def _note(folder: Path, rows: np.ndarray, made_from: str) -> dict[str, Any]:
+    """What tells an index and the rows that it belongs to: a digest of all of the one, and of some of the others."""
+    some = np.ascontiguousarray(rows[:: -(-len(rows) // 64)]).tobytes()
+    return {
+        "schema": _SCHEMA, "made_from": made_from, "shape": [*rows.shape], "type": str(rows.dtype),
+        "index": file_sha256(folder / _INDEX), "rows": hashlib.sha256(some).hexdigest(),
+    }  # fmt: skip
 
 
 def build_approximate(rows: np.ndarray, seed: int = 0, quiet: bool = True) -> ApproximateIndex:
@@ -124,7 +135,7 @@ def check_size(n: int) -> None:
     """Refuse a database of so few rows that an exact search is fast enough."""
     if n < MIN_ROWS:
         reason = f"{n:,} rows are few; below {MIN_ROWS:,} an exact search is fast, and misses nothing"
-        raise UserError(f"true: {reason}: leave it out", "approximate")
+        raise UserError(f"{reason}: leave approximate out")
 
 
 def _usable(rows: np.ndarray) -> np.ndarray:

@@ -137,6 +137,17 @@ def top_matches(neighbours: Neighbours, database_labels: np.ndarray, n: int = N_
     return Matches(rows, similarities)
 
 
+def log_confidence(behind: np.ndarray, n_absent: np.ndarray, best: np.ndarray, tau: float) -> np.ndarray:
+    """Log of the softmax of the best class's similarity, ``(Q,)``: -log1p of the other classes' summed odds.
+
+    ``behind``, ``(Q, k)``, is how far each other class is behind ``best``, ``(Q,)`` (-inf where there is none);
+    ``n_absent`` more have similarity 0. Source: the Met paper's classifier (Ypsilantis et al., 2021).
+    """
+    odds = np.exp(tau * behind).sum(axis=1)
+    odds += n_absent * np.exp(-tau * best)
+    return -np.log1p(odds)
+
+
 @dataclass(frozen=True, eq=False)
 class _Vote:
     """What k decides and tau does not: the best class, and how far behind it the others are."""
@@ -149,11 +160,9 @@ class _Vote:
 
     def predictions(self, tau: float) -> Predictions:
         """Add the confidence: -log1p of the other classes' summed odds."""
-        odds = np.exp(tau * self.behind).sum(axis=1)
         # Where a class is absent, s_best >= 0. Elsewhere the factor is 0, and the maximum avoids 0 * inf.
-        odds += self.n_absent * np.exp(-tau * np.maximum(self.similarity, 0))
-        log_confidence = 0.0 - np.log1p(odds)  # not -log1p, which would print -0.0 for a single class
-        return Predictions(self.labels, log_confidence, self.similarity, self.nearest)
+        sure = log_confidence(self.behind, self.n_absent, np.maximum(self.similarity, 0), tau)
+        return Predictions(self.labels, 0.0 + sure, self.similarity, self.nearest)  # 0, not -0, for a single class
 
 
 def _vote(neighbours: Neighbours, labels: np.ndarray, is_first: np.ndarray, n_classes: int, k: int) -> _Vote:

@@ -60,7 +60,10 @@ def make_parser(prog: str, for_help: bool = False) -> Any:
 
 
 def train(args: Sequence[str] | None = None, prog: str = "metilr train") -> None:
-    """Fine-tune a model, also on a museum's own catalogue images alone."""
+    """Fine-tune a model, also on a museum's own catalogue images alone.
+
+    Without ``args``, by those of the process.
+    """
     args = list(sys.argv[1:] if args is None else args)
     if not {"-h", "--help"}.isdisjoint(args):
         make_parser(prog, for_help=True).parse_args(["--help"])

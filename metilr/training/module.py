@@ -12,11 +12,10 @@ from torchmetrics import MetricCollection
 from typing_extensions import override
 
 from metilr.errors import UserError
-from metilr.extraction.module import keep_float32_exact
 from metilr.metrics import ACC, GAP, GAPMinus
 from metilr.models.backbone import build_backbone
 from metilr.models.checkpoints import FORMAT, model_entry
-from metilr.models.embedder import Embedder, Projector
+from metilr.models.embedder import Embedder, Projector, keep_float32_exact
 from metilr.models.pooling import Pooling
 from metilr.provenance import commit, library_versions, machine
 from metilr.training import FineTuningOptions

@@ -114,5 +114,5 @@ def test_an_interrupted_command_keeps_what_is_finished(made, copied, failure):
 def test_few_images_are_refused_before_they_are_described(made, tmp_path, failure, monkeypatch):
     monkeypatch.setattr(approximate, "MIN_ROWS", 25)
     line = failure("index", made / "museum", tmp_path / "index", *AS_OPTIONS, "--approximate", "true")
-    assert "--approximate true: 24 rows are few; below 25" in line
+    assert "24 rows are few; below 25" in line
     assert not (tmp_path / "index").exists()
