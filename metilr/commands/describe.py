@@ -74,11 +74,7 @@ def describe(
 
 
 def count(ground_truth: GroundTruth) -> dict[str, Any]:
-    """Count images, exhibits and photographers of the database and of each query split, as JSON types.
-
-    ``class_sizes`` counts exhibits by their number of images; queries are counted by kind (``met``,
-    ``other-artwork``, ...); photographers are those of the met queries, None where none is named.
-    """
+    """Count images, exhibits and photographers (of met queries, None if not named), in all and by kind, as in JSON."""
     sizes = ground_truth.class_sizes()
     largest = int(sizes.argmax())
     counts: dict[str, Any] = {

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from metilr.commands.verify import FILES, PartName, Verification, check, print_verification
+from metilr.commands.verify import FILES, PartName, check, print_verification
 from metilr.download.archives import ARCHIVES, OFFICIAL, PUBLISHED_IMAGES, Archive, DataSet, unpack
 from metilr.download.fetch import fetch, remote_size
 from metilr.errors import UserError, one_line
@@ -24,7 +24,7 @@ PARTS_OF: dict[DataSet, tuple[PartName, ...]] = {
     "mini": ("mini", "val", "test"),
     "full": ("full", "mini", "val", "test"),
 }
-ALL = -1  # of an archive's members are unpacked
+ALL = -1  # members of an archive are unpacked
 GZIP = b"\x1f\x8b"  # how all such files begin
 REMEDY = "run the same command again, or name a copy of the archives as mirror"
 
@@ -52,9 +52,6 @@ def download(
             elsewhere begins anew; digests are checked all the same.
         keep_archives: Keep the archives when all is unpacked and verified; else they are deleted.
         quiet: Show no progress.
-
-    Raises:
-        UserError: If an archive cannot be had or is not what it should be, or the disk is too small.
     """
     sets: dict[DataSet, bool] = {"queries": queries, "mini": mini or not (queries or full), "full": full}
     chosen, *others = [name for name, wanted in sets.items() if wanted]
@@ -78,14 +75,14 @@ def download(
         found = check(root, PARTS_OF[chosen], quiet=quiet)
         print_verification(console, found)
         for part, paths in found.paths.items():
-            if len(paths) != PUBLISHED_IMAGES[part]:
-                console.print(
-                    f"[bold yellow]note:[/] {FILES[part]} names {len(paths):,} images, {PUBLISHED_IMAGES[part]:,} were "
-                    "published: figures measured on it are not comparable",
-                    soft_wrap=True,
-                )
+            if len(paths) != (n := PUBLISHED_IMAGES[part]):
+                note = f"{FILES[part]} names {len(paths):,} images, {n:,} were published: its figures do not compare"
+                console.print(f"[bold yellow]note:[/] {note}", soft_wrap=True)
         if found.faults:
-            _unpack_again(records, found, chosen)
+            for archive in ARCHIVES[chosen]:
+                folder_name = archive.folder.removeprefix("images/") + "/"
+                if archive.name in records.of and any(path.startswith(folder_name) for path in found.faults):
+                    records.put(archive.name, records.of[archive.name].model_copy(update={"unpacked": 0}))
             console.print("the same command unpacks these again")
             sys.exit(1)
         if not keep_archives:
@@ -96,13 +93,13 @@ def download(
 
 
 class Record(pydantic.BaseModel, extra="forbid"):
-    """What is known of an archive that was downloaded whole; ``unpacked`` is ``ALL`` when all of it is."""
+    """What is known of an archive that was downloaded whole."""
 
     url: str
     bytes: int = pydantic.Field(ge=0)
     sha256: str
     date: str
-    unpacked: int = pydantic.Field(default=0, ge=ALL)
+    unpacked: int = pydantic.Field(default=0, ge=ALL)  # the first edition counted members
 
 
 class Records:
@@ -152,20 +149,21 @@ def obtain(archive: Archive, root: Path, url: str, records: Records, progress: P
 def _checked(archive: Archive, path: Path, url: str, digest: str, records: Records) -> Record:
     """Refuse what is not the published archive or not the one that was here before; record a new one."""
     record = records.of.get(archive.name)
-    if archive.sha256 not in (None, digest):
-        raise UserError(
-            f"{path}: its sha256 is {digest}, the published archive's {archive.sha256}; delete it, and the same "
-            "command downloads it again"
-        )
-    if record is None or (archive.sha256 is not None and record.sha256 != digest):
-        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        record = Record(url=url, bytes=path.stat().st_size, sha256=digest, date=date)
-        records.put(archive.name, record)
-    if record.sha256 != digest:
+    if archive.sha256 is not None:
+        if digest != archive.sha256:
+            raise UserError(
+                f"{path}: its sha256 is {digest}, the published archive's {archive.sha256}; delete it, and the same "
+                "command downloads it again"
+            )
+    elif record is not None and record.sha256 != digest:
         raise UserError(
             f"{path}: its sha256 is {digest}, but {record.sha256} was recorded on {record.date}; delete it to "
             f"download it again, or, if the publisher has changed it, its entry in {records.file}"
         )
+    if record is None or record.sha256 != digest:
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        record = Record(url=url, bytes=path.stat().st_size, sha256=digest, date=date)
+        records.put(archive.name, record)
     return record
 
 
@@ -175,11 +173,10 @@ def _require_space(archives: Sequence[Archive], root: Path, base: str) -> str:
     unknown = []
     for archive in archives:
         path = root / "archives" / archive.name
-        there = path if path.is_file() else path.with_name(path.name + ".part")
-        have = there.stat().st_size if there.is_file() else 0
-        known = have if path.is_file() else archive.size or remote_size(base + archive.name)
-        unknown += [] if known or archive.about else [archive.name]
-        size = known or archive.about
+        part = path.with_name(path.name + ".part")
+        have = next((file.stat().st_size for file in (path, part) if file.is_file()), 0)
+        size = have if path.is_file() else archive.size or remote_size(base + archive.name) or archive.about
+        unknown += [] if size else [archive.name]
         to_load += max(0, size - have)
         unpacked = sum(file.lstat().st_size for file in (root / archive.folder).rglob("*") if file.is_file())
         to_unpack += max(0, int(size * archive.growth) - unpacked)
@@ -187,15 +184,5 @@ def _require_space(archives: Sequence[Archive], root: Path, base: str) -> str:
     need += f", {' and '.join(unknown)} of unknown size and not counted" if unknown else ""
     free = shutil.disk_usage(root).free
     if to_load + to_unpack > free:
-        raise UserError(
-            f"{root}: {free / 1e9:.1f} GB free on its disk, needed are {need}; free some, or name another", "root"
-        )
+        raise UserError(f"{root}: {free / 1e9:.1f} GB free, needed are {need}; name a place with room", "root")
     return need
-
-
-def _unpack_again(records: Records, found: Verification, chosen: DataSet) -> None:
-    """Have the archives unpacked anew from which something is missing or broken."""
-    for archive in ARCHIVES[chosen]:
-        folder, record = archive.folder.removeprefix("images/") + "/", records.of.get(archive.name)
-        if record is not None and any(path.startswith(folder) for path in found.faults):
-            records.put(archive.name, record.model_copy(update={"unpacked": 0}))

@@ -31,7 +31,6 @@ from metilr.report.tables import METRICS, TextTable
 # Of a figure in [0, 1]: 0.1 points, the last digit that is published. Other hardware or versions round descriptors
 # differently by about 1e-6, which can exchange two answers whose confidences are next to equal.
 TOLERANCE = 1e-3
-COUNTS = ("n_queries", "n_met")
 # What may explain a difference; where things lie is none.
 MADE_BY = ("data", "model", "whitening", "elements", "geometric_check", "search", "versions", "machine")
 PLACES = ("store", "made_with", "pickle", "views", "concatenated")
@@ -146,7 +145,9 @@ def compare_results(recorded: Results, now: Results) -> dict[str, Any]:
     new one; ``differences`` says what differs of what made them.
     """
     figures = {
-        split: {name: [getattr(of, name) for of in (before, now.splits[split])] for name in (*FIGURES, *COUNTS)}
+        split: {
+            name: [getattr(of, name) for of in (before, now.splits[split])] for name in (*FIGURES, "n_queries", "n_met")
+        }
         for split, before in recorded.splits.items()
     }
     off_by = [(name, abs(a - b)) for of_split in figures.values() for name, (a, b) in of_split.items()]

@@ -79,7 +79,6 @@ def sweep(
     """
     started = time.monotonic()
     console = Console(highlight=False)
-    output = Path(output)
     rows = plan_rows(configs, root, database, vary, values, options, output)
     finished = {row.name for row in rows if row.is_finished}
     for row in rows:
@@ -106,10 +105,8 @@ def sweep(
         table.add_row(escape(name), outcome, escape(reason or ""))
     console.print(table)
     if failed := [name for name, reason in reasons.items() if reason]:
-        raise UserError(
-            f"{len(failed)} of {len(rows)} rows failed ({', '.join(failed)}); their errors are in "
-            f"{output}/NAME.failed.txt; mend the cause and run the same command again, which keeps the finished rows"
-        )
+        where = f"their errors are in {output}/NAME.failed.txt; the same command tries them again"
+        raise UserError(f"{len(failed)} of {len(rows)} rows failed ({', '.join(failed)}); {where}")
     return reasons
 
 

@@ -100,7 +100,8 @@ def check(
     unique = [*dict.fromkeys(path for paths in there.values() for path in paths)]  # mini's are among full's
     files = [root / "images" / path for path in unique]
     threads = READERS if not decode else default_workers(1) if num_workers is None else max(1, num_workers)
-    title, faults = "decoding" if decode else "reading headers", {}
+    title = "decoding" if decode else "reading headers"
+    faults: dict[str, str] = {}
     with counted(title, len(files), "images", quiet) as done, ThreadPoolExecutor(threads) as pool:
         try:
             for path, reason in zip(unique, pool.map(partial(find_fault, decode=decode), files), strict=True):

@@ -25,28 +25,20 @@ DataSet = Literal["queries", "mini", "full"]
 
 @dataclass(frozen=True)
 class Archive:
-    """One .tar.gz.
+    """One .tar.gz; sizes are in bytes.
 
-    Attributes:
-        name: Its file name.
-        folder: Where its files go, below the data root.
-        depth: How many of the last parts of a file's path in the archive say where in the folder it goes:
-            ``<id>/<n>.jpg`` of a database image, the name alone of the others.
-        suffix: Ending of the files that count.
-        size: Bytes, where published.
-        sha256: Its digest, where published.
-        about: Bytes, roughly, where ``size`` is unknown.
-        growth: Bytes of its files for each of its own, estimated.
+    ``depth`` says how many of the last parts of a file's path in the archive say where in the folder it goes:
+    ``<id>/<n>.jpg`` of a database image, the name alone of the others.
     """
 
     name: str
-    folder: str
+    folder: str  # where its files go, below the data root
     depth: int = 1
-    suffix: str = ".jpg"
-    size: int | None = None
+    suffix: str = ".jpg"  # of the files that count
+    size: int | None = None  # where published, as is sha256
     sha256: str | None = None
-    about: int = 0
-    growth: float = 1.0
+    about: int = 0  # roughly, where size is unknown
+    growth: float = 1.0  # bytes of its files for each of its own, estimated
 
 
 _QUERIES = (
@@ -80,11 +72,8 @@ PUBLISHED_IMAGES = {"full": 397_121, "mini": 38_307, "val": 2_165, "test": 19_31
 def unpack(file: Path, archive: Archive, folder: Path, report: Callable[[int], None] = lambda done: None) -> int:
     """Unpack an archive's files into a folder, in place of those that are there; returns how many there are.
 
-    ``report`` is called with the bytes of the archive read so far.
-
-    Raises:
-        UserError: If the archive is damaged, or a member would leave the folder or is no regular file; names it.
-        OSError: If a file cannot be written.
+    ``report`` is called with the bytes of the archive read so far. An archive that is damaged, or of which a member
+    would leave the folder or is no regular file, is refused with UserError.
     """
     n_files, n_bytes, most = 0, 0, MOST_GROWTH * file.stat().st_size
     folder.mkdir(parents=True, exist_ok=True)

@@ -37,19 +37,9 @@ def fetch(
     A part is continued only by the same version of the file, by the server's own word (``If-Range``); a server that
     names no version sends the file anew.
 
-    Args:
-        url: Where the file is.
-        path: Where it goes; its folder exists.
-        remedy: What a message tells the user to do if the download fails.
-        size: The published size in bytes; another announced size is refused at once.
-        sha256: The published digest, or its first digits; another file is refused and thrown away.
-        tries: Attempts in a row that bring nothing new, before it gives up.
-        report: Called with the bytes that are there and those that there will be, None if nobody tells.
-        sleep: Waits before another attempt.
-
-    Raises:
-        UserError: If the server refuses, several attempts in a row bring nothing new, or the file is another.
-        OSError: If the file cannot be written; names it.
+    ``remedy`` ends each message. ``size`` (bytes) and ``sha256`` (all or its first digits) are the published ones:
+    another file is refused and thrown away. ``tries`` are attempts in a row that bring nothing new. ``report`` is
+    called with the bytes that are there and those that there will be, None if nobody tells.
     """
     part = path.with_name(path.name + ".part")
     with filelock.FileLock(f"{part}.lock"), named(part):
@@ -62,9 +52,7 @@ def fetch(
                 if wait is None:
                     break
             except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, ValueError) as error:
-                raise UserError(
-                    f"{printable(url)}: an address that cannot be asked ({one_line(error)}); {remedy}"
-                ) from None
+                raise UserError(f"{printable(url)}: cannot be asked ({one_line(error)}); {remedy}") from None
             except requests.RequestException as error:
                 reason = one_line(error)
             except _Refused as error:
@@ -108,10 +96,9 @@ def _receive(url: str, part: Path, size: int | None, report: Callable[[int, int 
         etag = response.headers.get("ETag", "")
         version = etag if etag.startswith('"') else response.headers.get("Last-Modified")
         place = response.headers.get("Content-Range", "")
-        continued = (
-            response.status_code == 206 and place.startswith(f"bytes {have}-") and version == begun.get("version")
-        )
-        if response.status_code == 206 and not continued:
+        is_partial, is_same = response.status_code == 206, version == begun.get("version")
+        continued = is_partial and is_same and place.startswith(f"bytes {have}-")
+        if is_partial and not continued:
             part.unlink(missing_ok=True)
             return 0.0
         have = have if continued else 0
@@ -138,10 +125,7 @@ def _version_of(part: Path) -> Path:
 def remote_size(url: str) -> int | None:
     """Bytes that a server announces for a file; None if it does not tell, or cannot be asked now."""
     with contextlib.suppress(requests.RequestException, _Refused):
-        length = requests.head(url, headers=HEADERS, timeout=TIMEOUT, allow_redirects=True).headers.get(
-            "Content-Length", ""
-        )
-        return int(length) if re.fullmatch("[0-9]{1,18}", length) else None
+        return _length(requests.head(url, headers=HEADERS, timeout=TIMEOUT, allow_redirects=True))
     return None
 
 
