@@ -7,13 +7,14 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from metilr.data.decode import MAX_PHOTO_MEGAPIXELS, TooManyPixels, max_pixels, open_image, to_tensor, why_undecodable
+from metilr.data import decode
 from metilr.data.ground_truth import GroundTruth
 from metilr.data.views import CentreCrops
 from metilr.errors import UserError
@@ -31,6 +32,7 @@ from metilr.retrieval.knn import N_MATCHES, N_NEIGHBOURS, Matches, Predictions, 
 from metilr.retrieval.whitening import PCAWhitening
 
 SIDE_OF_LOST_IMAGES = 1024  # px, where the images that tell are gone
+MAX_PIXELS = decode.pixels_of(decode.MAX_PHOTO_MEGAPIXELS)  # of a photo
 MAX_HEADERS = 5000  # of images, read for the largest size: about a second
 
 
@@ -43,35 +45,32 @@ class TooManyPixelsError(BadPhotoError):
 
 
 class Photo(NamedTuple):
-    """A decoded photograph, RGB, uint8 ``(3, H, W)``, and whether it was made smaller to fit ``largest_side``."""
+    """A decoded photograph."""
 
-    image: Tensor
-    reduced: bool
+    image: Tensor  # RGB, uint8 (3, H, W)
+    reduced: bool  # made smaller to fit ``largest_side``
 
 
 def load_photo(
     file: Path | IO[bytes],
     image_size: int | None = None,
     largest_side: int | None = None,
-    max_pixels: int = int(MAX_PHOTO_MEGAPIXELS * 10**6),
+    max_pixels: int = MAX_PIXELS,
 ) -> Photo:
     """Decode a photograph as ``load_image`` does, its longest side resized to ``image_size`` px.
 
-    Without ``image_size`` it keeps its size, or is reduced to ``largest_side``.
-
-    Raises:
-        BadPhotoError: If it cannot be decoded, or has more pixels, which its header tells.
+    Without ``image_size`` it keeps its size, or is reduced to ``largest_side``. BadPhotoError if it cannot be decoded.
     """
     try:
-        with open_image(file, max_pixels) as image:
+        with decode.open_image(file, max_pixels) as image:
             too_long = image_size is None and largest_side is not None and max(image.size) > largest_side
-            return Photo(to_tensor(image, largest_side if too_long else image_size), too_long)
+            return Photo(decode.to_tensor(image, largest_side if too_long else image_size), too_long)
     except MemoryError:
         raise
-    except TooManyPixels as error:
+    except decode.TooManyPixels as error:
         raise TooManyPixelsError(f"has {error}; make it smaller") from None
     except Exception as error:  # as in load_image
-        raise BadPhotoError(f"cannot be decoded ({why_undecodable(error)})") from None
+        raise BadPhotoError(f"cannot be decoded ({decode.why_undecodable(error)})") from None
 
 
 @dataclass(frozen=True)
@@ -86,21 +85,13 @@ class Match:
 
 @dataclass(frozen=True)
 class Answer:
-    """Which exhibit a photo shows most likely.
-
-    Attributes:
-        exhibit: Its name.
-        log_confidence: As in an evaluation's predictions.
-        similarity: Of the nearest image of that exhibit; 0 if none of the neighbours shows it.
-        matches: The nearest image of each of the nearest exhibits, most similar first.
-        regions: What the photo and the answer's image have in common, a JPEG, where it is found and asked for.
-    """
+    """Which exhibit a photo shows most likely."""
 
     exhibit: str
-    log_confidence: float
-    similarity: float
-    matches: tuple[Match, ...]
-    regions: bytes | None = None
+    log_confidence: float  # as in an evaluation's predictions
+    similarity: float  # of the nearest image of that exhibit; 0 if none of the neighbours shows it
+    matches: tuple[Match, ...]  # the nearest image of each of the nearest exhibits, most similar first
+    regions: bytes | None = None  # what photo and answer have in common, a JPEG, where it is found and asked for
 
 
 class Describer:
@@ -113,11 +104,7 @@ class Describer:
         self.module.on_predict_start()
 
     def describe(self, image: Tensor) -> np.ndarray:
-        """Describe an image, uint8 ``(3, H, W)``: float32 ``(1, D)`` of unit length.
-
-        Raises:
-            BadPhotoError: If the model makes nothing of it.
-        """
+        """Describe an image, uint8 ``(3, H, W)``: float32 ``(1, D)`` of unit length; BadPhotoError if it is not."""
         descriptor = self.module.describe(image[None].to(self.module.device)).float().cpu().numpy()
         if not has_unit_length(descriptor).all():
             raise BadPhotoError("gives a descriptor that is not finite or all zero; take another photo")
@@ -126,16 +113,13 @@ class Describer:
 
 @dataclass(frozen=True, eq=False)
 class Collection:
-    """A museum's exhibits, ready to be recognised.
-
-    ``exhibits`` names each label; ``image_size`` is what images were resized to, None if they kept their size.
-    """
+    """A museum's exhibits, ready to be recognised."""
 
     name: str
     ground_truth: GroundTruth
-    exhibits: Sequence[str]
+    exhibits: Sequence[str]  # name of each label
     describer: Describer
-    image_size: int | None
+    image_size: int | None  # that images were resized to; None if they kept their size
     method: MethodOptions
     whitening: PCAWhitening | None
     database: Searchable
@@ -171,49 +155,47 @@ class Collection:
         if self.image_size is not None:
             return None
         files = [self.ground_truth.image(path) for paths in self.ground_truth.paths.values() for path in paths]
-        chosen = files[:: -(-len(files) // MAX_HEADERS)]
         with ThreadPoolExecutor(8) as pool:
-            return max(pool.map(_longest_side, chosen)) or SIDE_OF_LOST_IMAGES
+            return max(pool.map(_longest_side, files[:: -(-len(files) // MAX_HEADERS)])) or SIDE_OF_LOST_IMAGES
 
     def identify(self, photo: str | Path) -> Answer:
         """Recognise what a photograph's file shows, whatever its size; a UserError names one that gives no answer."""
         try:
-            return self.answer(load_photo(Path(photo), self.image_size, self.largest_side).image)
+            return self.answer_file(Path(photo))[1]
         except BadPhotoError as error:
             raise UserError(f"{photo}: {error}") from None
+
+    def answer_file(
+        self, file: Path | IO[bytes], max_pixels: int = MAX_PIXELS, n_matches: int = N_MATCHES, draw: bool = False
+    ) -> tuple[Photo, Answer]:
+        """Decode a photograph at the size that it is compared at, and ``answer`` it; BadPhotoError if that fails."""
+        photo = load_photo(file, self.image_size, self.largest_side, max_pixels)
+        return photo, self.answer(photo.image, n_matches, draw)
 
     def answer(self, image: Tensor, n_matches: int = N_MATCHES, draw: bool = False) -> Answer:
         """Recognise what a photo, uint8 ``(3, H, W)``, shows, as the evaluation does.
 
-        Args:
-            image: Of the size that ``image_size`` or ``largest_side`` says.
-            n_matches: Exhibits in the answer's matches.
-            draw: Draw what the photo and the answer's image have in common, where geometry is checked.
-
-        Raises:
-            BadPhotoError: If the model makes nothing of the photo.
+        It is of the size that ``image_size`` or ``largest_side`` says. ``n_matches`` exhibits are listed; ``draw``
+        draws what the photo and the answer's image have in common, where geometry is checked.
         """
         query = self._compared(image)
-        labels, n = self.database.labels, len(self.database.rows)
         n_wanted = max(n_matches, self.check.candidates if self.check else 0)
-        neighbours = self.database.nearest(query, min(n, max(self.k, N_NEIGHBOURS * self.method.rows_per_image)))
+        n_neighbours = max(self.k, N_NEIGHBOURS * self.method.rows_per_image)
+        neighbours = self.database.nearest(query, min(len(self.database.rows), n_neighbours))
         matches = self.database.matches(query, neighbours, n_wanted)
-        predictions = classify(neighbours, labels, len(self.exhibits), self.k, self.tau)
+        predictions = classify(neighbours, self.database.labels, len(self.exhibits), self.k, self.tau)
         matches = Matches(self.database.images[matches.rows], matches.similarities)
-        counts, regions = None, None
+        inliers: list[int] = []
+        regions = None
         if self.check is not None:
-            predictions, counts, regions = self._checked(image, predictions, matches, self.check, draw)
-        exhibits = [self.exhibits[label] for label in self.ground_truth.labels["database"][matches.rows[0]].tolist()]
-        listed = zip(matches.rows[0].tolist(), exhibits, matches.similarities[0].tolist(), strict=True)
+            predictions, inliers, regions = self._checked(image, predictions, matches, self.check, draw)
+        labels = self.ground_truth.labels["database"]
+        listed = zip_longest(matches.rows[0].tolist(), matches.similarities[0].tolist(), inliers)
         return Answer(
             exhibit=self.exhibits[int(predictions.labels[0])],
             log_confidence=float(predictions.log_confidence[0]),
             similarity=float(predictions.similarity[0]),
-            matches=tuple(
-                Match(row, exhibit, similarity, None if counts is None or i >= len(counts) else counts[i])
-                for i, (row, exhibit, similarity) in enumerate(listed)
-                if i < n_matches
-            ),
+            matches=tuple(Match(row, self.exhibits[labels[row]], *found) for row, *found in listed)[:n_matches],
             regions=regions,
         )
 
@@ -224,10 +206,10 @@ class Collection:
         rows = matches.rows[:, : check.candidates]
         files, features = [self.image(row) for row in rows[0].tolist()], check.extractor.extract(image)
         inliers = np.array([[check.verify(features, check.features(file)).n_inliers for file in files]])
-        database_labels = self.ground_truth.labels["database"]
-        checked = Checked(matches, inliers, database_labels, len(self.exhibits), self.tau)
+        labels = self.ground_truth.labels["database"]
+        checked = Checked(matches, inliers, labels, len(self.exhibits), self.tau)
         predictions = apply_evidence(predictions, checked, check.boost, check.gate)
-        answered = np.flatnonzero(database_labels[rows[0]] == predictions.labels[0])
+        answered = np.flatnonzero(labels[rows[0]] == predictions.labels[0])
         regions = check.draw(image, features, files[int(answered[0])]) if draw and len(answered) else None
         return predictions, inliers[0].tolist(), regions
 
@@ -243,18 +225,14 @@ class Collection:
 
 def _longest_side(file: Path) -> int:
     try:
-        with open_image(file, max_pixels()) as image:
+        with decode.open_image(file, decode.max_pixels()) as image:
             return max(image.size)
     except Exception:  # as in load_image
         return 0
 
 
 def save_searchable(database: Searchable, folder: Path, made_from: str) -> None:
-    """Write the searched rows, what each shows, and an approximate index; what is there already is kept.
-
-    Raises:
-        UserError: If the rows are too few for it to make sense.
-    """
+    """Write the searched rows, what each shows, and an approximate index; what is there already is kept."""
     check_size(len(database.rows))
     with contextlib.suppress(UserError):
         load_searchable(folder, made_from)
@@ -267,11 +245,7 @@ def save_searchable(database: Searchable, folder: Path, made_from: str) -> None:
 
 
 def load_searchable(folder: Path, made_from: str) -> Searchable:
-    """Open what ``save_searchable`` wrote; of the rows none is read.
-
-    Raises:
-        UserError: If a file is missing, damaged, or was made from something else; names it.
-    """
+    """Open what ``save_searchable`` wrote, reading no row; UserError if it is damaged or made from something else."""
     index = ApproximateIndex.load(folder, folder / "rows.npy", made_from)
     again = f"delete {folder}, or make the index again"
     columns = map_array(folder / "columns.npy", again)

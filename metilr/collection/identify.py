@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from metilr.collection.threshold import Identified, PhotoOptions, Threshold, collection_document
-from metilr.data.decode import BadImageError, pixels_of
+from metilr.data.decode import BadImageError
 from metilr.data.folder import find_images
 from metilr.errors import UserError
 from metilr.files import write_atomically
@@ -53,16 +53,14 @@ def identify(
         raise UserError(f"{matches}: must be at least 1", "matches")
     if page is not None and Path(page).suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{page}: name a file that ends in .html", "page")
-    max_pixels = pixels_of(options.max_megapixels)
     photos = [photos] if isinstance(photos, (str, Path)) else photos
     if not photos:
         raise UserError("name one or more photos, or folders of photos")
     console = Console(highlight=False, quiet=json)
     collection, chosen = open_with_threshold(options)
     console.print(_head(collection, chosen), soft_wrap=True)
-
     answered = []
-    for photo in _answers(collection, chosen, photos, matches, max_pixels, page is not None):
+    for photo in _answers(collection, chosen, photos, matches, options.max_pixels, page is not None):
         console.print(_lines(photo, collection), soft_wrap=True)
         answered.append(photo)
     if json:
@@ -83,7 +81,7 @@ def identify(
 def _answers(
     collection: "Collection", threshold: Threshold, photos: Sequence[Path], n_matches: int, max_pixels: int, draw: bool
 ) -> Iterator[Identified]:
-    from metilr.collection.collection import BadPhotoError, TooManyPixelsError, load_photo
+    from metilr.collection.collection import BadPhotoError, TooManyPixelsError
     from metilr.report.page import jpeg_of
 
     for named in map(Path, photos):
@@ -96,15 +94,14 @@ def _answers(
             yield Identified(str(named), error=f"left aside: {left_aside}; convert them to JPEG, or name the folders")
         for file in files:
             try:
-                photo = load_photo(file, collection.image_size, collection.largest_side, max_pixels)
-                answer = collection.answer(photo.image, n_matches, draw)
+                photo, answer = collection.answer_file(file, max_pixels, n_matches, draw)
             except BadPhotoError as error:
                 hint = ", or raise max_megapixels" if isinstance(error, TooManyPixelsError) else ""
                 yield Identified(str(file), error=f"{error}{hint}")
-                continue
-            picture = jpeg_of(photo.image) if draw else None
-            decision = threshold.decide(answer.log_confidence)
-            yield Identified(str(file), answer, decision, reduced=photo.reduced, picture=picture)
+            else:
+                picture = jpeg_of(photo.image) if draw else None
+                decision = threshold.decide(answer.log_confidence)
+                yield Identified(str(file), answer, decision, reduced=photo.reduced, picture=picture)
 
 
 def _head(collection: "Collection", threshold: Threshold) -> str:
@@ -123,10 +120,8 @@ def _lines(photo: Identified, collection: "Collection") -> str:
     if answer is None:
         return f"\n[bold]{name}[/]  [red]{escape(printable(photo.headline))}[/]"
     colour = "green" if photo.decision == "exhibit" else "yellow"
-    lines = [
-        f"\n[bold]{name}[/]  [{colour}]{escape(printable(photo.headline))}[/]  "
-        f"{escape(printable(photo.detail))} (log {answer.log_confidence:.4g})"
-    ]
+    said, detail = escape(printable(photo.headline)), escape(printable(photo.detail))
+    lines = [f"\n[bold]{name}[/]  [{colour}]{said}[/]  {detail} (log {answer.log_confidence:.4g})"]
     if photo.reduced:
         side = collection.largest_side
         lines.append(f"  reduced to {side} px, the longest side that the collection was described at")

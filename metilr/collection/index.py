@@ -1,6 +1,7 @@
 """``metilr index``: a museum's own images, made ready for ``metilr identify`` and ``metilr serve``."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,15 +10,17 @@ import pydantic
 from rich.console import Console
 from rich.markup import escape
 
+from metilr.data.decode import limit_images
+from metilr.data.folder import Catalogue, read_catalogue
+from metilr.data.ground_truth import is_place_below
 from metilr.errors import UserError
-from metilr.evaluation.options import MethodOptions, without_deleted
+from metilr.evaluation.options import DELETED, MethodOptions, method_of_elements
 from metilr.evaluation.results import Count, ImageSize, Part, Positive, Text, Vote, read_json, why
 from metilr.extraction.options import ExtractionOptions, Precision
 from metilr.files import write_atomically
 from metilr.models import RANDOM, Engine, ModelOptions, PatchRounding, PoolingName
 
 if TYPE_CHECKING:
-    from metilr.data.folder import Catalogue
     from metilr.models.embedder import Embedder
     from metilr.retrieval.whitening import PCAWhitening
 
@@ -58,8 +61,6 @@ def index(
     Raises:
         UserError: If an option, a file or the data is not usable; says which and what to do.
     """
-    from metilr.data.decode import limit_images
-    from metilr.data.folder import read_catalogue
     from metilr.distributed import launched_as_first, quieten_lightning
     from metilr.evaluation.database import build_searchable, views_of, whitening_of
     from metilr.evaluation.recognition import check_method
@@ -79,14 +80,13 @@ def index(
     console.print(f"[bold]data[/]         {escape(str(catalogue.folder))}: {what}", soft_wrap=True)
     if catalogue.left_aside:
         console.print(f"[bold yellow]note:[/] left aside: {catalogue.left_aside}", soft_wrap=True)
-    if model.ckpt is not None:
-        model = replace(model, ckpt=_absolute(model.ckpt, "ckpt"))
-    if model.weights is not None and model.weights != RANDOM:
-        model = replace(model, weights=str(_absolute(model.weights, "weights")))
+    if model.ckpt is not None:  # absolute: an index may be used from any folder
+        model = replace(model, ckpt=Path(model.ckpt).absolute())
+    if model.weights not in (None, RANDOM):
+        model = replace(model, weights=str(Path(model.weights).absolute()))
     embedder = build_model(model)
     extraction = replace(extraction, image_size=extraction.image_size or embedder.image_size or IMAGE_SIZE)
-    tau = method.tau or USUAL_TAU
-    method = replace(method, tau=tau)
+    method = replace(method, tau=method.tau or USUAL_TAU)
     check_method(method, n_images, embedder.dim, n_exhibits)
     if approximate:
         check_size(n_images * method.rows_per_image)
@@ -96,10 +96,11 @@ def index(
         return None
     opened = open_descriptors([store.path], ground_truth, views)
     is_valid = opened.is_valid["database"]
-    n_rows = int(is_valid.sum()) * method.rows_per_image
+    n_decoded = int(is_valid.sum())
+    n_rows = n_decoded * method.rows_per_image
     k = min(USUAL_K * method.rows_per_image, n_rows) if method.k is None else method.k
     if k > n_rows:
-        raise UserError(f"{k}: {int(is_valid.sum()):,} images could be decoded; choose k from 1 to {n_rows}", "k")
+        raise UserError(f"{k}: {n_decoded:,} images could be decoded; choose k from 1 to {n_rows}", "k")
     if len(set(ground_truth.labels["database"][is_valid].tolist())) < 2:
         raise UserError(f"{folder}: fewer than 2 exhibits have an image that can be decoded; mend the images")
     whitening = whitening_of(opened, ground_truth, method)
@@ -110,8 +111,9 @@ def index(
 
         made_from = digest_of_database(store, method, model.seed, whitening)
         save_searchable(build_searchable(opened, ground_truth, method, whitening), output / APPROXIMATE, made_from)
-    _write(output / "index.json", catalogue, model, extraction, method, Vote(k=k, tau=tau), whitening)
-    for note in _notes(embedder, method, whitening, n_images - int(is_valid.sum())):
+    made = describe_index(catalogue, model, extraction, replace(method, k=k), whitening is not None)
+    write_atomically(output / "index.json", json.dumps(made.model_dump(by_alias=True), indent=1) + "\n")  # the last
+    for note in _notes(embedder, method, whitening, n_images - n_decoded):
         console.print(f"[bold yellow]note:[/] {escape(note)}", soft_wrap=True)
     where = escape(str(output))
     console.print(f"wrote {where}; now: metilr identify PHOTO --store {where}", soft_wrap=True)
@@ -129,15 +131,6 @@ def _check(folder: Path, output: Path, method: MethodOptions, approximate: bool)
         raise UserError("needs val to be tuned on, which an index has not; evaluate instead", "geometric_check")
     if method.search_device is not None:
         raise UserError("has no effect on an index; leave it out", "search_device")
-
-
-def _absolute(path: Path | str, name: str) -> Path:
-    """A path that is right from any folder, in which an index may be used."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{path}: its name is not UTF-8, which an index cannot hold; rename it", name) from None
-    return Path(path).absolute()
 
 
 def _notes(embedder: "Embedder", method: MethodOptions, whitening: "PCAWhitening | None", n_skipped: int) -> list[str]:
@@ -158,38 +151,6 @@ def _notes(embedder: "Embedder", method: MethodOptions, whitening: "PCAWhitening
     return notes
 
 
-def _write(
-    file: Path,
-    catalogue: "Catalogue",
-    model: ModelOptions,
-    extraction: ExtractionOptions,
-    method: MethodOptions,
-    vote: Vote,
-    whitening: "PCAWhitening | None",
-) -> None:
-    """Write ``index.json``: the last of an index's files."""
-    from metilr.provenance import library_versions
-
-    entry = {**asdict(model), "precision": str(extraction.precision), "engine": extraction.engine}
-    made = Index(
-        schema="metilr.index/2",
-        folder=str(catalogue.folder),
-        images=[Image(path=path, exhibit=name) for path, name in zip(catalogue.paths, catalogue.exhibits, strict=True)],
-        model=Model(**{**entry, "ckpt": None if model.ckpt is None else str(model.ckpt)}),
-        image_size=extraction.image_size,
-        whitening=whitening is not None,
-        elements=Elements(
-            visits=method.n_visits,
-            database_views=method.database_views,
-            query_crops=list(method.query_crops),
-            seed=model.seed,
-        ),
-        knn=vote,
-        versions=dict(library_versions()),
-    )
-    write_atomically(file, json.dumps(made.model_dump(by_alias=True), indent=1) + "\n")
-
-
 class Image(Part):
     """Which exhibit an image shows. index.json may be somebody else's."""
 
@@ -200,8 +161,6 @@ class Image(Part):
     @classmethod
     def lies_below(cls, path: str) -> str:
         """Refuse what would be opened elsewhere."""
-        from metilr.data.ground_truth import is_place_below
-
         if not is_place_below(path):
             raise ValueError("must name a file below the folder")
         return path
@@ -223,18 +182,12 @@ class Model(Part):
 
 
 class Elements(Part):
-    """How photos are compared beyond the recipe."""
+    """How photos are compared beyond the recipe; an index of before has more entries."""
 
     visits: Count
     database_views: Literal["none", "rows"]
     query_crops: list[float]
     seed: Count
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def drop_what_was_off(cls, entry: Any) -> Any:
-        """Refuse elements that metilr no longer has where they were on."""
-        return without_deleted(entry) if isinstance(entry, dict) else entry
 
 
 class Index(Part):
@@ -252,11 +205,7 @@ class Index(Part):
 
     @classmethod
     def load(cls, path: Path) -> "Index":
-        """Read ``index.json`` of a folder.
-
-        Raises:
-            UserError: If the folder holds no index, or one of another schema.
-        """
+        """Read ``index.json`` of a folder; UserError if it holds none, or one of another schema."""
         file = path / "index.json"
         try:
             index = cls.model_validate(read_json(file))
@@ -268,26 +217,54 @@ class Index(Part):
             raise UserError(f"{file}: cannot be read ({why(error)}); delete {path} and make the index again") from None
 
     @property
-    def catalogue(self) -> "Catalogue":
+    def catalogue(self) -> Catalogue:
         """Which images show which exhibit."""
-        from metilr.data.folder import Catalogue
-
         images = self.images
         return Catalogue(Path(self.folder), tuple(i.path for i in images), tuple(i.exhibit for i in images))
 
     @property
     def model_options(self) -> ModelOptions:
         """What described the images."""
-        recorded = self.model.model_dump()
-        options = {field.name: recorded[field.name] for field in fields(ModelOptions) if field.name in recorded}
-        if options["ckpt"] is not None:  # a checkpoint carries the rest
-            options = {"ckpt": Path(options["ckpt"]), "scales": options["scales"]}
-        return ModelOptions(**{**options, "seed": self.elements.seed})
+        return recorded_model({**self.model.model_dump(), "seed": self.elements.seed})
 
     @property
     def method(self) -> MethodOptions:
-        """How photos are compared with the images, which are whitened already."""
-        elements = self.elements
-        visits = elements.visits if elements.database_views == "rows" else None
-        views = elements.database_views
-        return MethodOptions("none", visits=visits, database_views=views, query_crops=tuple(elements.query_crops))
+        """How photos are compared with the images, which are whitened already; refused if metilr no longer can."""
+        known = {"visits", "database_views", "query_crops", *DELETED}
+        return method_of_elements({name: part for name, part in self.elements.model_dump().items() if name in known})
+
+
+def recorded_model(recorded: Mapping[str, Any], ckpt: Path | None = None) -> ModelOptions:
+    """The model of recorded options, as far as they are there; ``ckpt`` in place of a recorded checkpoint."""
+    ckpt = recorded["ckpt"] if ckpt is None else ckpt
+    if ckpt is not None:  # it carries the rest
+        return ModelOptions(Path(ckpt), scales=recorded["scales"], seed=recorded["seed"])
+    names = [field.name for field in fields(ModelOptions) if field.name in recorded]
+    return ModelOptions(**{name: recorded[name] for name in names})
+
+
+def describe_index(
+    catalogue: Catalogue, model: ModelOptions, extraction: ExtractionOptions, method: MethodOptions, whitened: bool
+) -> Index:
+    """What ``index.json`` is to say."""
+    from metilr.provenance import library_versions
+
+    options = {**asdict(model), "precision": str(extraction.precision), "engine": extraction.engine}
+    options["ckpt"] = None if model.ckpt is None else str(model.ckpt)
+    options["scales"] = None if model.scales is None else list(model.scales)
+    return Index(
+        schema="metilr.index/2",
+        folder=str(catalogue.folder),
+        images=[Image(path=path, exhibit=name) for path, name in zip(catalogue.paths, catalogue.exhibits, strict=True)],
+        model=Model(**options),
+        image_size=extraction.image_size,
+        whitening=whitened,
+        elements=Elements(
+            visits=method.n_visits,
+            database_views=method.database_views,
+            query_crops=list(method.query_crops),
+            seed=model.seed,
+        ),
+        knn=Vote.model_validate({"k": method.k, "tau": method.tau}),
+        versions=dict(library_versions()),
+    )

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from metilr.collection.identify import data_uri
 from metilr.collection.threshold import Identified, PhotoOptions, Threshold, collection_document
-from metilr.data.decode import BadImageError, pixels_of
+from metilr.data.decode import BadImageError
 from metilr.errors import UserError
 from metilr.progress import printable
 
@@ -63,7 +63,6 @@ def serve(
     if not max_megabytes > 0:
         raise UserError(f"{max_megabytes}: choose a number above 0", "max_megabytes")
     options = options or PhotoOptions()
-    max_pixels = pixels_of(options.max_megapixels)
     with _listen(host, port) as listener:
         import uvicorn  # these take seconds
 
@@ -71,16 +70,12 @@ def serve(
 
         collection, chosen = open_with_threshold(options)
         hosts = ["127.0.0.1", "localhost", "[::1]", "::1", host] if is_loopback(host) else ["*"]
-        app = build_app(collection, chosen, int(max_megabytes * 10**6), hosts, max_pixels)
+        app = build_app(collection, chosen, int(max_megabytes * 10**6), hosts, options.max_pixels)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
         listener.listen()  # so that who reads the next line can ask already
-        console = Console(highlight=False)
-        address = f"[{host}]" if ":" in host else host
-        console.print(
-            f"[bold]serving[/]      {escape(printable(collection.name))} at "
-            f"http://{escape(address)}:{listener.getsockname()[1]}/ (Ctrl-C ends it)",
-            soft_wrap=True,
-        )
+        console, name = Console(highlight=False), escape(printable(collection.name))
+        address = escape(f"[{host}]" if ":" in host else host) + f":{listener.getsockname()[1]}"
+        console.print(f"[bold]serving[/]      {name} at http://{address}/ (Ctrl-C ends it)", soft_wrap=True)
         if collection.search is not None:
             console.print(f"[bold]search[/]       {collection.search}", soft_wrap=True)
         if not is_loopback(host):
@@ -108,12 +103,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except socket.gaierror as error:
-        raise UserError(f"{host}: not an address of this machine ({error.strerror})", "host") from None
     except OSError as error:
-        raise UserError(
-            f"{port}: {host} cannot be listened at there ({error.strerror}); choose another", "port"
-        ) from None
+        reason = f"{host} cannot be listened at there ({error.strerror})"
+        raise UserError(f"{port}: {reason}; choose another", "port") from None
     return listener
 
 
@@ -133,7 +125,7 @@ def build_app(
     from starlette.exceptions import HTTPException as StarletteHTTPException
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    from metilr.collection.collection import BadPhotoError, TooManyPixelsError, load_photo
+    from metilr.collection.collection import BadPhotoError, TooManyPixelsError
     from metilr.report.page import jpeg_thumbnail
 
     app = FastAPI(title="metilr", docs_url=None, redoc_url=None, openapi_url=None)
@@ -151,8 +143,7 @@ def build_app(
     def identify(photo: UploadFile) -> dict[str, Any]:
         with one_at_a_time:
             try:
-                loaded = load_photo(photo.file, collection.image_size, collection.largest_side, max_pixels)
-                answer = collection.answer(loaded.image, draw=True)
+                loaded, answer = collection.answer_file(photo.file, max_pixels, draw=True)
             except BadPhotoError as error:
                 status = 413 if isinstance(error, TooManyPixelsError) else 422
                 raise HTTPException(status, f"The photo {error}.") from None

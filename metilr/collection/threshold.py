@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from metilr.data.decode import MAX_PHOTO_MEGAPIXELS
+from metilr.data.decode import MAX_PHOTO_MEGAPIXELS, pixels_of
 from metilr.errors import UserError
 from metilr.evaluation.results import FEW_ACCEPTED, MIN_PRECISION, Run
 from metilr.extraction.options import Accelerator
@@ -42,19 +42,29 @@ class PhotoOptions:
     def __post_init__(self) -> None:
         if (self.run is None) == (self.store is None):
             raise UserError("give either run (a folder of metilr evaluate) or store (one of metilr index)")
+        if self.min_precision != MIN_PRECISION and (self.threshold is not None or self.run is None):
+            without = "a threshold; give one" if self.threshold is not None else "an index, which has no val queries"
+            raise UserError(f"{self.min_precision}: has no effect with {without}", "min_precision")
+        if not 0 < self.min_precision <= 1:
+            raise UserError(f"{self.min_precision}: choose a share above 0, at most 1", "min_precision")
+        if self.threshold is not None and not -math.inf < self.threshold <= 0:  # NaN neither
+            what = "is a log-confidence, at most 0 and finite (log 0.5 is -0.69)"
+            raise UserError(f"{self.threshold}: {what}", "threshold")
+        pixels_of(self.max_megapixels)
+
+    @property
+    def max_pixels(self) -> int:
+        """Most pixels of a photo."""
+        return pixels_of(self.max_megapixels)
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Least log-confidence to name an exhibit: None where there is none, and then nothing is decided.
-
-    ``origin`` says in words where it comes from, or why there is none; ``figures`` what it gives on the val queries
-    that it was chosen on.
-    """
+    """Least log-confidence to name an exhibit: None where there is none, and then nothing is decided."""
 
     log_confidence: float | None
-    origin: str
-    figures: dict[str, Any] | None = None
+    origin: str  # where it comes from, in words, or why there is none
+    figures: dict[str, Any] | None = None  # what it gives on the val queries that it was chosen on
 
     @property
     def needed(self) -> str:
@@ -75,26 +85,13 @@ class Threshold:
         return {"log_confidence": self.log_confidence, "origin": self.origin, "on_val": self.figures}
 
 
-def choose_threshold(run: Run | None, threshold: float | None, min_precision: float = MIN_PRECISION) -> Threshold:
-    """Take the log-confidence that was given, or the lowest one that is precise enough on val of a run.
-
-    An index, without a ``run``, has no val; ``min_precision`` is the least share of right answers among those accepted.
-
-    Raises:
-        UserError: If a number is out of range or would have no effect.
-    """
-    if min_precision != MIN_PRECISION and (threshold is not None or run is None):
-        why = "an index, which has no val queries; give a threshold" if threshold is None else "a threshold; give one"
-        raise UserError(f"{min_precision}: has no effect with {why}", "min_precision")
-    if threshold is not None:
-        if not -math.inf < threshold <= 0:  # NaN neither
-            what = "is a log-confidence, at most 0 and finite (log 0.5 is -0.69)"
-            raise UserError(f"{threshold}: {what}", "threshold")
-        return Threshold(threshold, "given by hand")
+def choose_threshold(run: Run | None, options: PhotoOptions) -> Threshold:
+    """Take the log-confidence that was given, or the lowest one that is precise enough on val; an index has no val."""
+    min_precision = options.min_precision
+    if options.threshold is not None:
+        return Threshold(options.threshold, "given by hand")
     if run is None:
         return Threshold(None, "an index has no val queries to choose a threshold on; give one, or use an evaluation")
-    if not 0 < min_precision <= 1:
-        raise UserError(f"{min_precision}: choose a share above 0, at most 1", "min_precision")
     val = run.answers["val"]
     point = threshold_for_precision(val.log_confidence, val.predicted_ids, val.exhibit_ids, min_precision)
     if point is None:
@@ -113,28 +110,21 @@ def choose_threshold(run: Run | None, threshold: float | None, min_precision: fl
 
 @dataclass(frozen=True)
 class Identified:
-    """One photo's answer with what it comes to, or the ``error`` why there is none.
-
-    ``reduced`` says whether it was larger than what was described of the collection, and made smaller; ``picture`` is a
-    small JPEG, where pictures were asked for.
-    """
+    """One photo's answer with what it comes to, or the ``error`` why there is none."""
 
     name: str
     answer: "Answer | None" = None
     decision: Decision | None = None
     error: str | None = None
-    reduced: bool = False
-    picture: bytes | None = None
+    reduced: bool = False  # it was larger than what was described of the collection, and made smaller
+    picture: bytes | None = None  # a small JPEG, where pictures were asked for
 
     @property
     def headline(self) -> str:
         """The decision in words, or why there is none."""
-        if self.answer is None:
-            return self.error or ""
-        exhibit = f"exhibit {self.answer.exhibit}"
-        return {"exhibit": exhibit, "undecided": f"undecided, most likely {exhibit}"}.get(
-            self.decision or "", str(self.decision)
-        )
+        if self.answer is None or self.decision == "not in the collection":
+            return self.error or str(self.decision)
+        return f"{'' if self.decision == 'exhibit' else 'undecided, most likely '}exhibit {self.answer.exhibit}"
 
     @property
     def detail(self) -> str:
@@ -150,21 +140,18 @@ class Identified:
         answer = self.answer
         if answer is None:
             return {"error": self.error}
+        matches = []
+        for match in answer.matches:
+            inliers = {} if match.inliers is None else {"inliers": match.inliers}
+            path = collection.path(match.row)
+            matches.append({"exhibit": match.exhibit, "similarity": match.similarity, **inliers, "path": path})
         return {
             "decision": self.decision,
             "exhibit": answer.exhibit,
             "log_confidence": answer.log_confidence,
             "confidence": math.exp(answer.log_confidence),
             "similarity": answer.similarity,
-            "matches": [
-                {
-                    "exhibit": match.exhibit,
-                    "similarity": match.similarity,
-                    **({} if match.inliers is None else {"inliers": match.inliers}),
-                    "path": collection.path(match.row),
-                }
-                for match in answer.matches
-            ],
+            "matches": matches,
             "reduced": self.reduced,
         }
 

@@ -40,7 +40,7 @@ def pack(run: Path, output: Path) -> None:
     whitening = whitening_of_run(finished)
     if whitening is None:
         raise UserError(f"{run}: was evaluated without whitening; there is none to pack")
-    embedder = embedder_of_run(finished, None)
+    embedder = embedder_of_run(finished)
     provenance = embedder.backbone.provenance
     parts = {name: torch.from_numpy(np.array(part)) for name, part in parts_of_whitening(whitening).items()}
     content: dict[str, Any] = {
