@@ -11,7 +11,7 @@ from typing import Any
 from metilr.collection.collection import Collection, Describer, digest_of_database, load_searchable
 from metilr.collection.index import APPROXIMATE, Index, index, recorded_model
 from metilr.collection.threshold import PhotoOptions, Threshold, choose_threshold
-from metilr.data.decode import MAX_MEGAPIXELS, limit_images
+from metilr.data.decode import MAX_MEGAPIXELS, file_size, limit_images
 from metilr.data.folder import read_catalogue
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.demo import DEMO
@@ -47,7 +47,7 @@ def open_collection(path: str | Path, ckpt: Path | None = None, accelerator: Acc
     """Open what photos can be compared with: the folder of an evaluation or an index, or a museum's images.
 
     A folder of images, a sub-folder an exhibit, is indexed first, with the default model, under runs/indexes; images
-    that are added or removed later make another index. ``ckpt`` is the checkpoint that made it, if it was moved since;
+    that are added, exchanged or removed later make another index. ``ckpt`` is the checkpoint that made it, if it was moved since;
     of a folder of images the model to take.
 
     Raises:
@@ -58,7 +58,8 @@ def open_collection(path: str | Path, ckpt: Path | None = None, accelerator: Acc
         return _assemble(_of_run(read_run(path), ckpt, accelerator))
     if not (path / "index.json").exists():
         catalogue = read_catalogue(path)
-        content = [str(catalogue.folder), catalogue.paths, catalogue.exhibits, str(ckpt)]
+        sizes = [file_size(catalogue.folder / path) for path in catalogue.paths]  # an image exchanged for another
+        content = [str(catalogue.folder), catalogue.paths, catalogue.exhibits, sizes, str(ckpt)]
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         images, path = path, RUNS / "indexes" / f"{catalogue.folder.name}-{digest[:12]}"
         if not (path / "index.json").exists():

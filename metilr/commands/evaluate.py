@@ -75,7 +75,8 @@ def evaluate(
     started = time.perf_counter()
     model, extraction = model or ModelOptions(), extraction or ExtractionOptions()
     method, report = method or MethodOptions(), report or ReportOptions()
-    output, store = (None if folder is None else Path(folder) for folder in (output, store))
+    root, output, store = (None if folder is None else Path(folder) for folder in (root, output, store))
+    descriptors = [Path(path) for path in ([descriptors] if isinstance(descriptors, (str, Path)) else descriptors)]
     options = flat({"root": root, "database": database, "model": model, "extraction": extraction, "method": method,
                     "report": report, "descriptors": descriptors, "store": store, "output": output})  # fmt: skip
     _refuse_idle(options)
@@ -91,7 +92,7 @@ def evaluate(
         has_gpu = extraction.device == "cuda" and faiss.get_num_gpus()
         method = replace(method, search_device="gpu" if has_gpu else "cpu")
 
-    root = make_demo(DEMO, progress=not quiet) if root is None else Path(root)
+    root = make_demo(DEMO, progress=not quiet) if root is None else root
     synthetic = (root / "demo.json").exists()
     ground_truth = load_ground_truth(root, database)
     progress.print(_data_line(ground_truth, synthetic), soft_wrap=True)

@@ -24,6 +24,7 @@ from metilr.commands.compare import compare
 from metilr.commands.evaluate import evaluate
 from metilr.data.ground_truth import DatabaseName
 from metilr.errors import UserError
+from metilr.evaluation.options import without_deleted
 from metilr.evaluation.results import read_run
 from metilr.evaluation.runs import RUNS, make_output, plain_options
 from metilr.files import write_atomically
@@ -156,7 +157,7 @@ def _written(option: str, value: str) -> list[str]:
 
 def _refuse_other_options(row: Row) -> None:
     """Refuse a finished row that stands for something else than what is asked for now."""
-    before = {**plain_options(flat_defaults(evaluate)), **read_run(row.folder).config}
+    before = {**plain_options(flat_defaults(evaluate)), **without_deleted(read_run(row.folder).config)}
     for name, value in row.options.items():
         if name not in CHANGE_NO_FIGURE and before[name] != value:
             made = f"was made with {name} {before[name]}, and is now to have {value}"

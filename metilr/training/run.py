@@ -186,7 +186,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def load_checkpoint(self, path: Any, map_location: Any = None, *_: Any, **__: Any) -> dict[str, Any]:
-        return dict(read_checkpoint(Path(path)))
+        try:
+            return dict(read_checkpoint(Path(path)))
+        except UserError as error:
+            raise UserError(f"{error}; to begin anew, delete {Path(path).parent} or name another output") from None
 
 
 class MovableModelCheckpoint(ModelCheckpoint):

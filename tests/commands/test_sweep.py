@@ -173,6 +173,10 @@ def test_reasons_are_the_last_line_and_go_when_the_row_succeeds(pretended, capfd
     pretend(FINISH + "finish()")
     assert sweep_p("2") == {"r18_in-p=2": None}
     assert not list(Path("out").glob("*.failed.txt")) and Path("out/comparison.md").exists()
+    with Path("out/r18_in-p=2/config.yaml").open("w") as config:  # as a first edition's row could have it
+        config.write("dba: 5\n")
+    with pytest.raises(UserError, match="dba 5: metilr no longer has this"):
+        sweep_p("2")
 
 
 @pytest.fixture
