@@ -6,7 +6,7 @@ What a researcher uses is here, imported when it is first named, so that ``impor
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:
     from metilr.collection.collection import Collection as Collection
@@ -14,10 +14,14 @@ if TYPE_CHECKING:
     from metilr.commands.evaluate import evaluate as evaluate
     from metilr.data.ground_truth import GroundTruth as GroundTruth, load_ground_truth as load_ground_truth
     from metilr.errors import UserError as UserError
+    from metilr.evaluation.options import MethodOptions as MethodOptions, ReportOptions as ReportOptions
+    from metilr.evaluation.results import Results as Results
     from metilr.extraction.describe import describe_images as describe_images
+    from metilr.extraction.options import ExtractionOptions as ExtractionOptions
     from metilr.extraction.store import DescriptorStore as DescriptorStore
     from metilr.metrics.functional import DISTRACTOR as DISTRACTOR, acc as acc, gap as gap, gap_minus as gap_minus
     from metilr.metrics.torchmetrics import ACC as ACC, GAP as GAP, GAPMinus as GAPMinus
+    from metilr.models import ModelOptions as ModelOptions
     from metilr.models.checkpoints import load as load, load_embedder as load_embedder
     from metilr.models.embedder import Embedder as Embedder, build_embedder as build_embedder
     from metilr.retrieval.knn import Predictions as Predictions, classify as classify, tune as tune
@@ -31,10 +35,14 @@ _HOMES = {
     "commands.evaluate": ("evaluate",),
     "data.ground_truth": ("GroundTruth", "load_ground_truth"),
     "errors": ("UserError",),
+    "evaluation.options": ("MethodOptions", "ReportOptions"),
+    "evaluation.results": ("Results",),
     "extraction.describe": ("describe_images",),
+    "extraction.options": ("ExtractionOptions",),
     "extraction.store": ("DescriptorStore",),
     "metrics.functional": ("DISTRACTOR", "acc", "gap", "gap_minus"),
     "metrics.torchmetrics": ("ACC", "GAP", "GAPMinus"),
+    "models": ("ModelOptions",),
     "models.checkpoints": ("load", "load_embedder"),
     "models.embedder": ("Embedder", "build_embedder"),
     "retrieval.knn": ("Predictions", "classify", "tune"),

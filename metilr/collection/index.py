@@ -19,6 +19,7 @@ from metilr.evaluation.results import Count, ImageSize, Part, Positive, Text, Vo
 from metilr.extraction.options import ExtractionOptions, Precision
 from metilr.files import write_atomically
 from metilr.models import RANDOM, Engine, ModelOptions, PatchRounding, PoolingName
+from metilr.retrieval.knn import USUAL_TAU
 
 if TYPE_CHECKING:
     from metilr.models.embedder import Embedder
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 APPROXIMATE = "approximate"  # folder of an index
 IMAGE_SIZE = 500  # px, as the Met's own images
 USUAL_K = 10  # with k = 1 every photo is answered with a confidence near 100%, whatever it shows
-USUAL_TAU = 50.0  # what evaluations choose most often
 
 
 def index(

@@ -47,8 +47,8 @@ def open_collection(path: str | Path, ckpt: Path | None = None, accelerator: Acc
     """Open what photos can be compared with: the folder of an evaluation or an index, or a museum's images.
 
     A folder of images, a sub-folder an exhibit, is indexed first, with the default model, under runs/indexes; images
-    that are added, exchanged or removed later make another index. ``ckpt`` is the checkpoint that made it, if it was moved since;
-    of a folder of images the model to take.
+    that are added, exchanged or removed later make another index. ``ckpt`` is the checkpoint that made it, if it was
+    moved since; of a folder of images the model to take.
 
     Raises:
         UserError: If something is missing or changed, or the folder holds nothing of the kind.

@@ -1,4 +1,4 @@
-"""The folder of an evaluation: made, held against others while the evaluation runs, filled, and read back."""
+"""The folder of an evaluation: made, locked while the evaluation runs, and filled."""
 
 import contextlib
 import csv

@@ -48,9 +48,9 @@ PLAN_TIMEOUT = timedelta(hours=6)  # the others wait while the first process rea
 def describe_images(
     embedder: Embedder,
     ground_truth: GroundTruth,
-    path: Path | None,
-    options: ExtractionOptions,
-    console: Console,
+    path: Path | None = None,
+    options: ExtractionOptions | None = None,
+    console: Console | None = None,
     views: Sequence[View] = (),
 ) -> DescriptorStore:
     """Give the descriptor store of a ground truth's images, and of views of them: reused, continued or made.
@@ -70,6 +70,7 @@ def describe_images(
             that is not finite, the store was made with other settings, or a process of the run fails or is killed.
         KeyboardInterrupt: If interrupted; finished work is kept.
     """
+    options, console = options or ExtractionOptions(), console or Console(highlight=False)
     settings = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
     sizes = image_sizes(ground_truth)
     require_images(ground_truth, sizes, options.bad_images)
