@@ -20,6 +20,7 @@ from tests.commands.test_compare import write_museum_files, write_run
 from tests.commands.test_evaluate import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs" / "eval"
+FAILS = [sys.executable, "-c", "raise SystemExit('p -1 is wrong')"]
 CHEAP = ["weights=random", "accelerator=cpu", "num_workers=0", "report=false", "wandb=off"]
 
 
@@ -42,9 +43,7 @@ def test_the_report_s_ten_backbones_are_one_glob_away():
     [
         ("p", ["1", "3", "4.5"], [1.0, 3.0, 4.5]),
         ("stage", ["null", "3"], [None, 3]),
-        ("whitening_dim", ["128", "512"], [128, 512]),
         ("scales", ["[1]", "[1,0.5]"], [[1.0], [1.0, 0.5]]),
-        ("database", ["full", "mini"], ["full", "mini"]),
         ("precision", ["32", "bf16-mixed"], ["32", "bf16-mixed"]),
     ],
 )
@@ -68,15 +67,11 @@ def test_names_of_rows_are_folders_below_the_sweep():
         ({"vary": "whitening_dm", "values": ["1"]}, "unknown option --whitening_dm (did you mean --whitening_dim"),
         ({"vary": "output", "values": ["1"]}, "every row has a folder of its own"),
         ({"vary": "p"}, "vary and values belong together"),
-        ({"values": ["1"]}, "vary and values belong together"),
         ({"vary": "p", "values": ["1", "one"]}, "p one: expected float"),
         ({"vary": "p", "values": ["3", "3"]}, "two rows would be called r18_in-p=3"),
-        ({"configs": ["r18_in", "r18_in"]}, "two rows would be called r18_in"),
         ({"vary": "p", "values": ["3"], "options": ["p=4"]}, "p: is set twice"),
-        ({"root": Path("b"), "options": ["root=c"]}, "root: is set twice"),
         ({"options": ["accelerator"]}, "options accelerator: write it as NAME=VALUE"),
         ({"options": ["acelerator=cpu"]}, "did you mean --accelerator"),
-        ({"options": ["output=x"]}, "every row has a folder of its own"),
         ({"configs": ["nothing"]}, "nothing.yaml: cannot be read"),
     ],
 )
@@ -94,11 +89,12 @@ def test_options_that_change_no_figure_exist():
 def test_a_failing_row_does_not_stop_the_others_and_finished_rows_are_kept(tiny_museum, tmp_path, monkeypatch, capfd):
     """One row fails, one is finished; the second time only the failed one is tried again."""
     monkeypatch.chdir(tmp_path)
+    real = sweep_module._command
+    monkeypatch.setattr(sweep_module, "_command", lambda row: FAILS if "p=-1" in row.name else real(row))
     command = ["sweep", str(CONFIGS / "r18_in.yaml"), "--root", str(tiny_museum), "--vary", "p", "--values"]
     failure = run_sweep([*command, "-1", "3", "--options", *CHEAP], capfd)
     assert "1 of 2 rows failed (r18_in-p=-1)" in failure.err.splitlines()[-1]
-    assert "GeM's exponent must be a finite number above 0" in " ".join(failure.out.split())
-    assert "row 2 of 2" in failure.out
+    assert "p -1 is wrong" in failure.out and "row 2 of 2" in failure.out
     folder = Path("runs/sweep")
     assert "metilr evaluate --config" in (folder / "r18_in-p=-1.failed.txt").read_text()
     results = json.loads((folder / "r18_in-p=3/results.json").read_text())
@@ -108,7 +104,7 @@ def test_a_failing_row_does_not_stop_the_others_and_finished_rows_are_kept(tiny_
     assert [run["name"] for run in comparison["runs"]] == ["r18_in-p=3"]
 
     before = (folder / "r18_in-p=3/results.json").stat().st_mtime_ns
-    monkeypatch.setattr(sweep_module, "_command", lambda row: [sys.executable, "-c", "raise SystemExit(1)"])
+    monkeypatch.setattr(sweep_module, "_command", lambda row: FAILS)
     again = run_sweep([*command, "-1", "3", "--options", *CHEAP, "batch_size=4"], capfd)
     assert "there already" in again.out and "row 1 of 2" in again.out and "row 2 of 2" not in again.out
     assert (folder / "r18_in-p=3/results.json").stat().st_mtime_ns == before
@@ -149,17 +145,13 @@ def pretended(tmp_path, monkeypatch):
     return pretend, sweep_p, museum
 
 
-def test_a_killed_row_says_so(pretended, capfd):
-    pretend, sweep_p, _ = pretended
+def test_reasons_are_the_last_line_or_the_signal_and_go_when_the_row_succeeds(pretended, capfd):
+    pretend, sweep_p, museum = pretended
     pretend("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(UserError, match=r"1 of 1 rows failed \(r18_in-p=2\)"):
         sweep_p("2")
     assert "ended by SIGKILL, most often for want of memory" in Path("out/r18_in-p=2.failed.txt").read_text()
     assert "SIGKILL" in capfd.readouterr().out
-
-
-def test_reasons_are_the_last_line_and_go_when_the_row_succeeds(pretended, capfd):
-    pretend, sweep_p, museum = pretended
     pretend("import sys; print('RuntimeError: out of memory\\n', file=sys.stderr); sys.exit(1)")
     with pytest.raises(UserError):
         sweep_p("2")
