@@ -227,7 +227,7 @@ import os, signal
 import metilr.extraction.describe as extraction
 from metilr.extraction.module import DescriptorWriter
 from pytorch_lightning.strategies import DDPStrategy
-extraction._strategy = lambda options: DDPStrategy(start_method="fork", timeout=extraction.PLAN_TIMEOUT)
+extraction.DDPStrategy = lambda **options: DDPStrategy(**{**options, "start_method": "fork"})
 write = DescriptorWriter.write_on_batch_end
 
 def die(self, trainer, *arguments):
