@@ -30,8 +30,8 @@ DIFFERENT_DATA = "runs on other data are in a table of their own: figures of dif
 def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
     """Compare evaluations with each other and with published figures.
 
-    Writes comparison.md, .csv, .tex, .json, .png and .svg, and returns what the JSON says. Runs on other data get a
-    table of their own. Differences are to the first run, on the same queries and the same resamples.
+    Writes comparison.md, .csv, .tex, .json, .png and .svg. Runs on other data get a table of their own. Differences
+    are to the first run, on the same queries and the same resamples.
 
     Args:
         runs: Folders that evaluations wrote; the first is the baseline of the differences.

@@ -40,8 +40,7 @@ def describe(
 ) -> dict[str, Any]:
     """Show what a data root holds: counts, class sizes, sample images.
 
-    Writes counts.json, class_sizes.png and samples.jpg, and returns what the JSON says; without images there is no
-    sheet, and the command says so.
+    Writes counts.json, class_sizes.png and samples.jpg; without images there is no sheet, and the command says so.
 
     Args:
         root: Folder with ground_truth/ and, for the sheet, images/ in the Met layout.
@@ -74,7 +73,7 @@ def describe(
 
 
 def count(ground_truth: GroundTruth) -> dict[str, Any]:
-    """Count images, exhibits and photographers (of met queries, None if not named), in all and by kind, as in JSON."""
+    """What counts.json says: exhibits by their number of images, queries by kind, photographers of met ones."""
     sizes = ground_truth.class_sizes()
     largest = int(sizes.argmax())
     counts: dict[str, Any] = {

@@ -52,7 +52,6 @@ def evaluate(
 
     Descriptors are computed once and kept in a store under runs/descriptors; a second run with the same
     settings reuses them, an interrupted one continues. k and tau are chosen by GAP on val; test is scored once.
-    Returns what results.json says, but None in the processes of a launcher other than the first.
 
     Args:
         root: Folder with images/ and ground_truth/ in the Met layout. Without it: the built-in demo museum,
@@ -66,6 +65,9 @@ def evaluate(
             descriptors.pkl, several are concatenated.
         store: Folder for the descriptors; without it runs/descriptors/BACKBONE-FINGERPRINT.
         output: Folder for results; without it a dated one under runs/.
+
+    Returns:
+        What results.json says; None in the processes of a launcher other than the first.
     """
     from metilr.demo import DEMO, make_demo  # these draw, or load torch, which --help need not
     from metilr.extraction.describe import describe_images

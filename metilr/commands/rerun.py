@@ -54,8 +54,7 @@ def rerun(
 
     Figures agree if each of GAP, GAP⁻ and ACC, on val and on test, is the recorded one within 0.1 points, of the same
     numbers of queries. Where they are not exactly the same, what else differs is named: data, weights, settings,
-    devices, library versions. The exit status is 1 if they do not agree. Returns what rerun.json says, but None in the
-    processes of a launcher other than the first.
+    devices, library versions. The exit status is 1 if they do not agree.
 
     Args:
         results: The results.json, or the folder with it.
@@ -69,6 +68,9 @@ def rerun(
         describe_again: Describe the images again, into OUTPUT/store; without it the recorded store is read, if it is
             finished and of the images as they are, else the one of metilr evaluate is continued.
         quiet: Print tables and paths alone.
+
+    Returns:
+        What rerun.json says; None in the processes of a launcher other than the first.
     """
     recorded = read_results(results)
     options = _options(Path(results), recorded)

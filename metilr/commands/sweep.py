@@ -67,7 +67,6 @@ def sweep(
 
     Every evaluation is a row of its own process and folder. A row that fails is shown with its reason and does not stop
     the others. The same command continues an interrupted sweep and tries failed rows again; finished ones are kept.
-    Returns by row the reason why it failed, None if it did not; refused in the end if a row failed.
 
     Args:
         configs: YAML files of metilr evaluate's options, as in configs/eval.
@@ -77,6 +76,9 @@ def sweep(
         values: Values of that option, a row each; a list as [1,0.5].
         options: Further options of metilr evaluate for all rows, each as NAME=VALUE, such as accelerator=cpu.
         output: Folder for a folder a row, and for the comparison.
+
+    Returns:
+        By row, the reason why it failed; None if it did not.
     """
     started = time.monotonic()
     console = Console(highlight=False)
