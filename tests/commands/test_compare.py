@@ -20,7 +20,6 @@ from metilr.data.ground_truth import load_ground_truth
 from metilr.evaluation.results import PREDICTION_COLUMNS, read_run
 from metilr.metrics import acc, gap, gap_minus
 from metilr.metrics.bootstrap import paired_intervals
-from tests.full_disk import files_of_at_most
 from tests.museum import write_ground_truth
 from tests.report.test_published import results_of
 
@@ -170,13 +169,6 @@ def test_what_runs_say_does_not_steer_the_terminal(museum, capsys):
     assert "\x1b" not in printed and "a\N{REPLACEMENT CHARACTER}[31m" in printed
 
 
-def test_a_full_disk_leaves_no_half_of_a_plot(museum, capsys):
-    write_two(museum)
-    with files_of_at_most(16_000):
-        assert "out/comparison.png: File too large" in error_of(capsys, "first", "second", "--output", "out")
-    assert not list(Path("out").glob("*.png"))
-
-
 def test_differences_are_second_minus_first_on_the_same_queries(museum):
     write_run(Path("first"), museum, 0, right=0.4)
     write_run(Path("second"), museum, 1, right=0.9)
@@ -306,7 +298,6 @@ def test_what_cannot_be_compared_ends_in_one_line(museum, capsys):
     assert "nowhere: not a finished evaluation" in error_of(capsys, "first", "nowhere")
     assert "named twice" in error_of(capsys, "first", "./first")
     assert "runs" in error_of(capsys)
-    assert "/proc/nowhere: No such file" in error_of(capsys, "first", "--output", "/proc/nowhere")
 
 
 def test_no_heavy_library_is_imported(museum):

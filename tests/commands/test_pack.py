@@ -13,7 +13,7 @@ from metilr.retrieval.whitening import LearnedWhitening, PCAWhitening
 from tests.small_runs import evaluate
 
 OPTIONS = {"accelerator": "cpu", "num_workers": 0, "report": False}
-UNTRAINED = {"backbone": "r18_in", "weights": "random", **OPTIONS}
+UNTRAINED = {"backbone": "timm/test_resnet", "weights": "random", **OPTIONS}
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ def test_a_header_that_claims_gigabytes_is_not_read_into_memory(place, kind):
     assert "a header of" in place.refused(gzip.compress(header("x", kind, LONGEST_READ + 1).tobuf(tarfile.GNU_FORMAT)))
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
 def test_a_download_that_ends_early(place, kept):
     content = tarball(*GOOD)
     place.refused(content[: int(kept * len(content))])
@@ -145,7 +145,7 @@ def test_a_wrong_checksum_and_what_lies_behind_the_end(place):
     place.refused(gzip.compress(tar_of(GOOD) + b"more"))
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 def test_random_damage_ends_well_or_in_one_line(place, seed):
     """A damaged header in the middle looks like the end of the archive."""
     rng = random.Random(seed)
