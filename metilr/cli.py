@@ -39,10 +39,7 @@ SUBCOMMANDS = {  # where each is within metilr, and its summary, which --help pr
     "download": ("commands.download:download", "Download the Met dataset, check it and unpack it."),
     "verify": ("commands.verify:verify", "Check that every image of a ground truth is there and readable."),
     "pack": ("commands.pack:pack", "Write a run's model and whitening into one checkpoint, to pass on."),
-    "export-descriptors": (
-        "extraction.descriptors:export_descriptors",
-        "Write a store as the reference code's descriptors.pkl.",
-    ),
+    "export-descriptors": ("extraction.descriptors:export_descriptors", "Write a store as a descriptors.pkl."),
     "visits": ("commands.describe:write_contact_sheet", "Draw simulated visits to a folder's images on one sheet."),
     "demo": ("demo:draw_demo", "Draw the synthetic museum of the demo, in the Met's layout."),
 }
@@ -144,8 +141,8 @@ def options_of(function: Callable[..., Any], options: Mapping[str, Any]) -> dict
     return _checked(function, parser.parse_object(dict(options)).as_dict())
 
 
-class OneLineErrors:
-    """For a parser of jsonargparse: what is wrong as a ``UserError``."""
+class Parser(ArgumentParser):
+    """The commands' parser: what is wrong is a ``UserError``."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what an option has said about its value, or else what jsonargparse says, in one line."""
@@ -156,13 +153,9 @@ class OneLineErrors:
         raise cause or UserError(f"{line if len(line) <= 600 else line[:597] + '...'}; see --help")
 
 
-class _Parser(OneLineErrors, ArgumentParser):
-    """The commands' parser."""
-
-
 def _parser(function: Callable[..., Any], prog: str | None = None) -> Any:
     description = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
-    parser = _Parser(prog=prog, description=description, default_env=False)
+    parser = Parser(prog=prog, description=description, default_env=False)
     parser.allow_abbrev = False  # a config or a script with half a name would break with the next option
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -1e-5 for an option
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; later ones win.")

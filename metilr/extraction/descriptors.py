@@ -280,11 +280,11 @@ def _refused(what: str) -> UserError:
 
 
 def export_descriptors(store: Path, output: Path) -> None:
-    """Write a store as the reference code's descriptors.pkl.
+    """Write a store as a descriptors.pkl.
 
     Args:
         store: Folder of a finished descriptor store.
-        output: The pickle to write; must not exist yet.
+        output: The pickle to write, for the Met paper's reference code; must not exist yet.
     """
     source = DescriptorStore(store)
     source.require_complete()

@@ -6,9 +6,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
 
-from metilr.cli import OneLineErrors, refuse_unknown
+from metilr.cli import Parser, refuse_unknown
 from metilr.distributed import end_with_parent, has_launcher, is_first_process, process_as_before, quieten_lightning
 from metilr.errors import UserError
 from metilr.training import FineTuningOptions, PairOptions, RunOptions
@@ -24,10 +23,6 @@ OPTIONS = {  # of whatever names a parameter in an error
     **{field.name: f"data.{field.name}" for field in fields(PairOptions)},
     **{field.name: f"model.{field.name}" for field in fields(FineTuningOptions)},
 }  # fmt: skip
-
-
-class Parser(OneLineErrors, ArgumentParser):
-    """The command's parser."""
 
 
 def make_parser(prog: str, for_help: bool = False) -> Any:
