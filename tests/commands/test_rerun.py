@@ -104,13 +104,6 @@ def test_images_exchanged_for_others_of_the_same_size_show_in_figures_made_anew_
     assert status == 1 and "of the images' contents only the files' sizes are recorded" in printed
 
 
-def test_a_folder_of_a_run_and_a_dated_output(recorded, capsys):
-    recorded.rename(recorded.with_name("results.json"))
-    status, printed = rerun(capsys, recorded.parent)
-    [folder] = Path("runs").glob("*_rerun")
-    assert status == 0 and (folder / "rerun.json").exists() and f"wrote {folder}/rerun.json" in printed
-
-
 @pytest.mark.parametrize("figure", ["val.gap", "test.n_met"])
 def test_another_figure_than_the_recorded_one_is_exit_status_1(recorded, capsys, figure):
     change(recorded, figure, lambda value: value + 1 if figure.endswith("n_met") else value - 2 * TOLERANCE)
@@ -121,16 +114,19 @@ def test_another_figure_than_the_recorded_one_is_exit_status_1(recorded, capsys,
 
 def test_within_the_tolerance(recorded, capsys):
     change(recorded, "test.gap", lambda value: value - TOLERANCE / 2)
+    change(recorded, "options.store", None)  # a default one, which is found again from another folder
+    change(recorded, "model.store", "store")
     change(recorded, "versions.torch", "1.0")
-    status, printed = rerun(capsys, recorded)
+    status, printed = rerun(capsys, recorded.rename(recorded.with_name("results.json")).parent)  # a run's folder
+    [folder] = Path("runs").glob("*_rerun")
+    assert not (folder / "store").exists() and f"wrote {folder}/rerun.json" in printed
     assert status == 0 and "agree within the tolerance (of 0.1 points)" in printed
     assert 'versions: torch: "1.0" there' in printed
 
 
 @pytest.mark.parametrize(
     ("where", "value"),
-    [("data.fingerprint", "x"), ("versions.numpy", "1"), ("knn.tau", 3.0),
-     ("model.made_with", [{"device": "1 x NVIDIA H100"}])],
+    [("data.fingerprint", "x"), ("knn.tau", 3.0), ("model.made_with", [{"device": "1 x NVIDIA H100"}])],
 )  # fmt: skip
 def test_what_differs_is_named(recorded, capsys, where, value):
     change(recorded, where, value)
@@ -163,9 +159,7 @@ def test_data_that_has_moved_or_is_missing(recorded, capsys, tiny_museum):
         ("schema_version", 1, "of schema 1, which does not say how to repeat the run; evaluate again"),
         ("options", None, "does not say how to repeat the run"),
         ("options.k", "many", "its options are not this version's: k"),
-        ("options", {"colour": "red"}, "its options are not this version's: unknown option --colour"),
         ("test.acc", math.nan, "recorded.json: cannot be read"),
-        ("options.seed", None, "its options are not this version's: seed null"),
     ],
 )
 def test_a_file_that_cannot_be_repeated(recorded, capsys, where, value, message):
@@ -201,12 +195,6 @@ def test_nothing_is_written_where_the_file_says_the_rows_were(recorded, capsys, 
     now = {name: content for name, content in files_of(recorded.parent).items() if "/elsewhere/" not in name}
     assert now == before and list(Path("runs/descriptors").glob("*/database.npy"))
     assert store.exists() == (kind != "absent")
-
-
-def test_a_default_store_is_found_again_from_another_folder(recorded, capsys):
-    change(recorded, "options.store", None)
-    change(recorded, "model.store", "store")
-    assert rerun(capsys, recorded, "--output", "again")[0] == 0 and not Path("again/store").exists()
 
 
 def test_descriptors_of_a_dated_folder_are_kept_and_it_is_said_where(recorded, capsys, monkeypatch):
