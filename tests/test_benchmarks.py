@@ -99,7 +99,7 @@ def test_tuning_takes_each_k_equally_often(run):
 
 
 def test_whitening(run):
-    [record] = run("whitening", "--rows", 3000, "--width", 600)
+    [record] = run("whitening", "--rows", 1500, "--width", 600)
     assert record["largest_difference_of_unit_rows"] < 1e-9
 
 
