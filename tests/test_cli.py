@@ -273,12 +273,12 @@ def test_help_and_mistakes_import_nothing_that_takes_seconds():
     assert "metilr" in imported and not imported & HEAVY
 
 
-def test_what_looks_at_files_alone_imports_no_network_library(tiny_museum, tmp_path):
+def test_what_looks_at_files_alone_imports_no_network_library(tiny_museum, tmp_path, server):
     """A sweep's rows run in processes of their own; a comparison draws, which the others do not."""
     first = Path(__file__).parent / "fixtures/first_edition_run"
     (tmp_path / "config.yaml").write_text("weights: nowhere.pth")
     commands = (
-        f"verify {tiny_museum} --decode", "download --mirror http://127.0.0.1:9/ --queries",
+        f"verify {tiny_museum} --decode", f"download --mirror {server.url} --queries",
         f"sweep config.yaml --root {tiny_museum}",
     )  # fmt: skip
     assert not imported_by(*commands, cwd=tmp_path) & VISION

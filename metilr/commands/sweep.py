@@ -186,12 +186,16 @@ def _run(row: Row) -> str | None:
         return None
     printed = errors.decode(errors="replace")
     reason = _reason(process.returncode, printed)
-    write_atomically(record, f"{reason}\n\n{shlex.join(_command(row)[2:])}\n\n{printed}")
+    write_atomically(record, f"{reason}\n\n{shlex.join(['metilr', *_evaluate(row)])}\n\n{printed}")
     return reason
 
 
 def _command(row: Row) -> list[str]:
-    return [sys.executable, "-m", "metilr", "evaluate", *row.arguments, "--output", str(row.folder)]
+    return [sys.executable, "-m", "metilr", *_evaluate(row)]
+
+
+def _evaluate(row: Row) -> list[str]:
+    return ["evaluate", *row.arguments, "--output", str(row.folder)]
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
