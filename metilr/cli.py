@@ -242,7 +242,7 @@ def _check_names(parser: Any, options: Mapping[str, Any]) -> None:
 
 
 def _checked(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Refuse null, which jsonargparse takes for any type, where none is due."""
+    """Refuse null for an option that needs a value: jsonargparse would let it pass."""
     options.pop("config", None)
     for of in (function, *_groups(function).values()):
         for name, kind in typing.get_type_hints(of).items():

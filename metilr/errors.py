@@ -29,13 +29,13 @@ def one_line(error: Exception) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as Python writes it, in short, without writing all of it first."""
+    """A value as Python writes it, shortened; the whole text is never made."""
     text = _SHORT.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 class _Short(reprlib.Repr):
-    """Parts that share their parts would be gigabytes, written out."""
+    """Names nested containers instead of writing them: shared ones could expand to gigabytes."""
 
     def repr_instance(self, x: Any, level: int) -> str:
         return f"a {type(x).__name__}" if isinstance(x, (dict, list, tuple, set, frozenset)) else repr(x)

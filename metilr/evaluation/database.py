@@ -79,21 +79,21 @@ def load_whitening(path: str | Path) -> PCAWhitening:
 
 def pair_differences(descriptors: "Descriptors", ground_truth: GroundTruth) -> Iterator[np.ndarray]:
     """Differences of descriptors that show one exhibit, float32 ``(m, D)``: of images and visits, and of images."""
-    images, made = descriptors.parts["database"], descriptors.is_valid["database"]
+    images, is_valid = descriptors.parts["database"], descriptors.is_valid["database"]
     if "visits" in descriptors.parts:
-        yield from visit_differences(images, descriptors.parts["visits"], made)
-    yield from exhibit_differences(images, np.where(made, ground_truth.labels["database"], -1))
+        yield from visit_differences(images, descriptors.parts["visits"], is_valid)
+    yield from exhibit_differences(images, np.where(is_valid, ground_truth.labels["database"], -1))
 
 
-def visit_differences(images: Parts, visits: Parts, made: np.ndarray) -> Iterator[np.ndarray]:
-    """Differences of each image that counts, ``made`` ``(n,)``, and each of its visits, float32 ``(m, D)``.
+def visit_differences(images: Parts, visits: Parts, is_valid: np.ndarray) -> Iterator[np.ndarray]:
+    """Differences of each image that counts, ``is_valid`` ``(n,)``, and each of its visits, float32 ``(m, D)``.
 
     Row ``i * n_visits + v`` of ``visits`` is visit v of image i.
     """
-    n_visits = len(visits[0]) // len(made)
+    n_visits = len(visits[0]) // len(is_valid)
     size = CHUNK_ROWS // n_visits + 1
-    chunks_of_visits = row_chunks(visits, np.repeat(made, n_visits), size * n_visits)
-    for of_images, of_visits in zip(row_chunks(images, made, size), chunks_of_visits, strict=True):
+    chunks_of_visits = row_chunks(visits, np.repeat(is_valid, n_visits), size * n_visits)
+    for of_images, of_visits in zip(row_chunks(images, is_valid, size), chunks_of_visits, strict=True):
         differences = of_images[:, None] - of_visits.reshape(len(of_images), n_visits, -1)
         yield differences.reshape(-1, of_images.shape[1])
 
@@ -189,7 +189,7 @@ def build_searchable(
 def query_views(
     descriptors: "Descriptors", split: str, method: MethodOptions, whitening: PCAWhitening | None, quiet: bool = True
 ) -> np.ndarray:
-    """Descriptors of the queries that have one and of their crops, as they are searched: ``(n made, V, D)``."""
+    """Descriptors of the queries that have one and of their crops, as they are searched: ``(n valid, V, D)``."""
     whole = _unit_rows(descriptors, [split], whitening, quiet)[:, None]
     if not method.query_crops:
         return whole
@@ -200,7 +200,7 @@ def query_views(
 def _unit_rows(
     descriptors: "Descriptors", splits: Sequence[str], whitening: PCAWhitening | None, quiet: bool
 ) -> np.ndarray:
-    """Rows of splits one after another as they are compared, float32 ``(n made, D)``, of unit length."""
+    """Rows of splits one after another as they are compared, float32 ``(n valid, D)``, of unit length."""
     width = descriptors.width if whitening is None else whitening.dim
     n_rows, start = sum(int(descriptors.is_valid[split].sum()) for split in splits), 0
     ready = np.empty((n_rows, width), dtype=np.float32)

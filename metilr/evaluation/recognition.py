@@ -82,8 +82,8 @@ def recognise(
     told what is done, a line a step: at full size some take minutes.
     """
     method = method or MethodOptions()
-    made, device, n_classes = descriptors.is_valid, method.search_device or "cpu", ground_truth.n_classes
-    n_database = int(made["database"].sum())
+    is_valid, device, n_classes = descriptors.is_valid, method.search_device or "cpu", ground_truth.n_classes
+    n_database = int(is_valid["database"].sum())
     if n_database == 0:
         raise UserError("no database image has a descriptor: there is nothing to search; mend the images")
     check_method(method, n_database, descriptors.width, n_classes)
@@ -108,22 +108,21 @@ def recognise(
     say(f"[bold]search[/]       exact, {device}: val, {k_search} neighbours among {n_rows:,} rows")
     neighbours = {"val": nearest("val", k_search)}
     target = ground_truth.labels["val"]
-    tuning = knn.tune(neighbours["val"], database.labels, n_classes, target, k_grid, tau_grid, skipped=~made["val"])
+    tuning = knn.tune(neighbours["val"], database.labels, n_classes, target, k_grid, tau_grid, skipped=~is_valid["val"])
     k_search = max(n_neighbours, tuning.k)
     say(f"[bold]search[/]       test, {k_search} neighbours")
     neighbours["test"] = nearest("test", k_search)
 
     answers, matches = {}, {}
     for split, of_split in neighbours.items():
-        is_made = made[split]
-        of_made = knn.classify(of_split, database.labels, n_classes, tuning.k, tuning.tau)
-        in_database = np.where(of_made.nearest == knn.NO_ROW, knn.NO_ROW, database.images[of_made.nearest])
-        answers[split] = knn.with_skipped(replace(of_made, nearest=in_database), ~is_made)
+        predictions = knn.classify(of_split, database.labels, n_classes, tuning.k, tuning.tau)
+        in_database = np.where(predictions.nearest == knn.NO_ROW, knn.NO_ROW, database.images[predictions.nearest])
+        answers[split] = knn.with_skipped(replace(predictions, nearest=in_database), ~is_valid[split])
         nearest_exhibits = database.matches(queries[split], of_split, n_matches, device)
-        shape = (len(is_made), nearest_exhibits.rows.shape[1])
+        shape = (len(is_valid[split]), nearest_exhibits.rows.shape[1])
         matches[split] = knn.Matches(np.full(shape, knn.NO_ROW, dtype=np.int64), np.full(shape, np.nan))
-        matches[split].rows[is_made] = database.images[nearest_exhibits.rows]
-        matches[split].similarities[is_made] = nearest_exhibits.similarities
+        matches[split].rows[is_valid[split]] = database.images[nearest_exhibits.rows]
+        matches[split].similarities[is_valid[split]] = nearest_exhibits.similarities
     was_given = method.k is not None and method.tau is not None
     return Recognition(answers, whitening, tuning.k, tuning.tau, None if was_given else tuning, matches)
 

@@ -49,7 +49,7 @@ def make_output(output: Path | None, name: str) -> Path:
 
 @contextlib.contextmanager
 def output_folder(output: Path | None, name: str, options: Mapping[str, Any]) -> Iterator[Path]:
-    """Open the output folder of a run, held against others, and write ``config.yaml``, which repeats the run.
+    """Open the output folder of a run, locked against other runs, and write ``config.yaml``, which repeats the run.
 
     What a run left that did not get to its ``results.json`` goes first, and a dated folder if the run fails.
     """
