@@ -1,4 +1,4 @@
-"""The training data: pairs drawn anew for each epoch, val to validate on, and what describes both by the weights so far.
+"""The training data: pairs drawn anew for each epoch, val to validate on, and their descriptors by the current weights.
 
 Descriptors and views through a frozen backbone lie in descriptor stores, so that a killed run continues. What makes
 them is called in every process.
