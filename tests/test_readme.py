@@ -28,12 +28,12 @@ TRAIN = [line for line in LINES if line.startswith("python train.py")]
 METILR = [line for line in LINES if line.startswith("metilr ")]
 SMALL = MuseumSize(exhibits=10, mini_exhibits=8, val=(4, 3, 2), test=(4, 3, 2), longest_side=56)
 UNTRAINED = [
-    "--model.backbone", "r18_in", "--model.weights", "random", "--data.num_workers", "0",
+    "--model.backbone", "timm/test_resnet", "--model.weights", "random", "--data.num_workers", "0",
     "--trainer.accelerator", "cpu",
     "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--data.batch_pairs", "4", "--wandb", "off",
     "--data.first_view.size", "40", "--data.second_view.size", "40", "--trainer.precision", "32",
 ]  # fmt: skip
-UNTRAINED_BACKBONE = ["--backbone", "r18_in", "--weights", "random", "--accelerator", "cpu"]
+UNTRAINED_BACKBONE = ["--backbone", "timm/test_resnet", "--weights", "random", "--accelerator", "cpu"]
 CHEAP = ["--accelerator", "cpu", "--num_workers", "0"]
 
 
@@ -43,7 +43,7 @@ def small_demo(root: Path, **_: object) -> Path:
 
 def evaluate_small(**options: object) -> None:
     small_runs.evaluate(
-        "DIR", backbone="r18_in", weights="random", store="STORE", accelerator="cpu", num_workers=0, **options
+        "DIR", backbone="timm/test_resnet", weights="random", store="STORE", accelerator="cpu", num_workers=0, **options
     )
 
 
@@ -134,7 +134,7 @@ def test_metilr_command(workplace, line, monkeypatch, capsys, server):
         shutil.rmtree("INDEX")
         arguments += UNTRAINED_BACKBONE
     if arguments[0] == "sweep":
-        arguments += ["--root", "DIR", "--options", "backbone=r18_in", "weights=random", "accelerator=cpu"]
+        arguments += ["--root", "DIR", "--options", "backbone=timm/test_resnet", "weights=random", "accelerator=cpu"]
     if arguments[0] == "download":
         serve(Path("DIR"), server)
         monkeypatch.setattr("metilr.commands.download.ARCHIVES", UNKNOWN)
