@@ -169,7 +169,7 @@ PLACEHOLDERS = {"--trainer.x", "--model.x", "--data.x", "--model.loss.temperatur
 OTHERS_COMMANDS = {  # of pip, torchrun, srun and benchmarks
     "--index", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint", "--nodes", "--ntasks-per-node",
     "--gpus-per-node", "--index-url", "--views", "--node_rank", "--master_addr", "--master_port", "--backbones",
-    "--share", "--plain_share", "--growth", "--plot", "--rows",
+    "--share", "--plain_share", "--growth", "--plot", "--rows", "--width",
 }  # fmt: skip
 
 
