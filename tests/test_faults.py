@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,13 @@ FAULTS = [  # one that goes on, and one that passes, of each command
     ("evaluate", "row", "ENOSPC", True), ("evaluate", "rename", "EIO", False), ("evaluate", "fsync", "ESTALE", True),
     ("train", "save", "ENOSPC", False),
 ]  # fmt: skip
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.01)
 
 
 def point(operations: Sequence[str], i: int, n_points: int) -> int:
@@ -266,15 +273,11 @@ def test_a_describing_process_does_not_outlive_its_command(place):
     folder = place.folder / "failed"
     command = [*place.commands["evaluate"], "--devices", 2]
     started = place.forks.start(folder, command, WAITS_FOR_EVER)
-    while not (folder / "pid").exists() or not (folder / "pid").read_text():
-        time.sleep(0.01)
+    wait_for(lambda: (folder / "pid").exists() and (folder / "pid").read_text())
     status = Path(f"/proc/{(folder / 'pid').read_text()}/status")
     os.kill(started[0], signal.SIGKILL)
     assert place.forks.wait(started).status == -signal.SIGKILL
-    end = time.monotonic() + 60
-    while status.exists() and "zombie" not in status.read_text():
-        assert time.monotonic() < end, "it lives on"
-        time.sleep(0.05)
+    wait_for(lambda: not status.exists() or "zombie" in status.read_text(), 60)
     shutil.rmtree(folder)
 
 
@@ -335,8 +338,7 @@ FineTuning.training_step = lambda *arguments: (wait(), step(*arguments))[1]
 def started(place, name: str, folder: Path):
     """A run that waits in its first batch for a file called go."""
     run = place.forks.start(folder, place.commands[name], WAITS)
-    while not (folder / "waits").exists():
-        time.sleep(0.01)
+    wait_for((folder / "waits").exists)
     return run
 
 

@@ -103,6 +103,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+    except socket.gaierror as error:
+        raise UserError(f"{host}: not an address of this machine ({error.strerror})", "host") from None
     except OSError as error:
         reason = f"{host} cannot be listened at there ({error.strerror})"
         raise UserError(f"{port}: {reason}; choose another", "port") from None

@@ -23,7 +23,7 @@ DATABASE_FILES: dict[DatabaseName, str] = {"full": "MET_database.json", "mini": 
 QUERY_FILES = {"val": "valset.json", "test": "testset.json"}
 NOT_NAMED = -1  # photographer of a query whose entry names none
 MET = "met"
-DISTRACTOR_KINDS = {"test_other": "other-artwork", "test_noart": "non-art"}  # by folder, as published
+DISTRACTOR_KINDS = {"test_other": "other-artwork", "test_noart": "non-art", MET: "distractor"}  # by folder
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,10 @@ class Embedder(nn.Module):
 
     @torch.inference_mode()
     def embed(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Describe images of any size and mode; float32 ``(N, dim)``, unit length. Leaves the embedder in eval mode."""
+        """Describe images of any size and mode; float32 ``(N, dim)``, unit length.
+
+        Leaves the embedder in eval mode, and TF32 switched off for this process.
+        """
         keep_float32_exact()
         self.eval()
         descriptors = np.empty((len(images), self.dim), dtype=np.float32)

@@ -274,6 +274,9 @@ def test_the_command_serves_until_it_is_interrupted(indexed):
     [
         (["--port", "70000", "--store", "nowhere"], "--port 70000"),
         (["--host", "203.0.113.1", "--store", "nowhere"], "--port 8000: 203.0.113.1 cannot be listened at"),
+        (["--host", "no.such.host.invalid", "--store", "nowhere"], "--host no.such.host.invalid: not an address"),
+        (["--max_megabytes", "0", "--store", "nowhere"], "--max_megabytes 0"),
+        ([], "give either run"),
         (["--port", "0", "--store", "nowhere"], "nowhere: not an index"),
     ],
 )

@@ -141,7 +141,7 @@ def test_every_image_is_counted_once(tmp_path):
         tmp_path,
         [{"id": i % 5, "path": f"MET/{i}.jpg"} for i in range(32)] + [{"id": 9, "path": "MET/x.jpg"}],
         [{"path": "a/1.jpg", "MET_id": 1}, {"path": "2.jpg"}, {"path": "3.jpg"}],
-        [{"path": "a/4.jpg", "MET_id": 9}, {"path": "b/5.jpg"}, {"path": "b/6.jpg"}],
+        [{"path": "a/4.jpg", "MET_id": 9}, {"path": "b/5.jpg"}, {"path": "b/6.jpg"}, {"path": "met/7.jpg"}],
     )
     counts = count(load_ground_truth(root, "full"))
     assert counts["database"]["class_sizes"] == {"1": 1, "2-3": 0, "4-10": 5, "11+": 0}
@@ -149,7 +149,7 @@ def test_every_image_is_counted_once(tmp_path):
     for split in ("val", "test"):
         assert sum(counts[split]["kinds"].values()) == counts[split]["queries"]
     assert counts["val"]["kinds"] == {"met": 1, "distractor": 2}  # in no folder of their own
-    assert counts["test"]["kinds"] == {"met": 1, "b": 2}
+    assert counts["test"]["kinds"] == {"met": 1, "b": 2, "distractor": 1}  # the folder's name is no kind
 
 
 def test_what_cannot_be_described_ends_in_one_line(tiny_museum, capsys):
