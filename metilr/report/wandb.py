@@ -61,7 +61,8 @@ def open_wandb(mode: WandbMode, project: str, folder: Path, options: Mapping[str
             settings = wandb.Settings(silent=True, init_timeout=TIMEOUT)
             run: dict[str, Any] = {"mode": how, "resume": "allow"} if how == "online" else {"mode": how}
             run |= {"project": project, "name": folder.name, "id": id_file.read_text(), "config": dict(options)}
-            return wandb.init(dir=str(folder), settings=settings, **run)
+            # absolute, since the service that writes keeps the working folder it was started in
+            return wandb.init(dir=str(folder.absolute()), settings=settings, **run)
         except Exception as error:  # whatever keeps W&B from its work must not stop ours
             fate = "be reached ({}); logging offline" if how == "online" else "start ({}); going on without it"
             print(f"W&B cannot {fate.format(_short(error))}", file=sys.stderr)

@@ -39,6 +39,14 @@ def test_an_offline_run_holds_figures_curves_failures_and_the_report(tiny_museum
     assert any(b"<title>museum: " in file.read_bytes() for file in staged)
 
 
+def test_a_run_in_another_working_folder_is_whole_too(tiny_museum, tmp_path, monkeypatch):
+    for name in ("first", "second"):  # one service writes for both, and stays where it was started
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        evaluate(tiny_museum, report=False, **CHEAP)
+        assert list(Path("out/wandb").glob("offline-run-*/*.wandb")), name
+
+
 class Dead:
     id, offline = "x", True
 
