@@ -212,4 +212,4 @@ def _reason(code: int, printed: str) -> str:
         hint = ", most often for want of memory" if -code == signal.SIGKILL else ""
         return f"ended by {signal.Signals(-code).name}{hint}"
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    return lines[-1].removeprefix("metilr evaluate: error: ") if lines else f"ended with status {code} and said nothing"
+    return lines[-1] if lines else f"ended with status {code} and said nothing"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from metilr.errors import UserError
 from metilr.files import named
@@ -211,6 +211,6 @@ def why_undecodable(error: Exception) -> str:
         raise error
     if isinstance(error, OSError) and error.errno in NO_FILE:
         return "no such file" if isinstance(error, FileNotFoundError) else os.strerror(error.errno)
-    if isinstance(error, OSError) and "cannot identify" in str(error):
+    if isinstance(error, UnidentifiedImageError):
         return "not an image"
     return " ".join(str(error).split()) or type(error).__name__

@@ -124,7 +124,7 @@ def load_embedder(path: Path, scales: Sequence[float] | None = None) -> Embedder
             weights = {k.removeprefix(EMBEDDER): value for k, value in state_dict.items() if k.startswith(EMBEDDER)}
         embedder = _build(model, weights, scales, f"{path} for {model.backbone}")
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, UserError) and str(path) in str(error):
+        if isinstance(error, UserError) and error.parameter is None:  # says which file
             raise
         if isinstance(error, ValidationError):  # whose own text would quote what may be gigabytes
             first = error.errors(include_input=False, include_url=False)[0]

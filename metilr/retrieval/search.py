@@ -126,7 +126,7 @@ def check_device(device: SearchDevice, k: int) -> None:
     import faiss
 
     if faiss.get_num_gpus() == 0:
-        raise UserError("gpu: FAISS sees no GPU; take cpu, or install faiss-gpu", "search_device")
+        raise UserError("FAISS sees no GPU to search on: take cpu as the device of the search, or install faiss-gpu")
     if k + _MARGIN > GPU_MAX_K:
         raise UserError(f"{k}: a GPU selects at most {GPU_MAX_K - _MARGIN}; choose less, or search on the CPU", "k")
 
