@@ -221,5 +221,6 @@ def _chunks(descriptors: "Descriptors", split: str, done: Done) -> Iterator[np.n
 def as_compared(rows: np.ndarray, whitening: PCAWhitening | None) -> np.ndarray:
     """Whiten rows ``(n, D)`` if asked for, and give them unit length."""
     if whitening is None:
-        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        lengths = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)  # in float32 large ones are infinite
+        return (rows / np.where(lengths > 0, lengths, 1)).astype(np.float32)
     return whitening.transform(rows)

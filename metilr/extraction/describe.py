@@ -187,6 +187,11 @@ def _fill(
         return
     with store.alone() if launched_as_first() else contextlib.nullcontext():
         n_pending = len(data.pending_rows())  # after the lock: another run may have made them meanwhile
+        for split, n_damaged in {split: int(store.damaged(split).sum()) for split in images}.items():
+            if n_damaged:
+                console.print(
+                    f"[bold]damaged[/]      {n_damaged:,} {split} rows are not as they were written: made anew"
+                )
         doing = f"describing {n_all:,}" if n_pending == n_all else f"reusing {n_all:,} rows"
         if 0 < n_pending < n_all:
             doing = f"continuing, {n_all - n_pending:,} of {n_all:,} rows are there"

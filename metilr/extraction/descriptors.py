@@ -64,7 +64,8 @@ def open_descriptors(paths: Sequence[Path], ground_truth: GroundTruth, views: Se
             raise UserError(f"{path}: holds no {kind}, which a store can hold; {remedy}", "descriptors")
         else:
             matrices = read_reference_descriptors(path)
-            _check(path, matrices, {split: len(paths) for split, paths in ground_truth.paths.items()})
+            _check_shapes(path, matrices, {split: len(paths) for split, paths in ground_truth.paths.items()})
+            _check_lengths(path, matrices)
             is_valid = {split: np.ones(len(matrix), dtype=bool) for split, matrix in matrices.items()}
             parts = {split: [matrix] for split, matrix in matrices.items()}
             opened.append(Descriptors(parts, is_valid, [{"pickle": str(path), "sha256": file_sha256(path)}]))
@@ -96,7 +97,8 @@ def _open_store(store: DescriptorStore, ground_truth: GroundTruth, views: Sequen
                 "give the root and database that it was made with"
             )
     rows: dict[str, np.ndarray] = {split: store.descriptors(split) for split in splits}
-    _check(store.path, rows, {split: len(paths) for split, paths in ground_truth.paths.items()})
+    _check_shapes(store.path, rows, {split: len(paths) for split, paths in ground_truth.paths.items()})
+    _check_undamaged(store, splits)
     is_valid = {split: store.is_valid(split) for split in splits}
     files = b"".join(store.files(split).tobytes() for split in splits)
     origin = {
@@ -113,7 +115,8 @@ def _open_store(store: DescriptorStore, ground_truth: GroundTruth, views: Sequen
         of_view.require_complete()
         rows_of_view = {split: of_view.descriptors(split) for split in view.of}
         expected = {split: len(ground_truth.paths[source]) * view.n for split, source in view.of.items()}
-        _check(of_view.path, {"database": rows["database"][:1], **rows_of_view}, expected)
+        _check_shapes(of_view.path, {"database": rows["database"][:1], **rows_of_view}, expected)
+        _check_undamaged(of_view, list(view.of))
         rows.update(rows_of_view)
         is_valid.update({split: of_view.is_valid(split) for split in view.of})
         made = {**settings, "store": str(of_view.path), "made_with": of_view.manifest().made_with}
@@ -121,7 +124,7 @@ def _open_store(store: DescriptorStore, ground_truth: GroundTruth, views: Sequen
     return Descriptors({split: [matrix] for split, matrix in rows.items()}, is_valid, [origin])
 
 
-def _check(path: Path, matrices: Mapping[str, np.ndarray], counts: Mapping[str, int]) -> None:
+def _check_shapes(path: Path, matrices: Mapping[str, np.ndarray], counts: Mapping[str, int]) -> None:
     width = matrices["database"].shape[-1] if matrices["database"].ndim else 0
     for split, matrix in matrices.items():
         if matrix.ndim != 2 or not matrix.size:
@@ -132,11 +135,30 @@ def _check(path: Path, matrices: Mapping[str, np.ndarray], counts: Mapping[str, 
             raise UserError(f"{path}: {split} has {len(matrix):,} rows, the ground truth {expected:,} images{hint}")
         if matrix.shape[1] != width:
             raise UserError(f"{path}: {split} has shape {matrix.shape}, but the database's width is {width}")
+
+
+def _check_undamaged(store: DescriptorStore, splits: Sequence[str]) -> None:
+    for split in splits:
+        rows = np.flatnonzero(store.damaged(split)).tolist()
+        if rows:
+            which = f"{', '.join(map(str, rows[:3]))}{', ...' if len(rows) > 3 else ''}"
+            raise UserError(
+                f"{store.path}: {len(rows):,} of its {split} rows ({which}) are not as they were written; run the "
+                f"evaluation that made it (with its root and store {store.path}), which makes them anew"
+            )
+
+
+def _check_lengths(path: Path, matrices: Mapping[str, np.ndarray]) -> None:
+    """Refuse, by its number, a row that has no direction in float32, in which rows are compared."""
+    for split, matrix in matrices.items():
         for start in range(0, len(matrix), CHUNK_ROWS):
-            finite = np.isfinite(matrix[start : start + CHUNK_ROWS]).all(axis=1)
-            if not finite.all():
-                row = start + int(finite.argmin())
-                raise UserError(f"{path}: {split} row {row} holds NaN or infinite values; extract it again")
+            with np.errstate(over="ignore"):
+                lengths = np.linalg.norm(matrix[start : start + CHUNK_ROWS].astype(np.float32).astype(float), axis=1)
+            is_good = np.isfinite(lengths) & (lengths > 0)
+            if not is_good.all():
+                row = int(is_good.argmin())
+                held = "zeros alone" if lengths[row] == 0 else "NaN, or infinite values"
+                raise UserError(f"{path}: {split} row {start + row} holds {held} (in float32); extract it again")
 
 
 def read_reference_descriptors(file: Path) -> dict[str, np.ndarray]:

@@ -2,18 +2,21 @@
 
 ``database.npy``, ``val.npy`` and ``test.npy`` hold one unit-length float32 descriptor per image, in ground-truth order.
 ``<split>.files.npy`` holds, per row, the size in bytes of the image file that it was made from (0: not made yet;
-``-size - 1``: the file could not be decoded). ``manifest.json`` holds the settings. An image that is exchanged for one
-of another size in bytes is described anew; one of exactly the same size is not noticed.
+``-size - 1``: the file could not be decoded), and ``<split>.crc32.npy`` a checksum of the descriptor and that number.
+``manifest.json`` holds the settings. An image that is exchanged for one of another size in bytes is described anew; one
+of exactly the same size is not noticed.
 
 Descriptors are written where they belong as they are computed, by any number of processes, and marked after that; a
-killed run continues with what is not marked. A marked descriptor that is not of unit length (a machine that went down
-between the two writes) is made again.
+killed run continues with what is not marked. A row that is not as it was written (a disk's fault, a stranger's hand, a
+machine that went down between two writes) is made again. Rows of the first edition have no checksum; they must be of
+unit length.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -79,6 +82,7 @@ class DescriptorStore:
             try:
                 reserve_array(self.path / f"{split}.npy", (n, width), np.dtype(np.float32))
                 reserve_array(self.path / f"{split}.files.npy", (n,), np.dtype(np.int64))
+                reserve_array(self.path / f"{split}.crc32.npy", (n,), np.dtype(np.uint32))
             except OSError as error:
                 message = f"{self.path}: cannot reserve {n * (4 * width + 8) / 1e9:.2f} GB ({error.strerror})"
                 raise UserError(f"{message}; free some, or name a folder on another disk") from None
@@ -141,8 +145,24 @@ class DescriptorStore:
         """Which rows hold a descriptor, bool ``(n,)``; the others are of images that were left out."""
         return self.files(split) > 0
 
+    def damaged(self, split: str) -> np.ndarray:
+        """Which rows are not as they were written, bool ``(n,)``; reads all of them, a second per million."""
+        rows, files = self.descriptors(split), self.files(split)
+        has_checksums = (self.path / f"{split}.crc32.npy").exists()
+        known = self._array(f"{split}.crc32.npy", np.uint32, 1) if has_checksums else np.zeros(len(rows), np.uint32)
+        if not len(rows) == len(files) == len(known):
+            raise UserError(f"{self.path}: its {split} files do not belong together; delete it to make it again")
+        damaged = (files == 0) & self.is_complete
+        for start in range(0, len(rows), CHUNK_ROWS):
+            part = slice(start, start + CHUNK_ROWS)
+            block, marks = np.array(rows[part]), files[part]
+            found = np.fromiter(map(_checksum, block, marks), np.uint32, len(block))
+            is_as_written = np.where(known[part] == 0, (marks < 0) | has_unit_length(block), known[part] == found)
+            damaged[part] |= (marks != 0) & ~is_as_written
+        return damaged
+
     def pending(self, split: str, sizes: np.ndarray, retry_bad: bool) -> np.ndarray:
-        """Which rows are still to be made, bool ``(n,)``: not made yet, torn, or of a file of another size.
+        """Which rows are still to be made, bool ``(n,)``: not made yet, damaged, or of a file of another size.
 
         Args:
             split: A split's name.
@@ -151,12 +171,9 @@ class DescriptorStore:
         """
         files = self.files(split)
         settled = (files == sizes) & (files > 0)
-        if not self.is_complete:  # a complete store passed this when it was finished
-            chunks = row_chunks([self.descriptors(split)], settled)
-            settled[settled] = np.concatenate([np.empty(0, dtype=bool), *map(has_unit_length, chunks)])
         if not retry_bad:
             settled |= files == -sizes - 1
-        return ~settled
+        return ~settled | self.damaged(split)
 
     def writer(self) -> "RowWriter":
         """A way to write descriptors from this process. Close it."""
@@ -183,9 +200,12 @@ class RowWriter:
     """
 
     def __init__(self, store: DescriptorStore) -> None:
-        splits = store.manifest().counts
-        arrays = {split: store.descriptors(split) for split in splits}
-        arrays |= {f"{split}.files": store._array(f"{split}.files.npy", np.int64, 1) for split in splits}
+        arrays: dict[str, np.memmap] = {}
+        for split, n in store.manifest().counts.items():
+            reserve_array(store.path / f"{split}.crc32.npy", (n,), np.dtype(np.uint32))  # of the first edition: none
+            arrays[split] = store.descriptors(split)
+            arrays[f"{split}.crc32"] = store._array(f"{split}.crc32.npy", np.uint32, 1)
+            arrays[f"{split}.files"] = store._array(f"{split}.files.npy", np.int64, 1)
         self._offsets = {name: array.offset for name, array in arrays.items()}
         self._row_bytes = {name: array[:1].nbytes for name, array in arrays.items()}
         self._files = {name: (store.path / f"{name}.npy").open("r+b", buffering=0) for name in arrays}
@@ -193,11 +213,15 @@ class RowWriter:
     def write(self, split: str, row: int, descriptor: np.ndarray, file_size: int) -> None:
         """Write one descriptor, float32 ``(D,)`` of unit length, then mark its row."""
         self._put(split, row, descriptor.tobytes())
-        self._put(f"{split}.files", row, np.int64(file_size).tobytes())
+        self._mark(split, row, descriptor, np.int64(file_size))
 
     def mark_bad(self, split: str, row: int, file_size: int) -> None:
         """Note that the row's image cannot be decoded."""
-        self._put(f"{split}.files", row, np.int64(-file_size - 1).tobytes())
+        self._mark(split, row, np.empty(0), np.int64(-file_size - 1))
+
+    def _mark(self, split: str, row: int, descriptor: np.ndarray, mark: np.int64) -> None:
+        self._put(f"{split}.crc32", row, np.uint32(_checksum(descriptor, mark)).tobytes())
+        self._put(f"{split}.files", row, mark.tobytes())
 
     def close(self) -> None:
         """Push what was written to the disk; a second call does nothing."""
@@ -218,9 +242,13 @@ class RowWriter:
                 content = content[file.write(content) :]
 
 
+def _checksum(descriptor: np.ndarray, mark: np.int64) -> int:
+    return zlib.crc32(mark.tobytes(), zlib.crc32(descriptor) if mark > 0 else 0)
+
+
 def has_unit_length(descriptors: np.ndarray) -> np.ndarray:
     """Which of ``(n, D)`` are of unit length, bool ``(n,)``; those that are not finite are not."""
-    return np.abs(np.linalg.norm(descriptors, axis=1) - 1) < UNIT_TOLERANCE
+    return np.abs(np.linalg.norm(descriptors.astype(np.float64), axis=1) - 1) < UNIT_TOLERANCE
 
 
 def row_chunks(arrays: Sequence[np.ndarray], keep: np.ndarray, chunk_rows: int = CHUNK_ROWS) -> Iterator[np.ndarray]:

@@ -9,6 +9,7 @@ import pytest
 from metilr.data.ground_truth import GroundTruth
 from metilr.evaluation.database import (
     Searchable,
+    as_compared,
     build_searchable,
     pair_differences,
     query_views,
@@ -47,6 +48,14 @@ def check_nearest(found, similarities_of, k):
         order = sorted(range(len(exact)), key=lambda i: (-exact[i], i))[:k]
         assert rows.tolist() == order
         np.testing.assert_allclose(similarities, [exact[i] for i in order], atol=1e-7)
+
+
+@pytest.mark.parametrize("factor", [1, 1e20, 1e-30])
+def test_rows_of_any_length_are_compared_by_their_directions(factor):
+    rows = np.random.default_rng(0).standard_normal((4, 6))
+    with np.errstate(all="raise"):
+        compared = as_compared((rows * factor).astype(np.float32), None)
+    np.testing.assert_allclose(compared, unit(rows), rtol=1e-6)
 
 
 def test_visits_as_rows_are_found_as_by_brute_force():

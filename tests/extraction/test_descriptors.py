@@ -108,16 +108,24 @@ def test_empty_matrices_are_refused_by_file_and_name(tmp_path, truth, split, sha
     assert expected in refused([store], truth)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_the_row_that_is_not_finite_is_named(tmp_path, truth, value):
-    matrices = unit_rows(4, 0)
-    matrices["test"][1, 3] = value
-    assert "test row 1 holds NaN or infinite values" in refused([make_pickle(tmp_path / "d.pkl", matrices)], truth)
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(np.nan, "NaN"), (np.inf, "infinite"), (-np.inf, "infinite"), (1e300, "infinite"), (0, "zeros"), (1e-60, "zeros")],
+)
+def test_a_row_of_a_pickle_without_a_direction_is_named(tmp_path, truth, value, said):
+    matrices = {split: rows.astype(np.float64) for split, rows in unit_rows(4, 0).items()}
+    matrices["test"][1] = value
+    message = refused([make_pickle(tmp_path / "d.pkl", matrices)], truth)
+    assert "test row 1 holds" in message and said in message
+
+
+def test_damaged_rows_of_a_finished_store_are_named(tmp_path, truth):
     store = make_store(tmp_path / "store", truth)
     rows = np.load(store / "database.npy", mmap_mode="r+")
-    rows[4, 0] = value
+    rows[[0, 4]] = rows[[4, 0]]
     rows.flush()
-    assert "database row 4 holds NaN or infinite values" in refused([store], truth)
+    message = refused([store], truth)
+    assert "2 of its database rows (0, 4) are not as they were written" in message and f"store {store}" in message
 
 
 def test_a_store_of_another_ground_truth(tmp_path, truth):

@@ -64,7 +64,7 @@ def test_rows_lie_in_ground_truth_order_whatever_the_order_of_writing(tmp_path):
     assert manifest["complete"] is True and manifest["made_with"] == [{"device": "here"}]
     assert manifest["settings"] == SETTINGS and manifest["counts"] == COUNTS and manifest["width"] == WIDTH
     assert sorted(file.name for file in reopened.path.iterdir()) == sorted(
-        ["manifest.json", *(f"{split}{kind}.npy" for split in COUNTS for kind in ("", ".files"))]
+        ["manifest.json", *(f"{split}{kind}.npy" for split in COUNTS for kind in ("", ".files", ".crc32"))]
     )
 
 
@@ -157,6 +157,60 @@ def test_a_marked_row_that_was_torn_is_pending(tmp_path):
     assert store.pending("test", SIZES["test"], retry_bad=True).tolist() == [True, True, True, False]
 
 
+def zeroed(rows, files):
+    rows[[1, 3]] = 0
+
+
+def multiplied(rows, files):
+    rows[[1, 3]] *= 1000
+
+
+def exchanged(rows, files):
+    rows[[1, 3]] = rows[[3, 1]]
+
+
+def a_bit_flipped(rows, files):
+    rows.view(np.uint32)[[1, 3], 2] ^= 1
+
+
+def unmarked(rows, files):
+    files[[1, 3]] = 0
+
+
+def marked_bad(rows, files):
+    files[[1, 3]] = -files[[1, 3]] - 1
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+@pytest.mark.parametrize("damage", [zeroed, multiplied, exchanged, a_bit_flipped, unmarked, marked_bad])
+def test_rows_that_are_not_as_they_were_written_are_damaged_and_pending(tmp_path, damage, is_finished):
+    store = prepared(tmp_path)
+    fill(store, "test", range(4))
+    if is_finished:
+        store.finish()
+    assert not store.damaged("test").any()
+    arrays = [np.load(tmp_path / name, mmap_mode="r+") for name in ("test.npy", "test.files.npy")]
+    damage(*arrays)
+    for array in arrays:
+        array.flush()
+    is_known = is_finished or damage is not unmarked  # else it is how a killed run leaves a row
+    assert store.damaged("test").tolist() == [False, is_known, False, is_known]
+    assert store.pending("test", SIZES["test"], retry_bad=False).tolist() == [False, True, False, True]
+    fill(store, "test", [1, 3])
+    assert not store.damaged("test").any()
+
+
+def test_a_bad_image_is_no_damage(tmp_path):
+    store = prepared(tmp_path)
+    fill(store, "test", range(3))
+    writer = store.writer()
+    writer.mark_bad("test", 2, 7)  # described before, and exchanged for a broken file
+    writer.mark_bad("test", 3, 0)
+    writer.close()
+    store.finish()
+    assert not store.damaged("test").any()
+
+
 def test_a_row_of_another_width_is_a_defect_not_a_shifted_store(tmp_path):
     writer = prepared(tmp_path).writer()
     for wrong in (ROWS["val"][0].astype(np.float64), ROWS["val"][0][:-1]):
@@ -222,3 +276,10 @@ def test_a_store_of_the_first_edition_is_reused(tiny_museum, tmp_path, monkeypat
     assert {name for name in now if now[name] != before.get(name)} <= {f"{split}.files.npy" for split in SPLITS} | {
         ".lock"
     }
+    rows = np.load(path / "database.npy")  # it has no checksums, so its rows must at least be of unit length
+    rows[3] *= 1000
+    np.save(path / "database.npy", rows)
+    assert store.damaged("database").nonzero()[0].tolist() == [3]
+    evaluate(tiny_museum, store=path, num_workers=0, report=False, output=Path("mended"), **options)
+    assert "1 database rows are not as they were written" in capsys.readouterr().out
+    np.testing.assert_allclose(np.load(path / "database.npy")[3], rows[3] / 1000, atol=1e-5)
