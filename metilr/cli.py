@@ -39,7 +39,7 @@ SUBCOMMANDS = {  # where each is within metilr, and its summary, which --help pr
     "download": ("commands.download:download", "Download the Met dataset, check it and unpack it."),
     "verify": ("commands.verify:verify", "Check that every image of a ground truth is there and readable."),
     "pack": ("commands.pack:pack", "Write a run's model and whitening into one checkpoint, to pass on."),
-    "export-descriptors": ("extraction.descriptors:export_descriptors", "Write a store as a descriptors.pkl."),
+    "export-descriptors": ("extraction.reference_pickle:export_descriptors", "Write a store as a descriptors.pkl."),
     "visits": ("commands.describe:write_contact_sheet", "Draw simulated visits to a folder's images on one sheet."),
     "demo": ("demo:draw_demo", "Draw the synthetic museum of the demo, in the Met's layout."),
 }

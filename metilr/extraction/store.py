@@ -243,7 +243,7 @@ class RowWriter:
 
 
 def _checksum(descriptor: np.ndarray, mark: np.int64) -> int:
-    return zlib.crc32(mark.tobytes(), zlib.crc32(descriptor) if mark > 0 else 0)
+    return zlib.crc32(mark.tobytes(), zlib.crc32(descriptor.data) if mark > 0 else 0)
 
 
 def has_unit_length(descriptors: np.ndarray) -> np.ndarray:

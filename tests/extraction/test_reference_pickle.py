@@ -10,7 +10,7 @@ import pytest
 
 from metilr.errors import UserError
 from metilr.extraction import descriptors as reference_pickle
-from metilr.extraction.descriptors import export_descriptors, read_reference_descriptors
+from metilr.extraction.reference_pickle import export_descriptors, read_reference_descriptors
 from metilr.extraction.store import SPLITS, DescriptorStore
 
 KEYS = ("train_descriptors", "val_descriptors", "test_descriptors")

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from metilr.extraction.descriptors import KEYS, read_reference_descriptors
+from metilr.extraction.reference_pickle import KEYS, read_reference_descriptors
 from metilr.extraction.store import SPLITS, DescriptorStore
 from metilr.retrieval.whitening import LearnedWhitening, PCAWhitening
 from tests.fuzz.guard import refusal
