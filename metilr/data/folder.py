@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections import Counter
-from csv import DictReader, Error
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, NoReturn
@@ -12,7 +11,8 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from metilr.data.ground_truth import GroundTruth, is_place_below, is_text
-from metilr.errors import UserError, one_line, shown
+from metilr.errors import UserError, shown
+from metilr.files import read_csv
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 OTHER_SUFFIXES = frozenset({  # of images that are not read
@@ -133,24 +133,22 @@ def _from_folder(folder: Path) -> Catalogue:
 def _from_csv(folder: Path, csv: Path) -> Catalogue:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name the folder that the paths in {csv} are relative to")
-    if not csv.is_file():
-        raise UserError(f"{csv}: no such file", "csv")
     try:
-        with csv.open(newline="", encoding="utf-8-sig") as stream:
-            reader = DictReader(stream)
-            if not {*CSV_COLUMNS} <= {*(reader.fieldnames or ())}:
-                raise UserError(f"{csv}: its first line must be {','.join(CSV_COLUMNS)}, with commas between", "csv")
-            rows = [(reader.line_num, row["path"] or "", (row["exhibit"] or "").strip()) for row in reader]
-    except (UnicodeDecodeError, Error) as error:
-        raise UserError(f"{csv}: cannot be read as CSV in UTF-8 ({one_line(error)})", "csv") from None
+        rows = [(line, row["path"], row["exhibit"]) for line, row in read_csv(csv, CSV_COLUMNS)]
+    except FileNotFoundError:
+        raise UserError(f"{csv}: no such file", "csv") from None
+    except ValueError as error:
+        raise UserError(f"{csv}: {error}", "csv") from None
     if not rows:
         raise UserError(f"{csv}: lists no images", "csv")
     seen: dict[PurePosixPath, int] = {}
     for line, path, exhibit in rows:
         fault = None
-        if not is_place_below(path):
+        if broken := [name for name in (path, exhibit) if name.splitlines() not in ([], [name])]:
+            fault = f"{shown(broken[0])} has a line break within; remove it, or close a quote before it"
+        elif not is_place_below(path):
             fault = f"path {shown(path)} must name a file below {folder}"
-        elif not exhibit:
+        elif not exhibit.strip():
             fault = "names no exhibit"
         elif not is_text(exhibit):
             fault = f"exhibit {shown(exhibit)} cannot be a name"
@@ -158,4 +156,4 @@ def _from_csv(folder: Path, csv: Path) -> Catalogue:
             fault = f"{shown(path)} is listed already in line {seen[PurePosixPath(path)]}; remove one"
         if fault:
             raise UserError(f"{csv}: line {line}: {fault}", "csv")
-    return Catalogue(folder, tuple(path for _, path, _ in rows), tuple(exhibit for _, _, exhibit in rows))
+    return Catalogue(folder, tuple(path for _, path, _ in rows), tuple(exhibit.strip() for _, _, exhibit in rows))

@@ -1,7 +1,6 @@
 """What an evaluation left, read back: a model of ``results.json``, which is written by it too, and the predictions."""
 
 import contextlib
-import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from metilr.data.decode import MAX_IMAGE_SIZE
 from metilr.data.ground_truth import QUERY_FILES, DatabaseName
 from metilr.errors import UserError, one_line, shown
 from metilr.extraction.options import Precision
-from metilr.files import read_yaml, write_atomically
+from metilr.files import read_csv, read_yaml, write_atomically
 from metilr.metrics import DISTRACTOR
 from metilr.models import Engine, PatchRounding, PoolingName
 
@@ -256,9 +255,9 @@ def read_run(path: Path) -> Run:
 
 
 def _read_answers(file: Path) -> Answers:
-    with _readable(file), file.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-        if not rows or not set(PREDICTION_COLUMNS) <= rows[0].keys():
+    with _readable(file):
+        rows = [row for _, row in read_csv(file, PREDICTION_COLUMNS)]
+        if not rows:
             raise ValueError("no predictions")
         ids = [[int(row[name] or DISTRACTOR) for row in rows] for name in ("exhibit_id", "predicted_id")]
         confidence = np.array([float(row["log_confidence"]) for row in rows])
@@ -272,7 +271,7 @@ def _read_answers(file: Path) -> Answers:
 def _readable(file: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:
+    except (OSError, ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{file}: cannot be read ({why(error)}); run the evaluation again") from None
 
 

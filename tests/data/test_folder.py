@@ -59,7 +59,16 @@ def test_another_list_has_another_digest(folder):
         ("path;exhibit\na.jpg;x\n", "its first line must be path,exhibit"),
         ("", "its first line must be path,exhibit"),
         ("path,exhibit\n", "lists no images"),
-        ("path,exhibit\nbust/a.JPG\n", "line 2: names no exhibit"),
+        ("path,exhibit\nbust/a.JPG\n", "line 2: has 1 fields where the first line has 2"),
+        ("path,exhibit\na.jpg,Madonna, with child\nb.jpg,Vase\n", "line 2: has 3 fields where the first line has 2"),
+        ("path,exhibit,exhibit\na.jpg,a,b\n", "its first line must be path,exhibit, each once"),
+        ('path,exhibit\na.jpg,a\nb.jpg,"Vase\nc.jpg,Bust\n', "line 3: is no CSV (unexpected end of data): a quote"),
+        ('path,exhibit\na.jpg,"Vase\nb.jpg,"Bust"\n', "line 2: is no CSV"),
+        ('path,exhibit\na.jpg,"Vase\nb.jpg,Bust"\nc.jpg,Urn\n', "line 2: 'Vase\\nb.jpg,Bust' has a line break within"),
+        ('path,exhibit\na.jpg,a\n"b.jpg\n",Vase\n', "line 3: 'b.jpg\\n' has a line break within"),
+        ("path,exhibit\na.jpg,Vase\x0cblue\n", "line 2: 'Vase\\x0cblue' has a line break within"),
+        ('path,exhibit\na.jpg,a\nb.jpg, "Vase"\n', "line 3: ' \"Vase\"' has a blank before its quote"),
+        ("path,exhibit\na.jpg,a\n\nb.jpg,b,\n", "line 4: has 3 fields"),
         ("path,exhibit\nbust/a.JPG,  \n", "line 2: names no exhibit"),
         ("path,exhibit\nbust/a.JPG,a\0b\nc.jpg,d\n", "line 2: exhibit 'a\\x00b' cannot be a name"),
         ("path,exhibit\n../x.jpg,a\n", "line 2: path '../x.jpg' must name a file below"),
@@ -77,8 +86,15 @@ def test_a_bad_csv_is_refused_by_name_and_line(folder, text, message):
 
 
 def test_a_csv_in_another_encoding_is_refused(folder):
-    with pytest.raises(UserError, match="cannot be read as CSV in UTF-8"):
-        read_catalogue(folder, write_csv(folder, "path,exhibit\na.jpg,Büste\n", "latin-1"))
+    with pytest.raises(UserError, match=r"list\.csv: line 3: is not in UTF-8; save it as CSV in UTF-8"):
+        read_catalogue(folder, write_csv(folder, "path,exhibit\nb.jpg,Vase\na.jpg,Büste\n", "latin-1"))
+
+
+def test_what_a_csv_says_besides_may_run_over_lines(folder):
+    text = 'path,note,exhibit\r\nvase/front.jpg,"blue,\r\nsaid ""rare""",Vase\r\n\r\nbust/a.JPG,,Bust\r\n,,Urn\r\n'
+    with pytest.raises(UserError, match="line 6: path '' must name a file"):
+        read_catalogue(folder, write_csv(folder, text))
+    assert read_catalogue(folder, write_csv(folder, text.removesuffix(",,Urn\r\n"))).exhibits == ("Vase", "Bust")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -214,3 +215,16 @@ def test_a_run_of_the_first_edition_is_read_whole():
     content, run = json.loads((folder / "results.json").read_text()), read_run(folder)
     assert run.results.recorded() == content and run.results.test.gap == content["test"]["gap"]
     assert run.config["seed"] == 5 and len(run.answers["val"].paths) == content["val"]["n_queries"] == 7
+
+
+@pytest.mark.parametrize(
+    ("was", "is_now", "said"),
+    [(",", ",,", "line 2: has 9 fields where the first line has 8"), ("\n", '\n"', "line 2: is no CSV")],
+)
+def test_predictions_with_a_row_out_of_joint_are_refused_by_line(tmp_path, was, is_now, said):
+    folder = Path(shutil.copytree(Path(__file__).parents[1] / "fixtures" / "first_edition_run", tmp_path / "run"))
+    file = folder / "predictions" / "val.csv"
+    header, rest = file.read_text().split("\n", 1)
+    file.write_text(header + ("\n" + rest).replace(was, is_now, 1))
+    with pytest.raises(UserError, match=rf"predictions/val\.csv: cannot be read \({said}.*run the evaluation again"):
+        read_run(folder)
