@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from metilr.data.ground_truth import NOT_NAMED, QUERY_FILES, load_ground_truth
+from metilr.data.ground_truth import NOT_NAMED, QUERY_FILES, load_ground_truth, nfc
 from metilr.errors import UserError
 from metilr.evaluation.results import FIGURES, LEVEL, UNITS, Figures, Run, read_run
 from metilr.evaluation.runs import RUNS, make_output
@@ -127,7 +127,7 @@ def paired_differences(
     for split in QUERY_FILES:
         first, second = baseline.answers[split], run.answers[split]
         target = first.exhibit_ids
-        if first.paths != second.paths or not np.array_equal(target, second.exhibit_ids):
+        if [*map(nfc, first.paths)] != [*map(nfc, second.paths)] or not np.array_equal(target, second.exhibit_ids):
             compared.append(PairedDifferences(split, {}, "measured on other queries"))
             continue
         taken_by = np.full(len(target), NOT_NAMED) if photographers is None else photographers[split]

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from metilr.data.decode import MAX_MEGAPIXELS, BadImageError, file_size, image_shape, limit_images, load_image
-from metilr.data.ground_truth import DATABASE_FILES, QUERY_FILES, DatabaseName, load_ground_truth
+from metilr.data.ground_truth import DATABASE_FILES, QUERY_FILES, DatabaseName, file_below, load_ground_truth, nfc
 from metilr.distributed import default_workers
 from metilr.errors import UserError
 from metilr.files import write_atomically
@@ -95,10 +95,10 @@ def check(
         raise UserError(f"{num_workers}: choose 0 or more", "num_workers")
     named = _read_paths(root, parts)
     there = {part: paths for part, paths in named.items() if parts or _is_meant(root, part, named)}
-    if not parts and not any(file_size(root / "images" / path) for paths in there.values() for path in paths):
-        raise UserError(f"{root / 'images'}: none of the images that {root / 'ground_truth'} names is there; put them")
     unique = [*dict.fromkeys(path for paths in there.values() for path in paths)]  # mini's are among full's
-    files = [root / "images" / path for path in unique]
+    files = [file_below(root / "images", path) for path in unique]
+    if not parts and not any(map(file_size, files)):
+        raise UserError(f"{root / 'images'}: none of the images that {root / 'ground_truth'} names is there; put them")
     threads = READERS if not decode else default_workers(1) if num_workers is None else max(1, num_workers)
     title = "decoding" if decode else "reading headers"
     faults: dict[str, str] = {}
@@ -144,9 +144,9 @@ def _is_meant(root: Path, part: PartName, named: dict[PartName, tuple[str, ...]]
     """Queries are; of the databases, whose ground truth comes together, those that have an image of their own."""
     if part in QUERY_FILES:
         return True
-    mini = frozenset(named.get("mini", ()) if part == "full" else ())
-    own = [path for path in named[part] if path not in mini] or named[part]
-    return any(file_size(root / "images" / path) is not None for path in own)
+    mini = frozenset(map(nfc, named.get("mini", ()) if part == "full" else ()))
+    own = [path for path in named[part] if nfc(path) not in mini] or named[part]
+    return any(file_size(file_below(root / "images", path)) is not None for path in own)
 
 
 def print_verification(console: Console, found: Verification, list_file: Path | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from metilr.data.ground_truth import GroundTruth, is_place_below, is_text
+from metilr.data.ground_truth import GroundTruth, is_place_below, is_text, nfc
 from metilr.errors import UserError, shown
 from metilr.files import read_csv
 
@@ -120,8 +120,8 @@ def _refuse_odd_name(path: Path) -> None:
 def _from_folder(folder: Path) -> Catalogue:
     images = find_images(folder)
     paths = [path.relative_to(folder) for path in images.files]
-    exhibits = [path.parts[0] if len(path.parts) > 1 else path.stem for path in paths]
-    taken = {path.parts[0]: path for path in paths if len(path.parts) > 1}
+    exhibits = [nfc(path.parts[0] if len(path.parts) > 1 else path.stem) for path in paths]
+    taken = {nfc(path.parts[0]): path for path in paths if len(path.parts) > 1}
     for path, exhibit in zip(paths, exhibits, strict=True):
         _refuse_odd_name(folder / path)
         if len(path.parts) == 1 and taken.setdefault(exhibit, path) != path:
@@ -141,7 +141,7 @@ def _from_csv(folder: Path, csv: Path) -> Catalogue:
         raise UserError(f"{csv}: {error}", "csv") from None
     if not rows:
         raise UserError(f"{csv}: lists no images", "csv")
-    seen: dict[PurePosixPath, int] = {}
+    seen: dict[str, int] = {}
     for line, path, exhibit in rows:
         fault = None
         if broken := [name for name in (path, exhibit) if name.splitlines() not in ([], [name])]:
@@ -152,8 +152,8 @@ def _from_csv(folder: Path, csv: Path) -> Catalogue:
             fault = "names no exhibit"
         elif not is_text(exhibit):
             fault = f"exhibit {shown(exhibit)} cannot be a name"
-        elif seen.setdefault(PurePosixPath(path), line) != line:
-            fault = f"{shown(path)} is listed already in line {seen[PurePosixPath(path)]}; remove one"
+        elif (first := seen.setdefault(nfc(str(PurePosixPath(path))), line)) != line:
+            fault = f"{shown(path)} is listed already in line {first}; remove one"
         if fault:
             raise UserError(f"{csv}: line {line}: {fault}", "csv")
-    return Catalogue(folder, tuple(path for _, path, _ in rows), tuple(exhibit.strip() for _, _, exhibit in rows))
+    return Catalogue(folder, tuple(path for _, path, _ in rows), tuple(nfc(exhibit.strip()) for _, _, exhibit in rows))

@@ -6,8 +6,12 @@
 Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021 Datasets and Benchmarks; its released files.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
+import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -66,7 +70,7 @@ class GroundTruth:
 
     def image(self, path: str) -> Path:
         """Where the image with this ground-truth path lies."""
-        return self.root / self.folder / path
+        return file_below(self.root / self.folder, path)
 
     def n_met(self, split: str) -> int:
         """Number of queries of ``split`` that show an exhibit of the database."""
@@ -77,7 +81,7 @@ class GroundTruth:
         folders = (PurePosixPath(path).parts[:-1] for path in self.paths[split])
         labels = self.labels[split].tolist()
         return [
-            MET if label != DISTRACTOR else DISTRACTOR_KINDS.get(folder[0], folder[0]) if folder else "distractor"
+            MET if label != DISTRACTOR else DISTRACTOR_KINDS.get(folder[0], nfc(folder[0])) if folder else "distractor"
             for label, folder in zip(labels, folders, strict=True)
         ]
 
@@ -145,6 +149,36 @@ def is_place_below(path: Any) -> bool:
     return bool(parts.name) and not parts.is_absolute() and ".." not in parts.parts
 
 
+def nfc(name: str) -> str:
+    """A name in the form that names are compared in: a Mac writes é as two signs, Windows as one."""
+    return unicodedata.normalize("NFC", name)
+
+
+def file_below(folder: Path, path: str) -> Path:
+    """Where a file lies by its path, whose accents may be written in another form on disk than here."""
+    return folder / path if path.isascii() else _accented(folder, path)
+
+
+@functools.cache
+def _accented(folder: Path, path: str) -> Path:
+    if os.path.lexists(folder / path):
+        return folder / path
+    places = [folder]
+    for part in PurePosixPath(path).parts:
+        places = [place / name for place in places for name in _names_in(place).get(nfc(part), ())]
+    return min(places, default=folder / path)
+
+
+@functools.lru_cache(64)
+def _names_in(folder: Path) -> Mapping[str, Sequence[str]]:
+    """The names in a folder by their form to compare; of a folder that cannot be listed none."""
+    names: dict[str, list[str]] = {}
+    with contextlib.suppress(OSError):
+        for file in folder.iterdir():
+            names.setdefault(nfc(file.name), []).append(file.name)
+    return names
+
+
 def _read_entries(file: Path) -> tuple[list[dict[str, Any]], str]:
     if not file.exists():
         names = ", ".join(f"ground_truth/{name}" for name in QUERY_FILES.values())
@@ -178,7 +212,7 @@ def _refuse_repeated_paths(files: Mapping[str, Path], entries: Mapping[str, list
     seen: dict[str, tuple[Path, int]] = {}
     for split, file in files.items():
         for i, entry in enumerate(entries[split]):
-            same = str(PurePosixPath(entry["path"]))  # ./a.jpg is a.jpg
+            same = nfc(str(PurePosixPath(entry["path"])))  # ./a.jpg is a.jpg
             other_file, other = seen.setdefault(same, (file, i))
             if (other_file, other) != (file, i):
                 where = f"entry {other}" if other_file == file else f"{other_file}, entry {other}"
@@ -211,6 +245,7 @@ def _query_labels(
 
 
 def _photographers(entries: list[dict[str, Any]]) -> np.ndarray:
-    names = [entry.get("photographer") for entry in entries]
-    number_of = {name: i for i, name in enumerate(sorted({name for name in names if isinstance(name, str) and name}))}
-    return np.array([number_of.get(name, NOT_NAMED) if isinstance(name, str) else NOT_NAMED for name in names])
+    named = [entry.get("photographer") for entry in entries]
+    names = [nfc(name) if isinstance(name, str) else "" for name in named]
+    number_of = {name: i for i, name in enumerate(sorted({*names} - {""}))}
+    return np.array([number_of.get(name, NOT_NAMED) for name in names])

@@ -310,3 +310,12 @@ def test_no_heavy_library_is_imported(museum):
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1].split() == ["imported"]
+
+
+def test_queries_are_the_same_in_another_unicode_form(museum):
+    write_two(museum)
+    composed, decomposed = (
+        run._replace(answers={split: a._replace(paths=(e, *a.paths[1:])) for split, a in run.answers.items()})
+        for run, e in zip(map(read_run, (Path("first"), Path("second"))), ("\u00e9.jpg", "e\u0301.jpg"), strict=True)
+    )
+    assert [each.left_out for each in paired_differences(composed, decomposed, None)] == [None, None]

@@ -1,6 +1,8 @@
 import csv
+import json
 import re
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,18 @@ def test_names_under_which_no_file_can_be_had_are_listed(tiny_museum, capsys, de
     status, printed = verify(capsys, tiny_museum, "--decode", decode, "--num_workers", 0)
     assert status == 1 and row(printed, "test") == [7, 5, 2, 0, 0]
     assert all(f"  {path}: missing" in printed for path in unreachable)
+
+
+def test_a_file_is_found_by_its_name_in_another_unicode_form(tiny_museum, capsys):
+    here, there = (unicodedata.normalize(form, "Musée/é.jpg") for form in ("NFC", "NFD"))
+    (tiny_museum / "images" / there).parent.mkdir()
+    (tiny_museum / "images" / FULL[7]).rename(tiny_museum / "images" / there)
+    file = tiny_museum / "ground_truth" / "MET_database.json"
+    file.write_text(
+        json.dumps([{**each, "path": each["path"].replace(FULL[7], here)} for each in json.loads(file.read_text())])
+    )
+    status, printed = verify(capsys, tiny_museum)
+    assert status == 0 and row(printed, "full") == [8, 8, 0, 0, 0]
 
 
 def test_a_path_does_not_steer_the_terminal(tiny_museum, capsys):

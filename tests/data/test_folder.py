@@ -1,5 +1,6 @@
 import errno
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,32 @@ def test_a_sub_folder_that_cannot_be_listed_stops(folder, monkeypatch):
         patch.setattr(os, "scandir", scandir)
         with pytest.raises(UserError, match=r"vase/details: cannot be listed \(Permission denied\)"):
             read_catalogue(folder)
+
+
+def nfd(text: str) -> str:
+    return unicodedata.normalize("NFD", text)
+
+
+def test_one_name_as_a_mac_and_as_windows_writes_it_is_one_exhibit(tmp_path):
+    files = [tmp_path / "Café" / "1.jpg", tmp_path / nfd("Café") / "1.jpg", tmp_path / nfd("Büste.jpg")]
+    make_files(*files)
+    catalogue = read_catalogue(tmp_path)
+    assert catalogue.names == ("Büste", "Café") and sorted(catalogue.exhibits) == ["Büste", "Café", "Café"]
+    found = [catalogue.ground_truth().image(path) for path in catalogue.paths]
+    assert sorted(found) == sorted(files) and all(file.is_file() for file in found)
+    make_files(tmp_path / "Büste.jpg")
+    with pytest.raises(UserError, match="both make an exhibit Büste"):
+        read_catalogue(tmp_path)
+
+
+def test_a_csv_names_files_and_exhibits_in_any_form(tmp_path):
+    files = [tmp_path / nfd("Musée/é1.jpg"), tmp_path / "Musée" / "2.jpg", tmp_path / nfd("Musée/3.jpg")]
+    make_files(*files)
+    text = "path,exhibit\nMusée/é1.jpg,Café\n" + nfd("Musée/2.jpg,Café\n") + "Musée/3.jpg,Büste\n"
+    catalogue = read_catalogue(tmp_path, write_csv(tmp_path, text))
+    assert catalogue.exhibits == ("Café", "Café", "Büste")
+    truth = catalogue.ground_truth()
+    assert [truth.image(path) for path in catalogue.paths] == files
+    with pytest.raises(UserError, match=r"line 5: .* is listed already in line 2"):
+        read_catalogue(tmp_path, write_csv(tmp_path, text + nfd("Musée/é1.jpg,Café\n")))
+    assert truth.image("Musée/gone.jpg") == tmp_path / "Musée/gone.jpg"

@@ -1,3 +1,5 @@
+import unicodedata
+
 import numpy as np
 import pytest
 
@@ -93,6 +95,20 @@ def test_repeated_paths_within_and_across_files(tmp_path):
     assert "testset.json: entry 2" in message and "valset.json, entry 0)" in message
     other_spelling = {"path": "./test_met//a.jpg", "MET_id": 7}
     assert "is listed already" in refusal(write_ground_truth(tmp_path, DATABASE, VAL, [*TEST, other_spelling]))
+
+
+def test_names_are_compared_in_one_unicode_form(tmp_path):
+    nfd = unicodedata.normalize("NFD", "é")
+    test = [*TEST, {"path": "Musée/1.jpg", "photographer": "é"}, {"path": f"Mus{nfd}e/2.jpg", "photographer": nfd}]
+    truth = load_ground_truth(write_ground_truth(tmp_path, DATABASE, VAL, test))
+    assert truth.photographers["test"].tolist() == [-1, 0, 1, 1] and truth.kinds("test")[2:] == ["Musée", "Musée"]
+    assert truth.paths["test"][3] == f"Mus{nfd}e/2.jpg"  # as the file says
+    (tmp_path / "images" / f"Mus{nfd}e").mkdir(parents=True)
+    for i in (1, 2):
+        (tmp_path / "images" / f"Mus{nfd}e" / f"{i}.jpg").touch()
+        assert truth.image(truth.paths["test"][1 + i]).is_file()
+    again = [*test, {"path": f"Mus{nfd}e/1.jpg"}]
+    assert "entry 4" in refusal(write_ground_truth(tmp_path, DATABASE, VAL, again))
 
 
 def test_met_queries_of_unknown_exhibits_are_counted_and_named(tmp_path):
