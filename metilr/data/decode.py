@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from metilr.data.pixels import check_tiff, tiff_kind, tiff_tags, to_rgb
 from metilr.errors import UserError
 from metilr.files import named
 
@@ -26,6 +27,10 @@ MAX_IMAGE_SIZE = 16_384  # px that an image is resized to: the longest side of o
 MAX_SCANS = 100  # of a progressive JPEG, which decodes all of it with each; encoders write about 10
 START_OF_SCAN = b"\xff\xda"  # in compressed data 0xFF is followed by 0, so it stands nowhere else
 EXIF_ORIENTATION = 0x0112
+TURNS = dict(enumerate(  # of a picture that EXIF says lies otherwise, from orientation 2 on
+    (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), 2
+))  # fmt: skip
 QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 
 # What a system says of a name under which no file can be had: of the image, not of the disk.
@@ -102,8 +107,15 @@ def open_image(file: Path | IO[bytes], max_pixels: int) -> Iterator[Image.Image]
         if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
             Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit, which would refuse what is allowed here
         bounded: Any = _Bounded(file)
+        tags = tiff_tags(bounded)
+        if tags is not None:
+            check_tiff(tags)
         try:
             image = stack.enter_context(Image.open(bounded, formats=FORMATS))
+        except UnidentifiedImageError:
+            if tags:
+                raise ValueError(tiff_kind(tags)) from None
+            raise
         except Image.DecompressionBombError:
             raise TooManyPixels(max_pixels) from None
         if image.width * image.height > max_pixels:
@@ -153,7 +165,7 @@ def image_shape(path: Path, image_size: int | None = None, limit: int | None = N
         if image.format not in HEADER_TELLS_SIZE:
             image.load()
         width, height = image.size
-        if image.getexif().get(EXIF_ORIENTATION) in QUARTER_TURNS:
+        if _orientation(image) in QUARTER_TURNS:
             height, width = width, height
         return resized_shape(height, width, image_size)
 
@@ -162,11 +174,21 @@ def to_tensor(image: Image.Image, image_size: int | None = None) -> "Tensor":
     """Decode an opened image as ``load_image`` does; raises whatever Pillow's decoders raise."""
     import torch  # takes a second, and most of this module does without
 
-    rgb = _to_rgb(ImageOps.exif_transpose(image))
+    rgb = to_rgb(image)
+    turn = TURNS.get(_orientation(image))
+    rgb = rgb if turn is None else rgb.transpose(turn)
     height, width = resized_shape(rgb.height, rgb.width, image_size)
     if (height, width) != (rgb.height, rgb.width):
         rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()  # HxWxC to CxHxW
+
+
+def _orientation(image: Image.Image) -> Any:
+    """How EXIF says that the stored picture lies; damaged EXIF says nothing."""
+    try:
+        return image.getexif().get(EXIF_ORIENTATION)
+    except Exception:  # of many types
+        return None
 
 
 def resized_shape(height: int, width: int, image_size: int | None) -> tuple[int, int]:
@@ -175,19 +197,6 @@ def resized_shape(height: int, width: int, image_size: int | None) -> tuple[int,
         return height, width
     ratio = image_size / max(height, width)
     return max(1, round(height * ratio)), max(1, round(width * ratio))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow clips 16-bit grey at 255 instead of scaling it.
-        grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
-        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("32-bit float pixels have no stated range; convert it to 8 bits")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 @contextlib.contextmanager

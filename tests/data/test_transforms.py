@@ -68,10 +68,10 @@ def test_cmyk(tmp_path):
     assert read.tolist() == [[[255] * 3, [0] * 3, [0, 255, 255], [255, 0, 0]]]
 
 
-@pytest.mark.parametrize("kind", ["<u2", ">u2", "<i4"])
+@pytest.mark.parametrize("kind", ["<u2", ">u2"])
 def test_deep_grey_tiff_is_scaled_not_clipped(tmp_path, kind):
     deep = np.array([[0, 257 * 3, 257 * 254, 65535]]).astype(kind)
-    mode = {"<u2": "I;16", ">u2": "I;16B", "<i4": "I"}[kind]
+    mode = {"<u2": "I;16", ">u2": "I;16B"}[kind]
     image = Image.frombytes(mode, (4, 1), deep.tobytes())
     assert pixels(save(image, tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 3, 254, 255]
 
@@ -173,4 +173,4 @@ def test_what_is_no_image(tmp_path):
 
 def test_float_pixels_have_no_range(tmp_path):
     file = save(Image.fromarray(np.array([[0.0, 1.0]], np.float32)), tmp_path / "a.tif")
-    assert "32-bit float" in bad(file, load_image)
+    assert "32 bits, floating point" in bad(file)

@@ -1,0 +1,97 @@
+"""What the pixels of an image mean: their depth, sign and polarity, as a file's tags tell them, and transparency."""
+
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin, TiffImagePlugin
+
+BITS, COMPRESSION, PHOTOMETRIC, PLANAR, PALETTE, SAMPLE_FORMAT = 258, 259, 262, 284, 320, 339
+UNSIGNED = 1
+SAMPLE_FORMATS = {1: "", 2: ", signed", 3: ", floating point"}
+PHOTOMETRICS = {0: ", 0 is white", 1: "", 2: "", 3: ""}
+
+GREY_STEPS = {"L;2": 85, "L;4": 17}  # between the levels of a PNG of few bits
+
+Tags = TiffImagePlugin.ImageFileDirectory_v2
+
+
+def tiff_tags(stream: IO[bytes]) -> Tags | None:
+    """The first directory of a TIFF, as Pillow reads it; None for another file. The stream is at its start again."""
+    stream.seek(0)
+    head = stream.read(16)
+    tags = None
+    if head.startswith(tuple(TiffImagePlugin.PREFIXES)):
+        tags = Tags(head if head[2] == 43 else head[:8])
+        stream.seek(tags.next)
+        tags.load(stream)
+    stream.seek(0)
+    return tags
+
+
+def check_tiff(tags: Tags) -> None:
+    """ValueError if a TIFF's samples have no clear reading."""
+    if set(tags.get(SAMPLE_FORMAT, ())) - {UNSIGNED} or max(tags.get(BITS, (1,))) > 16:
+        raise ValueError(tiff_kind(tags))
+    apart = tags.get(PLANAR, 1) == 2 and tags.get(COMPRESSION, 1) == 1
+    if apart and (max(tags.get(BITS, (1,))) != 8 or tags.get(PHOTOMETRIC, 0) == 0):  # Pillow would misread them
+        raise ValueError(tiff_kind(tags))
+    if tags.get(PHOTOMETRIC) == 3 and 0 < max(tags.get(PALETTE, (0,))) < 256:
+        raise ValueError("a TIFF whose palette has 8-bit values where 16-bit ones belong; convert it to 8-bit RGB")
+
+
+def tiff_kind(tags: Tags) -> str:
+    """Name the kind of a TIFF that is not read, and say what to do."""
+    photometric = tags.get(PHOTOMETRIC, 0)
+    kinds = [SAMPLE_FORMATS.get(kind, f", sample format {kind}") for kind in sorted(set(tags.get(SAMPLE_FORMAT, ())))]
+    told = PHOTOMETRICS.get(photometric, f", photometric interpretation {photometric}")
+    apart = ", in separate planes" if tags.get(PLANAR, 1) == 2 else ""
+    return f"a TIFF of {max(tags.get(BITS, (1,)))} bits{''.join(kinds)}{told}{apart}; convert it to 8-bit RGB"
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image as 8-bit RGB, what is transparent laid on white; ValueError if its pixels have no clear reading."""
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else None
+    if tags is not None:
+        check_tiff(tags)
+    if image.mode == "F":
+        raise ValueError("32-bit float pixels have no stated range; convert it to 8-bit RGB")
+    transparent = _transparent_value(image)
+    image.load()
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _scaled_grey(image, tags, transparent)
+    elif transparent != image.info.get("transparency"):
+        image = image.copy()
+        image.info["transparency"] = transparent
+    return _on_white(image) if image.has_transparency_data else image.convert("RGB")
+
+
+def _transparent_value(image: Image.Image) -> Any:
+    """The value that a file says is transparent, as it is once decoded: Pillow keeps it in the depth of the file."""
+    value = image.info.get("transparency")
+    if isinstance(image, PngImagePlugin.PngImageFile) and image.tile and value is not None:
+        layout = image.tile[0].args
+        if layout in GREY_STEPS:
+            return value * GREY_STEPS[layout]
+        if layout == "RGB;16B":
+            return tuple(channel >> 8 for channel in value)
+    return value
+
+
+def _scaled_grey(image: Image.Image, tags: Tags | None, transparent: Any) -> Image.Image:
+    """Grey of 16 bits, or of as many as a TIFF says, as L; as LA where one value is transparent."""
+    samples = np.asarray(image)
+    most = 2 ** (tags.get(BITS, (16,))[0] if tags else 16) - 1
+    if samples.min() < 0 or samples.max() > most:
+        raise ValueError(f"grey values outside 0 to {most}; convert it to 8-bit RGB")
+    levels = np.rint(np.arange(most + 1) / (most / 255)).astype(np.uint8)
+    if tags and tags.get(PHOTOMETRIC, 0) == 0:  # white, which Pillow overlooks at 16 bits
+        levels = levels[::-1]
+    grey = Image.fromarray(levels[samples])
+    if transparent is not None:
+        grey.putalpha(Image.fromarray(np.where(samples == transparent, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
