@@ -91,7 +91,8 @@ def _answers(
             yield Identified(str(named), error=str(error))
             continue
         if left_aside:
-            yield Identified(str(named), error=f"left aside: {left_aside}; convert them to JPEG, or name the folders")
+            remedy = "convert images among them to JPEG, name linked folders"
+            yield Identified(str(named), error=f"left aside: {left_aside}; {remedy}")
         for file in files:
             try:
                 photo, answer = collection.answer_file(file, max_pixels, n_matches, draw)

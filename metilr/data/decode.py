@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # Pillow knows more, and some of them start programs
+# How files of these begin; a BMP's "BM" alone could begin a text, so the size of its header is looked at too.
+BEGINNINGS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP|II[*+]\0|MM\0[*+]|BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0{3}|GIF8[79]a",
+    re.DOTALL,
+)
 # Formats whose header tells the size of what is decoded. Pillow turns TIFF itself.
 HEADER_TELLS_SIZE = ("JPEG", "MPO", "PNG", "WEBP")
 MAX_MEGAPIXELS = 180.0  # the largest cameras take 150 at once; decoded, that is half a gigabyte a process
@@ -89,6 +95,19 @@ def file_size(path: Path) -> int | None:
         if error.errno in NO_FILE:
             return None
         raise
+
+
+def begins_as_image(file: Path) -> bool:
+    """Whether a file's first bytes are those of an image of a usual kind, which it may still fail to be.
+
+    Raises:
+        ValueError: If it is a folder, a pipe or a device.
+        OSError: If it cannot be read.
+    """
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError("not a regular file")
+    with file.open("rb", buffering=0) as stream:
+        return BEGINNINGS.match(stream.read(18)) is not None
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
 import errno
 import os
+import struct
 import unicodedata
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from metilr.data.folder import read_catalogue
 from metilr.errors import UserError
@@ -102,7 +104,7 @@ def test_what_a_csv_says_besides_may_run_over_lines(folder):
     ("names", "message"),
     [
         ([], "no images inside"),
-        ([".hidden/a.jpg"], "no images inside; name a folder with .* do not begin with a dot"),
+        ([".hidden/a.jpg"], r"no images inside \(but 1 system folder\); name a folder that holds JPEG, .* files"),
         (["a/1.heic", "b/2.HEIC"], r"no images inside \(but 2 \.heic\)"),
         (["a/1.jpg", "a/2.jpg"], "has one exhibit, a; .* give each exhibit a sub-folder"),
         (["a.jpg", "a.png", "b.jpg"], r"a\.jpg and a\.png both make an exhibit a"),
@@ -150,7 +152,57 @@ def test_a_gif_is_an_image_and_what_is_not_read_is_counted(folder):
     (folder / "lost.jpg").symlink_to(folder / "nowhere")  # its fault shows where it is read
     catalogue = read_catalogue(folder)
     assert {"ring/a.GIF", "lost.jpg"} < set(catalogue.paths)
-    assert catalogue.left_aside == "1 .avif, 2 .heic, 1 links to folders"
+    assert catalogue.left_aside == "1 .avif, 2 .heic, 2 .txt, 1 linked folder, 2 system files, 1 system folder"
+
+
+def test_the_content_tells_an_image_that_has_no_image_s_ending(folder):
+    kinds = {"IMG_0001": "JPEG", "a.jpg_large": "PNG", "b.mpo": "JPEG", "c.12": "WEBP", "d.old": "TIFF", "e.dib": "BMP",
+             "f.heic": "GIF"}  # fmt: skip
+    for name, kind in kinds.items():
+        Image.new("RGB", (9, 7)).save(folder / "vase" / name, kind)
+    for number, size in enumerate((12, 40, 52, 56, 64, 108, 124)):  # of a BMP's header, as its format has had them
+        (folder / "vase" / f"bmp{number}").write_bytes(b"BM" + bytes(8) + bytes(4) + struct.pack("<I", size))
+    for name in ("thumb.NEF", "half.jpg.part", "half.png.crdownload", "Thumbs.db", ".DS_Store"):
+        Image.new("RGB", (9, 7)).save(folder / "vase" / name, "TIFF")
+    for name in (
+        "@eaDir/x/a.jpg",
+        "details/__MACOSX/a.jpg",
+        "lost+found/b.jpg",
+        "$RECYCLE.BIN/c.jpg",
+        "#recycle/d.jpg",
+    ):
+        make_files(folder / "vase" / name)
+    (folder / "vase" / "BMW notes").write_text("BMW of the director, and RIFFs of the WEBP kind")
+    (folder / "vase" / "letter.pdf").write_bytes(b"%PDF-1.7")
+    os.mkfifo(folder / "vase" / "pipe")
+    (folder / "vase" / "gone").symlink_to("nowhere")
+    catalogue = read_catalogue(folder)
+    known = {"front.jpg", "details/foot.png"}
+    vase = {path.removeprefix("vase/") for path in catalogue.paths if path.startswith("vase/")}
+    assert vase - known == {*kinds, *(f"bmp{i}" for i in range(7))} and vase > known
+    assert catalogue.left_aside == (
+        "1 .crdownload, 1 .nef, 1 .part, 1 .pdf, 1 .txt, 1 not readable, 1 pipe or device, 3 system files, "
+        "6 system folders, 1 of other kinds"
+    )
+
+
+def test_a_loose_image_is_named_without_what_looks_like_an_ending(tmp_path):
+    for name in ("IMG_0001", "b.jpg_large", "No. 12 vase", "Inv.7"):
+        Image.new("RGB", (9, 7)).save(tmp_path / name, "JPEG")
+    assert read_catalogue(tmp_path).names == ("IMG_0001", "Inv.7", "No. 12 vase", "b")
+
+
+def test_only_files_without_an_image_s_ending_are_opened_and_a_failing_disk_is_no_kind(folder, monkeypatch):
+    opened = []
+
+    def fail(self, *_, **__):
+        opened.append(self.name)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(OSError, match=r"notes\.txt"):
+        read_catalogue(folder)
+    assert opened == ["notes.txt"]
 
 
 def test_a_sub_folder_that_cannot_be_listed_stops(folder, monkeypatch):
