@@ -14,6 +14,7 @@ WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, OFFSETS, SAMPLES, ROWS, COUNTS = 
     278,
     279,
 )
+TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_COUNTS = 322, 323, 324, 325
 PLANAR, PALETTE, EXTRA, SAMPLE_FORMAT = 284, 320, 338, 339
 SIZES = {3: "H", 4: "I"}  # of a tag's values
 
@@ -26,19 +27,19 @@ def packed(samples, bits, order="<"):
     return b"".join(int(row.ljust(-(-len(row) // 8) * 8, "0"), 2).to_bytes(-(-len(row) // 8)) for row in rows)
 
 
-def tiff(strips, width, height, bits=(8,), order="<", photometric=1, compressed=False, more=()):
-    """A file of these strips; ``more`` are further tags, or others in place of the usual: number, type, values."""
+def tiff(strips, width, height, bits=(8,), order="<", photometric=1, compressed=False, more=(), tile=None):
+    """A file of these strips, or tiles of that side; ``more`` are further tags, or others: number, type, values."""
     strips = [zlib.compress(strip) if compressed else strip for strip in strips]
+    offsets, counts = (OFFSETS, COUNTS) if tile is None else (TILE_OFFSETS, TILE_COUNTS)
+    ends = [8 + sum(map(len, strips[: i + 1])) for i in range(len(strips))]
+    rows = {ROWS: (4, [height])} if tile is None else {TILE_WIDTH: (4, [tile]), TILE_HEIGHT: (4, [tile])}
     tags = {
         WIDTH: (4, [width]), HEIGHT: (4, [height]), BITS: (3, bits), COMPRESSION: (3, [8 if compressed else 1]),
-        PHOTOMETRIC: (3, [photometric]), OFFSETS: (4, [0] * len(strips)), SAMPLES: (3, [len(bits)]),
-        ROWS: (4, [height]), COUNTS: (4, [len(strip) for strip in strips]),
+        PHOTOMETRIC: (3, [photometric]), offsets: (4, [8, *ends[:-1]]), SAMPLES: (3, [len(bits)]),
+        counts: (4, [len(strip) for strip in strips]), **rows,
     } | {tag: (kind, values) for tag, kind, values in more}  # fmt: skip
-    place = 8
-    if tags[OFFSETS][1] == [0] * len(strips):
-        tags[OFFSETS] = (4, [place + sum(map(len, strips[:i])) for i in range(len(strips))])
     pixels = b"".join(strips)
-    place += len(pixels)
+    place = 8 + len(pixels)
     entries, beyond = b"", b""
     first_beyond = place + 2 + 12 * len(tags) + 4
     for tag, (kind, values) in sorted(tags.items()):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from metilr.data.pixels import check_tiff, tiff_kind, tiff_tags, to_rgb
 from metilr.errors import UserError
@@ -30,8 +30,9 @@ HEADER_TELLS_SIZE = ("JPEG", "MPO", "PNG", "WEBP")
 MAX_MEGAPIXELS = 180.0  # the largest cameras take 150 at once; decoded, that is half a gigabyte a process
 MAX_PHOTO_MEGAPIXELS = 50.0  # phones take 12 to 50; decoded, that is 150 MB
 MAX_IMAGE_SIZE = 16_384  # px that an image is resized to: the longest side of one of 180 megapixels is not much longer
-MAX_SCANS = 100  # of a progressive JPEG, which decodes all of it with each; encoders write about 10
-START_OF_SCAN = b"\xff\xda"  # in compressed data 0xFF is followed by 0, so it stands nowhere else
+MAX_SCANS = 100  # of a JPEG, which decodes all of it with each; encoders write about 10
+MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")  # of a JPEG; in compressed data 0 or a restart follows each 0xFF
+END_OF_IMAGE, START_OF_SCAN = 0xD9, 0xDA
 EXIF_ORIENTATION = 0x0112
 TURNS = dict(enumerate(  # of a picture that EXIF says lies otherwise, from orientation 2 on
     (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
@@ -116,7 +117,7 @@ def open_image(file: Path | IO[bytes], max_pixels: int) -> Iterator[Image.Image]
 
     Raises:
         TooManyPixels: If it claims more.
-        Exception: Of many types, if it is no image of a usual kind, or a progressive JPEG of too many scans.
+        Exception: Of many types, if it is no image of a usual kind, or of a kind without a clear reading.
     """
     with contextlib.ExitStack() as stack:
         if isinstance(file, Path):
@@ -139,12 +140,6 @@ def open_image(file: Path | IO[bytes], max_pixels: int) -> Iterator[Image.Image]
             raise TooManyPixels(max_pixels) from None
         if image.width * image.height > max_pixels:
             raise TooManyPixels(max_pixels)
-        if "progressive" in image.info:
-            place = bounded.tell()
-            n_scans = bounded.read().count(START_OF_SCAN)
-            bounded.seek(place)
-            if n_scans > MAX_SCANS:
-                raise ValueError(f"a progressive JPEG of more than {MAX_SCANS} scans")
         yield image
 
 
@@ -193,6 +188,8 @@ def to_tensor(image: Image.Image, image_size: int | None = None) -> "Tensor":
     """Decode an opened image as ``load_image`` does; raises whatever Pillow's decoders raise."""
     import torch  # takes a second, and most of this module does without
 
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and image.tile and image.fp:  # not decoded yet
+        check_scans(image.fp)
     rgb = to_rgb(image)
     turn = TURNS.get(_orientation(image))
     rgb = rgb if turn is None else rgb.transpose(turn)
@@ -200,6 +197,17 @@ def to_tensor(image: Image.Image, image_size: int | None = None) -> "Tensor":
     if (height, width) != (rgb.height, rgb.width):
         rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()  # HxWxC to CxHxW
+
+
+def check_scans(stream: IO[bytes]) -> None:
+    """ValueError if a JPEG has very many scans; what stands in its segments and behind its end is not counted."""
+    stream.seek(0)
+    jpeg, place, n_scans = stream.read(), 2, 0
+    while (found := MARKER.search(jpeg, place)) and found[0][1] != END_OF_IMAGE:
+        n_scans += found[0][1] == START_OF_SCAN
+        if n_scans > MAX_SCANS:
+            raise ValueError(f"a JPEG of more than {MAX_SCANS} scans")
+        place = found.end() + max(2, int.from_bytes(jpeg[found.end() : found.end() + 2], "big"))
 
 
 def _orientation(image: Image.Image) -> Any:

@@ -5,7 +5,11 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
+MAX_STRIPS = 100_000  # of a TIFF, or tiles: Pillow takes 17 µs and 300 bytes for each; large scans have some thousand
+MAX_TAGS = 65_535  # of a BigTIFF: as many as any other TIFF can have
+
 BITS, COMPRESSION, PHOTOMETRIC, PLANAR, PALETTE, SAMPLE_FORMAT = 258, 259, 262, 284, 320, 339
+WIDTH, HEIGHT, SAMPLES, STRIPS, ROWS, TILES, TILE_WIDTH, TILE_HEIGHT = 256, 257, 277, 273, 278, 324, 322, 323
 UNSIGNED = 1
 SAMPLE_FORMATS = {1: "", 2: ", signed", 3: ", floating point"}
 PHOTOMETRICS = {0: ", 0 is white", 1: "", 2: "", 3: ""}
@@ -21,7 +25,11 @@ def tiff_tags(stream: IO[bytes]) -> Tags | None:
     head = stream.read(16)
     tags = None
     if head.startswith(tuple(TiffImagePlugin.PREFIXES)):
-        tags = Tags(head if head[2] == 43 else head[:8])
+        big = head[2] == 43
+        tags = Tags(head if big else head[:8])
+        stream.seek(tags.next)
+        if big and int.from_bytes(stream.read(8), "little") > MAX_TAGS:
+            raise ValueError(f"a TIFF of more than {MAX_TAGS:,} tags")
         stream.seek(tags.next)
         tags.load(stream)
     stream.seek(0)
@@ -29,7 +37,8 @@ def tiff_tags(stream: IO[bytes]) -> Tags | None:
 
 
 def check_tiff(tags: Tags) -> None:
-    """ValueError if a TIFF's samples have no clear reading."""
+    """ValueError if a TIFF's samples have no clear reading, or if it has more strips or tiles than its size needs."""
+    _check_strips(tags)
     if set(tags.get(SAMPLE_FORMAT, ())) - {UNSIGNED} or max(tags.get(BITS, (1,))) > 16:
         raise ValueError(tiff_kind(tags))
     apart = tags.get(PLANAR, 1) == 2 and tags.get(COMPRESSION, 1) == 1
@@ -37,6 +46,22 @@ def check_tiff(tags: Tags) -> None:
         raise ValueError(tiff_kind(tags))
     if tags.get(PHOTOMETRIC) == 3 and 0 < max(tags.get(PALETTE, (0,))) < 256:
         raise ValueError("a TIFF whose palette has 8-bit values where 16-bit ones belong; convert it to 8-bit RGB")
+
+
+def _check_strips(tags: Tags) -> None:
+    """Pillow walks all of them when it opens the file, and decodes those beyond the size again and again."""
+    place = STRIPS if STRIPS in tags else TILES
+    if place not in tags:
+        return
+    packed = tags._tagdata.get(place, b"")  # of at most 8 bytes each, and unpacked only when asked for
+    if len(packed) > 8 * MAX_STRIPS or len(tags[place]) > MAX_STRIPS:
+        raise ValueError(f"a TIFF of more than {MAX_STRIPS:,} strips or tiles")
+    width, height = tags[WIDTH], tags[HEIGHT]
+    size = (width, tags.get(ROWS, height)) if place == STRIPS else (tags[TILE_WIDTH], tags[TILE_HEIGHT])
+    planes = tags.get(SAMPLES, 1) if tags.get(PLANAR, 1) == 2 else 1
+    n, needed = len(tags[place]), -(-width // size[0]) * -(-height // size[1]) * planes
+    if n > needed:
+        raise ValueError(f"a TIFF of {n} strips or tiles, of which it needs {needed}")
 
 
 def tiff_kind(tags: Tags) -> str:

@@ -2,9 +2,10 @@
 
 import io
 import os
+import struct
 
 import pytest
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, TiffImagePlugin
 
 from metilr.collection.collection import BadPhotoError, load_photo
 from metilr.commands.verify import find_fault
@@ -16,10 +17,12 @@ from metilr.data.decode import (
     load_image,
     max_pixels,
     pixels_of,
+    to_tensor,
 )
 from metilr.data.views import Images
 from metilr.errors import UserError
 from tests.hostile import write_hostile_files
+from tests.tiffs import OFFSETS, PLANAR, ROWS, tiff
 
 
 @pytest.fixture(autouse=True)
@@ -78,16 +81,82 @@ def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
             function(file)
 
 
-def test_a_progressive_jpeg_of_thousands_of_scans_is_refused(tmp_path):
+def jpeg(progressive):
     stream = io.BytesIO()
-    Image.effect_noise((64, 64), 50).save(stream, "JPEG", progressive=True)
-    content = stream.getvalue()
-    last = content[content.rindex(b"\xff\xda") : -2]
-    (tmp_path / "many.jpg").write_bytes(content[:-2] + 1000 * last + content[-2:])
-    with pytest.raises(BadImageError, match="more than 100 scans"):
+    Image.effect_noise((64, 64), 50).save(stream, "JPEG", progressive=progressive)
+    return stream.getvalue()
+
+
+COMMENT_OF_AN_END = b"\xff\xfe\0\x04\xff\xd9"
+NO_LENGTH = b"\xff\x01"  # a marker that no length follows
+EMPTY_SCAN = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0"
+
+
+@pytest.mark.parametrize("between", [b"", COMMENT_OF_AN_END, NO_LENGTH])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_of_thousands_of_scans_is_refused(tmp_path, progressive, between):
+    content = jpeg(progressive)
+    scan = content[content.rindex(b"\xff\xda") : -2] if progressive else EMPTY_SCAN
+    (tmp_path / "many.jpg").write_bytes(content[:-2] + 3000 * (between + scan) + content[-2:])
+    with pytest.raises(BadImageError, match="a JPEG of more than 100 scans"):
         load_image(tmp_path / "many.jpg")
-    (tmp_path / "few.jpg").write_bytes(content)
-    assert load_image(tmp_path / "few.jpg").shape == (3, 64, 64)
+    with pytest.raises(BadPhotoError, match="a JPEG of more than 100 scans"):
+        load_photo(io.BytesIO((tmp_path / "many.jpg").read_bytes()))
+    with Image.open(tmp_path / "many.jpg") as image, pytest.raises(ValueError, match="more than 100 scans"):
+        to_tensor(image)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_scans_are_counted_in_the_picture_alone(tmp_path, progressive):
+    """Not in a thumbnail that a segment holds, nor in the film or the second picture behind the end."""
+    content = jpeg(progressive)
+    segment = b"\xff\xe4" + (2 + 2 * 200).to_bytes(2, "big") + 200 * b"\xff\xda"
+    (tmp_path / "a.jpg").write_bytes(content[:2] + segment + content[2:] + content + 200 * EMPTY_SCAN)
+    (tmp_path / "plain.jpg").write_bytes(content)
+    assert load_image(tmp_path / "a.jpg").equal(load_image(tmp_path / "plain.jpg"))
+
+
+@pytest.mark.parametrize(
+    ("height", "rows", "planes", "tile", "needed"),
+    [(7, 1, 1, None, 7), (7, 2, 1, None, 4), (7, 2**32 - 1, 1, None, 1), (7, 1, 3, None, 21), (40, None, 1, 16, 6)],
+)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_tiff_has_no_more_strips_or_tiles_than_its_size_needs(
+    tmp_path, height, rows, planes, tile, needed, compressed
+):
+    def write(n):
+        strips, bits = [bytes(32 * 16)] * n, (8,) * planes
+        more = [(PLANAR, 3, [1 if planes == 1 else 2])] + ([] if rows is None else [(ROWS, 4, [rows])])
+        content = tiff(strips, 32, height, bits, "<", 1 if planes == 1 else 2, compressed, more, tile)
+        (tmp_path / "a.tif").write_bytes(content)
+
+    write(needed)
+    assert load_image(tmp_path / "a.tif").shape == (3, height, 32)
+    write(needed + 1)
+    for function in (load_image, image_shape):
+        with pytest.raises(
+            BadImageError, match=rf"a TIFF of {needed + 1} strips or tiles, of which it needs {needed}\)"
+        ):
+            function(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_tiff_of_a_hundred_thousand_strips_is_refused_before_pillow_walks_them(tmp_path, monkeypatch, n):
+    n *= 100_001
+    more = [(ROWS, 4, [1]), (OFFSETS, 4, [8] * n)]
+    (tmp_path / "a.tif").write_bytes(tiff([bytes(1)], 1, n, more=more))
+    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "_setup", lambda _: pytest.fail("was walked"))
+    with pytest.raises(BadImageError, match="a TIFF of more than 100,000 strips or tiles"):
+        load_image(tmp_path / "a.tif")
+
+
+def test_a_bigtiff_of_very_many_tags_is_refused(tmp_path):
+    Image.new("L", (5, 4), 9).save(tmp_path / "a.tif", big_tiff=True)
+    assert load_image(tmp_path / "a.tif").float().mean() == 9
+    tags = b"".join(struct.pack("<HHQQ", 40_000 + i % 20_000, 4, 1, 7) for i in range(70_000))
+    (tmp_path / "a.tif").write_bytes(b"II" + struct.pack("<HHHQQ", 43, 8, 0, 16, 70_000) + tags + bytes(8))
+    with pytest.raises(BadImageError, match="a TIFF of more than 65,535 tags"):
+        load_image(tmp_path / "a.tif")
 
 
 def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path):
