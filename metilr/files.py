@@ -1,16 +1,16 @@
 """Files that appear whole or not at all, folders for one process at a time; what others wrote, read within limits."""
 
 import contextlib
-import csv
 import errno
 import hashlib
 import io
+import json
 import os
 import re
 import stat
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,10 +23,17 @@ LOCK = ".lock"
 CHUNK = 1 << 20  # bytes hashed at a time
 
 
+def regular(file: Path) -> Path:
+    """The file, to be read; ValueError if it is a folder, a pipe, which would be waited for, or a device."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError("not a regular file")
+    return file
+
+
 def file_sha256(path: Path, report: Callable[[int], None] = lambda done: None) -> str:
     """Return a file's sha256 as 64 hexadecimal digits; ``report`` is called with the bytes read so far."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
             report(file.tell())
@@ -123,7 +130,7 @@ def map_array(file: Path, remedy: str) -> np.memmap:
         OSError: If the disk fails, which is no reason to throw the file away.
     """
     try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
+        return np.load(regular(file), mmap_mode="r", allow_pickle=False)
     except Exception as error:  # NumPy raises many types on damaged headers
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise
@@ -183,69 +190,59 @@ def read_npz(file: Path) -> dict[str, np.ndarray]:
     Raises:
         Exception: Of many types, if it cannot be read, is damaged or something else.
     """
-    if file.is_file() and not zipfile.is_zipfile(file):
+    if not zipfile.is_zipfile(regular(file)):
         raise ValueError("not a .npz file")
     refuse_compressed(file)
     with np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
 
 
-def read_regular(file: Path) -> bytes:
-    """Read a whole file; ValueError if it is a folder, a pipe, which would be waited for, or a device."""
-    if not stat.S_ISREG(file.stat().st_mode):
-        raise ValueError("not a regular file")
-    return file.read_bytes()
+def read_json(file: Path) -> Any:
+    """Read a file as ``parse_json`` does; ValueError too if it is no regular file."""
+    return parse_json(regular(file).read_bytes())
 
 
-def read_csv(file: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
-    """Read a CSV file in UTF-8 that has such columns, others too: its rows, each with the line that it begins in.
-
-    Raises:
-        ValueError: If a column is missing, or a row has too many or too few fields, or is no CSV; says the line.
-        OSError: If it cannot be read.
-    """
-    content = read_regular(file)
+def parse_json(content: bytes) -> Any:
+    """What JSON says; ValueError if it is no JSON, is nested too deep, or an object has a key twice."""
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"line {line}: is not in UTF-8; save it as CSV in UTF-8") from None
-    reader, line, rows = csv.reader(io.StringIO(text, newline=""), strict=True), 1, []
-    try:
-        for cells in reader:
-            rows += [(line, cells)] if cells else []
-            line = reader.line_num + 1
-    except csv.Error as error:
-        remedy = "a quote is left open, or one within a name is not written twice"
-        raise ValueError(f"line {line}: is no CSV ({one_line(error)}): {remedy}") from None
-    header = rows[0][1] if rows else []
-    if any(header.count(column) != 1 for column in columns):
-        raise ValueError(f"its first line must be {','.join(columns)}, each once, with commas between")
-    for line, cells in rows[1:]:
-        if len(cells) != len(header):
-            said = f"{len(cells)} fields where the first line has {len(header)}"
-            raise ValueError(f"line {line}: has {said}; put a name with commas into quotes")
-        if odd := [cell for cell in cells if cell[:1].isspace() and cell.lstrip().startswith('"')]:
-            raise ValueError(f"line {line}: {shown(odd[0])} has a blank before its quote; remove the blank")
-    return [(line, dict(zip(header, cells, strict=True))) for line, cells in rows[1:]]
+        return json.loads(content, object_pairs_hook=_without_repeats)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {shown(twice)} twice: {shown(content)}")
+    return content
 
 
 def read_yaml(file: Path) -> Any:
-    """Read a YAML file of plain values; aliases, a few of which can stand for gigabytes, are refused.
+    """Read a YAML file of plain values; aliases, a few of which can stand for gigabytes, and repeated keys are refused.
 
     Raises:
         ValueError: If it is no such file.
         OSError: If it cannot be read.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = regular(file).read_text(encoding="utf-8")
         if "*" in text and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ValueError("it has aliases; write out what they stand for")
-        return yaml.safe_load(text)
+        return yaml.load(text, _StrictLoader)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # PyYAML's constructors raise nearly any type
         raise ValueError(one_line(error)) from error
+
+
+class _StrictLoader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [str(key.value) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"it has the key {shown(twice[0])} twice; remove one")
+        return super().construct_mapping(node, deep)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@ import errno
 import hashlib
 import multiprocessing
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,28 @@ import numpy as np
 import pytest
 
 from metilr import files
+from metilr.commands.download import Records
+from metilr.data.csv_files import read_csv
+from metilr.data.ground_truth import load_ground_truth
 from metilr.errors import UserError
-from metilr.files import alone_in, file_sha256, new_file, reserve_array, write_atomically
+from metilr.evaluation.results import read_run
+from metilr.extraction.reference_pickle import read_reference_descriptors
+from metilr.extraction.store import DescriptorStore
+from metilr.files import (
+    alone_in,
+    file_sha256,
+    map_array,
+    new_file,
+    read_npz,
+    read_yaml,
+    reserve_array,
+    write_atomically,
+)
+from metilr.retrieval.approximate import ApproximateIndex
+from metilr.retrieval.whitening import PCAWhitening
+from tests.museum import write_museum
+
+RUN = Path(__file__).parent / "fixtures" / "first_edition_run"
 
 
 def no_space(*_):
@@ -179,3 +201,79 @@ def test_a_fork_does_not_hold_it(tmp_path):
     finally:
         worker.kill()
         worker.join()
+
+
+@pytest.fixture
+def at_once():
+    """What waits longer than that waits for ever."""
+
+    def too_long(*_):
+        raise AssertionError("it waits")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def exchange(file: Path, kind: str) -> None:
+    """Put a folder, a pipe or a device in a file's place."""
+    file.unlink(missing_ok=True)
+    {"folder": file.mkdir, "pipe": lambda: os.mkfifo(file), "device": lambda: file.symlink_to("/dev/null")}[kind]()
+
+
+READERS = {
+    "a.yaml": read_yaml, "a.npz": read_npz, "b.npz": PCAWhitening.load, "a.bin": file_sha256,
+    "a.npy": lambda file: map_array(file, "make it again"), "a.pkl": read_reference_descriptors,
+    "manifest.json": lambda file: DescriptorStore(file.parent).manifest(), "downloads.json": Records,
+    "a.csv": lambda file: read_csv(file, ["path"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+@pytest.mark.parametrize("name", READERS)
+def test_only_regular_files_are_read(tmp_path, at_once, name, kind):
+    exchange(tmp_path / name, kind)
+    with pytest.raises(ValueError, match="not a regular file"):
+        READERS[name](tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+@pytest.mark.parametrize("name", ["results.json", "config.yaml", "predictions/test.csv"])
+def test_only_regular_files_of_a_run_are_read(tmp_path, at_once, name, kind):
+    run = Path(shutil.copytree(RUN, tmp_path / "run"))
+    exchange(run / name, kind)
+    with pytest.raises(UserError, match=rf"{name}: cannot be read \(not a regular file\)"):
+        read_run(run)
+
+
+def test_only_regular_files_of_a_museum_and_an_approximate_index_are_read(tmp_path, at_once):
+    root = write_museum(tmp_path / "museum")
+    exchange(root / "ground_truth" / "valset.json", "pipe")
+    with pytest.raises(UserError, match=r"valset\.json: .*not a regular file"):
+        load_ground_truth(root)
+    np.save(tmp_path / "rows.npy", np.eye(3, dtype=np.float32))
+    exchange(tmp_path / "approximate.json", "pipe")
+    with pytest.raises(UserError, match=r"cannot be read \(not a regular file\)"):
+        ApproximateIndex.load(tmp_path, tmp_path / "rows.npy")
+
+
+def test_a_key_that_is_there_twice_is_refused_by_name(tmp_path):
+    root, run = write_museum(tmp_path / "museum"), Path(shutil.copytree(RUN, tmp_path / "run"))
+    for file, was, now in [
+        (root / "ground_truth" / "testset.json", '"MET_id": 41', '"MET_id": 41, "MET_id": 70'),
+        (run / "results.json", '"gap":', '"acc": 1.0, "gap":'),
+        (run / "config.yaml", "seed: 5", "seed: 5\nseed: 6"),
+    ]:
+        text = file.read_text()
+        assert was in text
+        file.write_text(text.replace(was, now, 1))
+        key = {"testset.json": "MET_id", "results.json": "acc", "config.yaml": "seed"}[file.name]
+        with pytest.raises(UserError, match=rf"{file.name}: .*has the key '{key}' twice"):
+            load_ground_truth(root) if file.is_relative_to(root) else read_run(run)
+        file.write_text(text)
+    for name, read in (("manifest.json", READERS["manifest.json"]), ("downloads.json", Records)):
+        (tmp_path / name).write_text('{"a": 1, "b": {"c": 1, "c": 1}}')
+        with pytest.raises(UserError, match=r"the key 'c' twice: \{'c': 1\}"):
+            read(tmp_path / name)

@@ -16,7 +16,7 @@ from metilr.commands.verify import FILES, PartName, check, print_verification
 from metilr.download.archives import ARCHIVES, OFFICIAL, PUBLISHED_IMAGES, Archive, DataSet, unpack
 from metilr.download.fetch import fetch, remote_size
 from metilr.errors import UserError, one_line
-from metilr.files import alone_in, file_sha256, write_atomically
+from metilr.files import alone_in, file_sha256, read_json, write_atomically
 from metilr.progress import byte_progress
 
 PARTS_OF: dict[DataSet, tuple[PartName, ...]] = {
@@ -108,7 +108,7 @@ class Records:
     def __init__(self, file: Path) -> None:
         self.file, self._type = file, pydantic.TypeAdapter(dict[str, Record])
         try:
-            self.of = self._type.validate_json(file.read_bytes()) if file.exists() else {}
+            self.of = self._type.validate_python(read_json(file)) if file.exists() else {}
         except ValueError as error:
             raise UserError(f"{file}: not readable ({one_line(error)}); delete it, then all is checked anew") from None
 

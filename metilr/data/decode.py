@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from metilr.data.pixels import check_tiff, tiff_kind, tiff_tags, to_rgb
 from metilr.errors import UserError
-from metilr.files import named
+from metilr.files import named, regular
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,9 +104,7 @@ def begins_as_image(file: Path) -> bool:
         ValueError: If it is a folder, a pipe or a device.
         OSError: If it cannot be read.
     """
-    if not stat.S_ISREG(file.stat().st_mode):
-        raise ValueError("not a regular file")
-    with file.open("rb", buffering=0) as stream:
+    with regular(file).open("rb", buffering=0) as stream:
         return BEGINNINGS.match(stream.read(18)) is not None
 
 
@@ -121,9 +118,7 @@ def open_image(file: Path | IO[bytes], max_pixels: int) -> Iterator[Image.Image]
     """
     with contextlib.ExitStack() as stack:
         if isinstance(file, Path):
-            if not stat.S_ISREG(file.stat().st_mode):
-                raise ValueError("not a regular file")  # a pipe would be waited for
-            file = stack.enter_context(file.open("rb"))
+            file = stack.enter_context(regular(file).open("rb"))
         if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
             Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit, which would refuse what is allowed here
         bounded: Any = _Bounded(file)

@@ -12,10 +12,10 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
+from metilr.data.csv_files import read_csv
 from metilr.data.decode import FAILING_MACHINE, FORMATS, begins_as_image
 from metilr.data.ground_truth import GroundTruth, is_place_below, is_text, nfc
 from metilr.errors import UserError, shown
-from metilr.files import read_csv
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 RAW_SUFFIXES = frozenset({  # of cameras: TIFF files whose first image is a thumbnail

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from metilr.errors import UserError, one_line, shown
+from metilr.files import parse_json, regular
 from metilr.metrics import DISTRACTOR
 
 DatabaseName = Literal["full", "mini"]
@@ -184,10 +185,10 @@ def _read_entries(file: Path) -> tuple[list[dict[str, Any]], str]:
         names = ", ".join(f"ground_truth/{name}" for name in QUERY_FILES.values())
         layout = f"ground_truth/{DATABASE_FILES['full']} (or {DATABASE_FILES['mini']}), {names} and images/"
         raise UserError(f"{file}: no such file; a data root holds {layout}")
-    content = file.read_bytes()
     try:
-        entries = json.loads(content)
-    except (ValueError, RecursionError) as error:  # also a number with more digits than Python reads
+        content = regular(file).read_bytes()
+        entries = parse_json(content)
+    except ValueError as error:  # also a number with more digits than Python reads
         raise UserError(f"{file}: not valid JSON ({one_line(error)}); download or write it again") from None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{file}: must be a non-empty JSON list of objects")

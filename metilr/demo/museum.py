@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as F
 from metilr.data.visits import PRESETS, VisitStrengths, derive_seed, refuse_bad_seed, simulate_visit
 from metilr.demo import drawing
 from metilr.errors import UserError
-from metilr.files import named
+from metilr.files import named, read_json
 
 VERSION = 2  # raise it with every change that changes a pixel or an annotation
 _MARKER = "demo.json"
@@ -223,7 +223,7 @@ def _write_museum(folder: Path, marker: _Row, plan: _Plan, progress: bool) -> No
 def _read_marker(root: Path) -> _Row | None:
     """Return what a drawn museum's marker says, or None where there is none."""
     try:
-        marker = json.loads((root / _MARKER).read_text(encoding="utf-8"))
+        marker = read_json(root / _MARKER)
     except (OSError, ValueError):
         return None
     return marker if isinstance(marker, dict) and marker.get("kind") == _KIND else None

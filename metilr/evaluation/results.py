@@ -10,11 +10,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
+from metilr.data.csv_files import read_csv
 from metilr.data.decode import MAX_IMAGE_SIZE
 from metilr.data.ground_truth import QUERY_FILES, DatabaseName
 from metilr.errors import UserError, one_line, shown
 from metilr.extraction.options import Precision
-from metilr.files import read_csv, read_yaml, write_atomically
+from metilr.files import parse_json, read_yaml, regular, write_atomically
 from metilr.metrics import DISTRACTOR
 from metilr.models import Engine, PatchRounding, PoolingName
 
@@ -277,7 +278,9 @@ def _readable(file: Path) -> Iterator[None]:
 
 def read_json(file: Path) -> Any:
     """Read a file of JSON, not too deep, with finite numbers and UTF-8; raises ValueError if it is something else."""
-    content = from_json(file.read_bytes(), allow_inf_nan=False)
+    written = regular(file).read_bytes()
+    parse_json(written)  # refuses keys that are there twice, which pydantic does not
+    content = from_json(written, allow_inf_nan=False)
     json.dumps(content, allow_nan=False)  # 1e999 is infinite, too
     return content
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from metilr.errors import UserError, shown
 from metilr.extraction.store import SPLITS, DescriptorStore
-from metilr.files import new_file
+from metilr.files import new_file, regular
 
 KEYS = {"database": "train_descriptors", "val": "val_descriptors", "test": "test_descriptors"}
 PLAIN = re.compile(r"[fiub][1248]|[US][0-9]{1,6}", re.ASCII)  # array types without pointers
@@ -27,7 +27,7 @@ def read_reference_descriptors(file: Path) -> dict[str, np.ndarray]:
     Only NumPy arrays of plain types, containers, strings and numbers are let through.
     """
     try:
-        with Path(file).open("rb") as stream:
+        with regular(Path(file)).open("rb") as stream:
             content = _ArrayUnpickler(_Bounded(stream)).load()
     except OSError:
         raise

@@ -25,7 +25,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from metilr.errors import UserError, one_line
-from metilr.files import LOCK, alone_in, map_array, named, remove_leftovers, reserve_array, write_atomically
+from metilr.files import LOCK, alone_in, map_array, named, read_json, remove_leftovers, reserve_array, write_atomically
 
 SCHEMA: Final = "metilr.descriptors/1"
 SPLITS = ("database", "val", "test")
@@ -124,10 +124,10 @@ class DescriptorStore:
         """What made the descriptors; UserError if the folder is not a store."""
         file = self.path / "manifest.json"
         try:
-            return Manifest.model_validate(json.loads(file.read_bytes()))
+            return Manifest.model_validate(read_json(file))
         except FileNotFoundError:
             raise UserError(f"{self.path}: not a descriptor store (it has no manifest.json)") from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             reason = one_line(error)
             raise UserError(
                 f"{file}: not of the form {SCHEMA} ({reason}); delete {self.path} to make it again"

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from metilr.data.decode import NO_FILE, BadImageError, load_image
 from metilr.distributed import default_workers
 from metilr.extraction.store import settings_fingerprint
-from metilr.files import replaced_file
+from metilr.files import regular, replaced_file
 from metilr.geometry.evidence import OFF, Gate
 from metilr.geometry.verify import NOTHING_IN_COMMON, LocalFeatures, Verification, matching_picture, verify
 from metilr.models import SCALES
@@ -142,7 +142,7 @@ class GeometricCheck:
             status = image.stat()
             name = hashlib.sha256(f"{image.resolve()}\n{status.st_size}\n{status.st_mtime_ns}".encode()).hexdigest()
             file = self.folder / f"{name[:32]}.npz"
-            with contextlib.suppress(Exception), np.load(file) as arrays:  # damage raises many types
+            with contextlib.suppress(Exception), np.load(regular(file)) as arrays:  # damage raises many types
                 return LocalFeatures(arrays["positions"], arrays["descriptors"].astype(np.float32))
             positions, descriptors = self.extractor.extract(load_image(image, self.image_size))
         except BadImageError:

@@ -22,7 +22,7 @@ import faiss
 import numpy as np
 
 from metilr.errors import UserError, one_line
-from metilr.files import file_sha256, map_array, replaced_file, write_atomically
+from metilr.files import file_sha256, map_array, read_json, replaced_file, write_atomically
 from metilr.progress import counted
 from metilr.retrieval.search import Neighbours, check_queries, exact_similarities, norms, ranked, search
 
@@ -89,7 +89,7 @@ class ApproximateIndex:
         again = f"delete {folder} to search exactly, or make the index again"
         rows = map_array(rows_file, again)
         try:
-            note = dict(json.loads((folder / _NOTE).read_text(encoding="utf-8")))
+            note = dict(read_json(folder / _NOTE))
             expected = _note(folder, rows, made_from)
             if {name: note.get(name) for name in expected} != expected:  # FAISS would read what is damaged, too
                 reason = "is damaged, or was made from other descriptors or with other options than are here"
