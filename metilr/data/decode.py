@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import logging
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -50,6 +52,10 @@ FAILING_MACHINE = tuple(
     )
     if hasattr(errno, name)
 )  # fmt: skip
+
+# What Pillow has to say of damaged metadata: an error says what is wrong with an image, by its name.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _max_pixels = int(MAX_MEGAPIXELS * 10**6)
 

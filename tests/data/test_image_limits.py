@@ -3,6 +3,8 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 
 import pytest
 from PIL import EpsImagePlugin, Image, TiffImagePlugin
@@ -22,7 +24,7 @@ from metilr.data.decode import (
 from metilr.data.views import Images
 from metilr.errors import UserError
 from tests.hostile import write_hostile_files
-from tests.tiffs import OFFSETS, PLANAR, ROWS, tiff
+from tests.tiffs import OFFSETS, PLANAR, ROWS, SAMPLES, tiff
 
 
 @pytest.fixture(autouse=True)
@@ -165,3 +167,40 @@ def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path):
         load_image(tmp_path / "a.jpg")
     with pytest.raises(BadPhotoError, match="not a regular file"):
         load_photo(tmp_path / "a.jpg")
+
+
+def damaged_exif(entry):
+    exif = b"Exif\0\0MM" + struct.pack(">HIH", 42, 8, 1) + entry + bytes(4)
+    content = jpeg(False)
+    return content[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + content[2:]
+
+
+@pytest.mark.parametrize("option", ["always", "error"])
+def test_pillow_tells_a_terminal_nothing_of_damaged_metadata(tmp_path, option):
+    """In this process and in others, of what is decoded for all that and of what is refused."""
+    two_values, outside = struct.pack(">HHIHH", 0x112, 3, 2, 1, 1), struct.pack(">HHII", 0x112, 5, 1, 99_999)
+    (tmp_path / "0.jpg").write_bytes(damaged_exif(two_values))
+    (tmp_path / "1.jpg").write_bytes(damaged_exif(outside))
+    (tmp_path / "2.tif").write_bytes(tiff([bytes(6)], 1, 1, (8,) * 6, photometric=2, more=[(SAMPLES, 3, [9999])]))
+    (tmp_path / "run.py").write_text(PROGRAM)
+    told = subprocess.run([sys.executable, "-W", option, "run.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert told.stderr == "" and told.stdout.split() == 2 * ["64", "64", "bad"]
+
+
+PROGRAM = """
+from multiprocessing import get_context
+from pathlib import Path
+from metilr.data.decode import BadImageError, image_shape
+
+def read(name):
+    try:
+        return image_shape(Path(name))[0]
+    except BadImageError:
+        return "bad"
+
+if __name__ == "__main__":
+    names = sorted(path.name for path in Path().glob("?.*"))
+    print(*map(read, names))
+    with get_context("spawn").Pool(1) as pool:
+        print(*pool.map(read, names))
+"""
