@@ -2,19 +2,25 @@
 
 import contextlib
 import logging
+import multiprocessing.queues
 import os
 import re
+import shutil
 import signal
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metilr.errors import UserError, one_line
 
 if TYPE_CHECKING:  # seconds to import, and a command's --help needs none of it
     import pytorch_lightning as pl
+    from torch import Tensor
 
 
 def has_launcher() -> bool:
@@ -63,6 +69,15 @@ def process_as_before() -> Iterator[None]:
             signal.signal(signal.SIGINT, interrupt)
 
 
+UNGUARDED = 64  # exit status of a process that was to describe images, and ran its parent's script
+
+
+def end_if_unguarded() -> None:
+    """End a process that another one has started to work for it, and that runs the other's script from its top."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
+        sys.exit(UNGUARDED)
+
+
 CONTINUE = "finished work is kept, run the same command to continue"
 _GONE = r"Connection closed by peer|Connection reset by peer|Broken pipe|Connection refused|remote process exit"
 # PyTorch's words on GPUs and CPUs, oneDNN's, NumPy's and Python's.
@@ -90,14 +105,17 @@ def faults_in_one_line(less_memory: str | None = None) -> Iterator[None]:
 
 def _reason_in(error: Exception) -> str | None:
     """The last error in another process's traceback that the user can mend; None if there is none."""
+    if getattr(error, "exit_code", None) == UNGUARDED:
+        guard = 'put what it does below if __name__ == "__main__":'
+        return f"several devices: each of their processes runs your script from its top; {guard}"
     text = str(error)
     if of_users := re.findall(r"^metilr\.\S*Error: (.*)$", text, flags=re.MULTILINE):
         return str(of_users[-1])
     if of_disks := re.findall(r"^\w+Error: \[Errno \d+\] (.*)$", text, flags=re.MULTILINE):
         return f"{of_disks[-1]}; {CONTINUE}"
     if worker := re.search(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is )?(.*)", text):
-        how = worker[1].rstrip(". ")
-        return f"a decoding process was ended ({how}); was memory short? Then take fewer num_workers; {CONTINUE}"
+        how, remedy = worker[1].rstrip(". "), f"Then take fewer num_workers; {CONTINUE}"
+        return f"a decoding process was ended ({how}); was memory short, or shared memory (/dev/shm)? {remedy}"
     is_gone = type(error).__name__ == "ProcessExitedException"  # of torch.multiprocessing
     if not isinstance(error, UserError) and (is_gone or re.search(_GONE, text)):
         how = f" ({error})" if is_gone else ""
@@ -175,7 +193,36 @@ def default_workers(n_processes: int) -> int:
     return max(1, min(8, n_cores // n_processes))
 
 
-def leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole group; workers end when their parent does."""
+def start_worker(worker: int) -> None:
+    """What a decoding process does first, as a DataLoader's ``worker_init_fn``.
+
+    Ctrl-C reaches the whole group, and workers end when their parent does. SIGTERM, of a scheduler or of the parent,
+    ends them without a complaint. One that cannot pass its batch on ends, since its parent would wait for ever. Where
+    shared memory is short, as in a container, batches go through pipes, which takes up to three times as long.
+    """
+    import torch
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
+    if free_shared_memory() < LEAST_SHARED_MEMORY:
+        ForkingPickler.register(torch.Tensor, _copied)
+
+
+LEAST_SHARED_MEMORY = 2**30  # bytes; Docker gives a container 64 MB
+
+
+def free_shared_memory() -> int:
+    """Bytes that processes can still share tensors in; as many as one likes where there is no /dev/shm."""
+    return shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else sys.maxsize
+
+
+def _copied(tensor: "Tensor") -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    import torch
+
+    return torch.from_numpy, (tensor.numpy(),)
+
+
+def _end_worker(error: Exception, item: Any) -> None:
+    print(f"a decoding process cannot pass its images on ({one_line(error)})", file=sys.stderr, flush=True)
+    os._exit(1)

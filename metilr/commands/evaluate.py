@@ -13,7 +13,7 @@ from rich.markup import escape
 from metilr.cli import flat, flat_defaults
 from metilr.data.decode import limit_images
 from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_truth
-from metilr.distributed import launched_as_first, quieten_lightning
+from metilr.distributed import end_if_unguarded, launched_as_first, quieten_lightning
 from metilr.errors import UserError
 from metilr.evaluation.database import views_of
 from metilr.evaluation.options import MethodOptions, ReportOptions
@@ -75,6 +75,7 @@ def evaluate(
     from metilr.models.checkpoints import build_model
 
     started = time.perf_counter()
+    end_if_unguarded()
     model, extraction = model or ModelOptions(), extraction or ExtractionOptions()
     method, report = method or MethodOptions(), report or ReportOptions()
     root, output, store = (None if folder is None else Path(folder) for folder in (root, output, store))

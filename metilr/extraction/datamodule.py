@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from metilr.data.decode import BadImageError
 from metilr.data.views import ImageRows, Images
-from metilr.distributed import CONTINUE, leave_signals_to_the_parent
+from metilr.distributed import CONTINUE, start_worker
 from metilr.errors import UserError
 from metilr.extraction.options import BadImages
 from metilr.extraction.store import DescriptorStore, RowWriter, has_unit_length
@@ -166,7 +166,7 @@ class ImageDataModule(LightningDataModule):
         planned: Any = batches  # whole ones, so that it must not batch again
         return DataLoader(
             planned, batch_size=None, collate_fn=partial(decode_batch, self.rows),
-            num_workers=min(self.num_workers, len(batches)), worker_init_fn=leave_signals_to_the_parent,
+            num_workers=min(self.num_workers, len(batches)), worker_init_fn=start_worker,
             pin_memory=pin_memory,
         )  # fmt: skip
 

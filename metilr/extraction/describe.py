@@ -21,6 +21,7 @@ from metilr.data.views import Images, View, images_of
 from metilr.distributed import (
     agree,
     default_workers,
+    end_if_unguarded,
     faults_in_one_line,
     has_launcher,
     hidden,
@@ -70,6 +71,7 @@ def describe_images(
             that is not finite, the store was made with other settings, or a process of the run fails or is killed.
         KeyboardInterrupt: If interrupted; finished work is kept.
     """
+    end_if_unguarded()
     options, console = options or ExtractionOptions(), console or Console(highlight=False)
     settings = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
     sizes = image_sizes(ground_truth)

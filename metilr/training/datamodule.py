@@ -25,7 +25,7 @@ from metilr.data.decode import limit_images
 from metilr.data.ground_truth import load_ground_truth
 from metilr.data.views import images_of
 from metilr.demo import DEMO, make_demo
-from metilr.distributed import agree, default_workers, hidden, leave_signals_to_the_parent
+from metilr.distributed import agree, default_workers, hidden, start_worker
 from metilr.errors import UserError
 from metilr.evaluation.database import exhibit_differences, visit_differences
 from metilr.evaluation.options import VISITS
@@ -109,7 +109,7 @@ class PairDataModule(pl.LightningDataModule):
         return DataLoader(  # of whole batches, so that it must not batch again
             batches, batch_size=None, collate_fn=partial(make_batch, pairs, labels, *views),
             num_workers=0 if options.cache_views else min(self.workers, len(batches)),
-            worker_init_fn=leave_signals_to_the_parent, pin_memory=on_gpu,
+            worker_init_fn=start_worker, pin_memory=on_gpu,
         )  # fmt: skip
 
     @override
@@ -222,7 +222,7 @@ class PairDataModule(pl.LightningDataModule):
             mine: Any = batches[trainer.global_rank :: trainer.world_size]
             loader = DataLoader(
                 mine, batch_size=None, collate_fn=partial(_numbered, views, n_views),
-                num_workers=min(self.workers, len(mine)), worker_init_fn=leave_signals_to_the_parent,
+                num_workers=min(self.workers, len(mine)), worker_init_fn=start_worker,
             )  # fmt: skip
             with agree(trainer), contextlib.closing(store.writer()) as writer:
                 bar = tqdm(loader, "caching views", unit="batch", leave=False, disable=hidden(trainer))

@@ -1,0 +1,63 @@
+"""Decoding processes that can hardly pass on what they decode, and scripts that processes run once more."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from metilr.distributed import faults_in_one_line, start_worker
+
+BATCHES: list[int] = [0, 1, 2, 3]
+
+
+def decoded(number):
+    return torch.full((2, 3), number)
+
+
+class Full:
+    def __reduce__(self):
+        raise OSError(28, "No space left on device", "/dev/shm/torch_1")
+
+
+def never_arrives(number):
+    return Full() if number == 2 else decoded(number)
+
+
+def batches(collate):
+    loader = DataLoader(BATCHES, batch_size=None, collate_fn=collate, num_workers=2, worker_init_fn=start_worker)
+    with faults_in_one_line():
+        return list(loader)
+
+
+@pytest.mark.parametrize(("free", "is_shared"), [(2**40, True), (64 * 2**20, False)])
+def test_batches_arrive_whole_however_little_memory_can_be_shared(monkeypatch, free, is_shared):
+    monkeypatch.setattr("metilr.distributed.free_shared_memory", lambda: free)
+    arrived = batches(decoded)
+    assert [batch.tolist() for batch in arrived] == [[[number] * 3] * 2 for number in BATCHES]
+    assert [batch.is_shared() for batch in arrived] == [is_shared] * 4
+
+
+def test_a_decoding_process_that_cannot_pass_a_batch_on_ends_the_run():
+    command = [sys.executable, "-c", "from tests.test_distributed import *; batches(never_arrives)"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60)
+    assert "No space left on device" in done.stderr
+    assert "shared memory (/dev/shm)? Then take fewer num_workers" in done.stderr.splitlines()[-1]
+
+
+SCRIPT = """
+from metilr import ExtractionOptions, ModelOptions, evaluate
+
+print("begins")
+model = ModelOptions(backbone="timm/test_resnet", weights="random", scales=[1.0])
+evaluate("museum", model=model, extraction=ExtractionOptions(accelerator="cpu", devices=2, num_workers=0))
+"""
+
+
+def test_a_script_that_its_processes_would_run_again_is_told_to_guard_its_main_part(tiny_museum, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1
+    assert 'if __name__ == "__main__":' in done.stderr.splitlines()[-1]
