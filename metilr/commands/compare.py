@@ -1,7 +1,5 @@
 """``metilr compare RUN...``: finished evaluations side by side, with published figures where the row is known."""
 
-import csv
-import io
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
+from metilr.data.csv_files import as_csv
 from metilr.data.ground_truth import NOT_NAMED, QUERY_FILES, load_ground_truth, nfc
 from metilr.errors import UserError
 from metilr.evaluation.results import FIGURES, LEVEL, UNITS, Figures, Run, read_run
@@ -237,17 +236,15 @@ def _with_interval(difference: Difference) -> str:
 
 def _as_csv(runs: Mapping[str, Run], known: Mapping[str, Sequence[Published]]) -> str:
     """One line a run and split, and one a published row; figures in [0, 1]."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    rows: list[dict[str, Any]] = []
     for name, run in runs.items():
         data, knn = run.results.data, run.results.knn
         of_run = {"run": name, "database": data.database, "fingerprint": data.fingerprint}
         for split, figures in run.results.splits.items():
             measured = {"kind": "measured", "split": split, "k": knn.k, "tau": knn.tau}
-            writer.writerow({**figures.model_dump(include=set(FIGURES)), **of_run, **measured})
-        writer.writerows({**vars(row), **of_run, "kind": "published"} for row in known[name])
-    return stream.getvalue()
+            rows.append({**figures.model_dump(include=set(FIGURES)), **of_run, **measured})
+        rows += [{**vars(row), **of_run, "kind": "published"} for row in known[name]]
+    return as_csv([CSV_COLUMNS, *([row.get(column, "") for column in CSV_COLUMNS] for row in rows)])
 
 
 def _as_json(

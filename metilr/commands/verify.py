@@ -1,7 +1,5 @@
 """``metilr verify ROOT``: whether a data root is whole: every image of the ground truth there and readable."""
 
-import csv
-import io
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from metilr.data.csv_files import as_csv
 from metilr.data.decode import MAX_MEGAPIXELS, BadImageError, file_size, image_shape, limit_images, load_image
 from metilr.data.ground_truth import DATABASE_FILES, QUERY_FILES, DatabaseName, file_below, load_ground_truth, nfc
 from metilr.distributed import default_workers
@@ -73,12 +72,8 @@ def verify(
     found = check(Path(root), parts, decode, num_workers, quiet)
     print_verification(Console(highlight=False), found, list)
     if list is not None:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("part", "path", "reason"))
-        for part in found.paths:
-            writer.writerows((part, path, reason) for path, reason in found.faults_of(part).items())
-        write_atomically(Path(list), text.getvalue())
+        rows = ((part, *fault) for part in found.paths for fault in found.faults_of(part).items())
+        write_atomically(Path(list), as_csv([("part", "path", "reason"), *rows]))
     if found.faults:
         sys.exit(1)
 

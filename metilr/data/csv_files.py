@@ -1,12 +1,31 @@
-"""Tables in CSV files, read strictly."""
+"""Tables in CSV files: read strictly, and written so that no spreadsheet takes a name for a formula."""
 
 import csv
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from metilr.errors import one_line, shown
 from metilr.files import regular
+
+# Text that spreadsheets run, or that may begin a line of its own; after apostrophes too, so that one can be taken off.
+_RISKY = re.compile(r"'*[=+\-@\uff1d\uff0b\uff0d\uff20]|.*[\x00-\x1f\x7f-\x9f\u2028\u2029]", re.DOTALL)
+
+
+def as_csv(rows: Iterable[Iterable[object]]) -> str:
+    """Write rows as CSV, risky text behind an apostrophe as OWASP advises; numbers stay as they are."""
+    text = io.StringIO()
+    writer = csv.writer(text)  # lines end in CR LF: with LF alone it would leave a CR within a cell unquoted
+    writer.writerows(
+        [f"'{each}" if isinstance(each, str) and _RISKY.match(each) else each for each in row] for row in rows
+    )
+    return text.getvalue()
+
+
+def original(cell: str) -> str:
+    """The text that ``as_csv`` has written as such a cell."""
+    return cell[1:] if cell.startswith("'") and _RISKY.match(cell[1:]) else cell
 
 
 def read_csv(file: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from metilr.data.csv_files import read_csv
+from metilr.data.csv_files import original, read_csv
 from metilr.data.decode import MAX_IMAGE_SIZE
 from metilr.data.ground_truth import QUERY_FILES, DatabaseName
 from metilr.errors import UserError, one_line, shown
@@ -262,7 +262,10 @@ def _read_answers(file: Path) -> Answers:
             raise ValueError("no predictions")
         ids = [[int(row[name] or DISTRACTOR) for row in rows] for name in ("exhibit_id", "predicted_id")]
         confidence = np.array([float(row["log_confidence"]) for row in rows])
-        paths, (exhibit_ids, predicted_ids) = tuple(row["path"] for row in rows), np.array(ids, dtype=np.int64)
+        paths, (exhibit_ids, predicted_ids) = (
+            tuple(original(row["path"]) for row in rows),
+            np.array(ids, dtype=np.int64),
+        )
         if not all(paths) or np.isnan(confidence).any() or np.min(ids) < DISTRACTOR:
             raise ValueError("a row names no query, an exhibit below 0, or no confidence")
         return Answers(paths, exhibit_ids, predicted_ids, confidence)

@@ -1,7 +1,6 @@
 """The folder of an evaluation: made, locked while the evaluation runs, and filled."""
 
 import contextlib
-import csv
 import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
+from metilr.data.csv_files import as_csv
 from metilr.data.decode import BadImageError, load_image
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.errors import UserError
@@ -209,7 +209,7 @@ def write_answers(output: Path, ground_truth: GroundTruth, recognition: "Recogni
     (output / "predictions").mkdir(exist_ok=True)
     for file in files:
         with named(file), file.open("w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows(_predictions(file.stem, ground_truth, recognition))
+            stream.write(as_csv(_predictions(file.stem, ground_truth, recognition)))
     if recognition.whitening is not None:
         files.append(output / "whitening.npz")
         recognition.whitening.save(files[-1])

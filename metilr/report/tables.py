@@ -16,7 +16,7 @@ METRICS = {"gap": "GAP", "gap_minus": "GAP⁻", "acc": "ACC"}
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "τ": r"$\tau$", "⁻": r"$^-$", "−": r"$-$", "–": "--", "—": "---",
+    "τ": r"$\tau$", "⁻": r"$^-$", "−": r"$-$", "–": "--", "—": "---", "\N{REPLACEMENT CHARACTER}": "?",
 }  # fmt: skip
 
 
@@ -86,11 +86,11 @@ class TextTable:
 
 
 def _markdown(text: str) -> str:
-    return re.sub(r"([\\|*`<\[\]])", r"\\\1", text)
+    return re.sub(r"([\\|*`<\[\]])", r"\\\1", printable(text))
 
 
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in text)
+    return "".join(_LATEX.get(letter, letter) for letter in printable(text))
 
 
 def print_table(console: Console, results: Results) -> None:

@@ -319,3 +319,19 @@ def test_queries_are_the_same_in_another_unicode_form(museum):
         for run, e in zip(map(read_run, (Path("first"), Path("second"))), ("\u00e9.jpg", "e\u0301.jpg"), strict=True)
     )
     assert [each.left_out for each in paired_differences(composed, decomposed, None)] == [None, None]
+
+
+def test_a_run_s_name_runs_no_formula_and_breaks_no_line(museum):
+    hostile, plain = "=1+1\n\x0c\u2028run", "plain"
+    texts = []
+    for name in (hostile, plain):
+        write_run(Path(name), museum, 0)
+        compare(name)
+        texts.append({kind: Path(f"out/comparison.{kind}").read_text() for kind in ("md", "tex", "csv")})
+    for kind in ("md", "tex"):
+        assert len(texts[0][kind].splitlines()) == len(texts[1][kind].splitlines())
+    assert "=1+1\ufffd\ufffd\ufffdrun" in texts[0]["md"] and "=1+1???run" in texts[0]["tex"]
+    with Path("out/comparison.csv").open("w+", newline="") as stream:
+        stream.write(texts[0]["csv"])
+        stream.seek(0)
+        assert {row["run"] for row in csv.DictReader(stream)} == {f"'{hostile}"}

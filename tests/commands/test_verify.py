@@ -95,6 +95,13 @@ def test_a_file_is_found_by_its_name_in_another_unicode_form(tiny_museum, capsys
     assert status == 0 and row(printed, "full") == [8, 8, 0, 0, 0]
 
 
+def test_the_list_runs_no_formula(tiny_museum, tmp_path, capsys):
+    file = tiny_museum / "ground_truth" / "testset.json"
+    file.write_text(file.read_text().replace("test_met/test1.jpg", "=1+1.jpg"))
+    verify(capsys, tiny_museum, "--list", tmp_path / "all.csv")
+    assert (tmp_path / "all.csv").read_text() == "part,path,reason\ntest,'=1+1.jpg,missing\n"
+
+
 def test_a_path_does_not_steer_the_terminal(tiny_museum, capsys):
     file = tiny_museum / "ground_truth" / "testset.json"
     file.write_text(file.read_text().replace("test_met/test1.jpg", r"test_met/\u001b[31m.jpg"))

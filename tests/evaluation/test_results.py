@@ -1,6 +1,7 @@
 """What an evaluation leaves in its folder, and what is read of it."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -228,3 +229,13 @@ def test_predictions_with_a_row_out_of_joint_are_refused_by_line(tmp_path, was, 
     file.write_text(header + ("\n" + rest).replace(was, is_now, 1))
     with pytest.raises(UserError, match=rf"predictions/val\.csv: cannot be read \({said}.*run the evaluation again"):
         read_run(folder)
+
+
+def test_a_name_that_a_spreadsheet_would_run_comes_back_as_it_is(tmp_path):
+    paths = {**TRUTH.paths, "val": ("=cmd|' /C calc'!A0.jpg", "v/1\n@SUM(A1).jpg")}
+    write_answers(tmp_path, dataclasses.replace(TRUTH, paths=paths), a_recognition())
+    with (tmp_path / "predictions" / "val.csv").open(newline="", encoding="utf-8") as stream:
+        assert [row["path"] for row in csv.DictReader(stream)] == [f"'{path}" for path in paths["val"]]
+    shutil.copytree(Path(__file__).parents[1] / "fixtures" / "first_edition_run", tmp_path / "run")
+    shutil.copy(tmp_path / "predictions" / "val.csv", tmp_path / "run" / "predictions" / "val.csv")
+    assert read_run(tmp_path / "run").answers["val"].paths == paths["val"]
