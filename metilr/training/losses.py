@@ -49,6 +49,12 @@ def check_loss(loss: nn.Module, dim: int, n_classes: int) -> None:
         raise UserError(f"{type(loss).__name__}: does not take {what}; {remedy}", "loss") from None
 
 
+def lacks_negatives(loss: nn.Module, n_pairs: int) -> bool:
+    """Whether a batch of so many pairs gives a loss nothing to keep apart: its batch is all it has, or classes too."""
+    has_classes = any(parameter.ndim > 1 for parameter in loss.parameters())  # ArcFace's, a proxy's
+    return n_pairs < 2 and not has_classes and not isinstance(loss, ContrastiveLoss)
+
+
 def pair_figures(
     loss: nn.Module, first: Tensor, second: Tensor, positive: Tensor, labels: tuple[Tensor, Tensor]
 ) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from metilr.models.pooling import Pooling
 from metilr.provenance import commit, library_versions, machine
 from metilr.training import FineTuningOptions
 from metilr.training.datamodule import PairDataModule
-from metilr.training.losses import ContrastiveLoss, check_loss, gather_rows, pair_figures
+from metilr.training.losses import ContrastiveLoss, check_loss, gather_rows, lacks_negatives, pair_figures
 from metilr.training.pairs import PairBatch
 
 P_BOUNDS = (1.0, 10.0)  # 1 is the mean; beyond 10 GeM is next to the maximum and its gradient next to nothing
@@ -36,6 +36,7 @@ class FineTuning(pl.LightningModule):
     def __init__(self, options: FineTuningOptions, seed: int = 0, run_config: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.options, self.run_config, self.resumed = options, dict(run_config or {}), False
+        self.last_batch: PairBatch | None = None
         network = build_backbone(options.backbone, options.weights, options.stage, options.patch_rounding, seed)
         pool = Pooling(options.pooling, options.p, learnable=options.learn_p)
         with torch.random.fork_rng(devices=[]):
@@ -79,6 +80,13 @@ class FineTuning(pl.LightningModule):
         if data.options.cache_views and not self.options.freeze_backbone:
             raise UserError("true: needs a frozen backbone; give freeze_backbone true", "cache_views")
         check_loss(self.loss, self.embedder.dim, data.ground_truth.n_classes)
+        if lacks_negatives(self.loss, data.n_pairs // data.n_batches):
+            what = f"{data.n_pairs} pairs in {data.n_batches} batches leave one with a single pair"
+            remedy = "choose 2 or more, or one that leaves more"
+            raise UserError(
+                f"{data.options.batch_pairs}: {what}, in which {type(self.loss).__name__} has no negative; {remedy}",
+                "batch_pairs",
+            )
         if projector is not None and start != "random" and not self.resumed:
             if start == "learned" and data.options.bad_images == "skip":
                 raise UserError("learned: not with bad_images skip; mend the images, or take pca", "projector_start")
@@ -101,6 +109,17 @@ class FineTuning(pl.LightningModule):
     @override
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the loss of the whole batch, this process's pairs and the others', float32."""
+        loss, figures, n_pairs = self._loss_of(batch)
+        self.last_batch = batch
+        figures = {"loss": loss.detach(), **figures}
+        if self.embedder.pooling.kind == "gem":
+            figures["p"] = self.embedder.pooling.p.detach().mean()
+        self.log_dict({f"train/{name}": value for name, value in figures.items()}, batch_size=n_pairs)
+        self.log("train/epoch_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=n_pairs, prog_bar=True)
+        return loss
+
+    def _loss_of(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor], int]:
+        """The loss, figures beside it and the number of pairs; UserError if the weights make neither any more."""
         if batch.first.shape[1:] == batch.second.shape[1:]:
             views = self.embed(torch.cat([batch.first, batch.second])).chunk(2)
         else:
@@ -114,15 +133,12 @@ class FineTuning(pl.LightningModule):
             else:
                 loss = self.loss(torch.cat([first, second]), torch.cat(labels))
             figures = pair_figures(self.loss, first.detach(), second.detach(), positive, labels)
-        if not torch.isfinite(loss):
-            remedy = "lower lr, or take precision 32; finished epochs are kept"
-            raise UserError(f"the loss is {loss.item()} in epoch {self.current_epoch}: {remedy}")
-        figures = {"loss": loss.detach(), **figures}
-        if self.embedder.pooling.kind == "gem":
-            figures["p"] = self.embedder.pooling.p.detach().mean()
-        self.log_dict({f"train/{name}": value for name, value in figures.items()}, batch_size=len(first))
-        self.log("train/epoch_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(first), prog_bar=True)
-        return loss
+        are_of_unit_length = all(((each.detach().norm(dim=1) - 1).abs() < 0.1).all() for each in (first, second))
+        if not (torch.isfinite(loss) and are_of_unit_length):
+            what = "the loss is not finite" if are_of_unit_length else "the embeddings are not finite, or all zero,"
+            remedy = "choose a lower one, or precision 32; finished epochs are kept"
+            raise UserError(f"{self.options.lr:g}: {what} after step {self.global_step}: {remedy}", "lr")
+        return loss, figures, len(first)
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
@@ -133,6 +149,9 @@ class FineTuning(pl.LightningModule):
     @override
     def on_validation_epoch_start(self) -> None:
         """Describe database and val as the weights are now; the next epoch's pairs are mined in them too."""
+        if self.last_batch is not None:  # else images would be blamed for what its step has made of the weights
+            self._loss_of(self.last_batch)
+            self.last_batch = None
         self.data.describe(self.embedder)
 
     @override

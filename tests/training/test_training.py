@@ -255,6 +255,21 @@ def test_arcface_and_its_classes(capsys):
     assert f"embeddings of size {dim}" in error_of(capsys, *loss, dim + 1, "--model.loss.num_classes", "6")
 
 
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+def test_weights_that_explode_are_told_by_their_step_and_no_image_is_blamed(capsys, precision):
+    wild = ["--model.lr", "1e10", "--model.warmup_steps", "0", "--trainer.precision", precision]
+    message = error_of(capsys, "--output", "out", *wild)
+    assert "--model.lr 1e+10: the " in message and "after step " in message and ".jpg" not in message
+
+
+def test_a_batch_without_a_negative_is_refused(capsys):
+    single = ["--data.pairing", "syn", "--data.batch_pairs", "1"]
+    assert "--data.batch_pairs 1: 8 pairs in 8 batches" in error_of(capsys, "--output", "out", *NTXENT, *single)
+    three = ["--data.anchors_per_epoch", "3", "--data.pairing", "syn", "--data.batch_pairs", "2"]
+    assert "has no negative" in error_of(capsys, "--output", "out", *NTXENT, *three)
+    run("--output", "given", *CONTRASTIVE, *single, "--data.pairing", "syn+neg")  # the pairs themselves are negatives
+
+
 def test_a_finished_run_and_one_of_other_options_are_not_continued(capsys, unfinished):
     message = error_of(capsys, "--output", "out", *TRAINED, "--model.lr", "1")
     assert "other options (lr: 0.001 there, 1.0 now)" in message and "--config out/config.yaml" in message
