@@ -159,15 +159,20 @@ class _Bounded:
 def load_image(path: Path, image_size: int | None = None, limit: int | None = None) -> "Tensor":
     """Decode a file to RGB, uint8 ``(3, H, W)``.
 
-    EXIF orientation is applied; alpha is laid on white; grey, palette and CMYK become RGB; 16-bit grey is
-    scaled to 8 bits. Of an animation the first frame counts.
+    EXIF orientation is applied; what is transparent, in whichever way, is laid on white; grey, palette and CMYK become
+    RGB; grey of 12 and 16 bits and colours of 16 are scaled to 8, and grey whose 0 is white is turned. Of an animation
+    the first frame counts.
+
+    Colours become sRGB by the file's ICC profile (relative colorimetric, with black point compensation). A profile that
+    moves no colour by more than two levels is sRGB: pixels stay as they are. So they do without a profile, and with one
+    that is damaged or made for another kind of pixels.
 
     The longest side is resized to ``image_size`` px, if given (bilinear, antialiased, up or down). A file of more
     pixels than ``limit``, or ``limit_images`` has said, is bad.
 
     Raises:
         BadImageError: If the file is missing, truncated, not an image of a usual kind, too large, or of a kind
-            without a clear 8-bit reading (32-bit float).
+            without a clear 8-bit reading (signed, 32-bit or floating-point pixels).
         OSError: If the disk, not the file, is at fault.
     """
     with _named_if_bad(path), open_image(path, max_pixels() if limit is None else limit) as image:

@@ -1,9 +1,11 @@
-"""What the pixels of an image mean: their depth, sign and polarity, as a file's tags tell them, and transparency."""
+"""What the pixels of an image mean: depth, sign and polarity, as a file's tags tell them, transparency and colours."""
 
+import io
+from functools import lru_cache
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin, TiffImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
 MAX_STRIPS = 100_000  # of a TIFF, or tiles: Pillow takes 17 µs and 300 bytes for each; large scans have some thousand
 MAX_TAGS = 65_535  # of a BigTIFF: as many as any other TIFF can have
@@ -14,6 +16,10 @@ UNSIGNED = 1
 SAMPLE_FORMATS = {1: "", 2: ", signed", 3: ", floating point"}
 PHOTOMETRICS = {0: ", 0 is white", 1: "", 2: "", 3: ""}
 
+GREY = ("1", "L")
+# The modes of pixels that a profile of a colour space can be meant for.
+MODES_OF_SPACES = {"GRAY": ("L", "1"), "RGB ": ("RGB", "P", "YCbCr", "HSV", *GREY), "CMYK": ("CMYK",)}
+WITHIN_SRGB = 2  # levels of 255: the profiles that are called sRGB differ by one
 GREY_STEPS = {"L;2": 85, "L;4": 17}  # between the levels of a PNG of few bits
 
 Tags = TiffImagePlugin.ImageFileDirectory_v2
@@ -74,20 +80,20 @@ def tiff_kind(tags: Tags) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image as 8-bit RGB, what is transparent laid on white; ValueError if its pixels have no clear reading."""
+    """An image as 8-bit sRGB, what is transparent laid on white; ValueError if its pixels have no clear reading."""
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else None
     if tags is not None:
         check_tiff(tags)
     if image.mode == "F":
         raise ValueError("32-bit float pixels have no stated range; convert it to 8-bit RGB")
-    transparent = _transparent_value(image)
+    transparent, profile = _transparent_value(image), image.info.get("icc_profile")
     image.load()
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _scaled_grey(image, tags, transparent)
     elif transparent != image.info.get("transparency"):
         image = image.copy()
         image.info["transparency"] = transparent
-    return _on_white(image) if image.has_transparency_data else image.convert("RGB")
+    return _on_white(image, profile) if image.has_transparency_data else _to_srgb(image, profile)
 
 
 def _transparent_value(image: Image.Image) -> Any:
@@ -117,6 +123,37 @@ def _scaled_grey(image: Image.Image, tags: Tags | None, transparent: Any) -> Ima
     return grey
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+def _on_white(image: Image.Image, profile: Any) -> Image.Image:
+    layered = image.convert("LA" if image.mode in (*GREY, "LA", "La") else "RGBA")
+    colours = _to_srgb(layered.convert(layered.mode[:-1]), profile)
+    colours.putalpha(layered.getchannel("A"))
+    return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
+
+
+def _to_srgb(image: Image.Image, profile: Any) -> Image.Image:
+    """Colours as sRGB; as they are where a profile is damaged, or of another space than the image, as viewers do."""
+    found = _conversion(profile) if isinstance(profile, bytes) else None
+    if found is None or image.mode not in found[0]:
+        return image.convert("RGB")
+    modes, transform = found
+    return transform.apply(image if image.mode == modes[0] else image.convert(modes[0]))
+
+
+@lru_cache(maxsize=32)
+def _conversion(profile: bytes) -> tuple[tuple[str, ...], ImageCms.ImageCmsTransform] | None:
+    """The modes that a profile is for, and how the first becomes sRGB; None if it is sRGB already, or damaged."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        modes = MODES_OF_SPACES[source.profile.xcolor_space]
+        transform = ImageCms.buildTransform(
+            source, ImageCms.createProfile("sRGB"), modes[0], "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )  # fmt: skip
+    except (ImageCms.PyCMSError, OSError, KeyError):
+        return None
+    if modes[0] == "CMYK":
+        return modes, transform
+    steps = np.linspace(0, 255, 9).round().astype(np.uint8)
+    samples = Image.fromarray(np.stack(np.meshgrid(steps, steps, steps), -1).reshape(27, 27, 3)).convert(modes[0])
+    moved = np.asarray(transform.apply(samples)).astype(int) - np.asarray(samples.convert("RGB"))
+    return (modes, transform) if np.abs(moved).max() > WITHIN_SRGB else None

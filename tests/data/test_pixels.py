@@ -7,10 +7,21 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from metilr.data.decode import BadImageError, load_image, to_tensor
-from tests.tiffs import EXTRA, PALETTE, PLANAR, SAMPLE_FORMAT, packed, tiff
+from tests.profiles import (
+    ADOBE_RGB,
+    D50,
+    DISPLAY_P3,
+    SRGB,
+    cmyk_profile,
+    grey_profile,
+    rgb_profile,
+    srgb_levels,
+    xyz_of_lab,
+)
+from tests.tiffs import EXTRA, PALETTE, PLANAR, PROFILE, SAMPLE_FORMAT, packed, tiff
 
 DEPTHS, ORDERS = (1, 2, 4, 8, 12, 16), ("<", ">")
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
@@ -216,3 +227,84 @@ def test_integers_without_a_file_have_16_bits_or_are_refused(values):
     else:
         with pytest.raises(ValueError, match="grey values outside 0 to 65535; convert"):
             to_tensor(image)
+
+
+def with_profile(folder, image, kind, profile):
+    image.save(folder / f"a.{kind}", icc_profile=profile, **({"lossless": True} if kind == "webp" else {}))
+    return pixels(folder / f"a.{kind}")
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "webp"])
+@pytest.mark.parametrize(("colorants", "gamma"), [(ADOBE_RGB, 563 / 256), (DISPLAY_P3, 1.8), (SRGB, 2.2)])
+def test_a_colour_profile_is_converted_to_srgb(tmp_path, kind, colorants, gamma):
+    stored = colours(8).astype(np.uint8)
+    read = with_profile(tmp_path, Image.fromarray(stored), kind, rgb_profile(colorants, gamma))
+    right = srgb_levels((stored / 255) ** (round(256 * gamma) / 256) @ colorants.T)
+    assert np.abs(read - right).max() <= 1 and np.abs(right - stored).max() > 5
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_a_profile_of_grey(tmp_path, deep, alpha):
+    stored = np.arange(256, dtype=np.uint8)[None]
+    image = Image.fromarray(stored.astype(np.uint16) * 257 if deep else stored)
+    options = {"transparency": 257 * 9 if deep else 9} if alpha else {}
+    image.save(tmp_path / "a.png", icc_profile=grey_profile(1.8), **options)
+    right = srgb_levels((stored / 255)[..., None] ** (round(256 * 1.8) / 256) * D50)
+    if alpha:
+        right[0, 9] = 255
+    assert np.abs(pixels(tmp_path / "a.png") - right).max() <= 2
+
+
+def test_a_grey_picture_of_a_colour_profile(tmp_path):
+    stored = np.arange(256, dtype=np.uint8)[None]
+    read = with_profile(tmp_path, Image.fromarray(stored), "png", rgb_profile(SRGB, 1.8))
+    assert np.abs(read - srgb_levels((stored / 255)[..., None] ** (461 / 256) * D50)).max() <= 1
+
+
+def test_a_profile_of_inks(tmp_path):
+    rng = np.random.default_rng(0)
+    lab = np.concatenate([rng.uniform(30, 80, (16, 1)), rng.uniform(-25, 25, (16, 2))], axis=1)
+    lab[0], lab[1::2] = (100, 0, 0), (0, 0, 0)  # paper, and black over whatever else
+    inks = np.array([[[255 * (i >> bit & 1) for bit in (3, 2, 1, 0)] for i in range(16)]], np.uint8)
+    read = with_profile(tmp_path, Image.fromarray(inks, "CMYK"), "tif", cmyk_profile(lab))
+    assert np.abs(read - srgb_levels(xyz_of_lab(lab))).max() <= 2
+
+
+def test_colours_are_converted_before_they_are_laid_on_white(tmp_path):
+    stored = np.array([[[200, 40, 90, 51]]], np.uint8)
+    read = with_profile(tmp_path, Image.fromarray(stored), "png", rgb_profile(ADOBE_RGB, 563 / 256))
+    right = 0.2 * srgb_levels((stored[..., :3] / 255) ** (563 / 256) @ ADOBE_RGB.T) + 0.8 * 255
+    assert np.abs(read - right).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+        b"no profile",
+        rgb_profile(ADOBE_RGB, 2)[:200],
+        cmyk_profile(np.full((16, 3), 50)),
+        grey_profile(1.8),
+    ],
+    ids=["sRGB", "no profile", "cut short", "of inks", "of grey"],
+)
+def test_srgb_keeps_its_pixels_and_a_profile_that_does_not_fit_counts_for_nothing(tmp_path, capfd, profile):
+    stored = colours(8).astype(np.uint8)
+    np.testing.assert_array_equal(with_profile(tmp_path, Image.fromarray(stored), "png", profile), stored)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_tiffs_profile_of_another_type_counts_for_nothing(tmp_path):
+    content = tiff([bytes([70])], 1, 1, more=[(PROFILE, SHORT, [1, 2, 3])])
+    assert pixels(tmp_path / "a.tif", content).tolist() == [[[70] * 3]]
+
+
+def test_a_jpeg_with_a_profile_and_an_image_that_is_handed_over(tmp_path):
+    profile = rgb_profile(DISPLAY_P3, 2.2)
+    Image.new("RGB", (16, 16), (200, 90, 60)).save(tmp_path / "a.jpg", icc_profile=profile, quality=100, subsampling=0)
+    with Image.open(tmp_path / "a.jpg") as image:
+        stored = np.asarray(image.convert("RGB"))
+        right = srgb_levels((stored / 255) ** (563 / 256) @ DISPLAY_P3.T)
+        assert np.abs(to_tensor(image).permute(1, 2, 0).numpy() - right).max() <= 1
+    assert np.abs(pixels(tmp_path / "a.jpg") - right).max() <= 1
