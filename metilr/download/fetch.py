@@ -6,12 +6,13 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import filelock
 import requests
 
 from metilr.errors import UserError, one_line
-from metilr.files import file_sha256, named
+from metilr.files import file_sha256, named, read_json, write_atomically
 from metilr.progress import printable
 
 MOST = 10_000_000_000  # bytes of a download of which nobody tells the size
@@ -82,7 +83,10 @@ class _Refused(Exception):
 def _receive(url: str, part: Path, size: int | None, report: Callable[[int, int | None], None]) -> float | None:
     """One attempt; returns None when the file is whole, else the seconds that the server asks to wait, 0 for any."""
     version_file = _version_of(part)
-    begun = json.loads(version_file.read_text()) if version_file.exists() and part.exists() else {}
+    begun: dict[str, Any] = {}
+    if part.exists():
+        with contextlib.suppress(OSError, ValueError):  # without a note that can be read it begins anew
+            begun = read_json(version_file)
     have = part.stat().st_size if begun.get("url") == url and begun.get("version") else 0
     headers = {**HEADERS, "Range": f"bytes={have}-", "If-Range": begun["version"]} if have else HEADERS
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
@@ -107,7 +111,7 @@ def _receive(url: str, part: Path, size: int | None, report: Callable[[int, int 
         if size is not None and total not in (None, size):
             raise _Refused(f"the server announces {total:,} bytes, the published file has {size:,}")
         most = size or total or MOST
-        version_file.write_text(json.dumps({"url": url, "version": version}))
+        write_atomically(version_file, json.dumps({"url": url, "version": version}))
         with part.open("ab" if continued else "wb") as file:
             for chunk in response.iter_content(1 << 16):
                 have += len(chunk)

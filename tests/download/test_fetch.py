@@ -65,6 +65,13 @@ def test_a_file_arrives_whole(client):
     assert client() == CONTENT and len(client.server.requests) == 1  # it is there
 
 
+def test_a_part_whose_note_was_cut_short_begins_anew(client):
+    client.break_off()
+    [note] = [file for file in client.path.parent.iterdir() if file.name not in (f"{NAME}.part", f"{NAME}.part.lock")]
+    note.write_text("")
+    assert client() == CONTENT and client.ranges()[-1] is None
+
+
 def test_an_empty_file_and_one_without_a_length(client):
     client.server.files[NAME] = b""
     assert client() == b""
