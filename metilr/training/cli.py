@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from metilr.cli import Parser, refuse_unknown
+from metilr.cli import Parser, check_config, refuse_unknown
 from metilr.distributed import end_with_parent, has_launcher, is_first_process, process_as_before, quieten_lightning
 from metilr.errors import UserError
 from metilr.training import FineTuningOptions, PairOptions, RunOptions
@@ -81,6 +81,10 @@ def _train(parser: Any, args: Sequence[str]) -> None:
     from metilr.training.run import check_trainer_options, run
 
     refuse_unknown(parser, args)
+    for arg, following in zip(args, (*args[1:], ""), strict=True):
+        option, _, file = arg.partition("=")
+        if option in ("-c", "--config") and (file or following):
+            check_config(file or following)
     config = parser.parse_args(args)
     check_trainer_options(config.trainer)
     options = RunOptions(**{field.name: config[field.name] for field in fields(RunOptions)})

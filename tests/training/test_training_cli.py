@@ -121,3 +121,13 @@ def test_a_file_may_name_a_class_of_one_s_own(tmp_path, monkeypatch):
     assert yaml.safe_load(Path("out/config.yaml").read_text())["model"]["loss"]["class_path"] == "own_losses.Loss"
     assert Path("out/finished").exists()
     del sys.modules["own_losses"]
+
+
+@pytest.mark.parametrize("option", [("--config", "a.yaml"), ("-c", "a.yaml"), ("--config=a.yaml",)])
+def test_options_in_a_file_are_read_as_strictly_as_those_of_an_evaluation(capsys, option):
+    for text, said in (("output: a\noutput: b\n", "the key 'output' twice"), ("a: &a [1]\nb: *a\n", "it has aliases")):
+        Path("a.yaml").write_text(text)
+        with pytest.raises(SystemExit):
+            train(*option)
+        error = capsys.readouterr().err
+        assert error.startswith("train.py: error: --config a.yaml: cannot be read as YAML") and said in error
