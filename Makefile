@@ -47,15 +47,15 @@ audit: .venv-tools/.installed $(VENV)/.installed-dev
 
 # A stamp per set of extras, renewed when pyproject.toml changes: a second run installs nothing.
 $(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[demo,serve,openvino]'
+	$(BIN)/python -m pip install -q -e '.[demo,serve,openvino,heic]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[demo,serve,openvino,dev]'
+	$(BIN)/python -m pip install -q -e '.[demo,serve,openvino,heic,dev]'
 	@touch $@ $(VENV)/.installed-demo
 
 .venv-lowest/.installed: pyproject.toml tests/lowest.txt | .venv-lowest/bin/python
-	.venv-lowest/bin/python -m pip install -q -e '.[demo,serve,openvino,dev]' -c tests/lowest.txt
+	.venv-lowest/bin/python -m pip install -q -e '.[demo,serve,openvino,heic,dev]' -c tests/lowest.txt
 	@touch $@
 
 .venv-tools/.installed: | .venv-tools/bin/python

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from metilr.collection.identify import data_uri
 from metilr.collection.threshold import Identified, PhotoOptions, Threshold, collection_document
-from metilr.data.decode import BadImageError
+from metilr.data.decode import HEIF, BadImageError, formats
 from metilr.errors import UserError
 from metilr.progress import printable
 
@@ -132,8 +132,14 @@ def build_app(
 
     app = FastAPI(title="metilr", docs_url=None, redoc_url=None, openapi_url=None)
     templates = jinja2.Environment(loader=jinja2.PackageLoader("metilr.collection"), autoescape=True)
+    # A phone that is told that HEIC is wanted sends it; else it makes a JPEG of it.
+    accept = "image/*,.avif,.heic,.heif" if HEIF in formats() else "image/*"
     page = templates.get_template("serve.html").render(
-        collection=collection, threshold=threshold, max_bytes=max_bytes, max_megapixels=max_pixels / 10**6
+        collection=collection,
+        threshold=threshold,
+        max_bytes=max_bytes,
+        max_megapixels=max_pixels / 10**6,
+        accept=accept,
     )
     one_at_a_time = threading.Lock()  # a photo decoded and in the model takes up to a gigabyte
 

@@ -7,11 +7,13 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError, features
 
 from metilr.data.pixels import check_tiff, tiff_kind, tiff_tags, to_rgb
 from metilr.errors import UserError
@@ -20,14 +22,16 @@ from metilr.files import named, regular
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # Pillow knows more, and some of them start programs
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # always; Pillow knows more, and some of them start programs
 # How files of these begin; a BMP's "BM" alone could begin a text, so the size of its header is looked at too.
 BEGINNINGS = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP|II[*+]\0|MM\0[*+]|BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0{3}|GIF8[79]a",
     re.DOTALL,
 )
+AVIF, HEIF = "AVIF", "HEIF"
+ISO_MEDIA = re.compile(rb".{4}ftyp(?:(avi[fs])|hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)  # AVIF, or HEIC or either
 # Formats whose header tells the size of what is decoded. Pillow turns TIFF itself.
-HEADER_TELLS_SIZE = ("JPEG", "MPO", "PNG", "WEBP")
+HEADER_TELLS_SIZE = ("JPEG", "MPO", "PNG", "WEBP", AVIF, HEIF)
 MAX_MEGAPIXELS = 180.0  # the largest cameras take 150 at once; decoded, that is half a gigabyte a process
 MAX_PHOTO_MEGAPIXELS = 50.0  # phones take 12 to 50; decoded, that is 150 MB
 MAX_IMAGE_SIZE = 16_384  # px that an image is resized to: the longest side of one of 180 megapixels is not much longer
@@ -54,7 +58,7 @@ FAILING_MACHINE = tuple(
 )  # fmt: skip
 
 # What Pillow has to say of damaged metadata: an error says what is wrong with an image, by its name.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=UserWarning, module=r"(PIL|pillow_heif)\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _max_pixels = int(MAX_MEGAPIXELS * 10**6)
@@ -111,7 +115,27 @@ def begins_as_image(file: Path) -> bool:
         OSError: If it cannot be read.
     """
     with regular(file).open("rb", buffering=0) as stream:
-        return BEGINNINGS.match(stream.read(18)) is not None
+        head = stream.read(18)
+        return BEGINNINGS.match(head) is not None or _iso_media(head) in formats()
+
+
+@lru_cache(maxsize=1)
+def formats() -> tuple[str, ...]:
+    """The formats that are read here: AVIF where Pillow was built with it, HEIC with the extra ``heic``."""
+    found: tuple[str, ...] = FORMATS
+    if features.check("avif"):
+        found += (AVIF,)
+    if find_spec("pillow_heif"):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        found += (HEIF,)
+    return found
+
+
+def _iso_media(head: bytes) -> str | None:
+    found = ISO_MEDIA.match(head)
+    return None if found is None else AVIF if found[1] else HEIF
 
 
 @contextlib.contextmanager
@@ -132,10 +156,13 @@ def open_image(file: Path | IO[bytes], max_pixels: int) -> Iterator[Image.Image]
         if tags is not None:
             check_tiff(tags)
         try:
-            image = stack.enter_context(Image.open(bounded, formats=FORMATS))
+            image = stack.enter_context(Image.open(bounded, formats=formats()))
         except UnidentifiedImageError:
             if tags:
                 raise ValueError(tiff_kind(tags)) from None
+            bounded.seek(0)
+            if _iso_media(bounded.read(18)) in {AVIF, HEIF}.difference(formats()):
+                raise ValueError("a HEIC or AVIF photo: pip install 'metilr[heic]' or convert it") from None
             raise
         except Image.DecompressionBombError:
             raise TooManyPixels(max_pixels) from None

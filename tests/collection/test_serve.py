@@ -72,6 +72,16 @@ def send(client, content: bytes, name: str = "photo.jpg"):
     return client.post("/identify", files={"photo": (name, content)})
 
 
+@pytest.mark.parametrize(
+    ("read", "accept"), [(("JPEG", "AVIF"), "image/*"), (("JPEG", "AVIF", "HEIF"), "image/*,.avif,.heic,.heif")]
+)
+def test_the_page_asks_for_heic_where_it_is_read(indexed, monkeypatch, read, accept):
+    """An iPhone that is asked for it sends it, and makes a JPEG of it where it is not."""
+    monkeypatch.setattr("metilr.collection.serve.formats", lambda: read)
+    page = client_of(app_of(store=indexed / "index", threshold=-3.0)).get("/").text
+    assert f'name="photo" accept="{accept}">' in page
+
+
 def test_an_upload_gets_the_collection_s_answer(client, indexed):
     response = send(client, (indexed / "museum" / "9" / "2.jpg").read_bytes())
     answer = response.json()

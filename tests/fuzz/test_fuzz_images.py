@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from metilr.collection.collection import BadPhotoError, load_photo
 from metilr.data.decode import BadImageError, image_shape, load_image
@@ -43,6 +43,7 @@ def seeds():
         "jpeg tiff": encoded(rgb, "TIFF", compression="jpeg"),
         "float tiff": encoded(Image.fromarray(NOISE[..., 0].astype(np.float32)), "TIFF"),
         "bmp": encoded(rgb, "BMP"),
+        **({"avif": encoded(rgb, "AVIF")} if features.check("avif") else {}),
         "gif": encoded(palette, "GIF", save_all=True, append_images=[palette.rotate(90)]),
     }
 
@@ -51,7 +52,7 @@ SEEDS = seeds()
 TOKENS = (
     b"\xff\xda", b"\xff\xc2", b"\xff\xd8", b"\xff\xd9", b"\xff\xff", b"IHDR", b"IDAT", b"IEND", b"PLTE", b"tRNS",
     b"VP8X", b"ANMF", b"RIFF", b"II*\0", b"MM\0*", b"BM", b"GIF89a", b"\x00;", b"%!PS", b"\x7f\xff\xff\xff",
-    b"\xff\xff\xff\xff", b"\0\0\0\0", b"Exif\0\0",
+    b"\xff\xff\xff\xff", b"\0\0\0\0", b"Exif\0\0", b"ispe", b"ftyp",
 )  # fmt: skip
 
 
