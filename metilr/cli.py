@@ -3,29 +3,28 @@
 A parameter that is a dataclass stands for its fields: options of their own names, in a group of the help.
 """
 
-import contextlib
+import argparse
 import dataclasses
-import difflib
 import importlib
 import inspect
 import os
 import re
-import signal
 import sys
-import threading
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from metilr import __version__
-from metilr.errors import UserError, one_line, shown
-from metilr.files import read_yaml
+from metilr.distributed import CONTINUE, sigterm_as_interrupt
+from metilr.errors import UserError, did_you_mean, shown
+from metilr.files import check_config
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # as shells have it
 SUBCOMMANDS = {  # where each is within metilr, and its summary, which --help prints without importing it
     "evaluate": ("commands.evaluate:evaluate", "Measure how well a model recognises exhibits: GAP, GAP⁻ and ACC."),
     "train": ("training.cli:train", "Fine-tune a model, also on a museum's own catalogue images alone."),
@@ -141,8 +140,42 @@ def options_of(function: Callable[..., Any], options: Mapping[str, Any]) -> dict
     return _checked(function, parser.parse_object(dict(options)).as_dict())
 
 
+class Help(DefaultHelpFormatter):
+    """Help without types, which choices and sentences tell, and without a second form of an option."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default = action.default
+        if action.dest == "print_config":
+            return "Print all options as YAML, and stop."
+        if not action.option_strings or default in (None, argparse.SUPPRESS, []):
+            return action.help or ""
+        if isinstance(default, (list, tuple)):
+            default = " ".join(f"{each:.4g}" if isinstance(each, float) else str(each) for each in default)
+        elif isinstance(default, bool):
+            default = str(default).lower()
+        elif isinstance(default, dict):  # of a class
+            default = default["class_path"].rpartition(".")[2]
+        return f"{action.help or ''} (default: {default})"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = ", ".join(name for name in action.option_strings if not name.endswith("+"))
+        value = "" if action.nargs == 0 else self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{names} {value}"
+
+    def _format_usage(self, usage: Any, actions: Iterable[argparse.Action], *_: Any) -> str:
+        """Name what must be given; the options follow, and would fill a screen here."""
+        needed = [action.dest.upper() for action in actions if not action.option_strings]
+        return f"usage: {self._prog} {' '.join([*needed, '[options]'])}\n\n"
+
+
 class Parser(ArgumentParser):
     """The commands' parser: what is wrong is a ``UserError``."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**{"formatter_class": Help, "default_env": False, **how})
+        self.allow_abbrev = False  # a config or a script with half a name would break with the next option
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what an option has said about its value, or else what jsonargparse says, in one line."""
@@ -155,8 +188,7 @@ class Parser(ArgumentParser):
 
 def _parser(function: Callable[..., Any], prog: str | None = None) -> Any:
     description = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
-    parser = Parser(prog=prog, description=description, default_env=False)
-    parser.allow_abbrev = False  # a config or a script with half a name would break with the next option
+    parser: Any = Parser(prog=prog, description=description)
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -1e-5 for an option
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; later ones win.")
     groups = _groups(function)
@@ -220,17 +252,6 @@ def _unknown(option: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown option {option[:60]}{did_you_mean(option, known)}; --help lists them")
 
 
-def check_config(file: str) -> Mapping[str, Any]:
-    """Read a YAML file of options, or refuse it."""
-    try:
-        content = read_yaml(Path(file))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as YAML ({one_line(error)})", "config") from None
-    if not isinstance(content, dict) or "config" in content:
-        raise UserError(f"{file}: must hold options, one a line, each as NAME: VALUE, and config none", "config")
-    return content
-
-
 def _check_names(parser: Any, options: Mapping[str, Any]) -> None:
     """Refuse unknown options of a file, and what is no list where one is due."""
     known = {action.dest: action for action in parser._actions if hasattr(action, "_typehint")}
@@ -251,19 +272,12 @@ def _checked(function: Callable[..., Any], options: dict[str, Any]) -> dict[str,
     return options
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return the names nearest to a wrong one, as a remark in brackets after it; empty if none is near."""
-    bare = {known.lstrip("-"): known for known in names}  # two dashes are no likeness
-    near = [bare[match] for match in difflib.get_close_matches(name.lstrip("-"), list(bare), n=2)]
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
-
-
 def _run(call: Callable[[str], Any], prog: str | None) -> None:
     prog = prog or Path(sys.argv[0]).name
     # Before PyTorch loads OpenMP: threads that wait by spinning slow down a busy machine many times over.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        with _sigterm_as_interrupt():
+        with sigterm_as_interrupt():
             call(prog)
     except UserError as error:
         _fail(prog, str(error) if error.parameter is None else f"--{error.parameter} {error.message}")
@@ -273,26 +287,13 @@ def _run(call: Callable[[str], Any], prog: str | None) -> None:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        _fail(prog, f"{where}{error.strerror}; finished work is kept, run the same command to continue")
-    except KeyboardInterrupt:
-        _fail(prog, "interrupted; finished work is kept, run the same command to continue")
+        _fail(prog, f"{where}{error.strerror}; {CONTINUE}")
+    except KeyboardInterrupt as error:
+        _fail(prog, f"interrupted; {str(error) or CONTINUE}", EXIT_INTERRUPTED)
 
 
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Schedulers stop a run with SIGTERM: let it end as by Ctrl-C, instead of in Lightning's own handler."""
-    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _fail(prog: str, message: str) -> NoReturn:
+def _fail(prog: str, message: str, status: int = EXIT_USER_ERROR) -> NoReturn:
     # A hostile file's own words may be in it: none of them is to move a terminal's cursor.
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
     print(f"{prog}: error: {line}", file=sys.stderr)
-    sys.exit(EXIT_USER_ERROR)
+    sys.exit(status)

@@ -1,7 +1,9 @@
 """The one exception that stands for a user's mistake, and how its text quotes what a file says."""
 
+import difflib
 import reprlib
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -26,6 +28,13 @@ def one_line(error: Exception) -> str:
     """What an error says, in a line, without what a file might have put into it at length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return the names nearest to a wrong one, as a remark in brackets after it; empty if none is near."""
+    bare = {known.lstrip("-"): known for known in names}  # two dashes are no likeness
+    near = [bare[match] for match in difflib.get_close_matches(name.lstrip("-"), list(bare), n=2)]
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def shown(value: object) -> str:

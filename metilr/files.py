@@ -10,7 +10,7 @@ import re
 import stat
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -243,6 +243,17 @@ class _StrictLoader(yaml.SafeLoader):
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise ValueError(f"it has the key {shown(twice[0])} twice; remove one")
         return super().construct_mapping(node, deep)
+
+
+def check_config(file: str) -> Mapping[str, Any]:
+    """Read a YAML file of options, or refuse it."""
+    try:
+        content = read_yaml(Path(file))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as YAML ({one_line(error)})", "config") from None
+    if not isinstance(content, dict) or "config" in content:
+        raise UserError(f"{file}: must hold options, one a line, each as NAME: VALUE, and config none", "config")
+    return content
 
 
 @contextlib.contextmanager

@@ -56,10 +56,10 @@ def called_with(command):
 def failure(command, capsys):
     """What a command line fails with: one line, status 2, and nothing was called."""
 
-    def fail(*args, function=None):
+    def fail(*args, function=None, status=2):
         with pytest.raises(SystemExit) as caught:
             run_command(function or command, [str(arg) for arg in args])
-        assert caught.value.code == 2
+        assert caught.value.code == status
         printed = capsys.readouterr()
         assert printed.out == "" and printed.err.count("\n") == 1 and printed.err.endswith("\n")
         assert ": error: " in printed.err
@@ -197,7 +197,6 @@ def test_config_that_cannot_be_read(failure, tmp_path):
     [
         (UserError("--k 9:\n too large"), "--k 9: too large"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.npy"), "x.npy: No space left on device; finished work is"),
-        (KeyboardInterrupt(), "interrupted; finished work is kept"),
     ],
 )
 def test_errors_of_the_function_end_in_one_line(failure, error, said):
@@ -206,6 +205,14 @@ def test_errors_of_the_function_end_in_one_line(failure, error, said):
         raise error
 
     assert failure(function=broken).startswith(said)
+
+
+def test_ctrl_c_has_the_status_that_shells_give_it(failure):
+    def broken() -> None:
+        """Break."""
+        raise KeyboardInterrupt
+
+    assert failure(function=broken, status=130).startswith("interrupted; finished work is kept")
 
 
 @pytest.mark.parametrize("error", [ValueError("a defect"), OSError("no number")])
@@ -234,6 +241,18 @@ def test_help_is_complete(capsys):
     for group in ("The model", "How images are read", "How descriptors are compared", "The report"):
         assert f"\n{group}" in words
     assert "Measure how well a model recognises exhibits" in words and "--config" in words
+    assert words.startswith("usage: ") and words.splitlines()[0].endswith(" [options]") and not words.splitlines()[1]
+    assert words.count("stop,skip") == 1 and "Literal" not in words
+
+
+def test_the_help_of_train_teaches_and_begins_with_the_data(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 150
+    places = [next(i for i, line in enumerate(lines) if f"--{name}" in line) for name in ("data.", "model.", "output")]
+    assert places == sorted(places) and "nn.Module" not in " ".join(lines)
 
 
 def test_metilr_lists_its_subcommands_by_the_first_lines_of_their_docstrings(capsys):

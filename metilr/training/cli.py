@@ -27,16 +27,13 @@ OPTIONS = {  # of whatever names a parameter in an error
 
 def make_parser(prog: str, for_help: bool = False) -> Any:
     """Make the parser; one for help alone needs neither PyTorch nor Lightning, which take seconds to import."""
-    parser: Any = Parser(
-        prog=prog, description="Fine-tune a model on pairs of views. Without options: on the demo museum.",
-        default_env=False,
-    )  # fmt: skip
-    parser.allow_abbrev = False  # a config or a script with half a name would break with the next option
+    description = "Fine-tune a model on pairs of views. Without options: on the demo museum."
+    parser: Any = Parser(prog=prog, description=description)
     parser.add_argument("-c", "--config", action="config", help="YAML file with any of the options; later ones win.")
-    parser.add_class_arguments(RunOptions, None)
     if for_help:
-        parser.add_class_arguments(FineTuningOptions, "model")
         parser.add_class_arguments(PairOptions, "data")
+        parser.add_class_arguments(FineTuningOptions, "model")
+        parser.add_class_arguments(RunOptions, None)
         parser.add_argument_group("Lightning's trainer", TRAINER)
         return parser
     from pytorch_lightning import Trainer
@@ -46,8 +43,9 @@ def make_parser(prog: str, for_help: bool = False) -> Any:
     class WithLoss(FineTuningOptions):
         loss: nn.Module | None = None
 
-    parser.add_class_arguments(WithLoss, "model", fail_untyped=False)
     parser.add_class_arguments(PairOptions, "data")
+    parser.add_class_arguments(WithLoss, "model", fail_untyped=False)
+    parser.add_class_arguments(RunOptions, None)
     parser.add_class_arguments(Trainer, "trainer", fail_untyped=False, instantiate=False)
     defaults = {"max_epochs": 2, "log_every_n_steps": 1, "precision": "bf16-mixed"}
     parser.set_defaults({f"trainer.{name}": value for name, value in defaults.items()})

@@ -27,13 +27,12 @@ from rich.markup import escape
 from torchvision.transforms.v2 import functional as F
 from typing_extensions import override
 
-from metilr.cli import check_config
 from metilr.distributed import faults_in_one_line, has_launcher, is_first_process
 from metilr.errors import UserError, one_line
 from metilr.evaluation.runs import make_output
 from metilr.extraction.describe import PLAN_TIMEOUT
 from metilr.extraction.store import differing_settings
-from metilr.files import LOCK, alone_in, remove_leftovers, write_atomically
+from metilr.files import LOCK, alone_in, check_config, remove_leftovers, write_atomically
 from metilr.models.checkpoints import read_checkpoint, write_checkpoint
 from metilr.report.wandb import finishing, open_wandb, staging_beside, where_logged
 from metilr.training import FineTuningOptions, PairOptions, RunOptions
@@ -103,7 +102,7 @@ def run(
                 shutil.rmtree(output, ignore_errors=True)
             if isinstance(error, SystemExit):  # what Lightning turns Ctrl-C into
                 kept = f"with --output {output} the command continues" if has_epochs else "no epoch was finished"
-                raise UserError(f"interrupted; {kept}") from None
+                raise KeyboardInterrupt(kept) from None
             raise
         if trainer.is_global_zero:
             write_atomically(output / "finished", f"{datetime.now().astimezone().isoformat(timespec='seconds')}\n")

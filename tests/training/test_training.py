@@ -85,12 +85,12 @@ def unfinished(trained) -> None:
     Path("out/finished").unlink()
 
 
-def error_of(capsys, *options: object) -> str:
+def error_of(capsys, *options: object, status: int = 2) -> str:
     """The one line that a user's mistake ends in."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run(*options)
-    assert stop.value.code == 2
+    assert stop.value.code == status
     [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert line.startswith("train.py: error: ")
     return line
@@ -311,7 +311,7 @@ def test_an_interrupted_dated_run_goes_on_and_keeps_its_best_under_another_name(
     options = ["--validate_first", "false", *NTXENT]
     with monkeypatch.context() as patch:
         patch.setattr(FineTuning, "on_train_epoch_start", stop_in_the_second_epoch)
-        message = error_of(capsys, *options)
+        message = error_of(capsys, *options, status=130)
     [folder] = Path("runs").glob("*_train")
     assert f"interrupted; with --output {folder} the command continues" in message
     folder.rename("after")
