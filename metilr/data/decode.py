@@ -161,7 +161,10 @@ def open_image(file: Path | IO[bytes], max_pixels: int) -> Iterator[Image.Image]
             if tags:
                 raise ValueError(tiff_kind(tags)) from None
             bounded.seek(0)
-            if _iso_media(bounded.read(18)) in {AVIF, HEIF}.difference(formats()):
+            head = bounded.read(18)
+            if head.startswith(b"\xff\xd8\xff"):
+                raise ValueError("a JPEG that is damaged, lossless or of 12 bits; convert it to 8-bit RGB") from None
+            if _iso_media(head) in {AVIF, HEIF}.difference(formats()):
                 raise ValueError("a HEIC or AVIF photo: pip install 'metilr[heic]' or convert it") from None
             raise
         except Image.DecompressionBombError:

@@ -7,7 +7,9 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
-MAX_STRIPS = 100_000  # of a TIFF, or tiles: Pillow takes 17 µs and 300 bytes for each; large scans have some thousand
+MAX_STRIPS = (
+    100_000  # of a TIFF, or tiles: Pillow takes half a second and 40 MB for so many; large scans have some thousand
+)
 MAX_TAGS = 65_535  # of a BigTIFF: as many as any other TIFF can have
 
 BITS, COMPRESSION, PHOTOMETRIC, PLANAR, PALETTE, SAMPLE_FORMAT = 258, 259, 262, 284, 320, 339
@@ -26,7 +28,7 @@ Tags = TiffImagePlugin.ImageFileDirectory_v2
 
 
 def tiff_tags(stream: IO[bytes]) -> Tags | None:
-    """The first directory of a TIFF, as Pillow reads it; None for another file. The stream is at its start again."""
+    """The first directory of a TIFF, as Pillow reads it; None if there is no picture. The stream is at its start."""
     stream.seek(0)
     head = stream.read(16)
     tags = None
@@ -39,12 +41,14 @@ def tiff_tags(stream: IO[bytes]) -> Tags | None:
         stream.seek(tags.next)
         tags.load(stream)
     stream.seek(0)
-    return tags
+    return tags if tags and WIDTH in tags and HEIGHT in tags else None
 
 
 def check_tiff(tags: Tags) -> None:
     """ValueError if a TIFF's samples have no clear reading, or if it has more strips or tiles than its size needs."""
     _check_strips(tags)
+    if tags.get(COMPRESSION, 1) not in TiffImagePlugin.COMPRESSION_INFO:
+        raise ValueError(f"a TIFF of compression {tags[COMPRESSION]}, which is not read; convert it to 8-bit RGB")
     if set(tags.get(SAMPLE_FORMAT, ())) - {UNSIGNED} or max(tags.get(BITS, (1,))) > 16:
         raise ValueError(tiff_kind(tags))
     apart = tags.get(PLANAR, 1) == 2 and tags.get(COMPRESSION, 1) == 1
@@ -149,7 +153,7 @@ def _conversion(profile: bytes) -> tuple[tuple[str, ...], ImageCms.ImageCmsTrans
             source, ImageCms.createProfile("sRGB"), modes[0], "RGB",
             ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )  # fmt: skip
-    except (ImageCms.PyCMSError, OSError, KeyError):
+    except (ImageCms.PyCMSError, OSError, KeyError, ValueError):
         return None
     if modes[0] == "CMYK":
         return modes, transform

@@ -21,7 +21,7 @@ from tests.profiles import (
     srgb_levels,
     xyz_of_lab,
 )
-from tests.tiffs import EXTRA, PALETTE, PLANAR, PROFILE, SAMPLE_FORMAT, packed, tiff
+from tests.tiffs import COMPRESSION, EXTRA, HEIGHT, PALETTE, PLANAR, PROFILE, SAMPLE_FORMAT, WIDTH, packed, tiff
 
 DEPTHS, ORDERS = (1, 2, 4, 8, 12, 16), ("<", ">")
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
@@ -132,6 +132,25 @@ def test_the_values_of_a_tiffs_palette_have_16_bits(tmp_path, most):
 def test_what_no_photometric_interpretation_is_known_of_is_refused_by_name(tmp_path):
     with pytest.raises(BadImageError, match=r"\(a TIFF of 8 bits, photometric interpretation 32803; convert it"):
         pixels(tmp_path / "a.tif", tiff([bytes(63)], 9, 7, (8,), "<", 32803))
+
+
+@pytest.mark.parametrize("tag", [WIDTH, HEIGHT])
+def test_a_tiff_without_a_size_is_no_image(tmp_path, tag):
+    with pytest.raises(BadImageError, match=r"\(not an image\)"):
+        pixels(tmp_path / "a.tif", tiff([bytes(63)], 9, 7, more=[(tag, SHORT, [])]))
+
+
+def test_a_tiff_of_unknown_compression_is_refused_by_name(tmp_path):
+    with pytest.raises(BadImageError, match=r"\(a TIFF of compression 34712, which is not read; convert"):
+        pixels(tmp_path / "a.tif", tiff([bytes(63)], 9, 7, more=[(COMPRESSION, SHORT, [34712])]))
+
+
+def test_a_jpeg_of_12_bits_is_refused_by_name(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.jpg")
+    content = bytearray((tmp_path / "a.jpg").read_bytes())
+    content[content.index(b"\xff\xc0") + 4] = 12
+    with pytest.raises(BadImageError, match=r"\(a JPEG that is damaged, lossless or of 12 bits; convert"):
+        pixels(tmp_path / "a.jpg", content)
 
 
 GREY, RGB, INDEXED, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6
@@ -284,10 +303,11 @@ def test_colours_are_converted_before_they_are_laid_on_white(tmp_path):
         ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
         b"no profile",
         rgb_profile(ADOBE_RGB, 2)[:200],
+        rgb_profile(ADOBE_RGB, 2).replace(b"RGB ", b"RG\x80 "),
         cmyk_profile(np.full((16, 3), 50)),
         grey_profile(1.8),
     ],
-    ids=["sRGB", "no profile", "cut short", "of inks", "of grey"],
+    ids=["sRGB", "no profile", "cut short", "of no space", "of inks", "of grey"],
 )
 def test_srgb_keeps_its_pixels_and_a_profile_that_does_not_fit_counts_for_nothing(tmp_path, capfd, profile):
     stored = colours(8).astype(np.uint8)
