@@ -94,7 +94,7 @@ def end_if_unguarded() -> None:
 CONTINUE = "finished work is kept, run the same command to continue"
 _GONE = r"Connection closed by peer|Connection reset by peer|Broken pipe|Connection refused|remote process exit"
 # PyTorch's words on GPUs and CPUs, oneDNN's, NumPy's and Python's.
-_NO_MEMORY = r"OutOfMemory|out of memory|llocate memory|not enough memory|Unable to allocate|MemoryError"
+_NO_MEMORY = r"OutOfMemory|out of memory|llocate memory|not enough memory|Unable to allocate|MemoryError|ALLOC_FAILED"
 PARENT_WATCHED_EVERY = 2.0  # seconds
 
 
@@ -109,11 +109,16 @@ def faults_in_one_line(less_memory: str | None = None) -> Iterator[None]:
         yield
     except Exception as error:
         reason = _reason_in(error)
-        if reason is None and less_memory and (isinstance(error, MemoryError) or re.search(_NO_MEMORY, str(error))):
+        if reason is None and less_memory and is_lack_of_memory(error):
             reason = f"memory does not suffice ({one_line(error)}): take {less_memory}; {CONTINUE}"
         if reason is None:
             raise
         raise UserError(reason) from None
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Whether an error, here or in another process's traceback, says that memory does not suffice."""
+    return isinstance(error, MemoryError) or re.search(_NO_MEMORY, str(error)) is not None
 
 
 def _reason_in(error: Exception) -> str | None:

@@ -26,6 +26,7 @@ from metilr.extraction.store import DescriptorStore, has_unit_length
 from metilr.files import map_array, replaced_file
 from metilr.geometry.check import GeometricCheck
 from metilr.geometry.evidence import Checked, apply_evidence
+from metilr.models import UnfitSizeError
 from metilr.models.embedder import Embedder
 from metilr.retrieval.approximate import ApproximateIndex, build_approximate, check_size
 from metilr.retrieval.knn import N_MATCHES, N_NEIGHBOURS, Matches, Predictions, classify
@@ -105,7 +106,10 @@ class Describer:
 
     def describe(self, image: Tensor) -> np.ndarray:
         """Describe an image, uint8 ``(3, H, W)``: float32 ``(1, D)`` of unit length; BadPhotoError if it is not."""
-        descriptor = self.module.describe(image[None].to(self.module.device)).float().cpu().numpy()
+        try:
+            descriptor = self.module.describe(image[None].to(self.module.device)).float().cpu().numpy()
+        except UnfitSizeError as error:
+            raise BadPhotoError(f"cannot be described ({error}); take a larger one") from None
         if not has_unit_length(descriptor).all():
             raise BadPhotoError("gives a descriptor that is not finite or all zero; take another photo")
         return descriptor

@@ -147,7 +147,7 @@ def _notes(embedder: "Embedder", method: MethodOptions, whitening: "PCAWhitening
             "whitening of a larger museum"
         )
     if n_skipped:
-        notes.append(f"{n_skipped:,} images are missing or cannot be decoded and were left out")
+        notes.append(f"{n_skipped:,} images are missing, cannot be decoded or are too small, and were left out")
     return notes
 
 

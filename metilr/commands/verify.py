@@ -1,7 +1,7 @@
 """``metilr verify ROOT``: whether a data root is whole: every image of the ground truth there and readable."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from metilr.data.ground_truth import DATABASE_FILES, QUERY_FILES, DatabaseName, 
 from metilr.distributed import default_workers
 from metilr.errors import UserError
 from metilr.files import write_atomically
+from metilr.models import RANDOM, UnfitSizeError
 from metilr.progress import counted, printable
 
 PartName = Literal["full", "mini", "val", "test"]
@@ -36,6 +37,7 @@ class Verification:
     faults: dict[str, str]  # by path the reason
     left_out: tuple[PartName, ...]  # databases whose ground truth is there, but none of their own images
     decoded: bool  # every image whole; else its header alone
+    backbone: str | None = None  # whose smallest size they were held against
 
     def faults_of(self, part: PartName) -> dict[str, str]:
         """The faults of one part."""
@@ -50,6 +52,9 @@ def verify(
     list: Path | None = None,
     num_workers: int | None = None,
     quiet: bool = False,
+    backbone: str | None = None,
+    scales: Sequence[float] | None = None,
+    image_size: int | None = None,
 ) -> None:
     """Check that every image of a ground truth is there and readable.
 
@@ -65,11 +70,14 @@ def verify(
         list: CSV file for all that is wrong, with the columns part, path and reason.
         num_workers: Images that are decoded at once; without it as many as cores are free, at most 8.
         quiet: Show no progress.
+        backbone: An image that is too small for this one counts as wrong, too; a name, as in an evaluation.
+        scales: Relative sizes at which the backbone sees an image; without it an evaluation's.
+        image_size: Longest side in px that images are resized to for the backbone; without it as they are.
     """
     limit_images(max_megapixels)
     if list is not None and not Path(list).parent.is_dir():
         raise UserError(f"{list}: there is no folder {Path(list).parent}; make it, or name another file", "list")
-    found = check(Path(root), parts, decode, num_workers, quiet)
+    found = check(Path(root), parts, decode, num_workers, quiet, backbone, scales, image_size)
     print_verification(Console(highlight=False), found, list)
     if list is not None:
         rows = ((part, *fault) for part in found.paths for fault in found.faults_of(part).items())
@@ -84,8 +92,12 @@ def check(
     decode: bool = False,
     num_workers: int | None = None,
     quiet: bool = False,
+    backbone: str | None = None,
+    scales: Sequence[float] | None = None,
+    image_size: int | None = None,
 ) -> Verification:
     """Look at the images of a data root; see ``verify``."""
+    check_size = _size_check(backbone, scales, image_size)
     if num_workers is not None and num_workers < 0:
         raise UserError(f"{num_workers}: choose 0 or more", "num_workers")
     named = _read_paths(root, parts)
@@ -99,24 +111,50 @@ def check(
     faults: dict[str, str] = {}
     with counted(title, len(files), "images", quiet) as done, ThreadPoolExecutor(threads) as pool:
         try:
-            for path, reason in zip(unique, pool.map(partial(find_fault, decode=decode), files), strict=True):
+            find = partial(find_fault, decode=decode, image_size=image_size, check_size=check_size)
+            for path, reason in zip(unique, pool.map(find, files), strict=True):
                 if reason is not None:
                     faults[path] = reason
                 done(1)
         finally:
             pool.shutdown(cancel_futures=True)
-    return Verification(there, faults, tuple(part for part in named if part not in there), decode)
+    return Verification(there, faults, tuple(part for part in named if part not in there), decode, backbone)
 
 
-def find_fault(file: Path, decode: bool = False) -> str | None:
+def _size_check(
+    backbone: str | None, scales: Sequence[float] | None, image_size: int | None
+) -> Callable[[int, int], None] | None:
+    """What refuses a size that is too small for a backbone: its weights do not matter."""
+    if backbone is None:
+        for name, value in (("scales", scales), ("image_size", image_size)):
+            if value is not None:
+                raise UserError("has no effect without backbone; leave it out", name)
+        return None
+    from metilr.models.embedder import build_embedder  # seconds to import
+
+    embedder = build_embedder(backbone, RANDOM, scales=scales)
+    embedder.check_image_size(image_size)
+    return embedder.check_size
+
+
+def find_fault(
+    file: Path,
+    decode: bool = False,
+    image_size: int | None = None,
+    check_size: Callable[[int, int], None] | None = None,
+) -> str | None:
     """Say in a few words why an image file cannot be used; None if it can. A failing disk raises OSError."""
     size = file_size(file)
     if not size:
         return MISSING if size is None else EMPTY
     try:
-        (load_image if decode else image_shape)(file)
+        height, width = load_image(file, image_size).shape[1:] if decode else image_shape(file, image_size)
+        if check_size is not None:
+            check_size(height, width)
     except BadImageError as error:
         return error.reason
+    except UnfitSizeError as error:
+        return str(error)
     return None
 
 
@@ -146,7 +184,8 @@ def _is_meant(root: Path, part: PartName, named: dict[PartName, tuple[str, ...]]
 
 def print_verification(console: Console, found: Verification, list_file: Path | None = None) -> None:
     """Print the counts of each part, and the first faults."""
-    columns = (Column(name, justify="right") for name in ("images", "fine", MISSING, EMPTY, "not readable"))
+    others = "not readable" if found.backbone is None else "not readable or too small"
+    columns = (Column(name, justify="right") for name in ("images", "fine", MISSING, EMPTY, others))
     table = Table("", *columns, title="decoded whole" if found.decoded else "headers read", title_justify="left")
     for part, paths in found.paths.items():
         reasons = [*found.faults_of(part).values()]

@@ -163,7 +163,7 @@ def _notes(opened: "Descriptors", recognition: "Recognition", synthetic: bool, d
     if any(skipped.values()):
         parts = [f"{n:,} of {len(opened.is_valid[split]):,} in {split}" for split, n in skipped.items() if n]
         left_out = f"were left out: {', '.join(parts)} (see skipped_images)"
-        notes.append(f"images that are missing or cannot be decoded {left_out}")
+        notes.append(f"images that are missing, cannot be decoded or are too small {left_out}")
     return notes
 
 
@@ -190,11 +190,12 @@ def _whitening(whitening: PCAWhitening | None, source: str) -> dict[str, Any] | 
 
 
 def _skipped_images(opened: "Descriptors", ground_truth: GroundTruth) -> list[dict[str, str]]:
-    """Each image that is missing or cannot be decoded: its split, path and reason."""
+    """Each image that is missing, cannot be decoded or is too small for the model: its split, path and reason."""
     skipped = []
     for split, paths in ground_truth.paths.items():
         for i in np.flatnonzero(~opened.is_valid[split]):
-            file, reason = ground_truth.image(paths[i]), "could not be decoded when its descriptor was made"
+            file = ground_truth.image(paths[i])
+            reason = "was too small for the model, or could not be decoded, when its descriptor was to be made"
             try:
                 load_image(file)
             except BadImageError as error:

@@ -2,7 +2,7 @@
 
 import contextlib
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from metilr.distributed import CONTINUE, start_worker
 from metilr.errors import UserError
 from metilr.extraction.options import BadImages
 from metilr.extraction.store import DescriptorStore, RowWriter, has_unit_length
+from metilr.models import UnfitSizeError
 from metilr.progress import tracked
 
 FULL_BATCH_PIXELS = 500 * 500  # the Met's images have at most 500 px a side
@@ -75,7 +76,7 @@ class ImageBatch(NamedTuple):
 
     rows: np.ndarray  # of each image in the store, int64 (B,)
     images: Tensor  # uint8 (B, 3, H, W)
-    bad: list[tuple[int, str]]  # rows that could not be decoded, each with the reason
+    bad: list[tuple[int, str]]  # rows that cannot be described, each with the reason
 
 
 def decode_batch(images: ImageRows, planned: PlannedBatch) -> ImageBatch:
@@ -97,7 +98,8 @@ class ImageDataModule(LightningDataModule):
     """Pending images of a prepared store, in batches of one shape.
 
     The plan is made by the first process and told to the others, since the store changes while they start. ``images``
-    are what is described and ``sizes`` the bytes of each row's file, by split; for the rest see ``ExtractionOptions``.
+    are what is described and ``sizes`` the bytes of each row's file, by split; ``check_size`` is the embedder's; for
+    the rest see ``ExtractionOptions``.
     """
 
     trainer: Any
@@ -110,13 +112,14 @@ class ImageDataModule(LightningDataModule):
         batch_size: int,
         num_workers: int,
         bad_images: BadImages,
+        check_size: Callable[[int, int], None],
         quiet: bool = False,
     ) -> None:
         super().__init__()
         self.rows, self.sizes_of, self.store = ImageRows(images), {split: sizes[split] for split in images}, store
         self.sizes = np.concatenate([*self.sizes_of.values()])
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.bad_images, self.quiet = bad_images, quiet
+        self.bad_images, self.check_size, self.quiet = bad_images, check_size, quiet
         self.plan: list[PlannedBatch] = []
         self.side_stream: torch.cuda.Stream | None = None
 
@@ -127,17 +130,21 @@ class ImageDataModule(LightningDataModule):
         return np.flatnonzero(np.concatenate(pending))
 
     def make_plan(self) -> list[PlannedBatch]:
-        """Cut the pending images into batches of one shape; marks those whose header cannot be read.
+        """Cut the pending images into batches of one shape; marks those whose header cannot be read, or is too small.
 
         Raises:
-            BadImageError: If a header cannot be read, with ``bad_images="stop"``.
+            BadImageError: If there is such an image, with ``bad_images="stop"``.
         """
 
         def shape_or_error(row: int) -> tuple[int, int] | BadImageError:
             try:
-                return self.rows.shape(row)
+                shape = self.rows.shape(row)
+                self.check_size(*shape)
+            except UnfitSizeError as error:
+                return self._unfit(row, error)
             except BadImageError as error:
                 return error
+            return shape
 
         rows = self.pending_rows()
         shapes = np.zeros((len(rows), 2), dtype=np.int64)
@@ -170,13 +177,18 @@ class ImageDataModule(LightningDataModule):
             pin_memory=pin_memory,
         )  # fmt: skip
 
-    def write(self, writer: RowWriter, batch: ImageBatch, descriptors: Tensor) -> None:
+    def write(self, writer: RowWriter, batch: ImageBatch, descriptors: Tensor | UnfitSizeError) -> None:
         """Write a batch's descriptors, those of the images that could be decoded, ``(B, D)``, to their rows.
+
+        An error in their place makes all of the batch bad.
 
         Raises:
             UserError: If a descriptor is not of unit length.
             BadImageError: If an image is bad, with ``bad_images="stop"``.
         """
+        if isinstance(descriptors, UnfitSizeError):
+            bad = [(row, str(self._unfit(row, descriptors))) for row in batch.rows.tolist()]
+            batch, descriptors = ImageBatch(batch.rows[:0], batch.images[:0], batch.bad + bad), torch.empty(0, 1)
         described = descriptors.float().cpu().numpy()
         for row, descriptor, is_unit in zip(batch.rows.tolist(), described, has_unit_length(described), strict=True):
             if not is_unit:
@@ -187,6 +199,10 @@ class ImageDataModule(LightningDataModule):
             if self.bad_images == "stop":
                 raise BadImageError(reason)
             self._mark_bad(writer, row)
+
+    def _unfit(self, row: int, error: UnfitSizeError) -> BadImageError:
+        remedy = "take a larger image or image_size, or leave it out with bad_images skip"
+        return BadImageError(f"{self.rows.file(row)}: cannot be described ({error}); {remedy}", str(error))
 
     def _mark_bad(self, writer: RowWriter, row: int) -> None:
         """Note that an image is left out, unless it was there when the run began: then a disk has gone."""

@@ -67,12 +67,14 @@ def describe_images(
         The images' store, finished; in processes of a launcher other than the first, as far as this one filled it.
 
     Raises:
-        UserError: If images are missing or cannot be decoded (with ``bad_images="stop"``), one gives a descriptor
-            that is not finite, the store was made with other settings, or a process of the run fails or is killed.
+        UserError: If images are missing, cannot be decoded or are too small for the network (with
+            ``bad_images="stop"``), one gives a descriptor that is not finite, the store was made with other settings,
+            or a process of the run fails or is killed.
         KeyboardInterrupt: If interrupted; finished work is kept.
     """
     end_if_unguarded()
     options, console = options or ExtractionOptions(), console or Console(highlight=False)
+    embedder.check_image_size(options.image_size)
     settings = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
     sizes = image_sizes(ground_truth)
     require_images(ground_truth, sizes, options.bad_images)
@@ -112,7 +114,7 @@ def describe_in_training(trainer: pl.Trainer, embedder: Embedder, data: ImageDat
             bar = tqdm(total=n, desc="describing images", unit="image", leave=False, disable=hidden(trainer))
             with contextlib.closing(data.store.writer()) as writer, bar:
                 for batch in data.loader(mine, pin_memory=device.type == "cuda"):
-                    data.write(writer, batch, module.describe(batch.images.to(device)))
+                    data.write(writer, batch, module.describe_if_fit(batch.images.to(device)))
                     bar.update(len(batch.rows) + len(batch.bad))
     with agree(trainer):  # all descriptors are there now
         if trainer.is_global_zero and not data.store.is_complete:
@@ -182,7 +184,8 @@ def _fill(
     num_workers = default_workers(options.n_processes) if options.num_workers is None else options.num_workers
     # OpenVINO gains nothing from batches, which take memory, and each number of images would be a new shape.
     batch_size = 1 if options.engine == "openvino" else options.batch_size
-    data = ImageDataModule(images, sizes, store, batch_size, num_workers, options.bad_images, options.quiet)
+    bad_images, check_size = options.bad_images, embedder.check_size
+    data = ImageDataModule(images, sizes, store, batch_size, num_workers, bad_images, check_size, options.quiet)
     n_all = len(data.sizes)
     if store.is_complete and not len(data.pending_rows()):
         console.print(f"{name}: reusing {n_all:,} rows", soft_wrap=True)

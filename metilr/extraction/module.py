@@ -20,7 +20,7 @@ from typing_extensions import override
 from metilr.distributed import end_with_parent, has_launcher, quieten_lightning
 from metilr.extraction.datamodule import ImageBatch, ImageDataModule
 from metilr.extraction.store import RowWriter
-from metilr.models import Engine
+from metilr.models import Engine, UnfitSizeError
 from metilr.models.embedder import Embedder, keep_float32_exact
 from metilr.models.engines import start_engine
 from metilr.progress import progress_bar
@@ -29,6 +29,9 @@ from metilr.progress import progress_bar
 # where shapes change all the time. Batches of one shape follow each other, and at three scales EfficientNet-Lite0 has
 # 127 different ones, ResNet-50 94. Read at the first convolution of a process.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+
+
+Described = Tensor | UnfitSizeError  # of a batch: its descriptors, or why there are none
 
 
 class HostCopy:
@@ -83,16 +86,27 @@ class DescriptorModule(pl.LightningModule):
             self.streams = ThreadPoolExecutor(self.n_streams)
 
     @override
-    def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | Future[Tensor] | HostCopy:
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> Described | Future[Described] | HostCopy:
         """Describe a batch, or begin to: side by side with others, or on a GPU."""
         if self.streams is not None:
-            return self.streams.submit(self.describe, batch.images)
-        descriptors = self.describe(batch.images)
-        return HostCopy(descriptors) if descriptors.is_cuda else descriptors
+            return self.streams.submit(self.describe_if_fit, batch.images)
+        described = self.describe_if_fit(batch.images)
+        return HostCopy(described) if isinstance(described, Tensor) and described.is_cuda else described
+
+    def describe_if_fit(self, images: Tensor) -> Described:
+        """Describe images of one shape as ``describe`` does, or return why that shape cannot be."""
+        try:
+            return self.describe(images)
+        except UnfitSizeError as error:
+            return error
 
     @torch.inference_mode()
     def describe(self, images: Tensor) -> Tensor:
-        """Describe images of one shape, uint8 ``(B, 3, H, W)``: float32 ``(B, D)``, unit length. B may be 0."""
+        """Describe images of one shape, uint8 ``(B, 3, H, W)``: float32 ``(B, D)``, unit length. B may be 0.
+
+        Raises:
+            UnfitSizeError: If the network cannot take that shape.
+        """
         if not len(images):
             return torch.empty(0, self.embedder.dim)
         dtype = torch.float16 if self.precision == "16-mixed" else torch.bfloat16
@@ -119,7 +133,7 @@ class DescriptorWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.data, self.n_streams = data, n_streams
         self.writer: RowWriter | None = None
-        self.unwritten: deque[tuple[ImageBatch, Future[Tensor] | HostCopy]] = deque()
+        self.unwritten: deque[tuple[ImageBatch, Future[Described] | HostCopy]] = deque()
         self.bar: Progress | None = None
 
     @override
@@ -143,14 +157,14 @@ class DescriptorWriter(BasePredictionWriter):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        prediction: Tensor | Future[Tensor] | HostCopy,
+        prediction: Described | Future[Described] | HostCopy,
         batch_indices: Any,  # Lightning's count of arrivals; the batch carries the rows
         batch: ImageBatch,
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
         """Write a batch's descriptors; those of batches that are still described, later."""
-        if isinstance(prediction, Tensor):
+        if isinstance(prediction, Described):
             self._write(trainer, batch, prediction)
         else:
             self.unwritten.append((batch, prediction))
@@ -167,7 +181,7 @@ class DescriptorWriter(BasePredictionWriter):
             self._write(trainer, batch, descriptors)
             self.unwritten.popleft()
 
-    def _write(self, trainer: pl.Trainer, batch: ImageBatch, descriptors: Tensor) -> None:
+    def _write(self, trainer: pl.Trainer, batch: ImageBatch, descriptors: Described) -> None:
         assert self.writer is not None
         with trainer.profiler.profile("descriptors.write"):  # type: ignore[attr-defined]
             self.data.write(self.writer, batch, descriptors)

@@ -23,8 +23,8 @@ class ExtractionOptions:
     Attributes:
         image_size: Resize each image so that its longest side has this many px; without it as they are, or as the
             checkpoint was trained.
-        bad_images: Stop at an image that cannot be decoded, or skip it: it is left out of the database, and a
-            query counts as wrong.
+        bad_images: Stop at an image that cannot be decoded or is too small for the model, or skip it: it is left out of
+            the database, and a query counts as wrong.
         accelerator: Where the backbone runs; auto takes GPUs if there are any, and says so.
         devices: Number of processes, one GPU each (on the CPU: processes that share it).
         num_nodes: Machines, each started with this command by torchrun or SLURM, with a shared store.

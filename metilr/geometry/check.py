@@ -23,8 +23,8 @@ from metilr.extraction.store import settings_fingerprint
 from metilr.files import regular, replaced_file
 from metilr.geometry.evidence import OFF, Gate
 from metilr.geometry.verify import NOTHING_IN_COMMON, LocalFeatures, Verification, matching_picture, verify
-from metilr.models import SCALES
-from metilr.models.embedder import BFLOAT16_LEAST_SIDE, Embedder, keep_float32_exact
+from metilr.models import SCALES, UnfitSizeError
+from metilr.models.embedder import BFLOAT16_LEAST_SIDE, Embedder, features_of, keep_float32_exact
 from metilr.models.weights import tensors_sha256
 from metilr.progress import tracked
 from metilr.retrieval.knn import NO_ROW
@@ -65,11 +65,17 @@ class LocalFeatureExtractor:
 
         Each channel is standardised over the positions of all scales, so that descriptors tell what differs from place
         to place; the strongest by their norm are L2-normalised, and rounded to what float16 can say, as they are kept.
-        A map that is the same everywhere or not finite gives none. Autocast is as in ``Embedder``.
+        A map that is the same everywhere or not finite gives none, nor does a scale at which the image is too small
+        for the network. Autocast is as in ``Embedder``.
         """
         height, width = image.shape[1:]
         normalised = self.embedder.normalise(image[None].to(self.embedder.mean.device))
-        maps = [self._map(self._resize(normalised, scale))[0].float().cpu() for scale in self.scales]  # Cxhxw
+        maps = []
+        for scaled in [self._resize(normalised, scale) for scale in self.scales]:
+            with contextlib.suppress(UnfitSizeError):
+                maps.append(self._map(scaled)[0].float().cpu())  # Cxhxw
+        if not maps:
+            return LocalFeatures(np.empty((0, 2), np.float32), np.empty((0, 1), np.float32))
         positions = np.concatenate([cell_centres(m.shape[1], m.shape[2], height, width) for m in maps])
         features = torch.cat([m.flatten(1).T for m in maps]).numpy()  # Cxhxw to (h*w)xC
         if not np.isfinite(features).all():
@@ -105,12 +111,16 @@ class LocalFeatureExtractor:
     def _map(self, images: Tensor) -> Tensor:
         backbone, is_small = self.embedder.backbone, min(images.shape[-2:]) < BFLOAT16_LEAST_SIDE
         with torch.autocast("cpu", enabled=False) if is_small else contextlib.nullcontext():
-            if self._index is None:
-                features: Tensor = backbone(images).map
-            else:
-                [features] = backbone.model.forward_intermediates(
-                    images, indices=[self._index], stop_early=True, intermediates_only=True
-                )
+            return features_of(images, backbone, self._map_of)
+
+    def _map_of(self, images: Tensor) -> Tensor:
+        backbone = self.embedder.backbone
+        if self._index is None:
+            features: Tensor = backbone(images).map
+        else:
+            [features] = backbone.model.forward_intermediates(
+                images, indices=[self._index], stop_early=True, intermediates_only=True
+            )
         return features
 
 

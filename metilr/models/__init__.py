@@ -19,6 +19,10 @@ SCALES = (1.0, 2**-0.5, 0.5)  # the Met paper's
 RANDOM = "random"  # the weights that ask for none
 
 
+class UnfitSizeError(UserError):
+    """An image of a size that a model cannot take; the message says why, and leaves the name to the caller."""
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """The model that describes images: a checkpoint's, or one of named parts.

@@ -1,9 +1,11 @@
 """Backbones: any network as a module that turns images into a map of local features, built by name."""
 
+import bisect
 import contextlib
 import difflib
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,18 +15,22 @@ from unittest import mock
 import timm
 import timm.models
 import torch
+from timm.layers.hybrid_embed import HybridEmbed
 from timm.layers.patch_embed import PatchEmbed
 from timm.models import EfficientNet
 from torch import Tensor, nn
 
+from metilr.distributed import is_lack_of_memory
 from metilr.errors import UserError, one_line
 from metilr.files import file_sha256
-from metilr.models import RANDOM, PatchRounding, weights as weight_files
+from metilr.models import RANDOM, PatchRounding, UnfitSizeError, weights as weight_files
 from metilr.models.weights import Provenance
 from metilr.models.zoo import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
 
 FLOAT32_STAGES = 4  # of an EfficientNet, whatever the precision
 TIMM = "timm/"  # the prefix that asks for one of timm's models
+TRIED = (97, 130)  # px, odd: a network that does not take such an image is refused
+LONG_SIDE = 777  # px, more than any network's own size
 
 
 class Features(NamedTuple):
@@ -55,9 +61,7 @@ class Backbone(nn.Module):
         self.model, self.name, self.provenance = model.eval(), name, provenance
         self.mean, self.std = tuple(mean), tuple(std)
         self.stage, self.patch_rounding = stage, patch_rounding
-        embedding = getattr(self.model, "patch_embed", None)
-        # Only non-overlapping patches must tile the image; other stems are strided convolutions.
-        self.patch = embedding.patch_size[0] if isinstance(embedding, PatchEmbed) else 1
+        self.patch = _patch_of(getattr(self.model, "patch_embed", None))
         self.has_cls = getattr(self.model, "cls_token", None) is not None
         self.width: int = self.model.num_features
         if stage is None:
@@ -113,6 +117,25 @@ class Backbone(nn.Module):
         """What follows ``sensitive``, up to the map."""
         return nn.Sequential(*self.model.blocks[FLOAT32_STAGES:], self.model.conv_head, self.model.bn2)
 
+    @functools.cached_property
+    def least_side(self) -> int:
+        """Smallest side in px that the network takes, found with small blank images when it is first asked for."""
+        sides = range(self.patch, TRIED[0] + self.patch, self.patch)
+        return sides[bisect.bisect_left(sides, True, hi=len(sides) - 1, key=lambda side: not self.fault_at(side, side))]
+
+    def fault_at(self, height: int, width: int) -> str | None:
+        """Try a blank image; say what is wrong if it gives no map of features."""
+        device = next(self.parameters()).device
+        try:
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                features = self(torch.zeros(1, 3, height, width, device=device)).map
+        except Exception as error:  # each family in its own way
+            if is_lack_of_memory(error):
+                raise
+            return f"{type(error).__name__}: {one_line(error)}"
+        is_map = features.ndim == 4 and features.shape[1] == self.width and features.numel()
+        return None if is_map else f"its features are {tuple(features.shape)}"
+
     def fit_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the size to use for a requested one: multiples of the patch, at least one.
 
@@ -120,10 +143,25 @@ class Backbone(nn.Module):
         """
         if self.patch_rounding == "off" and (height % self.patch or width % self.patch):
             reason = f"{height}x{width} px is no multiple of {self.name}'s patch of {self.patch} px"
-            raise UserError(f"off: {reason}; take nearest or down", "patch_rounding")
+            raise UnfitSizeError(f"off: {reason}; take nearest or down", "patch_rounding")
         added = self.patch // 2 if self.patch_rounding == "nearest" else 0
         height, width = (max(1, (side + added) // self.patch) * self.patch for side in (height, width))
         return height, width
+
+
+def _patch_of(embedding: nn.Module | None) -> int:
+    """What image sides must be a multiple of, so that patches tile the image; 1 for strided convolutions."""
+    if isinstance(embedding, PatchEmbed):
+        return int(embedding.patch_size[0])
+    if not isinstance(embedding, HybridEmbed):
+        return 1
+    # Behind a convolutional network that rounds sides up there are more tokens than timm lays out: tried just below
+    # a multiple, where any rounding shows.
+    ratio: Any = embedding.feat_ratio()
+    size = (2 * ratio - 1, 2 * ratio - 1)
+    with torch.no_grad():
+        n_tokens = math.prod(embedding(torch.zeros(1, 3, *size)).shape[1:-1])
+    return 1 if n_tokens == math.prod(embedding.dynamic_feat_size(size)) else ratio
 
 
 def build_backbone(
@@ -230,15 +268,14 @@ def _load_file(model: Any, spec: BackboneSpec | None, file: Path, source: str) -
 
 
 def _check_any_size(backbone: Backbone) -> None:
-    """Refuse a model that cannot take images of any size: try a small odd one."""
-    height, width = (max(side // backbone.patch, 1) * backbone.patch for side in (97, 130))
-    try:
-        with torch.no_grad():
-            features = backbone(torch.zeros(1, 3, height, width)).map
-        if features.ndim == 4 and features.shape[1] == backbone.width:
-            return
-        reason = f"its features are {tuple(features.shape)}"
-    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:  # each family in its own way
-        reason = f"{type(error).__name__}: {one_line(error)}"
-    problem = f"it gives no feature map for a {height}x{width} image ({reason}), and images have any size"
-    raise UserError(f"{backbone.name}: {problem}; choose a convolutional network or a plain ViT", "backbone")
+    """Refuse a model that cannot take images of any size: try a small odd one, and long ones of its smallest side."""
+    _refuse_fault_at(backbone, *TRIED)
+    _refuse_fault_at(backbone, backbone.least_side, LONG_SIDE)
+    _refuse_fault_at(backbone, LONG_SIDE, backbone.least_side)
+
+
+def _refuse_fault_at(backbone: Backbone, height: int, width: int) -> None:
+    height, width = (max(side // backbone.patch, 1) * backbone.patch for side in (height, width))
+    if fault := backbone.fault_at(height, width):
+        problem = f"it gives no feature map for a {height}x{width} image ({fault}), and images have any size"
+        raise UserError(f"{backbone.name}: {problem}; choose a convolutional network or a plain ViT", "backbone")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metilr.data.decode import to_tensor
-from metilr.errors import UserError, shown
-from metilr.models import SCALES, PatchRounding, PoolingName
+from metilr.distributed import is_lack_of_memory
+from metilr.errors import UserError, one_line, shown
+from metilr.models import SCALES, PatchRounding, PoolingName, UnfitSizeError
 from metilr.models.backbone import Backbone, Features, build_backbone
 from metilr.models.pooling import Pooling
 from metilr.models.weights import tensors_sha256
@@ -22,6 +23,9 @@ MAX_SCALES, MAX_SCALE = 32, 8  # of an image: more is a mistake, and takes gigab
 # oneDNN's bfloat16 convolutions with stride 2 give random values on AMX where a map is 1 or 2 px wide (seen with
 # PyTorch 2.7 and 2.15). No common backbone makes so narrow a map of an image with sides of 128 px or more.
 BFLOAT16_LEAST_SIDE = 128
+SOUND = (160, 192)  # px, of any backbone and engine: what fails here too is not an image's fault
+
+T = TypeVar("T")
 
 
 class Projector(nn.Module):
@@ -87,17 +91,33 @@ class Embedder(nn.Module):
 
     @torch.inference_mode()
     def embed(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Describe images of any size and mode; float32 ``(N, dim)``, unit length.
+        """Describe images of any mode and size, down to ``check_size``'s; float32 ``(N, dim)``, unit length.
 
         Leaves the embedder in eval mode, and TF32 switched off for this process.
         """
         keep_float32_exact()
         self.eval()
         descriptors = np.empty((len(images), self.dim), dtype=np.float32)
-        for descriptor, image in zip(descriptors, images, strict=True):
+        for i, image in enumerate(images):
             pixels = to_tensor(image, self.image_size)[None].to(self.mean.device)
-            descriptor[:] = self.describe(self.normalise(pixels))[0].cpu().numpy()
+            try:
+                descriptors[i] = self.describe(self.normalise(pixels))[0].cpu().numpy()
+            except UnfitSizeError as error:
+                raise UserError(f"{i}: cannot be described ({error}); leave it out", "images") from error
         return descriptors
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse an image's size, by UnfitSizeError, that at one of the scales is too small for the backbone."""
+        for scale in self.scales:
+            self._scaled_size(height, width, scale)
+
+    def check_image_size(self, image_size: int | None) -> None:
+        """Refuse a longest side in px at which even square images would be too small."""
+        try:
+            if image_size is not None:
+                self.check_size(image_size, image_size)
+        except UnfitSizeError as error:
+            raise UserError(f"{image_size}: {error}", "image_size") from None
 
     def normalise(self, images: Tensor) -> Tensor:
         """Turn uint8 images ``(B, 3, H, W)`` into the backbone's input, float32: (x/255 − mean)/std."""
@@ -114,10 +134,10 @@ class Embedder(nn.Module):
 
     def _embed(self, images: Tensor) -> Tensor:
         if images.device.type != "cpu" or min(images.shape[-2:]) >= BFLOAT16_LEAST_SIDE:
-            features = (self.engine or self.backbone)(images)
+            features = features_of(images, self.backbone, self.engine or self.backbone)
         else:  # other engines are not safe there either: OpenVINO averages wrongly a map smaller than the window
             with torch.autocast("cpu", enabled=False):
-                features = self.backbone(images)
+                features = features_of(images, self.backbone, self.backbone)
         with torch.autocast(images.device.type, enabled=False):
             return self.project(F.normalize(self.pooling(features), dim=1))
 
@@ -128,13 +148,22 @@ class Embedder(nn.Module):
     def _resize(self, images: Tensor, scale: float) -> Tensor:
         """Scale images to ⌊side · scale⌋, at least 1 px; for a ViT, on to the size that fits its patches."""
         height, width = images.shape[-2:]
-        size = self.backbone.fit_size(max(1, math.floor(height * scale)), max(1, math.floor(width * scale)))
+        size = self._scaled_size(height, width, scale)
         if scale == 1 and size == (height, width):
             return images
         if self.backbone.patch == 1 and min(height, width) * scale >= 1:
             # Samples at exact multiples of 1/scale, as the Met paper's code does, not of the ratio of rounded sides.
             return F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False, antialias=False)
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=False)
+
+    def _scaled_size(self, height: int, width: int, scale: float) -> tuple[int, int]:
+        size = self.backbone.fit_size(max(1, math.floor(height * scale)), max(1, math.floor(width * scale)))
+        least = self.backbone.least_side
+        if min(size) < least:
+            enough, scales = math.ceil(least / min(self.scales)), ", ".join(f"{each:.3g}" for each in self.scales)
+            needed = f"sides of {enough} px or more at the scales {scales}"
+            raise UnfitSizeError(f"{height}x{width} px is too small for {self.backbone.name}: it needs {needed}")
+        return size
 
     def describe_settings(self) -> dict[str, Any]:
         """Return everything that determines a descriptor besides the image, as JSON types.
@@ -153,6 +182,33 @@ class Embedder(nn.Module):
             "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist(),
             "provenance": asdict(backbone.provenance),
         }  # fmt: skip
+
+
+def features_of(images: Tensor, backbone: Backbone, compute: Callable[[Tensor], T]) -> T:
+    """Compute a backbone's features of normalised images; UnfitSizeError if it fails for their size, however it does.
+
+    That is where it fails for the first image alone too, and not for a blank one of ``SOUND`` px: a lack of memory, or
+    a failing device, is no fault of an image.
+    """
+    try:
+        return compute(images)
+    except UserError:
+        raise
+    except Exception as error:
+        sound = images.new_zeros(1, 3, *(side // backbone.patch * backbone.patch for side in SOUND))
+        if is_lack_of_memory(error) or _works(compute, images[:1]) or not _works(compute, sound):
+            raise
+        height, width = images.shape[-2:]
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UnfitSizeError(f"{backbone.name} fails at {height}x{width} px, {reason}") from error
+
+
+def _works(compute: Callable[[Tensor], object], images: Tensor) -> bool:
+    try:
+        compute(images)
+    except Exception:
+        return False
+    return True
 
 
 def build_embedder(

@@ -128,7 +128,7 @@ class PairOptions:
         image_size: Longest side in px of database and val images in mining and validation; without it as they are.
         extraction_batch_size: Most images in a batch of mining and validation.
         num_workers: Decoding processes beside each process; without it as many as cores are free, at most 8.
-        bad_images: Stop at an image that cannot be decoded, or skip it.
+        bad_images: Stop at an image that cannot be decoded or is too small for the model, or skip it.
         max_megapixels: An image of more is bad; its header tells, before anything is decoded.
     """
 

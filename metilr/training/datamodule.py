@@ -34,6 +34,7 @@ from metilr.extraction.datamodule import ImageDataModule
 from metilr.extraction.describe import describe_in_training, image_sizes, require_images, store_settings
 from metilr.extraction.store import DescriptorStore, row_chunks, settings_fingerprint
 from metilr.metrics import DISTRACTOR
+from metilr.models import UnfitSizeError
 from metilr.models.embedder import Embedder, Projector
 from metilr.retrieval.knn import Predictions, classify, with_skipped
 from metilr.retrieval.search import SearchDevice, search
@@ -128,6 +129,17 @@ class PairDataModule(pl.LightningDataModule):
         predictions = classify(neighbours, truth.labels["database"][rows], truth.n_classes, k=1, tau=1.0)
         return with_skipped(predictions, ~is_valid)
 
+    def check_sizes(self, embedder: Embedder) -> None:
+        """Refuse views, and an image size for validation, that are too small for the network."""
+        described = single_scale(embedder)
+        described.check_image_size(self.options.image_size)
+        for name in ("first_view", "second_view"):
+            size = getattr(self.options, name).size
+            try:
+                described.check_size(size, size)
+            except UnfitSizeError as error:
+                raise UserError(f"{size}: {error}", f"{name}.size") from None
+
     def describe(self, embedder: Embedder) -> None:
         """Describe database and val at one scale, in float32; what these weights have described already stays.
 
@@ -147,7 +159,7 @@ class PairDataModule(pl.LightningDataModule):
                 store.prepare(settings, {split: len(paths) for split, paths in self.paths.items()}, described.dim)
         images = images_of(self.ground_truth, options.image_size)
         batch_size, bad_images = options.extraction_batch_size, options.bad_images
-        data = ImageDataModule(images, self.sizes, store, batch_size, self.workers, bad_images)
+        data = ImageDataModule(images, self.sizes, store, batch_size, self.workers, bad_images, described.check_size)
         describe_in_training(trainer, described, data)
         self.is_valid = {split: store.is_valid(split) for split in self.paths}
         self.descriptors = {split: store.descriptors(split) for split in self.paths}

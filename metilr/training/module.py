@@ -87,6 +87,7 @@ class FineTuning(pl.LightningModule):
                 f"{data.options.batch_pairs}: {what}, in which {type(self.loss).__name__} has no negative; {remedy}",
                 "batch_pairs",
             )
+        data.check_sizes(self.embedder)
         if projector is not None and start != "random" and not self.resumed:
             if start == "learned" and data.options.bad_images == "skip":
                 raise UserError("learned: not with bad_images skip; mend the images, or take pca", "projector_start")
@@ -230,7 +231,8 @@ class FineTuning(pl.LightningModule):
 
 def _freeze_unused(embedder: Embedder) -> None:
     """Freeze what no embedding depends on, such as the stages after ``stage``: DDP waits for its gradients."""
-    embedder(torch.zeros(1, 3, *embedder.backbone.fit_size(64, 64))).sum().backward()
+    side = max(64, embedder.backbone.least_side)
+    embedder(torch.zeros(1, 3, *embedder.backbone.fit_size(side, side))).sum().backward()
     for parameter in embedder.backbone.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     embedder.zero_grad(set_to_none=True)

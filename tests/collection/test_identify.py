@@ -24,7 +24,7 @@ from tests.collection.conftest import OPTIONS, UNTRAINED
 from tests.conftest import SHARED
 from tests.hostile import NAME, REASONS
 from tests.report.test_page import open_page
-from tests.small_runs import evaluate
+from tests.small_runs import evaluate, index
 
 
 @pytest.fixture
@@ -304,3 +304,12 @@ def test_real_photographs(tmp_path):
     for row in range(0, 40, 4):
         best = collection.answer(load_photo(collection.image(row)).image).matches[0]
         assert best.row == row and best.similarity == pytest.approx(1, abs=1e-4)
+
+
+def test_a_photo_too_small_for_the_model_is_a_bad_one(indexed, tmp_path, identify):
+    store = tmp_path / "index"
+    index(indexed / "museum", store, backbone="timm/convnext_atto", weights="random", image_size=96, **OPTIONS)
+    Image.new("RGB", (96, 63)).save(tmp_path / "narrow.png")
+    status, printed, _ = identify(tmp_path / "narrow.png", indexed / "museum" / "9" / "2.jpg", "--store", store)
+    assert status == 0 and "cannot be described (63x96 px is too small for timm/convnext_atto: it" in printed
+    assert "exhibit 9" in printed

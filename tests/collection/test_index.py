@@ -99,7 +99,8 @@ def test_bad_images_stop_or_are_skipped(folder, tmp_path, capsys, failure):
     (folder / "9" / "2.jpg").write_text("no image")
     assert "cannot be decoded" in failure("index", folder, tmp_path / "a", *AS_OPTIONS)
     index(folder, tmp_path / "b", bad_images="skip", **INDEXED)
-    assert "2 images are missing or cannot be decoded and were left out" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "2 images are missing, cannot be decoded or are too small, and were left out" in printed
     collection, _ = open_index(tmp_path / "b")
     assert len(collection.images) == 6 and len(collection.exhibits) == 6
     answer = collection.answer(load_photo(folder / "9" / "3.jpg", collection.image_size).image)

@@ -6,6 +6,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from metilr.cli import main
 from metilr.commands.verify import check, find_fault
@@ -185,3 +186,24 @@ def test_every_kind_of_bad_file_has_a_reason(tmp_path):
     for kind, file in write_hostile_files(tmp_path).items():
         if kind not in ("large", "program"):  # what a photo from elsewhere may not be; a database image may be large
             assert find_fault(file, decode=True), kind
+
+
+def test_images_that_are_too_small_for_a_model_are_wrong_if_it_is_named(tiny_museum, capsys):
+    Image.new("RGB", (96, 63)).save(tiny_museum / "images" / VAL[0])
+    options = ("--backbone", "timm/convnext_atto", "--image_size", 96)  # all others have 3:4 or more
+    for decode in ("false", "true"):
+        status, printed = verify(capsys, tiny_museum, *options, "--decode", decode)
+        assert status == 1 and row(printed, "val") == [7, 6, 0, 0, 1] and row(printed, "full") == [8, 8, 0, 0, 0]
+        assert f"  {VAL[0]}: 63x96 px is too small for timm/convnext_atto: it needs sides of 64 px or more" in printed
+    status, printed = verify(capsys, tiny_museum, *options, "--scales", 1, 0.6)
+    assert status == 0 and "nothing is wrong" in printed
+    status, printed = verify(capsys, tiny_museum, "--backbone", "timm/convnext_atto")
+    assert status == 1 and row(printed, "full") == [8, 0, 0, 0, 8]
+    for option, said in (
+        (("--image_size", 96), "--image_size has no effect without backbone"),
+        (("--scales", 1), "--scales has no effect without backbone"),
+        ((*options, "--image_size", 60), "--image_size 60: 60x60 px is too small for timm/convnext_atto"),
+        (("--backbone", "convnext_atto"), "--backbone convnext_atto: unknown; did you mean timm/convnext_atto?"),
+    ):
+        status, printed = verify(capsys, tiny_museum, *option)
+        assert status == 2 and said in printed

@@ -92,7 +92,7 @@ SHAPES = [(3, (400, 400)), (32, (90, 90)), (32, (90, 90)), (7, (60, 90))]
 def test_the_bar_of_the_first_process_ends_at_the_number_of_all_images(n_processes, monkeypatch):
     monkeypatch.setattr("metilr.extraction.module.has_launcher", lambda: True)
     store = SimpleNamespace(writer=lambda: SimpleNamespace(close=lambda: None))
-    data = ImageDataModule({"val": ()}, {"val": np.zeros(0)}, store, 32, 0, "skip")
+    data = ImageDataModule({"val": ()}, {"val": np.zeros(0)}, store, 32, 0, "skip", lambda *_: None)
     data.plan = [PlannedBatch(np.arange(n), shape) for n, shape in SHAPES]
     data.write = lambda *_: None
     profiler = SimpleNamespace(profile=lambda name: torch.no_grad())

@@ -25,7 +25,7 @@ from metilr.extraction.descriptors import open_descriptors, views_store
 from metilr.extraction.module import DescriptorWriter, HostCopy
 from metilr.extraction.options import ExtractionOptions
 from metilr.extraction.store import SPLITS, DescriptorStore
-from metilr.models.backbone import build_backbone
+from metilr.models.backbone import Features, build_backbone
 from metilr.models.embedder import Embedder
 from metilr.models.pooling import Pooling
 from tests.test_launch import state_of_process
@@ -334,6 +334,91 @@ def test_a_descriptor_that_is_not_finite_stops_the_run_and_names_the_image(museu
     with pytest.raises(UserError, match=r"\.jpg: its descriptor is not finite"):
         describe(broken, museum, tmp_path / "store")
     assert n_made(DescriptorStore(tmp_path / "store")) == 0
+
+
+@pytest.fixture
+def particular() -> Embedder:
+    """A model with a smallest size: sides of 64 px at the usual scales."""
+    return Embedder(build_backbone("timm/convnext_atto", "random"), Pooling("gem")).eval()
+
+
+SKIP = ExtractionOptions(accelerator="cpu", num_workers=0, batch_size=4, bad_images="skip", image_size=72)
+
+
+def stretched(museum, split, i, size) -> Path:
+    """Give an image another width and height."""
+    file = museum.image(museum.paths[split][i])
+    with Image.open(file) as image:
+        resized = image.convert("RGB").resize(size)
+    resized.save(file)
+    return file
+
+
+def left_out(store) -> set[tuple[str, int]]:
+    return {(split, int(i)) for split in SPLITS for i in np.flatnonzero(~store.is_valid(split))}
+
+
+def test_an_image_that_is_too_small_for_the_model_is_a_bad_one_and_found_before_any_is_described(
+    particular, museum, tmp_path
+):
+    for split, paths in museum.paths.items():
+        for i in range(len(paths)):
+            stretched(museum, split, i, (72, 64))
+    file = stretched(museum, "database", 5, (72, 63))
+    with pytest.raises(
+        UserError, match=r"\(63x72 px is too small for timm/convnext_atto: .* 64 px .*\); take a"
+    ) as error:
+        describe(particular, museum, tmp_path / "stopped")
+    assert str(error.value).startswith(f"{file}: cannot be described")
+    assert n_made(DescriptorStore(tmp_path / "stopped")) == 0
+    store = describe(particular, museum, tmp_path / "store", SKIP)
+    assert left_out(store) == {("database", 5)}
+    described = [row for row in range(len(museum.paths["database"])) if row != 5]
+    np.testing.assert_array_equal(np.linalg.norm(store.descriptors("database")[described], axis=1).round(5), 1)
+
+
+def test_a_view_that_is_too_small_is_bad_too(particular, museum, tmp_path):
+    for split, paths in museum.paths.items():
+        for i in range(len(paths)):
+            stretched(museum, split, i, (72, 64))
+    stretched(museum, "val", 0, (72, 72))
+    crops = CentreCrops((64 / 72,))
+    store = describe(particular, museum, tmp_path / "store", SKIP, [crops])
+    assert left_out(store) == set()
+    assert views_store(store, crops)[0].is_valid("val_crops").tolist() == [True, *[False] * 8]
+
+
+@pytest.mark.parametrize("n_streams", [1, 2])
+def test_a_size_that_the_network_fails_for_makes_its_images_bad_and_no_others(
+    embedder, museum, tmp_path, monkeypatch, n_streams
+):
+    monkeypatch.setattr(ExtractionOptions, "n_streams", n_streams)
+    odd = stretched(museum, "val", 2, (41, 50))
+    stretched(museum, "test", 3, (41, 50))
+    compute = embedder.backbone.model.forward_features
+
+    def fail_at_41(images):
+        if images.shape[3] == 41:
+            raise IndexError("index 41 is out of bounds")
+        return compute(images)
+
+    monkeypatch.setattr(type(embedder.backbone), "forward", lambda backbone, images: Features(fail_at_41(images), None))
+    options = ExtractionOptions(accelerator="cpu", num_workers=0, batch_size=4)
+    with pytest.raises(UserError, match=r"timm/test_resnet fails at 50x41 px, IndexError: index 41") as error:
+        describe(embedder, museum, tmp_path / "stopped", options)
+    assert str(error.value).startswith(f"{odd}: cannot be described")
+    skip = ExtractionOptions(accelerator="cpu", num_workers=0, batch_size=4, bad_images="skip")
+    store = describe(embedder, museum, tmp_path / "store", skip)
+    assert left_out(store) == {("val", 2), ("test", 3)}
+
+
+def test_an_image_size_that_is_too_small_is_refused_before_there_is_a_store(particular, museum, tmp_path):
+    options = ExtractionOptions(accelerator="cpu", num_workers=0, image_size=40, bad_images="skip")
+    with pytest.raises(
+        UserError, match=r"^image_size 40: 40x40 px is too small for timm/convnext_atto: it needs sides"
+    ):
+        describe(particular, museum, tmp_path / "store", options)
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,17 @@ def test_images_of_one_colour_and_tiny_ones_give_finite_features(embedder: Embed
     np.testing.assert_allclose(np.linalg.norm(found.descriptors, axis=1), 1, atol=1e-3)
 
 
+def test_a_scale_that_is_too_small_for_the_network_gives_none() -> None:
+    particular = embedder_of("timm/convnext_atto")  # its map of stride 8 begins at 8 px
+    found = LocalFeatureExtractor(particular, scales=(1.0, 0.5)).extract(noise(24, 15))
+    alone = LocalFeatureExtractor(particular, scales=(1.0,)).extract(noise(24, 15))
+    assert len(found.positions) == 3
+    np.testing.assert_array_equal(found.positions, alone.positions)
+    np.testing.assert_array_equal(found.descriptors, alone.descriptors)
+    nothing = LocalFeatureExtractor(particular).extract(noise(24, 7))
+    assert nothing.positions.shape == (0, 2) and verify(found, nothing, 12.0).n_inliers == 0
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
 def test_maps_that_are_not_finite_or_all_alike_give_none(embedder: Embedder, monkeypatch, value: float) -> None:
     monkeypatch.setattr(LocalFeatureExtractor, "_map", lambda self, images: torch.full((1, 8, 4, 4), value))

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from timm.layers.hybrid_embed import HybridEmbed
 from torch import nn
 
 from metilr.errors import UserError
-from metilr.models.backbone import Features, build_backbone
+from metilr.models.backbone import Backbone, Features, build_backbone
 
 
 @pytest.fixture
@@ -149,3 +150,49 @@ def test_a_family_without_intermediates_still_gives_its_last_map() -> None:
     torch.testing.assert_close(run(older, images(64, 64)).map, expected)
     with pytest.raises(UserError, match="stage 2: timm gives only the last stage of old"):
         type(backbone)(Older(backbone.model), "old", (0.0,) * 3, (1.0,) * 3, backbone.provenance, stage=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "least"),
+    [
+        ("r18_in", None, 1),
+        ("timm/convnext_atto", None, 4 * 2**3),  # a stem of 4x4 patches, then three halvings by 2x2 kernels
+        ("timm/convnext_atto", 2, 4 * 2),
+        ("timm/densenet121", None, 29),  # 29, 15, 8 px by two padded halvings, then 4, 2, 1 by three that are not
+        ("timm/swin_tiny_patch4_window7_224", None, 4),
+        ("timm/test_vit", None, 16),
+    ],
+)
+def test_the_smallest_side_is_where_the_network_begins_to_work(
+    name: str, stage: int | None, least: int, quick_start: None
+) -> None:
+    backbone = build_backbone(name, weights="random", stage=stage)
+    assert backbone.least_side == least
+    assert run(backbone, images(least, least)).map.shape == (2, backbone.width, 1, 1)
+    if least > 1:
+        with pytest.raises((AssertionError, RuntimeError)):
+            run(backbone, images(least - 1, least - 1))
+
+
+def test_a_hybrid_s_sides_are_rounded_to_what_its_stem_and_patches_take_together(quick_start: None) -> None:
+    backbone = build_backbone("timm/vit_tiny_r_s16_p8_224", weights="random")
+    assert backbone.patch == 4 * 8  # a ResNet's stem, then patches
+    assert backbone.fit_size(63, 500) == (64, 512)
+    batch = images(64, 96)
+    with torch.no_grad():
+        tokens = backbone.model.forward_features(batch)
+    assert tokens.shape[1] == 1 + 2 * 3
+    torch.testing.assert_close(run(backbone, batch).map[:, :, 1, 0], tokens[:, 1 + 3])
+
+
+@pytest.mark.parametrize(("padding", "patch"), [(0, 1), (1, 4)])
+def test_a_hybrid_whose_stem_rounds_down_as_timm_counts_takes_any_size(padding: int, patch: int) -> None:
+    stem = nn.Conv2d(3, 8, kernel_size=4 - padding, stride=4, padding=padding)
+    vit = build_backbone("timm/test_vit", weights="random")
+    vit.model.patch_embed = HybridEmbed(stem, img_size=32, embed_dim=8, proj=False)
+    assert Backbone(vit.model, "hybrid", vit.mean, vit.std, vit.provenance).patch == patch
+
+
+def test_a_network_that_takes_no_long_image_is_refused(quick_start: None) -> None:
+    with pytest.raises(UserError, match=r"timm/mvitv2_tiny: it gives no .* for a 1x777 image \(IndexError.*; choose a"):
+        build_backbone("timm/mvitv2_tiny", weights="random")

@@ -8,12 +8,14 @@ import pytest
 import timm
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 from metilr.errors import UserError
+from metilr.models import UnfitSizeError
 from metilr.models.backbone import build_backbone
-from metilr.models.embedder import BFLOAT16_LEAST_SIDE, Embedder, Projector, build_embedder
+from metilr.models.embedder import BFLOAT16_LEAST_SIDE, Embedder, Projector, build_embedder, features_of
 from metilr.models.pooling import Pooling
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -213,3 +215,59 @@ def test_settings_hold_all_that_changes_a_descriptor(resnet: Embedder) -> None:
     after = resnet.describe_settings()
     assert after["weights_sha256"] != before["weights_sha256"]
     assert after["provenance"] == before["provenance"]
+
+
+SIDES = (1, 2, 7, 16, 31, 32, 33, 60, 100, 224)
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),  # a side of convnext_atto is divided by 32, one of inception_v3 has 75 px at least
+    [("lite0_in", 1), ("timm/convnext_atto", 64), ("timm/inception_v3", 150), ("timm/vit_tiny_r_s16_p8_224", 1)],
+)
+def test_an_image_is_described_or_refused_by_its_size_and_nothing_else_happens(name: str, least: int) -> None:
+    embedder = build_embedder(name, "random", scales=(1, 2**-0.5, 0.5))
+    for height, width in [*((side, side) for side in SIDES), *((side // 5 + 1, side) for side in SIDES)]:
+        if min(height, width) >= least:
+            embedder.check_size(height, width)
+            norms = describe(embedder, photos(height, width)).norm(dim=1)
+            torch.testing.assert_close(norms, torch.ones(1))
+            continue
+        needed = f"it needs sides of {least} px or more at the scales 1, 0.707, 0.5"
+        refusal = f"^{height}x{width} px is too small for {name}: {needed}$"
+        with pytest.raises(UnfitSizeError, match=refusal):
+            embedder.check_size(height, width)
+        with pytest.raises(UnfitSizeError, match=refusal):
+            describe(embedder, photos(height, width))
+
+
+def test_a_size_at_which_nothing_can_be_described_is_refused_with_the_image_or_the_parameter() -> None:
+    embedder = build_embedder("timm/convnext_atto", "random")
+    embedder.check_image_size(64)
+    embedder.check_image_size(None)
+    with pytest.raises(UserError, match=r"^image_size 63: 63x63 px is too small for timm/convnext_atto"):
+        embedder.check_image_size(63)
+    with pytest.raises(UserError, match=r"^images 1: cannot be described \(9x12 px is too small for timm/convnext"):
+        embedder.embed([Image.new("RGB", (64, 64)), Image.new("RGB", (12, 9))])
+
+
+def test_what_fails_for_one_size_alone_is_refused_and_other_failures_are_left_as_they_are(resnet: Embedder) -> None:
+    def failing(error: Exception, fails: Callable[[torch.Tensor], bool]) -> Callable[[torch.Tensor], torch.Tensor]:
+        def compute(images: torch.Tensor) -> torch.Tensor:
+            if fails(images):
+                raise error
+            return images
+
+        return compute
+
+    of_size, batch = RuntimeError("shape is\ninvalid"), torch.zeros(2, 3, 45, 60)
+    with pytest.raises(UnfitSizeError, match=r"^r18_in fails at 45x60 px, RuntimeError: shape is invalid$"):
+        features_of(batch, resnet.backbone, failing(of_size, lambda images: images.shape[2] == 45))
+    for error, fails in (
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), lambda images: images.shape[2] == 45),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), lambda images: images.shape[2] == 45),
+        (RuntimeError("a batch is too large"), lambda images: len(images) == 2),
+        (RuntimeError("the device is gone"), lambda images: True),
+    ):
+        with pytest.raises(type(error)) as raised:
+            features_of(batch, resnet.backbone, failing(error, fails))
+        assert raised.value is error

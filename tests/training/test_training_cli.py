@@ -54,6 +54,7 @@ def two_equal_images(monkeypatch):
 LOSSES = "pytorch_metric_learning.losses"
 FROZEN = ("--model.freeze_backbone", "true")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU")
+PARTICULAR = ["--model.backbone", "timm/convnext_atto"]  # its smallest side is 32 px
 CACHED = ("--data.cache_views", "true", "--data.n_views", 2)
 
 
@@ -85,6 +86,13 @@ CACHED = ("--data.cache_views", "true", "--data.n_views", 2)
         (None, ["--trainer.precision", "bf16-true"], "--trainer.precision bf16-true: choose one of 32"),
         (None, ["--trainer.strategy", "dpp"], "strategy='dpp'"),
         (None, ["--seed_everything", "-1"], "--seed_everything -1"),
+        (
+            None,
+            [*PARTICULAR, "--data.second_view.size", 31],
+            "second_view.size 31: 31x31 px is too small for timm/conv",
+        ),
+        (None, [*PARTICULAR, "--data.image_size", 31], "--data.image_size 31: 31x31 px is too small for timm/convnext"),
+        (None, PARTICULAR, "MET/70/0.jpg: cannot be described (24x32 px is too small for timm/convnext_atto"),
         (None, ["--config", "none.yaml"], "none.yaml"),
         (None, ["--wandb", "online"], "--wandb online"),
         (None, ["--output", "museum"], "--output museum"),
