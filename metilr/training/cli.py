@@ -7,9 +7,10 @@ from typing import Any
 
 import yaml
 
-from metilr.cli import Parser, check_config, refuse_unknown
+from metilr.cli import Parser, refuse_unknown
 from metilr.distributed import end_with_parent, has_launcher, is_first_process, process_as_before, quieten_lightning
 from metilr.errors import UserError
+from metilr.files import check_config
 from metilr.training import FineTuningOptions, PairOptions, RunOptions
 
 TRAINER = (
