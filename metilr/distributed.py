@@ -74,7 +74,8 @@ def process_as_before() -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(variables)
-        only.rank = rank
+        if rank is not None:  # else Lightning was not imported yet, and says it once for all
+            only.rank = rank
         torch.backends.cudnn.benchmark = benchmark
         torch.use_deterministic_algorithms(deterministic)
         torch.set_num_threads(n_threads)
