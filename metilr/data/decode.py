@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError, features
 
-from metilr.data.pixels import check_tiff, tiff_kind, tiff_tags, to_rgb
+from metilr.data.pixels import Tags, check_tiff, tiff_kind, tiff_tags, to_rgb
 from metilr.errors import UserError
 from metilr.files import named, regular
 
@@ -158,20 +158,25 @@ def open_image(file: Path | IO[bytes], max_pixels: int) -> Iterator[Image.Image]
         try:
             image = stack.enter_context(Image.open(bounded, formats=formats()))
         except UnidentifiedImageError:
-            if tags:
-                raise ValueError(tiff_kind(tags)) from None
-            bounded.seek(0)
-            head = bounded.read(18)
-            if head.startswith(b"\xff\xd8\xff"):
-                raise ValueError("a JPEG that is damaged, lossless or of 12 bits; convert it to 8-bit RGB") from None
-            if _iso_media(head) in {AVIF, HEIF}.difference(formats()):
-                raise ValueError("a HEIC or AVIF photo: pip install 'metilr[heic]' or convert it") from None
-            raise
+            raise ValueError(_unread_kind(bounded, tags)) from None
         except Image.DecompressionBombError:
             raise TooManyPixels(max_pixels) from None
         if image.width * image.height > max_pixels:
             raise TooManyPixels(max_pixels)
         yield image
+
+
+def _unread_kind(stream: IO[bytes], tags: Tags | None) -> str:
+    """Name what is none of the formats, and say what to do."""
+    stream.seek(0)
+    head = stream.read(18)
+    if tags is not None:
+        return tiff_kind(tags)
+    if head.startswith(b"\xff\xd8\xff"):
+        return "a JPEG that is damaged, lossless or of 12 bits; convert it to 8-bit RGB"
+    if _iso_media(head) in {AVIF, HEIF}.difference(formats()):
+        return "a HEIC or AVIF photo: pip install 'metilr[heic]' or convert it"
+    return "not an image"
 
 
 class _Bounded:
@@ -283,6 +288,4 @@ def why_undecodable(error: Exception) -> str:
         raise error
     if isinstance(error, OSError) and error.errno in NO_FILE:
         return "no such file" if isinstance(error, FileNotFoundError) else os.strerror(error.errno)
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
     return " ".join(str(error).split()) or type(error).__name__
