@@ -80,7 +80,8 @@ def tiff_kind(tags: Tags) -> str:
     kinds = [SAMPLE_FORMATS.get(kind, f", sample format {kind}") for kind in sorted(set(tags.get(SAMPLE_FORMAT, ())))]
     told = PHOTOMETRICS.get(photometric, f", photometric interpretation {photometric}")
     apart = ", in separate planes" if tags.get(PLANAR, 1) == 2 else ""
-    return f"a TIFF of {max(tags.get(BITS, (1,)))} bits{''.join(kinds)}{told}{apart}; convert it to 8-bit RGB"
+    channels = "" if tags.get(SAMPLES, 1) == 1 else f"{tags[SAMPLES]} x "
+    return f"a TIFF of {channels}{max(tags.get(BITS, (1,)))} bits{''.join(kinds)}{told}{apart}; convert it to 8-bit RGB"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
