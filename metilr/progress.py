@@ -1,7 +1,11 @@
-"""Progress of long work on a terminal, and text from strangers on its way to one."""
+"""Progress of long work: bars on a terminal, a line a minute in a log; and text from strangers on its way there."""
 
 import contextlib
+import os
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import TypeVar
 
 from rich.console import Console
@@ -25,6 +29,8 @@ def printable(text: str) -> str:
 
 
 T = TypeVar("T")
+EVERY = 60  # seconds between lines in a log
+LOG_WIDTH = 200  # of tables there
 
 
 class _Rate(ProgressColumn):
@@ -37,24 +43,55 @@ class _Rate(ProgressColumn):
         return Text("" if rate is None else f"{rate:,.1f} {self.unit}/s")
 
 
-def progress_bar(unit: str, quiet: bool = False) -> Progress:
-    """A bar with what is done, units per second and time left; it disappears when it ends."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
-    return Progress(*columns, transient=True, disable=quiet)
+def make_console(quiet: bool = False) -> Console:
+    """Where a command says what it does; in a log no line is broken, whatever a terminal's width would be."""
+    is_log = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(highlight=False, quiet=quiet, soft_wrap=True, width=LOG_WIDTH if is_log else None)
+
+
+class MinuteLines:
+    """What a log says of long work: how far it is, how fast and how long it still takes, a line a minute.
+
+    On a terminal, where a bar says so, and where ``quiet``, it says nothing.
+    """
+
+    def __init__(self, description: str, total: int, unit: str, quiet: bool = False) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.is_silent = quiet or sys.stdout.isatty()
+        self.completed, self.started = 0, time.monotonic()
+        self.said = self.started
+
+    def advance(self, n: int) -> None:
+        """Count units done, and say so if a minute has passed."""
+        self.completed += n
+        now = time.monotonic()
+        if self.is_silent or now - self.said < EVERY or not self.completed:
+            return
+        self.said, rate = now, self.completed / (now - self.started)
+        left = timedelta(seconds=round(max(0, self.total - self.completed) / rate))
+        done = f"{self.completed:,} of {self.total:,} {self.unit}"
+        print(f"{self.description}: {done}, {rate:,.1f} a second, {left} left", flush=True)
 
 
 def byte_progress(quiet: bool = False, console: Console | None = None) -> Progress:
-    """Bars of files, in bytes: what is done, the rate and the time left; they disappear when they end."""
+    """Bars of files, in bytes, on a terminal: what is done, the rate and the time left; they disappear at their end."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     return Progress(*columns, TimeRemainingColumn(), transient=True, disable=quiet, console=console)
 
 
 @contextlib.contextmanager
 def counted(description: str, total: int, unit: str, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """Show a bar while the block runs; it is given what to call with each number of units done."""
-    with progress_bar(unit, quiet) as progress:
+    """Show a bar, or lines, while the block runs; it is given what to call with each number of units done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
+    lines = MinuteLines(description, total, unit, quiet)
+    with Progress(*columns, transient=True, disable=quiet or not sys.stdout.isatty()) as progress:
         task = progress.add_task(description, total=total)
-        yield lambda n: progress.advance(task, n)
+
+        def done(n: int) -> None:
+            progress.advance(task, n)
+            lines.advance(n)
+
+        yield done
 
 
 def tracked(items: Iterable[T], description: str, total: int, unit: str, quiet: bool = False) -> Iterator[T]:

@@ -61,12 +61,22 @@ def machine() -> dict[str, Any]:
 @functools.cache
 def processor() -> str:
     """The processor's model, as far as the system tells."""
+    return _of_processor("model name") or platform.processor() or platform.machine()
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor computes in bfloat16 itself, as far as the system tells; else it gains nothing there."""
+    flags = {*_of_processor("flags").split(), *_of_processor("Features").split()}  # of x86 and of ARM
+    return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def _of_processor(wanted: str) -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             name, _, value = line.partition(":")
-            if name.strip() == "model name" and value.strip():
+            if name.strip() == wanted:
                 return value.strip()
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def command() -> str | None:

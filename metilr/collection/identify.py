@@ -8,7 +8,6 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 
 from metilr.collection.threshold import Identified, PhotoOptions, Threshold, collection_document
@@ -16,7 +15,7 @@ from metilr.data.decode import BadImageError
 from metilr.data.folder import find_images
 from metilr.errors import UserError
 from metilr.files import write_atomically
-from metilr.progress import printable
+from metilr.progress import make_console, printable
 from metilr.retrieval.knn import N_MATCHES
 
 if TYPE_CHECKING:
@@ -56,12 +55,12 @@ def identify(
     photos = [photos] if isinstance(photos, (str, Path)) else photos
     if not photos:
         raise UserError("name one or more photos, or folders of photos")
-    console = Console(highlight=False, quiet=json)
+    console = make_console(quiet=json)
     collection, chosen = open_with_threshold(options)
-    console.print(_head(collection, chosen), soft_wrap=True)
+    console.print(_head(collection, chosen))
     answered = []
     for photo in _answers(collection, chosen, photos, matches, options.max_pixels, page is not None):
-        console.print(_lines(photo, collection), soft_wrap=True)
+        console.print(_lines(photo, collection))
         answered.append(photo)
     if json:
         document = {
@@ -73,7 +72,7 @@ def identify(
         print(dumps(document, indent=1, allow_nan=False))
     if page is not None:
         write_page(Path(page), collection, chosen, answered)
-        console.print(f"wrote {escape(str(page))}", soft_wrap=True)
+        console.print(f"wrote {escape(str(page))}")
     if all(photo.answer is None for photo in answered):
         raise UserError(f"no photo could be read; the first, {printable(answered[0].name)}: {answered[0].error}")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
-from rich.console import Console
 from rich.markup import escape
 
 from metilr.data.decode import limit_images
@@ -19,6 +18,7 @@ from metilr.evaluation.results import Count, ImageSize, Part, Positive, Text, Vo
 from metilr.extraction.options import ExtractionOptions, Precision
 from metilr.files import write_atomically
 from metilr.models import RANDOM, Engine, ModelOptions, PatchRounding, PoolingName
+from metilr.progress import make_console
 from metilr.retrieval.knn import USUAL_TAU
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def index(
     from metilr.models.checkpoints import build_model
     from metilr.retrieval.approximate import check_size
 
-    folder, output, console = Path(folder), Path(output), Console(highlight=False)
+    folder, output, console = Path(folder), Path(output), make_console()
     model, extraction, method = model or ModelOptions(), extraction or ExtractionOptions(), method or MethodOptions()
     _check(folder, output, method, approximate)
     limit_images(extraction.max_megapixels)
@@ -77,9 +77,9 @@ def index(
     catalogue = read_catalogue(folder, csv)
     ground_truth, n_images, n_exhibits = catalogue.ground_truth(), len(catalogue.paths), len(catalogue.names)
     what = f"{n_images:,} images of {n_exhibits:,} exhibits"
-    console.print(f"[bold]data[/]         {escape(str(catalogue.folder))}: {what}", soft_wrap=True)
+    console.print(f"[bold]data[/]         {escape(str(catalogue.folder))}: {what}")
     if catalogue.left_aside:
-        console.print(f"[bold yellow]note:[/] left aside: {catalogue.left_aside}", soft_wrap=True)
+        console.print(f"[bold yellow]note:[/] left aside: {catalogue.left_aside}")
     if model.ckpt is not None:  # absolute: an index may be used from any folder
         model = replace(model, ckpt=Path(model.ckpt).absolute())
     if model.weights not in (None, RANDOM):
@@ -114,9 +114,9 @@ def index(
     made = describe_index(catalogue, model, extraction, replace(method, k=k), whitening is not None)
     write_atomically(output / "index.json", json.dumps(made.model_dump(by_alias=True), indent=1) + "\n")  # the last
     for note in _notes(embedder, method, whitening, n_images - n_decoded):
-        console.print(f"[bold yellow]note:[/] {escape(note)}", soft_wrap=True)
+        console.print(f"[bold yellow]note:[/] {escape(note)}")
     where = escape(str(output))
-    console.print(f"wrote {where}; now: metilr identify PHOTO --store {where}", soft_wrap=True)
+    console.print(f"wrote {where}; now: metilr identify PHOTO --store {where}")
     return output
 
 

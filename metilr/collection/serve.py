@@ -75,9 +75,9 @@ def serve(
         listener.listen()  # so that who reads the next line can ask already
         console, name = Console(highlight=False), escape(printable(collection.name))
         address = escape(f"[{host}]" if ":" in host else host) + f":{listener.getsockname()[1]}"
-        console.print(f"[bold]serving[/]      {name} at http://{address}/ (Ctrl-C ends it)", soft_wrap=True)
+        console.print(f"[bold]serving[/]      {name} at http://{address}/ (Ctrl-C ends it)")
         if collection.search is not None:
-            console.print(f"[bold]search[/]       {collection.search}", soft_wrap=True)
+            console.print(f"[bold]search[/]       {collection.search}")
         if not is_loopback(host):
             console.print("[bold yellow]note:[/] everyone who reaches this address can use it, without a password")
         try:

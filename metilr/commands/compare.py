@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 from rich.markup import escape
 
 from metilr.data.csv_files import as_csv
@@ -17,7 +16,7 @@ from metilr.evaluation.results import FIGURES, LEVEL, UNITS, Figures, Run, read_
 from metilr.evaluation.runs import RUNS, make_output
 from metilr.files import write_atomically
 from metilr.metrics.bootstrap import Difference, paired_intervals, resampling_units
-from metilr.progress import printable, tracked
+from metilr.progress import make_console, printable, tracked
 from metilr.report.published import Published, published
 from metilr.report.tables import METRICS, TextTable, chosen
 
@@ -38,7 +37,7 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
     """
     from metilr.report.plots import plot_comparison  # matplotlib, which help does not need
 
-    console = Console(highlight=False)
+    console = make_console()
     read = _read_runs(runs)
     known = {name: published(run.results) for name, run in read.items()}
     groups = _by_data(read)
@@ -62,9 +61,9 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
         console.print(f"[bold yellow]note:[/] {DIFFERENT_DATA}")
     for table in tables:
         console.print()
-        console.print(table.rich())
+        console.print(table.rich(), soft_wrap=False)
         for note in table.notes:
-            console.print(f"[bold yellow]note:[/] {escape(printable(note))}", soft_wrap=True)
+            console.print(f"[bold yellow]note:[/] {escape(printable(note))}")
 
     comparison = _as_json(read, known, differences)
     texts = {
@@ -78,7 +77,8 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
         write_atomically(file, text)
     results = {title: {name: run.results for name, run in group.items()} for title, group in groups.items()}
     plot_comparison(results, known, written[len(texts) :])
-    console.print("wrote " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)
+    for file in written:
+        console.print(f"wrote {escape(str(file))}")
     return comparison
 
 

@@ -19,7 +19,7 @@ from metilr.errors import UserError
 from metilr.evaluation.runs import make_output
 from metilr.files import write_atomically, write_picture
 from metilr.metrics import DISTRACTOR
-from metilr.progress import printable
+from metilr.progress import make_console, printable
 from metilr.report.tables import TextTable
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def describe(
     """
     if images < 1:
         raise UserError(f"{images}: choose 1 or more", "images")
-    console = Console(highlight=False)
+    console = make_console()
     ground_truth = load_ground_truth(Path(root), database)
     counts = count(ground_truth)
     folder = make_output(output, "describe")
@@ -67,8 +67,9 @@ def describe(
     else:
         console.print(f"no sheet of samples: none of the images lie in {escape(str(ground_truth.image('')))}")
     for reason in left_out:
-        console.print(f"[bold yellow]note:[/] left out of the sheet: {escape(printable(reason))}", soft_wrap=True)
-    console.print("wrote " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)
+        console.print(f"[bold yellow]note:[/] left out of the sheet: {escape(printable(reason))}")
+    for file in written:
+        console.print(f"wrote {escape(str(file))}")
     return counts
 
 
@@ -114,13 +115,13 @@ def _print(console: Console, counts: dict[str, Any]) -> None:
     rows.append(["exhibits", f"{database['exhibits']:,}", *(f"{part['exhibits']:,}" for part in parts.values())])
     photographers = [part["photographers"] for part in parts.values()]
     rows.append(["photographers of met", "", *("not named" if n is None else f"{n:,}" for n in photographers)])
-    console.print(TextTable(title, [], ["", "database", *parts], rows).rich())
+    console.print(TextTable(title, [], ["", "database", *parts], rows).rich(), soft_wrap=False)
 
     sizes = [
         [name.replace("-", "–"), f"{n:,}", f"{100 * n / database['exhibits']:.1f}%"]
         for name, n in database["class_sizes"].items()
     ]
-    console.print(TextTable("Images of an exhibit", [], ["images", "exhibits", "share"], sizes).rich())
+    console.print(TextTable("Images of an exhibit", [], ["images", "exhibits", "share"], sizes).rich(), soft_wrap=False)
     largest = database["largest"]
     console.print(f"most images: {largest['images']:,}, of exhibit {largest['exhibit_id']}")
 

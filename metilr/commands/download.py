@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import pydantic
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
@@ -17,7 +16,7 @@ from metilr.download.archives import ARCHIVES, OFFICIAL, PUBLISHED_IMAGES, Archi
 from metilr.download.fetch import fetch, remote_size
 from metilr.errors import UserError, one_line
 from metilr.files import alone_in, file_sha256, read_json, write_atomically
-from metilr.progress import byte_progress
+from metilr.progress import byte_progress, make_console
 
 PARTS_OF: dict[DataSet, tuple[PartName, ...]] = {
     "queries": ("val", "test"),
@@ -60,7 +59,7 @@ def download(
     base = OFFICIAL if mirror is None else mirror if mirror.endswith("/") else mirror + "/"
     if not base.startswith(("http://", "https://")):
         raise UserError(f"{mirror}: must be an address such as http://host/folder/", "mirror")
-    console, root = Console(highlight=False), Path(root)
+    console, root = make_console(), Path(root)
     folder = root / "archives"
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder, "another download", "stop it"):
@@ -68,7 +67,7 @@ def download(
         if pending := [archive for archive in ARCHIVES[chosen] if not records.is_done(archive)]:
             need = _require_space(pending, root, base)
             names = ", ".join(archive.name for archive in pending)
-            console.print(f"[bold]{chosen}[/] from {escape(base)}: {names}; {need}", soft_wrap=True)
+            console.print(f"[bold]{chosen}[/] from {escape(base)}: {names}; {need}")
             with byte_progress(quiet, console) as progress:
                 for archive in pending:
                     obtain(archive, root, base + archive.name, records, progress)
@@ -77,7 +76,7 @@ def download(
         for part, paths in found.paths.items():
             if len(paths) != (n := PUBLISHED_IMAGES[part]):
                 note = f"{FILES[part]} names {len(paths):,} images, {n:,} were published: its figures do not compare"
-                console.print(f"[bold yellow]note:[/] {note}", soft_wrap=True)
+                console.print(f"[bold yellow]note:[/] {note}")
         if found.faults:
             for archive in ARCHIVES[chosen]:
                 folder_name = archive.folder.removeprefix("images/") + "/"
@@ -89,7 +88,7 @@ def download(
             for archive in ARCHIVES[chosen]:
                 (folder / archive.name).unlink(missing_ok=True)
     if chosen != "queries":
-        console.print(f"now: metilr evaluate --root {escape(str(root))} --database {chosen}", soft_wrap=True)
+        console.print(f"now: metilr evaluate --root {escape(str(root))} --database {chosen}")
 
 
 class Record(pydantic.BaseModel, extra="forbid"):
@@ -143,7 +142,7 @@ def obtain(archive: Archive, root: Path, url: str, records: Records, progress: P
     folder = root / archive.folder
     n = unpack(path, archive, folder, lambda done: show("unpacking", done, size))
     records.put(archive.name, record.model_copy(update={"unpacked": ALL}))
-    progress.console.print(f"{archive.name}: {n:,} files in {escape(str(folder))}", soft_wrap=True)
+    progress.console.print(f"{archive.name}: {n:,} files in {escape(str(folder))}")
 
 
 def _checked(archive: Archive, path: Path, url: str, digest: str, records: Records) -> Record:

@@ -23,6 +23,7 @@ from metilr.evaluation.runs import output_folder, summarise, write_answers
 from metilr.extraction.descriptors import open_descriptors
 from metilr.extraction.options import ExtractionOptions
 from metilr.models import ModelOptions
+from metilr.progress import make_console
 from metilr.report.page import write_report
 from metilr.report.tables import print_table
 from metilr.report.wandb import check_key, finishing, log_evaluation, open_wandb, staging_beside, where_logged
@@ -87,8 +88,8 @@ def evaluate(
     limit_images(extraction.max_megapixels)
     quieten_lightning()
     is_first, quiet = launched_as_first(), extraction.quiet
-    console = Console(highlight=False, quiet=not is_first)
-    progress = Console(highlight=False, quiet=quiet or not is_first)
+    console = make_console(quiet=not is_first)
+    progress = make_console(quiet=quiet or not is_first)
     if method.search_device is None:
         import faiss
 
@@ -98,7 +99,7 @@ def evaluate(
     root = make_demo(DEMO, progress=not quiet) if root is None else root
     synthetic = (root / "demo.json").exists()
     ground_truth = load_ground_truth(root, database)
-    progress.print(_data_line(ground_truth, synthetic), soft_wrap=True)
+    progress.print(_data_line(ground_truth, synthetic))
     views, embedder, name = views_of(method, model.seed), None, "descriptors"
     if not descriptors:
         embedder = build_model(model)
@@ -152,10 +153,11 @@ def _leave_behind(
     run = open_wandb(report.wandb, report.wandb_project, folder, results.options or {})
     if run is not None:
         with staging_beside(folder), finishing(run):
-            progress.print(escape(where_logged(run, folder)), soft_wrap=True)
+            progress.print(escape(where_logged(run, folder)))
             log_evaluation(run, results, ground_truth, recognition, pages[0].parent if pages else None)
     written = [*pages, results.write(folder), *written]
-    console.print("wrote " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)
+    for file in written:
+        console.print(f"wrote {escape(str(file))}")
 
 
 def _refuse_idle(options: Mapping[str, Any]) -> None:

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from metilr.errors import UserError
 from metilr.evaluation.results import read_run
+from metilr.progress import make_console
 
 
 def pack(run: Path, output: Path) -> None:
@@ -56,8 +56,7 @@ def pack(run: Path, output: Path) -> None:
     }
     write_checkpoint(output, content)
     name = escape(str(output))
-    Console(highlight=False).print(
+    make_console().print(
         f"wrote {name}, model and whitening; now: metilr evaluate --ckpt {name} --whitening {name} --root DIR, with "
-        "the run's options for crops, visits and geometry, if it had some",
-        soft_wrap=True,
+        "the run's options for crops, visits and geometry, if it had some"
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
 from rich.markup import escape
 
 from metilr.cli import call, options_of
@@ -26,6 +25,7 @@ from metilr.extraction.options import Accelerator
 from metilr.extraction.store import DescriptorStore, differing_settings
 from metilr.files import write_atomically
 from metilr.models import RANDOM
+from metilr.progress import make_console
 from metilr.report.tables import METRICS, TextTable
 
 # Of a figure in [0, 1]: 0.1 points, the last digit that is published. Other hardware or versions round descriptors
@@ -90,7 +90,7 @@ def rerun(
         options["store"] = next((place for place in places if _is_current(place, options)), None)
         if describe_again:
             options["store"] = folder / "store"
-            Console(highlight=False, quiet=quiet).print(f"describing into {escape(str(folder))}", soft_wrap=True)
+            make_console(quiet=quiet).print(f"describing into {escape(str(folder))}")
     try:
         now = call(evaluate, options)
     except BaseException:
@@ -179,7 +179,7 @@ def _part(results: Results, part: str) -> dict[str, Any]:
 
 
 def _print(comparison: Mapping[str, Any], file: Path) -> None:
-    console = Console(highlight=False)
+    console = make_console()
     rows = []
     for split, figures in comparison["figures"].items():
         for name, (before, now) in figures.items():
@@ -189,12 +189,12 @@ def _print(comparison: Mapping[str, Any], file: Path) -> None:
             elif before != now:
                 rows.append([f"{split} {name}", f"{before:,}", f"{now:,}", f"{now - before:+,}"])
     header = ["figure", "recorded", "now", "difference"]
-    console.print(TextTable("recorded and repeated, in percent", [], header, rows).rich())
+    console.print(TextTable("recorded and repeated, in percent", [], header, rows).rich(), soft_wrap=False)
     agree, points = comparison["agree"], f"{100 * comparison['tolerance']:g} points"
     if agree == "not":
         console.print(f"[bold red]the figures do not agree[/] within {points}")
     else:
         console.print(f"[bold]the figures agree {agree}[/]{'' if agree == 'exactly' else f' (of {points})'}")
     for difference in [] if agree == "exactly" else comparison["differences"] or [NOTHING]:
-        console.print(f"  {escape(difference)}", soft_wrap=True)
-    console.print(f"wrote {escape(str(file))}", soft_wrap=True)
+        console.print(f"  {escape(difference)}")
+    console.print(f"wrote {escape(str(file))}")

@@ -15,7 +15,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
@@ -28,6 +27,7 @@ from metilr.evaluation.options import without_deleted
 from metilr.evaluation.results import read_run
 from metilr.evaluation.runs import RUNS, make_output, plain_options
 from metilr.files import write_atomically
+from metilr.progress import make_console
 
 # Options of metilr evaluate that say how and where, but change no figure beyond rounding: another run of the sweep may
 # have other ones, say a smaller batch after a row that ran out of memory.
@@ -81,7 +81,7 @@ def sweep(
         By row, the reason why it failed; None if it did not.
     """
     started = time.monotonic()
-    console = Console(highlight=False)
+    console = make_console()
     rows = plan_rows(configs, root, database, vary, values, options, output)
     finished = {row.name for row in rows if row.is_finished}
     for row in rows:
@@ -97,7 +97,7 @@ def sweep(
         console.rule(f"[bold]{escape(row.name)}[/], row {i + 1} of {len(rows)}, {elapsed} elapsed", align="left")
         reasons[row.name] = _run(row)
         if reason := reasons[row.name]:
-            console.print(f"[bold red]failed:[/] {escape(reason)}", soft_wrap=True)
+            console.print(f"[bold red]failed:[/] {escape(reason)}")
 
     console.rule("sweep", align="left")
     if folders := [row.folder for row in rows if row.is_finished]:
@@ -106,7 +106,7 @@ def sweep(
     for name, reason in reasons.items():
         outcome = "[bold red]failed[/]" if reason else f"[green]{'there already' if name in finished else 'done'}[/]"
         table.add_row(escape(name), outcome, escape(reason or ""))
-    console.print(table)
+    console.print(table, soft_wrap=False)
     if failed := [name for name, reason in reasons.items() if reason]:
         where = f"their errors are in {output}/NAME.failed.txt; the same command tries them again"
         raise UserError(f"{len(failed)} of {len(rows)} rows failed ({', '.join(failed)}); {where}")

@@ -19,7 +19,7 @@ from metilr.distributed import default_workers
 from metilr.errors import UserError
 from metilr.files import write_atomically
 from metilr.models import RANDOM, UnfitSizeError
-from metilr.progress import counted, printable
+from metilr.progress import counted, make_console, printable
 
 PartName = Literal["full", "mini", "val", "test"]
 PARTS: tuple[PartName, ...] = ("full", "mini", "val", "test")  # of a data root: both databases and both query splits
@@ -78,7 +78,7 @@ def verify(
     if list is not None and not Path(list).parent.is_dir():
         raise UserError(f"{list}: there is no folder {Path(list).parent}; make it, or name another file", "list")
     found = check(Path(root), parts, decode, num_workers, quiet, backbone, scales, image_size)
-    print_verification(Console(highlight=False), found, list)
+    print_verification(make_console(), found, list)
     if list is not None:
         rows = ((part, *fault) for part in found.paths for fault in found.faults_of(part).items())
         write_atomically(Path(list), as_csv([("part", "path", "reason"), *rows]))
@@ -192,13 +192,13 @@ def print_verification(console: Console, found: Verification, list_file: Path | 
         missing, empty = reasons.count(MISSING), reasons.count(EMPTY)
         counts = (len(paths), len(paths) - len(reasons), missing, empty, len(reasons) - missing - empty)
         table.add_row(part, *(f"{n:,}" for n in counts))
-    console.print(table)
+    console.print(table, soft_wrap=False)
     for part in found.left_out:
         console.print(f"{part}: not verified, {FILES[part]} is there and none of its own images")
     for path, reason in [*found.faults.items()][:SHOWN]:
-        console.print(f"  {escape(printable(path))}: {escape(printable(reason))}", soft_wrap=True)
+        console.print(f"  {escape(printable(path))}: {escape(printable(reason))}")
     n = len(found.faults)
     if n > SHOWN:
         rest = "--list FILE writes all" if list_file is None else f"all are in {escape(str(list_file))}"
-        console.print(f"  and {n - SHOWN:,} more; {rest}", soft_wrap=True)
+        console.print(f"  and {n - SHOWN:,} more; {rest}")
     console.print("[bold]nothing is wrong[/]" if not n else f"[bold red]{n:,} images are wrong[/]")

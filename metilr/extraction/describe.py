@@ -38,6 +38,7 @@ from metilr.models import Engine
 from metilr.models.backbone import FLOAT32_STAGES
 from metilr.models.embedder import Embedder
 from metilr.models.engines import start_engine
+from metilr.progress import MinuteLines, make_console
 from metilr.provenance import library_versions, processor
 
 STORES = Path("runs/descriptors")
@@ -73,7 +74,7 @@ def describe_images(
         KeyboardInterrupt: If interrupted; finished work is kept.
     """
     end_if_unguarded()
-    options, console = options or ExtractionOptions(), console or Console(highlight=False)
+    options, console = options or ExtractionOptions(), console or make_console()
     embedder.check_image_size(options.image_size)
     settings = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
     sizes = image_sizes(ground_truth)
@@ -112,10 +113,12 @@ def describe_in_training(trainer: pl.Trainer, embedder: Embedder, data: ImageDat
             module.on_predict_start()
             n = sum(len(batch.rows) for batch in mine)
             bar = tqdm(total=n, desc="describing images", unit="image", leave=False, disable=hidden(trainer))
+            lines = MinuteLines("describing images", n, "images", quiet=not trainer.is_global_zero)
             with contextlib.closing(data.store.writer()) as writer, bar:
                 for batch in data.loader(mine, pin_memory=device.type == "cuda"):
                     data.write(writer, batch, module.describe_if_fit(batch.images.to(device)))
                     bar.update(len(batch.rows) + len(batch.bad))
+                    lines.advance(len(batch.rows) + len(batch.bad))
     with agree(trainer):  # all descriptors are there now
         if trainer.is_global_zero and not data.store.is_complete:
             _finish(data)
@@ -188,7 +191,7 @@ def _fill(
     data = ImageDataModule(images, sizes, store, batch_size, num_workers, bad_images, check_size, options.quiet)
     n_all = len(data.sizes)
     if store.is_complete and not len(data.pending_rows()):
-        console.print(f"{name}: reusing {n_all:,} rows", soft_wrap=True)
+        console.print(f"{name}: reusing {n_all:,} rows")
         return
     with store.alone() if launched_as_first() else contextlib.nullcontext():
         n_pending = len(data.pending_rows())  # after the lock: another run may have made them meanwhile
@@ -200,7 +203,7 @@ def _fill(
         doing = f"describing {n_all:,}" if n_pending == n_all else f"reusing {n_all:,} rows"
         if 0 < n_pending < n_all:
             doing = f"continuing, {n_all - n_pending:,} of {n_all:,} rows are there"
-        console.print(f"{name}: {doing}", soft_wrap=True)
+        console.print(f"{name}: {doing}")
         kind = torch.cuda.get_device_name(0) if options.device == "cuda" else options.device.upper()
         device = f"{options.n_processes} x {kind}"
         console.print(f"[bold]running on[/]   {device}, precision {options.precision}, engine {options.engine}")

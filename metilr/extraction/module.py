@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -11,8 +12,6 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BasePredictionWriter
 from pytorch_lightning.profilers import SimpleProfiler
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
@@ -23,7 +22,7 @@ from metilr.extraction.store import RowWriter
 from metilr.models import Engine, UnfitSizeError
 from metilr.models.embedder import Embedder, keep_float32_exact
 from metilr.models.engines import start_engine
-from metilr.progress import progress_bar
+from metilr.progress import counted, make_console
 
 # PyTorch's convolutions on CPUs keep what they compiled for an image shape, by default of the last 1,024: gigabytes
 # where shapes change all the time. Batches of one shape follow each other, and at three scales EfficientNet-Lite0 has
@@ -134,7 +133,8 @@ class DescriptorWriter(BasePredictionWriter):
         self.data, self.n_streams = data, n_streams
         self.writer: RowWriter | None = None
         self.unwritten: deque[tuple[ImageBatch, Future[Described] | HostCopy]] = deque()
-        self.bar: Progress | None = None
+        self.done: Callable[[int], None] = lambda n: None
+        self.bar = contextlib.ExitStack()
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -147,10 +147,8 @@ class DescriptorWriter(BasePredictionWriter):
         if trainer.is_global_zero and not self.data.quiet:
             own = self.data.share(trainer.global_rank, trainer.world_size)
             self.n_all, self.n_own = (sum(len(batch.rows) for batch in part) for part in (self.data.plan, own))
-            self.n_done = 0  # of its own
-            self.bar = progress_bar("images")
-            self.bar.start()
-            self.task = self.bar.add_task("describing images", total=self.n_all)
+            self.n_done = self.n_shown = 0  # of its own, and of all
+            self.done = self.bar.enter_context(counted("describing images", self.n_all, "images"))
 
     @override
     def write_on_batch_end(
@@ -169,9 +167,11 @@ class DescriptorWriter(BasePredictionWriter):
         else:
             self.unwritten.append((batch, prediction))
             self._write_all_but(self.n_streams, trainer)  # one more than are described waits its turn
-        if self.bar is not None:
+        if trainer.is_global_zero and not self.data.quiet:
             self.n_done += len(batch.rows) + len(batch.bad)
-            self.bar.update(self.task, completed=self.n_all * self.n_done // max(self.n_own, 1))
+            n_shown = self.n_all * self.n_done // max(self.n_own, 1)
+            self.done(n_shown - self.n_shown)
+            self.n_shown = n_shown
 
     def _write_all_but(self, n: int, trainer: pl.Trainer) -> None:
         while len(self.unwritten) > n:
@@ -206,9 +206,7 @@ class DescriptorWriter(BasePredictionWriter):
         self._close()
 
     def _close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+        self.bar.close()
         if self.writer is not None:
             self.writer.close()
             self.writer = None
@@ -241,7 +239,7 @@ class StageProfiler(SimpleProfiler):
         for stage, (action, what) in STAGES.items():
             seconds = sum(s for name, s in actions.items() if name.endswith(action) and "LightningModule" not in name)
             table.add_row(stage, f"{seconds:.2f}", what)
-        Console(highlight=False).print(table)
+        make_console().print(table, soft_wrap=False)
 
     @override
     def describe(self) -> None:

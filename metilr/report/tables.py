@@ -106,16 +106,16 @@ def print_table(console: Console, results: Results) -> None:
             ends = ["–".join(f"{100 * end:.0f}" for end in figures.intervals[unit][metric]) for metric in METRICS]
             cells = [f"{cell} [dim]({interval})[/]" for cell, interval in zip(cells, ends, strict=True)]
         table.add_row(split, f"{figures.n_met:,} of {figures.n_queries:,}", *cells)
-    console.print(table)
-    console.print(f"in percent; {chosen(results.knn)}; test scored once", soft_wrap=True)
+    console.print(table, soft_wrap=False)
+    console.print(f"in percent; {chosen(results.knn)}; test scored once")
     if check is not None:
         idle = "" if check.gate["weight"] or check.boost else ": it has no effect"
         gate = f"gate of weight {check.gate['weight']:g}, enough {check.gate['enough']:g}"
         boost = f", boost {check.boost:g}" if check.reorder else ""
-        console.print(f"geometric check: {gate}{boost}, chosen on val{idle}", soft_wrap=True)
+        console.print(f"geometric check: {gate}{boost}, chosen on val{idle}")
     if unit is not None:
         drawn = f"bootstrap over {unit} and distractors (a lower bound of the doubt)"
-        console.print(f"in brackets {100 * LEVEL:g}% intervals: {drawn}", soft_wrap=True)
+        console.print(f"in brackets {100 * LEVEL:g}% intervals: {drawn}")
     for note in results.notes:
         console.print(f"[bold yellow]note:[/] {escape(note)}")
 

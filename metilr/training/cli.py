@@ -15,8 +15,8 @@ from metilr.training import FineTuningOptions, PairOptions, RunOptions
 
 TRAINER = (
     "Most parameters of Lightning's Trainer are options: --trainer.max_epochs (default: 2), --trainer.precision (32, "
-    "16-mixed; default: bf16-mixed), --trainer.accelerator, --trainer.devices, --trainer.num_nodes, "
-    "--trainer.accumulate_grad_batches, --trainer.deterministic, --trainer.enable_progress_bar and so on."
+    "bf16-mixed, 16-mixed; default: bf16-mixed where the device computes in bfloat16, else 32), --trainer.accelerator, "
+    "--trainer.devices, --trainer.num_nodes, --trainer.accumulate_grad_batches and so on."
 )
 OPTIONS = {  # of whatever names a parameter in an error
     "seed": "seed_everything", "dim": "model.projector_dim", "config": "config",
@@ -48,7 +48,7 @@ def make_parser(prog: str, for_help: bool = False) -> Any:
     parser.add_class_arguments(WithLoss, "model", fail_untyped=False)
     parser.add_class_arguments(RunOptions, None)
     parser.add_class_arguments(Trainer, "trainer", fail_untyped=False, instantiate=False)
-    defaults = {"max_epochs": 2, "log_every_n_steps": 1, "precision": "bf16-mixed"}
+    defaults = {"max_epochs": 2, "log_every_n_steps": 1}
     parser.set_defaults({f"trainer.{name}": value for name, value in defaults.items()})
     return parser
 
@@ -77,7 +77,7 @@ def train(args: Sequence[str] | None = None, prog: str = "metilr train") -> None
 def _train(parser: Any, args: Sequence[str]) -> None:
     from pytorch_lightning import seed_everything
 
-    from metilr.training.run import check_trainer_options, run
+    from metilr.training.run import check_trainer_options, run, usual_precision
 
     refuse_unknown(parser, args)
     for arg, following in zip(args, (*args[1:], ""), strict=True):
@@ -85,6 +85,10 @@ def _train(parser: Any, args: Sequence[str]) -> None:
         if option in ("-c", "--config") and (file or following):
             check_config(file or following)
     config = parser.parse_args(args)
+    if config.trainer.precision is None:
+        config.trainer.precision = usual_precision(config.trainer.accelerator)
+        if config.trainer.precision == "32" and is_first_process():
+            print("note: training in float32, since this device does not compute in bfloat16", flush=True)
     check_trainer_options(config.trainer)
     options = RunOptions(**{field.name: config[field.name] for field in fields(RunOptions)})
     recorded = yaml.safe_load(parser.dump(config, skip_unset=False))

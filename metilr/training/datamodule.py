@@ -36,6 +36,7 @@ from metilr.extraction.store import DescriptorStore, row_chunks, settings_finger
 from metilr.metrics import DISTRACTOR
 from metilr.models import UnfitSizeError
 from metilr.models.embedder import Embedder, Projector
+from metilr.progress import MinuteLines
 from metilr.retrieval.knn import Predictions, classify, with_skipped
 from metilr.retrieval.search import SearchDevice, search
 from metilr.retrieval.whitening import fit_learned_whitening, fit_pca_whitening
@@ -238,10 +239,12 @@ class PairDataModule(pl.LightningDataModule):
             )  # fmt: skip
             with agree(trainer), contextlib.closing(store.writer()) as writer:
                 bar = tqdm(loader, "caching views", unit="batch", leave=False, disable=hidden(trainer))
+                lines = MinuteLines("caching views", len(mine), "batches", quiet=not trainer.is_global_zero)
                 for numbers, batch in zip(mine, bar, strict=True):
                     vectors = _on_device(pooled, lambda images: pooled(pooled.normalise(images)).float(), batch)
                     for row, vector in zip(numbers.tolist(), vectors, strict=True):
                         writer.write(SPLIT, row, vector, 1)
+                    lines.advance(1)
             with agree(trainer):  # all have written theirs
                 if trainer.is_global_zero and not store.is_complete:
                     store.finish()

@@ -238,6 +238,15 @@ def test_mixed_precision_and_accumulation():
     assert len(column("out", "train/loss")) == 2  # 2 epochs of 2 batches, logged at each step of the optimizer
 
 
+@pytest.mark.parametrize(("has_it", "chosen"), [(True, "bf16-mixed"), (False, "32")])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is the CPU that has it or not")
+def test_the_precision_is_what_the_processor_computes_in(monkeypatch, capsys, has_it, chosen):
+    monkeypatch.setattr("metilr.training.run.has_bfloat16", lambda: has_it)
+    run("--output", "out", "--trainer.precision", "null", "--trainer.max_epochs", "1", "--validate_first", "false")
+    assert str(yaml.safe_load(Path("out/config.yaml").read_text())["trainer"]["precision"]) == chosen
+    assert ("does not compute in bfloat16" in capsys.readouterr().out) is not has_it
+
+
 def test_gradient_checkpointing_changes_no_gradient(trained):
     run("--output", "out", *TRAINED, "--model.gradient_checkpointing", "true")
     assert FineTuning(
