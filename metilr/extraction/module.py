@@ -133,7 +133,7 @@ class DescriptorWriter(BasePredictionWriter):
         self.data, self.n_streams = data, n_streams
         self.writer: RowWriter | None = None
         self.unwritten: deque[tuple[ImageBatch, Future[Described] | HostCopy]] = deque()
-        self.done: Callable[[int], None] = lambda n: None
+        self.done: Callable[[int], None] | None = None
         self.bar = contextlib.ExitStack()
 
     @override
@@ -167,7 +167,7 @@ class DescriptorWriter(BasePredictionWriter):
         else:
             self.unwritten.append((batch, prediction))
             self._write_all_but(self.n_streams, trainer)  # one more than are described waits its turn
-        if trainer.is_global_zero and not self.data.quiet:
+        if self.done is not None:
             self.n_done += len(batch.rows) + len(batch.bad)
             n_shown = self.n_all * self.n_done // max(self.n_own, 1)
             self.done(n_shown - self.n_shown)
