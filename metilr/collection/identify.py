@@ -101,7 +101,8 @@ def _answers(
             else:
                 picture = jpeg_of(photo.image) if draw else None
                 decision = threshold.decide(answer.log_confidence)
-                yield Identified(str(file), answer, decision, reduced=photo.reduced, picture=picture)
+                has_val = threshold.figures is not None
+                yield Identified(str(file), answer, decision, None, photo.reduced, picture, has_val)
 
 
 def _head(collection: "Collection", threshold: Threshold) -> str:

@@ -155,7 +155,8 @@ def build_app(
             except BadPhotoError as error:
                 status = 413 if isinstance(error, TooManyPixelsError) else 422
                 raise HTTPException(status, f"The photo {error}.") from None
-        said = Identified("photo", answer, threshold.decide(answer.log_confidence), reduced=loaded.reduced)
+        decision, has_val = threshold.decide(answer.log_confidence), threshold.figures is not None
+        said = Identified("photo", answer, decision, reduced=loaded.reduced, has_val=has_val)
         document = said.as_json(collection)
         for match, listed in zip(answer.matches, document["matches"], strict=True):
             listed["picture"] = f"/images/{match.row}" if collection.image(match.row).is_file() else None

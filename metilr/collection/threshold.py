@@ -118,6 +118,7 @@ class Identified:
     error: str | None = None
     reduced: bool = False  # it was larger than what was described of the collection, and made smaller
     picture: bytes | None = None  # a small JPEG, where pictures were asked for
+    has_val: bool = False  # whether its threshold was chosen on val
 
     @property
     def headline(self) -> str:
@@ -128,12 +129,15 @@ class Identified:
 
     @property
     def detail(self) -> str:
-        """How sure the answer is."""
+        """How alike the nearest image is, and, where val has shown what a confidence is worth, how sure the answer."""
         if self.answer is None:
             return ""
-        confidence = f"confidence {math.exp(self.answer.log_confidence):.1%}"
+        confidence = math.exp(self.answer.log_confidence)
+        shown = f"similarity {self.answer.similarity:.3f}"
+        if self.has_val:
+            shown += f", confidence {'> 99.9%' if confidence > 0.999 else f'{confidence:.1%}'}"
         named = self.decision != "not in the collection"
-        return confidence if named else f"nearest: exhibit {self.answer.exhibit}, {confidence}"
+        return shown if named else f"nearest: exhibit {self.answer.exhibit}, {shown}"
 
     def as_json(self, collection: "Collection") -> dict[str, Any]:
         """The answer as JSON types, or why there is none."""

@@ -12,9 +12,9 @@ import yaml
 from PIL import Image
 
 from metilr.cli import main
-from metilr.collection.collection import Collection, load_photo
+from metilr.collection.collection import Answer, Collection, load_photo
 from metilr.collection.open_collection import open_with_threshold
-from metilr.collection.threshold import PhotoOptions
+from metilr.collection.threshold import Identified, PhotoOptions
 from metilr.data.decode import load_image
 from metilr.evaluation.results import read_run
 from metilr.models.checkpoints import FORMAT, model_entry
@@ -134,6 +134,20 @@ def test_without_a_precise_threshold_nothing_is_decided(copied_run, museum, iden
     assert f"{photo}  exhibit 9" in out and "given by hand" in out
     _, out, _ = identify(photo, "--run", copied_run, "--threshold", "0")
     assert "not in the collection" in out
+
+
+@pytest.mark.parametrize(
+    ("has_val", "confidence", "said"),
+    [
+        (True, 0.42, "similarity 0.831, confidence 42.0%"),
+        (True, 0.99996, "similarity 0.831, confidence > 99.9%"),  # never certain
+        (False, 0.99996, "similarity 0.831"),  # nothing has shown what the confidence is worth
+    ],
+)
+def test_how_sure_an_answer_is_said_to_be(has_val, confidence, said):
+    answer = Answer("9", math.log(confidence), 0.8312, ())
+    assert Identified("photo", answer, "exhibit", has_val=has_val).detail == said
+    assert Identified("photo", answer, "not in the collection", has_val=has_val).detail == f"nearest: exhibit 9, {said}"
 
 
 def test_json_is_all_that_is_printed(run, museum, identify):
