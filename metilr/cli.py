@@ -34,12 +34,12 @@ SUBCOMMANDS = {  # where each is within metilr, and its summary, which --help pr
     "compare": ("commands.compare:compare", "Compare evaluations with each other and with published figures."),
     "rerun": ("commands.rerun:rerun", "Repeat an evaluation and say whether its figures come out again."),
     "sweep": ("commands.sweep:sweep", "Evaluate many configurations, or one option over several values."),
-    "describe": ("commands.describe:describe", "Show what a data root holds: counts, class sizes, sample images."),
+    "dataset": ("commands.dataset:dataset", "Show what a data root holds: counts, class sizes, sample images."),
     "download": ("commands.download:download", "Download the Met dataset, check it and unpack it."),
     "verify": ("commands.verify:verify", "Check that every image of a ground truth is there and readable."),
     "pack": ("commands.pack:pack", "Write a run's model and whitening into one checkpoint, to pass on."),
     "export-descriptors": ("extraction.reference_pickle:export_descriptors", "Write a store as a descriptors.pkl."),
-    "visits": ("commands.describe:write_contact_sheet", "Draw simulated visits to a folder's images on one sheet."),
+    "visits": ("commands.dataset:write_contact_sheet", "Draw simulated visits to a folder's images on one sheet."),
     "demo": ("demo:draw_demo", "Draw the synthetic museum of the demo, in the Met's layout."),
 }
 
@@ -47,12 +47,14 @@ SUBCOMMANDS = {  # where each is within metilr, and its summary, which --help pr
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``metilr SUBCOMMAND``: ``evaluate`` and ``train`` are the scripts of the repository by another name."""
     name, *rest = list(sys.argv[1:] if args is None else args) or ["--help"]
+    if name == "describe":
+        print("metilr describe is metilr dataset now", file=sys.stderr)
     if name in ("-h", "--help"):
         print("usage: metilr SUBCOMMAND [options] | metilr --version\n\nsubcommands (each has a --help of its own):")
         print("\n".join(f"  {name:<20} {summary}" for name, (_, summary) in SUBCOMMANDS.items()))
     elif name == "--version":
         print(f"metilr {__version__}")
-    elif name in SUBCOMMANDS:
+    elif (name := {"describe": "dataset"}.get(name, name)) in SUBCOMMANDS:
         (run_main if name == "train" else run_command)(SUBCOMMANDS[name][0], rest, prog=f"metilr {name}")
     else:
         _fail("metilr", f"no subcommand {name!r}{did_you_mean(name, SUBCOMMANDS)}; metilr --help lists them")
@@ -145,10 +147,8 @@ class Help(DefaultHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         default = action.default
-        if action.dest == "print_config":
-            return "Print all options as YAML, and stop."
-        if not action.option_strings or default in (None, argparse.SUPPRESS, []):
-            return action.help or ""
+        if action.dest == "print_config" or not action.option_strings or default in (None, argparse.SUPPRESS, []):
+            return "Print all options as YAML, and stop." if action.dest == "print_config" else action.help or ""
         if isinstance(default, (list, tuple)):
             default = " ".join(f"{each:.4g}" if isinstance(each, float) else str(each) for each in default)
         elif isinstance(default, bool):

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from metilr.cli import main
-from metilr.commands.describe import write_contact_sheet
+from metilr.commands.dataset import write_contact_sheet
 from metilr.errors import UserError
 
 

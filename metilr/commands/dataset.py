@@ -1,4 +1,4 @@
-"""What there is to see: ``metilr describe`` counts and shows a data root, ``metilr visits`` shows simulated visits."""
+"""What there is to see: ``metilr dataset`` counts and shows a data root, ``metilr visits`` shows simulated visits."""
 
 import json
 from collections import Counter
@@ -35,16 +35,14 @@ SAMPLE_SIDE, VISIT_SIDE = 400, 500  # px that images of a sheet are read at; a v
 CELL, MARGIN = 200, 6  # px of a sheet: longest side that an image is reduced to, and between images
 
 
-def describe(
-    root: Path, database: DatabaseName = "full", output: Path | None = None, images: int = 6
-) -> dict[str, Any]:
+def dataset(root: Path, database: DatabaseName = "full", output: Path | None = None, images: int = 6) -> dict[str, Any]:
     """Show what a data root holds: counts, class sizes, sample images.
 
     Writes counts.json, class_sizes.png and samples.jpg; without images there is no sheet, and the command says so.
 
     Args:
         root: Folder with ground_truth/ and, for the sheet, images/ in the Met layout.
-        database: Describe MET_database.json (full) or mini_MET_database.json (mini).
+        database: Count MET_database.json (full) or mini_MET_database.json (mini).
         output: Folder for the files; without it a dated one under runs/.
         images: Images in each row of the sheet.
     """
@@ -53,12 +51,16 @@ def describe(
     console = make_console()
     ground_truth = load_ground_truth(Path(root), database)
     counts = count(ground_truth)
-    folder = make_output(output, "describe")
+    folder = make_output(output, "dataset")
     _print(console, counts)
 
-    written = [folder / "counts.json", folder / "class_sizes.png"]
+    written, sizes = [folder / "counts.json"], ground_truth.class_sizes()
     write_atomically(written[0], json.dumps(counts, indent=1) + "\n")
-    _plot_class_sizes(ground_truth.class_sizes(), written[1])
+    if sizes.max() > 1:
+        written.append(folder / "class_sizes.png")
+        _plot_class_sizes(sizes, written[-1])
+    else:
+        console.print("no plot of class sizes: each exhibit has one image")
     rows, left_out = _sample_rows(ground_truth, images)
     if rows:
         written.append(folder / "samples.jpg")

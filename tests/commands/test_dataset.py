@@ -1,4 +1,4 @@
-"""``metilr describe``: counts against the JSON files themselves, pictures looked at by their pixels."""
+"""``metilr dataset``: counts against the JSON files themselves, pictures looked at by their pixels."""
 
 import json
 import re
@@ -10,19 +10,19 @@ import pytest
 from PIL import Image
 
 from metilr.cli import main
-from metilr.commands.describe import _size_edges, count
+from metilr.commands.dataset import _size_edges, count
 from metilr.data.ground_truth import load_ground_truth
 from tests.museum import make_unreachable, write_ground_truth
 
 
-def describe(*arguments: object) -> dict:
-    main(["describe", *map(str, arguments), "--output", "out"])
+def count_of(*arguments: object) -> dict:
+    main(["dataset", *map(str, arguments), "--output", "out"])
     return json.loads(Path("out/counts.json").read_text())
 
 
 def test_a_small_museum(tiny_museum, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    counts = describe(tiny_museum)
+    counts = count_of(tiny_museum)
     assert counts["database"] == {
         "name": "full",
         "images": 8,
@@ -45,10 +45,24 @@ def test_a_small_museum(tiny_museum, tmp_path, monkeypatch, capsys):
         assert picture.width > picture.height > 300
 
 
+def test_the_old_name_still_answers_with_a_hint(tiny_museum, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["describe", str(tiny_museum), "--output", "out"])
+    assert "metilr dataset" in capsys.readouterr().err and Path("out/counts.json").exists()
+
+
+def test_one_image_an_exhibit_makes_no_plot_of_a_single_bar(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    entries = [{"id": i, "path": f"{i}.jpg"} for i in range(3)]
+    val, test = ([{"path": f"{name}.jpg", "MET_id": 1}] for name in ("v", "t"))
+    count_of(write_ground_truth(tmp_path / "museum", entries, val, test))
+    assert not Path("out/class_sizes.png").exists() and "each exhibit has one image" in capsys.readouterr().out
+
+
 def test_the_published_files(met_root, tmp_path, monkeypatch, capsys):
     """At the real size and without images; the counts are the published ones."""
     monkeypatch.chdir(tmp_path)
-    counts = describe(met_root, "--database", "mini")
+    counts = count_of(met_root, "--database", "mini")
     assert (counts["database"]["images"], counts["database"]["exhibits"]) == (38307, 33501)
     assert counts["val"]["kinds"] == {"met": 129, "other-artwork": 1168, "non-art": 868}
     assert counts["test"]["kinds"] == {"met": 1003, "other-artwork": 10352, "non-art": 7964}
@@ -89,7 +103,7 @@ def colour_museum(root: Path) -> Path:
 
 def test_queries_stand_over_their_exhibits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    counts = describe(colour_museum(tmp_path / "museum"))
+    counts = count_of(colour_museum(tmp_path / "museum"))
     assert counts["val"]["photographers"] == counts["test"]["photographers"] == 1
     sheet = np.asarray(Image.open("out/samples.jpg")).astype(int)
     step, caption = 230, 30  # a row: margin 6, caption 24, image 200
@@ -112,7 +126,7 @@ def test_a_sheet_has_as_many_columns_as_asked_for_and_bad_images_are_left_out_by
     (tiny_museum / "images/test_other/val0.jpg").write_bytes(b"no image")
     (tiny_museum / "images/test_met/val0.jpg").unlink()
     make_unreachable(tiny_museum)
-    describe(tiny_museum, "--images", 3)
+    count_of(tiny_museum, "--images", 3)
     with Image.open("out/samples.jpg") as sheet:
         assert sheet.size == (6 + 3 * 206, 6 + 3 * 230)
     printed = " ".join(capsys.readouterr().out.split())
@@ -123,7 +137,7 @@ def test_names_of_folders_do_not_steer_the_terminal(tiny_museum, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     file = tiny_museum / "ground_truth" / "testset.json"
     file.write_text(file.read_text().replace("test_other/", r"a\u001b[31m/"))
-    describe(tiny_museum)
+    count_of(tiny_museum)
     printed = capsys.readouterr().out
     assert "\x1b" not in printed and "a\N{REPLACEMENT CHARACTER}[31m" in printed
 
@@ -158,6 +172,6 @@ def test_what_cannot_be_described_ends_in_one_line(tiny_museum, capsys):
         ([tiny_museum, "--images", 0], "--images 0: choose 1 or more"),
     ):
         with pytest.raises(SystemExit) as stop:
-            main(["describe", *map(str, arguments)])
+            main(["dataset", *map(str, arguments)])
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.count("\n") == 1 and message in error
