@@ -201,8 +201,10 @@ class ImageDataModule(LightningDataModule):
             self._mark_bad(writer, row)
 
     def _unfit(self, row: int, error: UnfitSizeError) -> BadImageError:
+        images = self.rows.images[self.rows.locate(row)[0]]
+        view = "" if images.view is None else f"a view ({images.view.settings()['kind']}) of it "
         remedy = "take a larger image or image_size, or leave it out with bad_images skip"
-        return BadImageError(f"{self.rows.file(row)}: cannot be described ({error}); {remedy}", str(error))
+        return BadImageError(f"{self.rows.file(row)}: {view}cannot be described ({error}); {remedy}", str(error))
 
     def _mark_bad(self, writer: RowWriter, row: int) -> None:
         """Note that an image is left out, unless it was there when the run began: then a disk has gone."""

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import io
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from metilr.cli import main
 from metilr.collection.index import Index
@@ -23,7 +25,7 @@ from metilr.collection.threshold import PhotoOptions
 from tests.browser import browser as browser  # a fixture
 from tests.collection.conftest import UNTRAINED
 from tests.hostile import NAME, REASONS
-from tests.small_runs import evaluate
+from tests.small_runs import evaluate, index
 
 pytest.importorskip("fastapi", reason="needs metilr[serve]")
 uvicorn = pytest.importorskip("uvicorn", reason="needs metilr[serve]")
@@ -111,6 +113,16 @@ def wait_for_pictures(page) -> None:
             return
         page.wait_for_timeout(100)
     raise AssertionError("a picture does not load")
+
+
+def test_an_upload_too_small_for_the_model_is_refused(indexed, tmp_path):
+    options = {**UNTRAINED, "backbone": "timm/convnext_atto", "image_size": 96}
+    index(indexed / "museum", tmp_path / "index", **options)
+    stream = io.BytesIO()
+    Image.new("RGB", (96, 63)).save(stream, "PNG")
+    response = send(client_of(app_of(store=tmp_path / "index")), stream.getvalue())
+    assert response.status_code == 422
+    assert response.json()["error"].startswith("The photo cannot be described (63x96 px is too small for timm/convnext")
 
 
 def test_a_bad_upload_is_refused_and_harms_no_other(client, indexed, hostile):

@@ -383,6 +383,9 @@ def test_a_view_that_is_too_small_is_bad_too(particular, museum, tmp_path):
             stretched(museum, split, i, (72, 64))
     stretched(museum, "val", 0, (72, 72))
     crops = CentreCrops((64 / 72,))
+    sized = ExtractionOptions(accelerator="cpu", num_workers=0, image_size=72)
+    with pytest.raises(UserError, match=r": a view \(centre crops\) of it cannot be described \(57x64 px is too small"):
+        describe(particular, museum, tmp_path / "stopped", sized, [crops])
     store = describe(particular, museum, tmp_path / "store", SKIP, [crops])
     assert left_out(store) == set()
     assert views_store(store, crops)[0].is_valid("val_crops").tolist() == [True, *[False] * 8]

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from metilr.cli import run_main
 from metilr.data.decode import load_image
 from metilr.data.ground_truth import load_ground_truth
 from metilr.data.visits import derive_seed
 from metilr.evaluation.options import VISITS
+from metilr.extraction.store import DescriptorStore
 from metilr.models.embedder import build_embedder
 from metilr.retrieval.whitening import fit_learned_whitening
 from metilr.training import FineTuningOptions
@@ -162,6 +164,17 @@ def test_a_corrupt_image_stops_all_processes_or_is_left_out(museum):
     assert "Traceback" not in failed.stderr
     run("--data.pairing", "syn+neg", "--data.bad_images", "skip", "--output", "skipping")
     assert len(column("skipping", "train/loss")) == 2 * 4  # 14 pairs
+
+
+def test_a_network_with_a_smallest_side_is_trained_without_what_is_too_small_for_it(museum):
+    with Image.open(museum / "images/MET/41/4.jpg") as image:
+        narrow = image.resize((60, 20))
+    narrow.save(museum / "images/MET/41/4.jpg")
+    particular = ["--model.backbone", "timm/inception_v3", "--data.image_size", 120, "--trainer.max_epochs", 1]
+    views = ["--data.first_view.size", 75, "--data.second_view.size", 75]
+    run(*particular, *views, "--data.pairing", "syn+neg", "--data.bad_images", "skip", "--output", "out")
+    assert not DescriptorStore(Path("out/descriptors")).is_valid("database")[4]
+    assert column("out", "val/gap")
 
 
 def test_the_fast_path_of_a_frozen_backbone_gives_the_plain_result():
