@@ -7,6 +7,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from dataclasses import dataclass, field
 from email.message import Message
 
@@ -26,6 +27,7 @@ class Fault:
     hang: threading.Event | None = None  # waited for after the cut
     raw: bytes | None = None  # sent in place of all that is said above
     endless: bytes = b""  # sent after it, again and again
+    pace: float = 0.0  # seconds between them
 
 
 FINE = Fault()
@@ -66,6 +68,7 @@ class Server:
                     self.wfile.write(fault.raw)
                     while fault.endless:
                         self.wfile.write(fault.endless)
+                        time.sleep(fault.pace)
                     self.close_connection = True
                     return
                 if fault.status or content is None:

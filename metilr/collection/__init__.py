@@ -1,1 +1,172 @@
-"""A museum's own images, made ready to answer photos."""
+"""A museum's own images, made ready to answer photos: what photos are asked with, and when an answer is sure enough."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from metilr.data.decode import MAX_PHOTO_MEGAPIXELS, pixels_of
+from metilr.errors import UserError
+from metilr.evaluation.results import FEW_ACCEPTED, MIN_PRECISION, Run
+from metilr.extraction.options import Accelerator
+from metilr.metrics.open_set import threshold_for_precision
+
+if TYPE_CHECKING:
+    from metilr.collection.collection import Answer, Collection
+
+Decision = Literal["exhibit", "not in the collection", "undecided"]
+
+
+@dataclass(frozen=True)
+class PhotoOptions:
+    """What photos are compared with, and what is said of them.
+
+    Attributes:
+        run: Folder that metilr evaluate wrote: its database, its model, its k and tau, and its val for the threshold.
+        store: Folder that metilr index wrote, in place of a run.
+        ckpt: The checkpoint that made the run or the index, if it was moved. Another one is refused.
+        min_precision: An exhibit is named where at least this share of such answers was right on val of the run.
+        threshold: An exhibit is named from this log-confidence on, in place of one chosen on val.
+        max_megapixels: A photo of more is not decoded.
+        accelerator: Where the model runs; auto takes a GPU if there is one.
+    """
+
+    run: Path | None = None
+    store: Path | None = None
+    ckpt: Path | None = None
+    min_precision: float = MIN_PRECISION
+    threshold: float | None = None
+    max_megapixels: float = MAX_PHOTO_MEGAPIXELS
+    accelerator: Accelerator = "auto"
+
+    def __post_init__(self) -> None:
+        if (self.run is None) == (self.store is None):
+            raise UserError("give either run (a folder of metilr evaluate) or store (one of metilr index)")
+        if self.min_precision != MIN_PRECISION and (self.threshold is not None or self.run is None):
+            without = "a threshold; give one" if self.threshold is not None else "an index, which has no val queries"
+            raise UserError(f"{self.min_precision}: has no effect with {without}", "min_precision")
+        if not 0 < self.min_precision <= 1:
+            raise UserError(f"{self.min_precision}: choose a share above 0, at most 1", "min_precision")
+        if self.threshold is not None and not -math.inf < self.threshold <= 0:  # NaN neither
+            what = "is a log-confidence, at most 0 and finite (log 0.5 is -0.69)"
+            raise UserError(f"{self.threshold}: {what}", "threshold")
+        pixels_of(self.max_megapixels)
+
+    @property
+    def max_pixels(self) -> int:
+        """Most pixels of a photo."""
+        return pixels_of(self.max_megapixels)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Least log-confidence to name an exhibit: None where there is none, and then nothing is decided."""
+
+    log_confidence: float | None
+    origin: str  # where it comes from, in words, or why there is none
+    figures: dict[str, Any] | None = None  # what it gives on the val queries that it was chosen on
+
+    @property
+    def needed(self) -> str:
+        """The confidence that is needed, in words; only where there is a threshold."""
+        assert self.log_confidence is not None
+        odds = -math.expm1(self.log_confidence)  # 1 - confidence: what tells confidences near 1 apart
+        digits = max(1, 1 - math.floor(math.log10(odds)) - 2) if 0 < odds < 0.1 else 1
+        return f"a confidence of {100 * math.exp(self.log_confidence):.{digits}f}% (log {self.log_confidence:.4g})"
+
+    def decide(self, log_confidence: float) -> Decision:
+        """Say what an answer of such log-confidence comes to."""
+        if self.log_confidence is None:
+            return "undecided"
+        return "exhibit" if log_confidence >= self.log_confidence else "not in the collection"
+
+    def as_json(self) -> dict[str, Any]:
+        """What documents say about it."""
+        return {"log_confidence": self.log_confidence, "origin": self.origin, "on_val": self.figures}
+
+
+def choose_threshold(run: Run | None, options: PhotoOptions) -> Threshold:
+    """Take the log-confidence that was given, or the lowest one that is precise enough on val; an index has no val."""
+    min_precision = options.min_precision
+    if options.threshold is not None:
+        return Threshold(options.threshold, "given by hand")
+    if run is None:
+        return Threshold(None, "an index has no val queries to choose a threshold on; give one, or use an evaluation")
+    val = run.answers["val"]
+    point = threshold_for_precision(val.log_confidence, val.predicted_ids, val.exhibit_ids, min_precision)
+    if point is None:
+        return Threshold(None, f"no threshold reaches a precision of {min_precision:g} on val; lower it, or give one")
+    figures = {**point._asdict(), "min_precision": min_precision, "n_queries": len(val.paths)}
+    del figures["threshold"]
+    n_right = round(point.precision * point.n_accepted)
+    shaky = ", so few that it may be far off" if point.n_accepted < FEW_ACCEPTED else ""
+    return Threshold(
+        point.threshold,
+        f"the lowest with a precision of at least {min_precision:g} on val: {n_right:,} of {point.n_accepted:,} "
+        f"accepted answers were right{shaky}, recall {point.recall:.3f}, {len(val.paths):,} queries",
+        figures,
+    )
+
+
+@dataclass(frozen=True)
+class Identified:
+    """One photo's answer with what it comes to, or the ``error`` why there is none."""
+
+    name: str
+    answer: "Answer | None" = None
+    decision: Decision | None = None
+    error: str | None = None
+    reduced: bool = False  # it was larger than what was described of the collection, and made smaller
+    picture: bytes | None = None  # a small JPEG, where pictures were asked for
+    has_val: bool = False  # whether its threshold was chosen on val
+
+    @property
+    def headline(self) -> str:
+        """The decision in words, or why there is none."""
+        if self.answer is None or self.decision == "not in the collection":
+            return self.error or str(self.decision)
+        return f"{'' if self.decision == 'exhibit' else 'undecided, most likely '}exhibit {self.answer.exhibit}"
+
+    @property
+    def detail(self) -> str:
+        """How alike the nearest image is, and, where val has shown what a confidence is worth, how sure the answer."""
+        if self.answer is None:
+            return ""
+        confidence = math.exp(self.answer.log_confidence)
+        shown = f"similarity {self.answer.similarity:.3f}"
+        if self.has_val:
+            shown += f", confidence {'> 99.9%' if confidence > 0.999 else f'{confidence:.1%}'}"
+        named = self.decision != "not in the collection"
+        return shown if named else f"nearest: exhibit {self.answer.exhibit}, {shown}"
+
+    def as_json(self, collection: "Collection") -> dict[str, Any]:
+        """The answer as JSON types, or why there is none."""
+        answer = self.answer
+        if answer is None:
+            return {"error": self.error}
+        matches = []
+        for match in answer.matches:
+            inliers = {} if match.inliers is None else {"inliers": match.inliers}
+            path = collection.path(match.row)
+            matches.append({"exhibit": match.exhibit, "similarity": match.similarity, **inliers, "path": path})
+        return {
+            "decision": self.decision,
+            "exhibit": answer.exhibit,
+            "log_confidence": answer.log_confidence,
+            "confidence": math.exp(answer.log_confidence),
+            "similarity": answer.similarity,
+            "matches": matches,
+            "reduced": self.reduced,
+        }
+
+
+def collection_document(collection: "Collection") -> dict[str, Any]:
+    """A collection as JSON types."""
+    return {
+        "name": collection.name,
+        "images": len(collection.images),
+        "exhibits": len(collection.exhibits),
+        "k": collection.k,
+        "tau": collection.tau,
+        **({} if collection.search is None else {"search": collection.search}),
+    }

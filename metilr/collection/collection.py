@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 from torch import Tensor
 
+from metilr.collection.photos import MAX_PIXELS, BadPhotoError, Photo, load_photo
 from metilr.data import decode
 from metilr.data.ground_truth import GroundTruth
 from metilr.data.views import CentreCrops
@@ -33,45 +34,7 @@ from metilr.retrieval.knn import N_MATCHES, N_NEIGHBOURS, Matches, Predictions, 
 from metilr.retrieval.whitening import PCAWhitening
 
 SIDE_OF_LOST_IMAGES = 1024  # px, where the images that tell are gone
-MAX_PIXELS = decode.pixels_of(decode.MAX_PHOTO_MEGAPIXELS)  # of a photo
 MAX_HEADERS = 5000  # of images, read for the largest size: about a second
-
-
-class BadPhotoError(UserError):
-    """A photograph that gives no answer; the message says why, and leaves the name to the caller."""
-
-
-class TooManyPixelsError(BadPhotoError):
-    """A photograph beyond the limit, which its header tells before anything is decoded."""
-
-
-class Photo(NamedTuple):
-    """A decoded photograph."""
-
-    image: Tensor  # RGB, uint8 (3, H, W)
-    reduced: bool  # made smaller to fit ``largest_side``
-
-
-def load_photo(
-    file: Path | IO[bytes],
-    image_size: int | None = None,
-    largest_side: int | None = None,
-    max_pixels: int = MAX_PIXELS,
-) -> Photo:
-    """Decode a photograph as ``load_image`` does, its longest side resized to ``image_size`` px.
-
-    Without ``image_size`` it keeps its size, or is reduced to ``largest_side``. BadPhotoError if it cannot be decoded.
-    """
-    try:
-        with decode.open_image(file, max_pixels) as image:
-            too_long = image_size is None and largest_side is not None and max(image.size) > largest_side
-            return Photo(decode.to_tensor(image, largest_side if too_long else image_size), too_long)
-    except MemoryError:
-        raise
-    except decode.TooManyPixels as error:
-        raise TooManyPixelsError(f"has {error}; make it smaller") from None
-    except Exception as error:  # as in load_image
-        raise BadPhotoError(f"cannot be decoded ({decode.why_undecodable(error)})") from None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from metilr.collection.threshold import Identified, PhotoOptions, Threshold, collection_document
+from metilr.collection import Identified, PhotoOptions, Threshold, collection_document
+from metilr.collection.photos import BadPhotoError, TooManyPixelsError
 from metilr.data.decode import BadImageError
 from metilr.data.folder import find_images
 from metilr.errors import UserError
@@ -80,7 +81,6 @@ def identify(
 def _answers(
     collection: "Collection", threshold: Threshold, photos: Sequence[Path], n_matches: int, max_pixels: int, draw: bool
 ) -> Iterator[Identified]:
-    from metilr.collection.collection import BadPhotoError, TooManyPixelsError
     from metilr.report.page import jpeg_of
 
     for named in map(Path, photos):

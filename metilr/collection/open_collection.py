@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from metilr.collection import PhotoOptions, Threshold, choose_threshold
 from metilr.collection.collection import Collection, Describer, digest_of_database, load_searchable
 from metilr.collection.index import APPROXIMATE, Index, index, recorded_model
-from metilr.collection.threshold import PhotoOptions, Threshold, choose_threshold
 from metilr.data.decode import MAX_MEGAPIXELS, file_size, limit_images
 from metilr.data.folder import read_catalogue
 from metilr.data.ground_truth import GroundTruth, load_ground_truth

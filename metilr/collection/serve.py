@@ -1,39 +1,33 @@
-"""``metilr serve``: a page and a JSON endpoint that say which exhibit a photo shows, and the walls around them."""
+"""``metilr serve``: a page and a JSON endpoint that say which exhibit a photo shows."""
 
+import asyncio
+import contextlib
 import importlib.util
 import ipaddress
 import socket
-import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
+from metilr.collection import Identified, PhotoOptions, Threshold, collection_document
 from metilr.collection.identify import data_uri
-from metilr.collection.threshold import Identified, PhotoOptions, Threshold, collection_document
+from metilr.collection.photos import BadPhotoError, Decoder, TooManyPixelsError
 from metilr.data.decode import HEIF, BadImageError, formats
+from metilr.distributed import end_if_unguarded
 from metilr.errors import UserError
 from metilr.progress import printable
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp
 
     from metilr.collection.collection import Collection
 
 MAX_MEGABYTES = 20  # phones' photos have 2 to 12
+MOST_WAITING = 32  # photos and pictures that wait for their turn; a page asks for five at once
 LIBRARIES = ("fastapi", "uvicorn", "python_multipart")
-HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
-        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",  # row 5 of the next run is another picture
-}
 
 
 def serve(
@@ -63,15 +57,16 @@ def serve(
     if not max_megabytes > 0:
         raise UserError(f"{max_megabytes}: choose a number above 0", "max_megabytes")
     options = options or PhotoOptions()
-    with _listen(host, port) as listener:
-        import uvicorn  # these take seconds
-
-        from metilr.collection.open_collection import open_with_threshold
+    end_if_unguarded()
+    with _listen(host, port) as listener, contextlib.closing(Decoder()) as decoder:
+        from metilr.collection.open_collection import open_with_threshold  # these take seconds
+        from metilr.collection.walls import server_of
 
         collection, chosen = open_with_threshold(options)
         hosts = ["127.0.0.1", "localhost", "[::1]", "::1", host] if is_loopback(host) else ["*"]
-        app = build_app(collection, chosen, int(max_megabytes * 10**6), hosts, options.max_pixels)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
+        app = build_app(collection, chosen, int(max_megabytes * 10**6), hosts, options.max_pixels, decoder)
+        server = server_of(app)
+        decoder.wait()
         listener.listen()  # so that who reads the next line can ask already
         console, name = Console(highlight=False), escape(printable(collection.name))
         address = escape(f"[{host}]" if ":" in host else host) + f":{listener.getsockname()[1]}"
@@ -112,8 +107,13 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def build_app(
-    collection: "Collection", threshold: Threshold, max_bytes: int, hosts: Sequence[str], max_pixels: int
-) -> "FastAPI":
+    collection: "Collection",
+    threshold: Threshold,
+    max_bytes: int,
+    hosts: Sequence[str],
+    max_pixels: int,
+    decoder: Decoder,
+) -> "ASGIApp":
     """Build the application.
 
     Requests of more than ``max_bytes`` are refused while they come in, photos of more than ``max_pixels`` before they
@@ -124,13 +124,18 @@ def build_app(
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse
     from fastapi.staticfiles import StaticFiles
+    from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException as StarletteHTTPException
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    from metilr.collection.collection import BadPhotoError, TooManyPixelsError
-    from metilr.report.page import jpeg_thumbnail
+    from metilr.collection.walls import Walls
 
-    app = FastAPI(title="metilr", docs_url=None, redoc_url=None, openapi_url=None)
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        decoder.close()  # or the end would wait for what it decodes
+
+    app = FastAPI(title="metilr", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     templates = jinja2.Environment(loader=jinja2.PackageLoader("metilr.collection"), autoescape=True)
     # A phone that is told that HEIC is wanted sends it; else it makes a JPEG of it.
     accept = "image/*,.avif,.heic,.heif" if HEIF in formats() else "image/*"
@@ -141,22 +146,42 @@ def build_app(
         max_megapixels=max_pixels / 10**6,
         accept=accept,
     )
-    one_at_a_time = threading.Lock()  # a photo decoded and in the model takes up to a gigabyte
+    turn, n_waiting = asyncio.Lock(), 0  # a photo decoded and in the model takes up to a gigabyte
+
+    @contextlib.asynccontextmanager
+    async def in_turn(request: Request) -> AsyncIterator[None]:
+        nonlocal n_waiting
+        if n_waiting >= MOST_WAITING:
+            raise HTTPException(503, "Many photos are waiting; try again in a few seconds.", {"Retry-After": "5"})
+        n_waiting += 1
+        try:
+            async with turn:
+                await refuse_who_left(request)
+                yield
+        finally:
+            n_waiting -= 1
+
+    async def refuse_who_left(request: Request) -> None:
+        if await request.is_disconnected():
+            raise HTTPException(499, "The client has left.")  # nobody reads it
 
     @app.get("/")
     def show_page() -> HTMLResponse:
         return HTMLResponse(page)
 
     @app.post("/identify")
-    def identify(photo: UploadFile) -> dict[str, Any]:
-        with one_at_a_time:
+    async def identify(request: Request, photo: UploadFile) -> dict[str, Any]:
+        async with in_turn(request):
             try:
-                loaded, answer = collection.answer_file(photo.file, max_pixels, draw=True)
+                sizes = collection.image_size, await run_in_threadpool(lambda: collection.largest_side), max_pixels
+                decoded = await run_in_threadpool(decoder.photo, await photo.read(), *sizes)
+                await refuse_who_left(request)
+                answer = await run_in_threadpool(collection.answer, decoded.image, draw=True)
             except BadPhotoError as error:
                 status = 413 if isinstance(error, TooManyPixelsError) else 422
                 raise HTTPException(status, f"The photo {error}.") from None
         decision, has_val = threshold.decide(answer.log_confidence), threshold.figures is not None
-        said = Identified("photo", answer, decision, reduced=loaded.reduced, has_val=has_val)
+        said = Identified("photo", answer, decision, reduced=decoded.reduced, has_val=has_val)
         document = said.as_json(collection)
         for match, listed in zip(answer.matches, document["matches"], strict=True):
             listed["picture"] = f"/images/{match.row}" if collection.image(match.row).is_file() else None
@@ -170,19 +195,21 @@ def build_app(
         }
 
     @app.get("/images/{row}")
-    def show_image(row: int) -> Response:
+    async def show_image(request: Request, row: int) -> Response:
         if row not in collection.images:
             raise HTTPException(404, "There is no such image.")
-        try:
-            return Response(jpeg_thumbnail(collection.image(row)), media_type="image/jpeg")
-        except BadImageError:
-            raise HTTPException(404, "The image is no longer there, or cannot be decoded.") from None
+        async with in_turn(request):
+            try:
+                picture = await run_in_threadpool(decoder.thumbnail, collection.image(row))
+            except (BadImageError, BadPhotoError):
+                raise HTTPException(404, "The image is no longer there, or cannot be decoded.") from None
+        return Response(picture, media_type="image/jpeg")
 
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"))
 
     @app.exception_handler(StarletteHTTPException)
     def tell_error(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        return JSONResponse({"error": error.detail}, error.status_code)
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     def tell_what_to_send(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -195,43 +222,5 @@ def build_app(
         said = "Something went wrong with this photo; the server goes on. Its log says more."
         return JSONResponse({"error": said}, 500)
 
-    # The last added is the outermost.
-    app.add_middleware(LimitedBody, max_bytes=max_bytes)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
-
-    @app.middleware("http")
-    async def add_headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        response = await call_next(request)
-        response.headers.update(HEADERS)
-        return response
-
-    return app
-
-
-class LimitedBody:
-    """Refuse a request's body that is too long: by what it says of itself, and while it comes in."""
-
-    def __init__(self, app: "ASGIApp", max_bytes: int) -> None:
-        self.app, self.max_bytes = app, max_bytes
-        self.refusal = f"The upload has more than {max_bytes / 10**6:g} MB; send a smaller photo."
-
-    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        """Pass the request on with a body that ends in an error where it passes the limit."""
-        from fastapi import HTTPException
-        from fastapi.responses import JSONResponse
-
-        declared = dict(scope.get("headers", [])).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self.max_bytes:
-            await JSONResponse({"error": self.refusal}, 413)(scope, receive, send)
-            return
-        received = 0
-
-        async def receive_some() -> "Message":
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.max_bytes:
-                raise HTTPException(413, self.refusal)
-            return message
-
-        await self.app(scope, receive_some, send)
+    return Walls(app, max_bytes)

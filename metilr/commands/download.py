@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from metilr.commands.verify import FILES, PartName, check, print_verification
+from metilr.download import fetch, remote_size
 from metilr.download.archives import ARCHIVES, OFFICIAL, PUBLISHED_IMAGES, Archive, DataSet, unpack
-from metilr.download.fetch import fetch, remote_size
 from metilr.errors import UserError, one_line
 from metilr.files import alone_in, file_sha256, read_json, write_atomically
 from metilr.progress import byte_progress, make_console

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from metilr.download.fetch import fetch
+from metilr.download import fetch
 from metilr.errors import UserError
 from metilr.files import file_sha256, refuse_compressed
 from metilr.models.zoo import BackboneSpec

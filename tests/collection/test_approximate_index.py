@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from metilr.cli import main
+from metilr.collection import PhotoOptions
 from metilr.collection.collection import load_photo
 from metilr.collection.open_collection import open_with_threshold
-from metilr.collection.threshold import PhotoOptions
 from metilr.retrieval import approximate
 from metilr.retrieval.approximate import ApproximateIndex
 from metilr.retrieval.whitening import PCAWhitening

@@ -12,9 +12,9 @@ import yaml
 from PIL import Image
 
 from metilr.cli import main
+from metilr.collection import Identified, PhotoOptions
 from metilr.collection.collection import Answer, Collection, load_photo
 from metilr.collection.open_collection import open_with_threshold
-from metilr.collection.threshold import Identified, PhotoOptions
 from metilr.data.decode import load_image
 from metilr.evaluation.results import read_run
 from metilr.models.checkpoints import FORMAT, model_entry

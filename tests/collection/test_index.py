@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from metilr.cli import main
+from metilr.collection import PhotoOptions
 from metilr.collection.collection import load_photo
 from metilr.collection.index import Index
 from metilr.collection.open_collection import open_with_threshold
-from metilr.collection.threshold import PhotoOptions
 from metilr.retrieval.whitening import PCAWhitening
 from tests.collection.conftest import AS_OPTIONS, INDEXED, write_images
 from tests.hostile import NAME

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import io
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,17 +19,19 @@ import pytest
 from PIL import Image
 
 from metilr.cli import main
+from metilr.collection import PhotoOptions
 from metilr.collection.index import Index
 from metilr.collection.open_collection import open_with_threshold
+from metilr.collection.photos import BadPhotoError, Decoder
 from metilr.collection.serve import build_app, is_loopback
-from metilr.collection.threshold import PhotoOptions
 from tests.browser import browser as browser  # a fixture
 from tests.collection.conftest import UNTRAINED
 from tests.hostile import NAME, REASONS
 from tests.small_runs import evaluate, index
 
 pytest.importorskip("fastapi", reason="needs metilr[serve]")
-uvicorn = pytest.importorskip("uvicorn", reason="needs metilr[serve]")
+pytest.importorskip("uvicorn", reason="needs metilr[serve]")
+httpx = pytest.importorskip("httpx", reason="is how servers are asked here")
 testclient = pytest.importorskip("fastapi.testclient", reason="needs httpx")
 
 MAX_BYTES = 200_000
@@ -36,9 +39,19 @@ MAX_PIXELS = 50_000_000
 HOSTS = ["127.0.0.1", "localhost"]
 
 
-def app_of(run: Path | None = None, store: Path | None = None, threshold: float | None = None):
-    opened = open_with_threshold(PhotoOptions(run, store, threshold=threshold, accelerator="cpu"))
-    return build_app(*opened, MAX_BYTES, HOSTS, MAX_PIXELS)
+@pytest.fixture(scope="module")
+def decoder() -> Iterator[Decoder]:
+    with contextlib.closing(Decoder()) as decoder:
+        yield decoder
+
+
+@pytest.fixture(scope="module")
+def app_of(decoder):
+    def build(run: Path | None = None, store: Path | None = None, threshold: float | None = None, decoder=decoder):
+        opened = open_with_threshold(PhotoOptions(run, store, threshold=threshold, accelerator="cpu"))
+        return build_app(*opened, MAX_BYTES, HOSTS, MAX_PIXELS, decoder)
+
+    return build
 
 
 def client_of(app):
@@ -46,7 +59,7 @@ def client_of(app):
 
 
 @pytest.fixture(scope="module")
-def app(indexed):
+def app(indexed, app_of):
     return app_of(store=indexed / "index", threshold=-3.0)
 
 
@@ -57,15 +70,23 @@ def client(app):
 
 @pytest.fixture(scope="module")
 def address(app) -> Iterator[str]:
-    """Where the application is really served."""
+    with served(app) as (address, _):
+        yield address
+
+
+@contextlib.contextmanager
+def served(app) -> Iterator:
+    """Where an application is really served, and its server."""
+    from metilr.collection.walls import server_of
+
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        server = server_of(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/", server
         server.should_exit = True
         thread.join()
 
@@ -77,7 +98,7 @@ def send(client, content: bytes, name: str = "photo.jpg"):
 @pytest.mark.parametrize(
     ("read", "accept"), [(("JPEG", "AVIF"), "image/*"), (("JPEG", "AVIF", "HEIF"), "image/*,.avif,.heic,.heif")]
 )
-def test_the_page_asks_for_heic_where_it_is_read(indexed, monkeypatch, read, accept):
+def test_the_page_asks_for_heic_where_it_is_read(indexed, app_of, monkeypatch, read, accept):
     """An iPhone that is asked for it sends it, and makes a JPEG of it where it is not."""
     monkeypatch.setattr("metilr.collection.serve.formats", lambda: read)
     page = client_of(app_of(store=indexed / "index", threshold=-3.0)).get("/").text
@@ -96,7 +117,7 @@ def test_an_upload_gets_the_collection_s_answer(client, indexed):
     assert picture.status_code == 200 and picture.headers["content-type"] == "image/jpeg"
 
 
-def test_the_page_shows_what_photo_and_answer_have_in_common(museum, run, tmp_path):
+def test_the_page_shows_what_photo_and_answer_have_in_common(museum, run, app_of, tmp_path):
     options = {"store": museum.parent / "store", "output": tmp_path / "run", "geometric_check": 2}
     evaluate(museum, report=False, **options, **UNTRAINED)
     client = client_of(app_of(tmp_path / "run"))
@@ -115,7 +136,7 @@ def wait_for_pictures(page) -> None:
     raise AssertionError("a picture does not load")
 
 
-def test_an_upload_too_small_for_the_model_is_refused(indexed, tmp_path):
+def test_an_upload_too_small_for_the_model_is_refused(indexed, app_of, tmp_path):
     options = {**UNTRAINED, "backbone": "timm/convnext_atto", "image_size": 96}
     index(indexed / "museum", tmp_path / "index", **options)
     stream = io.BytesIO()
@@ -134,9 +155,9 @@ def test_a_bad_upload_is_refused_and_harms_no_other(client, indexed, hostile):
     assert good.status_code == 200 and good.json()["exhibit"] == "9"
 
 
-def test_uploads_at_once_get_their_own_answers(client, indexed):
+def test_uploads_at_once_get_their_own_answers(address, indexed):
     photos = [file for file in sorted((indexed / "museum").rglob("*.jpg")) if file.is_file()]
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(8) as pool, httpx.Client(base_url=address, timeout=60) as client:
         answers = list(pool.map(lambda photo: send(client, photo.read_bytes()).json(), photos * 3))
     assert [answer["exhibit"] for answer in answers] == [photo.parent.name for photo in photos * 3]
 
@@ -178,7 +199,7 @@ def test_other_requests_get_an_error_in_words(client):
         assert response.headers["content-type"] == "application/json" and response.json()["error"]
 
 
-def test_a_picture_that_is_gone_is_said(indexed, tmp_path):
+def test_a_picture_that_is_gone_is_said(indexed, app_of, tmp_path):
     client = client_of(app_of(store=indexed / "index"))
     paths = Index.load(indexed / "index").catalogue.paths
     photo = indexed / "museum" / "41" / "4.jpg"
@@ -274,21 +295,122 @@ def test_the_keyboard_alone_reaches_the_choice(browser, address):
         assert len(choosers) == 1
 
 
-def test_the_command_serves_until_it_is_interrupted(indexed):
-    command = [sys.executable, "-c", "from metilr.cli import main; main()", "serve", "--store", str(indexed / "index"),
-               "--port", "0", "--accelerator", "cpu"]  # fmt: skip
+@contextlib.contextmanager
+def commanded(indexed, prefix=()) -> Iterator:
+    """The command in a process, which is left to its test to end, and its port."""
+    command = [*prefix, sys.executable, "-m", "metilr", "serve", "--store", str(indexed / "index"), "--port", "0",
+               "--accelerator", "cpu"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
         try:
-            line = process.stdout.readline()
-            assert line.startswith("serving") and "http://127.0.0.1:" in line
-            with urllib.request.urlopen(line.split(" at ")[1].split()[0], timeout=60) as page:
-                assert b"Which exhibit is this?" in page.read()
-            process.send_signal(signal.SIGTERM)
-            out, error = process.communicate(timeout=60)
+            assert process.stdout is not None
+            yield process, int(process.stdout.readline().split("/ (")[0].rpartition(":")[2])
         finally:
             process.kill()
+
+
+def test_the_command_serves_until_it_is_interrupted(indexed):
+    with commanded(indexed) as (process, port):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60) as page:
+            assert b"Which exhibit is this?" in page.read()
+        process.send_signal(signal.SIGTERM)
+        out, error = process.communicate(timeout=60)
     assert (process.returncode, out, error) == (0, "ended\n", "")
+
+
+HALF_AN_UPLOAD = (
+    b"POST /identify HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9000\r\n"
+    b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+)
+
+
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="limits files with prlimit")
+def test_silent_connections_lock_nobody_out_and_half_an_upload_does_not_hold_the_end(indexed):
+    """Under 128 files, 120 of them were enough for 45,000 tracebacks and no answer."""
+    with commanded(indexed, ["prlimit", "--nofile=128"]) as (process, port), contextlib.ExitStack() as stack:
+        photo = (indexed / "museum" / "9" / "2.jpg").read_bytes()
+        for _ in range(200):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+        half = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+        half.sendall(HALF_AN_UPLOAD)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            assert send(client, photo).json()["matches"][0]["exhibit"] == "9"
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+        assert time.monotonic() - started < 15
+        assert "Traceback" not in error and error.count("\n") <= 1, error[:2000]
+
+
+def test_a_connection_that_asks_nothing_is_closed_and_a_slow_upload_refused(app_of, indexed, monkeypatch):
+    monkeypatch.setattr("metilr.collection.walls.SECONDS_TO_ASK", 1.0)
+    with contextlib.closing(Decoder()) as own, served(app_of(store=indexed / "index", decoder=own)) as (address, _):
+        place = ("127.0.0.1", int(address.rstrip("/").rpartition(":")[2]))
+        for sent, answer in ((b"", b""), (b"GET / HTTP/1.1\r\nHost:", b""), (HALF_AN_UPLOAD, b"HTTP/1.1 408 ")):
+            with socket.create_connection(place, timeout=10) as connection:
+                connection.sendall(sent)
+                received = b""
+                with contextlib.suppress(ConnectionResetError):
+                    while some := connection.recv(1 << 16):
+                        received += some
+                assert received[: len(answer)] == answer and bool(received) == bool(answer)
+
+
+class Slow:
+    """In place of the decoder: begins one photo, and lets it wait until it is let go."""
+
+    def __init__(self) -> None:
+        self.begun, self.go = [], threading.Event()
+
+    def photo(self, content: bytes, *sizes: object) -> None:
+        self.begun.append(content)
+        self.go.wait(60)
+        raise BadPhotoError("is slow")
+
+    def close(self) -> None:
+        self.go.set()
+
+
+def test_many_that_wait_are_told_to_come_again_and_who_left_is_not_served(app_of, indexed, monkeypatch):
+    monkeypatch.setattr("metilr.collection.serve.MOST_WAITING", 3)
+    slow = Slow()
+    with served(app_of(store=indexed / "index", decoder=slow)) as (address, _), ThreadPoolExecutor(8) as pool:
+        stays = httpx.Client(base_url=address, timeout=60)
+        leaves = httpx.Client(base_url=address, timeout=1)
+        first = pool.submit(send, stays, b"first")
+        while not slow.begun:
+            time.sleep(0.01)
+        gone = pool.submit(send, leaves, b"gone")
+        last = pool.submit(send, stays, b"last")
+        time.sleep(0.5)  # they wait
+        refused = send(stays, b"too many")
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+        assert "try again in a few seconds" in refused.json()["error"]
+        with pytest.raises(httpx.ReadTimeout):
+            gone.result()
+        slow.go.set()
+        assert [first.result().status_code, last.result().status_code] == [422, 422]
+        assert slow.begun == [b"first", b"last"]
+        assert send(stays, b"later").status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Origin": "http://127.0.0.1", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Origin": "http://127.0.0.1:8001"}, 403),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+    ],
+)
+def test_pages_of_other_sites_may_not_ask(client, indexed, headers, status):
+    content = (indexed / "museum" / "9" / "2.jpg").read_bytes()
+    assert client.post("/identify", files={"photo": ("a", content)}, headers=headers).status_code == status
+    assert client.get("/images/0", headers=headers).status_code == status
+    assert client.get("/", headers=headers).status_code == 200  # a link may lead here
 
 
 @pytest.mark.parametrize(

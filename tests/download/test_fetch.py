@@ -2,14 +2,15 @@
 
 import hashlib
 import random
+import time
 from pathlib import Path
 
 import pytest
 
-from metilr.download import fetch as module
-from metilr.download.fetch import LONGEST_WAIT, TRIES, fetch, remote_size
+import metilr.download as module
+from metilr.download import LONGEST_WAIT, TRIES, fetch, remote_size
 from metilr.errors import UserError
-from tests.server import PLAIN, Fault, Server
+from tests.server import FINE, PLAIN, Fault, Server
 
 NAME = "images.tar.gz"
 CONTENT = random.Random(0).randbytes(300_000)
@@ -163,6 +164,27 @@ def test_a_connection_that_falls_silent_is_left(client, monkeypatch):
     client.server.faults = [Fault(cut=CUT, hang=hang)]
     assert client() == CONTENT and len(client.server.requests) == 2
     hang.set()
+
+
+HEAD = b'HTTP/1.1 200 OK\r\nContent-Length: 300000\r\nETag: "1"\r\n\r\n'
+
+
+@pytest.mark.parametrize("raw", [HEAD, PLAIN, CHUNKED, b"HTTP/1.1 200 OK\r\n"])  # the last one's headers never end
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up(client, monkeypatch, raw):
+    monkeypatch.setattr(module, "RATE_SECONDS", 0.3)
+    monkeypatch.setattr(module, "TIMEOUT", 0.2)
+    client.server.always = Fault(raw=raw, endless=b"1\r\na\r\n" if raw == CHUNKED else b"a", pace=0.05)
+    started = time.monotonic()
+    assert f"{TRIES} times in a row" in client.refused()
+    assert time.monotonic() - started < 20 and len(client.server.requests) == TRIES
+    client.server.always = FINE
+    assert client() == CONTENT
+
+
+def test_cut_again_and_again_after_a_byte_is_given_up(client, monkeypatch):
+    monkeypatch.setattr(module, "LEAST_RATE", 10**9)
+    client.server.always = Fault(cut=1000)
+    assert f"{TRIES} times in a row" in client.refused()
 
 
 @pytest.mark.parametrize("raw", [PLAIN, CHUNKED])

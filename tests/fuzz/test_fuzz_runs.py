@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from metilr.cli import options_of
+from metilr.collection import PhotoOptions, collection_document
 from metilr.collection.open_collection import open_with_threshold
-from metilr.collection.threshold import PhotoOptions, collection_document
 from metilr.commands.compare import compare
 from metilr.commands.evaluate import evaluate
 from metilr.commands.pack import pack
