@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import importlib
 import inspect
+import logging
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from metilr import __version__
 from metilr.distributed import CONTINUE, sigterm_as_interrupt
-from metilr.errors import UserError, did_you_mean, shown
+from metilr.errors import UserError, did_you_mean, shown, unknown_option
 from metilr.files import check_config
 
 EXIT_USER_ERROR = 2
@@ -161,8 +162,8 @@ class Help(DefaultHelpFormatter):
         if not action.option_strings:
             return super()._format_action_invocation(action)
         names = ", ".join(name for name in action.option_strings if not name.endswith("+"))
-        value = "" if action.nargs == 0 else self._format_args(action, self._get_default_metavar_for_optional(action))
-        return f"{names} {value}"
+        metavar = self._get_default_metavar_for_optional(action)
+        return names if action.nargs == 0 else f"{names} {self._format_args(action, metavar)}"
 
     def _format_usage(self, usage: Any, actions: Iterable[argparse.Action], *_: Any) -> str:
         """Name what must be given; the options follow, and would fill a screen here."""
@@ -243,13 +244,9 @@ def refuse_unknown(parser: Any, args: Sequence[str]) -> None:
         name = arg.partition("=")[0]
         # An option that takes a class has the class's parameters below it.
         if name.startswith("--") and name not in options and not name.startswith(classes):
-            raise _unknown(name, options)
+            raise unknown_option(name, options)
         if any("\ud800" <= letter <= "\udfff" for letter in arg):  # how Python holds bytes that are no letters
             raise UserError(f"{arg}: its name is not in UTF-8; rename it")
-
-
-def _unknown(option: str, known: Iterable[str]) -> UserError:
-    return UserError(f"unknown option {option[:60]}{did_you_mean(option, known)}; --help lists them")
 
 
 def _check_names(parser: Any, options: Mapping[str, Any]) -> None:
@@ -257,7 +254,7 @@ def _check_names(parser: Any, options: Mapping[str, Any]) -> None:
     known = {action.dest: action for action in parser._actions if hasattr(action, "_typehint")}
     for name, value in options.items():
         if name not in known:
-            raise _unknown(f"--{name}", [f"--{each}" for each in known])
+            raise unknown_option(f"--{name}", [f"--{each}" for each in known])
         if known[name].nargs == "+" and not isinstance(value, (list, tuple, type(None))):
             raise UserError(f"{shown(value)}: expected a list like [A, B]", name)
 
@@ -276,6 +273,7 @@ def _run(call: Callable[[str], Any], prog: str | None) -> None:
     prog = prog or Path(sys.argv[0]).name
     # Before PyTorch loads OpenMP: threads that wait by spinning slow down a busy machine many times over.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that cannot be written
     try:
         with sigterm_as_interrupt():
             call(prog)
@@ -294,6 +292,6 @@ def _run(call: Callable[[str], Any], prog: str | None) -> None:
 
 def _fail(prog: str, message: str, status: int = EXIT_USER_ERROR) -> NoReturn:
     # A hostile file's own words may be in it: none of them is to move a terminal's cursor.
-    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
-    print(f"{prog}: error: {line}", file=sys.stderr)
+    letters = (letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
+    print(f"{prog}: error: {''.join(letters)}", file=sys.stderr)
     sys.exit(status)

@@ -37,6 +37,11 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
+def unknown_option(option: str, known: Iterable[str]) -> UserError:
+    """The error that names a wrong option and the nearest ones that there are."""
+    return UserError(f"unknown option {option[:60]}{did_you_mean(option, known)}; --help lists them")
+
+
 def shown(value: object) -> str:
     """A value as Python writes it, shortened; the whole text is never made."""
     text = _SHORT.repr(value)

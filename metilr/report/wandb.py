@@ -50,6 +50,7 @@ def open_wandb(mode: WandbMode, project: str, folder: Path, options: Mapping[str
     if mode == "off" or os.environ.get("WANDB_MODE") == "disabled":
         return None
     check_key(mode)
+    _keep_its_log(folder)
     import wandb
 
     id_file = folder / "wandb_id"
@@ -67,6 +68,19 @@ def open_wandb(mode: WandbMode, project: str, folder: Path, options: Mapping[str
             fate = "be reached ({}); logging offline" if how == "online" else "start ({}); going on without it"
             print(f"W&B cannot {fate.format(_short(error))}", file=sys.stderr)
     return None
+
+
+def _keep_its_log(folder: Path) -> None:
+    """Let W&B keep its own log beside the run where the home, its usual place, cannot be written."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wandb"
+    try:
+        usual.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(usual, os.W_OK)
+    except OSError:
+        is_writable = False
+    if not is_writable and "WANDB_CACHE_DIR" not in os.environ:
+        os.environ["WANDB_CACHE_DIR"] = str(folder.absolute() / "wandb")
+        print(f"W&B cannot write {usual}; its own log is in {folder}/wandb", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ def _train(parser: Any, args: Sequence[str]) -> None:
     options = RunOptions(**{field.name: config[field.name] for field in fields(RunOptions)})
     recorded = yaml.safe_load(parser.dump(config, skip_unset=False))
     recorded = {name: value for name, value in recorded.items() if name not in ("config", "output")}
-    seed_everything(options.seed_everything, workers=True)
+    seed_everything(options.seed_everything, workers=True, verbose=False)
     try:
         built = parser.instantiate_classes(config)
     except (TypeError, ValueError) as error:  # of a class that an option names

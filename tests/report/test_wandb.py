@@ -1,6 +1,9 @@
 """What an evaluation logs to W&B, without a key or a network."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,20 @@ def test_a_run_in_another_working_folder_is_whole_too(tiny_museum, tmp_path, mon
         monkeypatch.chdir(tmp_path / name)
         evaluate(tiny_museum, report=False, **CHEAP)
         assert list(Path("out/wandb").glob("offline-run-*/*.wandb")), name
+
+
+def test_a_home_that_cannot_be_written_is_one_line(tiny_museum, tmp_path):
+    (tmp_path / "home").touch()  # no folder, whoever asks
+    command = [
+        *(sys.executable, "-m", "metilr", "evaluate", "--root", tiny_museum, "--backbone", "timm/test_resnet"),
+        *("--weights", "random", "--scales", "1", "--accelerator", "cpu", "--num_workers", "0", "--output", "out"),
+        *("--report_pictures", "1", "--wandb", "offline"),
+    ]
+    environment = {**os.environ, "HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    [line] = done.stderr.splitlines()
+    assert done.returncode == 0 and "W&B cannot write" in line and "out/wandb" in line
+    assert list(Path("out/wandb").glob("offline-run-*/*.wandb"))
 
 
 class Dead:
