@@ -97,6 +97,7 @@ _GONE = r"Connection closed by peer|Connection reset by peer|Broken pipe|Connect
 # PyTorch's words on GPUs and CPUs, oneDNN's, NumPy's and Python's.
 _NO_MEMORY = r"OutOfMemory|out of memory|llocate memory|not enough memory|Unable to allocate|MemoryError|ALLOC_FAILED"
 PARENT_WATCHED_EVERY = 2.0  # seconds
+PARENT_VARIABLE = "METILR_PARENT"  # tells a command the process that it is to end with
 
 
 @contextlib.contextmanager
@@ -142,12 +143,12 @@ def _reason_in(error: Exception) -> str | None:
     return None
 
 
-def end_with_parent() -> None:
-    """End this process soon after the one that started it, whatever it waits for.
+def end_with_parent(parent: int | None = None) -> None:
+    """End this process soon after the one that started it, of that number if given, whatever it waits for.
 
     Else it might hold a GPU for hours, waiting in a collective for a process that was killed.
     """
-    parent = os.getppid()
+    parent = parent or os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,5 +1,6 @@
 """``metilr evaluate``, in the repository ``python evaluate.py`` too: from photographs to GAP, top to bottom."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ from rich.markup import escape
 from metilr.cli import flat, flat_defaults
 from metilr.data.decode import limit_images
 from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_truth
-from metilr.distributed import end_if_unguarded, launched_as_first, quieten_lightning
+from metilr.distributed import PARENT_VARIABLE, end_if_unguarded, end_with_parent, launched_as_first, quieten_lightning
 from metilr.errors import UserError
 from metilr.evaluation.database import views_of
 from metilr.evaluation.options import MethodOptions, ReportOptions
@@ -77,6 +78,8 @@ def evaluate(
 
     started = time.perf_counter()
     end_if_unguarded()
+    if parent := os.environ.pop(PARENT_VARIABLE, None):
+        end_with_parent(int(parent))
     model, extraction = model or ModelOptions(), extraction or ExtractionOptions()
     method, report = method or MethodOptions(), report or ReportOptions()
     root, output, store = (None if folder is None else Path(folder) for folder in (root, output, store))

@@ -22,6 +22,7 @@ from metilr.cli import flat_defaults, parse_options
 from metilr.commands.compare import compare
 from metilr.commands.evaluate import evaluate
 from metilr.data.ground_truth import DatabaseName
+from metilr.distributed import PARENT_VARIABLE
 from metilr.errors import UserError
 from metilr.evaluation.options import without_deleted
 from metilr.evaluation.results import read_run
@@ -83,15 +84,16 @@ def sweep(
     started = time.monotonic()
     console = make_console()
     rows = plan_rows(configs, root, database, vary, values, options, output)
-    finished = {row.name for row in rows if row.is_finished}
-    for row in rows:
-        if row.name in finished:
-            _refuse_other_options(row)
+    finished: set[str] = set()
+    for row in filter(lambda row: row.is_finished, rows):
+        _refuse_other_options(row)
     make_output(output, "sweep")
 
     reasons: dict[str, str | None] = {row.name: None for row in rows}
     for i, row in enumerate(rows):
-        if row.name in finished:
+        if row.is_finished:  # perhaps by now, by what an earlier sweep has left running
+            finished.add(row.name)
+            _refuse_other_options(row)
             continue
         elapsed = timedelta(seconds=round(time.monotonic() - started))
         console.rule(f"[bold]{escape(row.name)}[/], row {i + 1} of {len(rows)}, {elapsed} elapsed", align="left")
@@ -104,7 +106,7 @@ def sweep(
         compare(folders, output)
     table = Table("row", "outcome", Column("reason", overflow="fold"), title="rows of the sweep", title_justify="left")
     for name, reason in reasons.items():
-        outcome = "[bold red]failed[/]" if reason else f"[green]{'there already' if name in finished else 'done'}[/]"
+        outcome = "[bold red]failed[/]" if reason else f"[green]{'finished already' if name in finished else 'done'}[/]"
         table.add_row(escape(name), outcome, escape(reason or ""))
     console.print(table, soft_wrap=False)
     if failed := [name for name, reason in reasons.items() if reason]:
@@ -169,7 +171,8 @@ def _refuse_other_options(row: Row) -> None:
 def _run(row: Row) -> str | None:
     """Evaluate in a process of its own, so that nothing that ends it ends the sweep; return why it failed."""
     errors = b""
-    with subprocess.Popen(_command(row), stderr=subprocess.PIPE) as process:
+    environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
+    with subprocess.Popen(_command(row), stderr=subprocess.PIPE, env=environment) as process:
         assert process.stderr is not None
         try:
             while chunk := os.read(process.stderr.fileno(), 4096):  # shown as it comes, and kept
@@ -181,7 +184,8 @@ def _run(row: Row) -> str | None:
             _stop(process)
             raise
     record = row.folder.parent / f"{row.name}.failed.txt"
-    if process.returncode == 0 and row.is_finished:
+    if row.is_finished:  # whatever ended it after that
+        _refuse_other_options(row)
         record.unlink(missing_ok=True)
         return None
     printed = errors.decode(errors="replace")

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -106,7 +107,7 @@ def test_a_failing_row_does_not_stop_the_others_and_finished_rows_are_kept(tiny_
     before = (folder / "r18_in-p=3/results.json").stat().st_mtime_ns
     monkeypatch.setattr(sweep_module, "_command", lambda row: FAILS)
     again = run_sweep([*command, "-1", "3", "--options", *CHEAP, "batch_size=4"], capfd)
-    assert "there already" in again.out and "row 1 of 2" in again.out and "row 2 of 2" not in again.out
+    assert "finished already" in again.out and "row 1 of 2" in again.out and "row 2 of 2" not in again.out
     assert (folder / "r18_in-p=3/results.json").stat().st_mtime_ns == before
 
     refused = run_sweep([*command, "3", "--options", *CHEAP, "whitening_dim=4"], capfd)
@@ -123,7 +124,8 @@ def run_sweep(command, capfd):
 # What a finished row leaves; YAML reads JSON.
 FINISH = (
     "import json, os, pathlib, shutil, sys, time; folder = pathlib.Path(sys.argv[1])\n"
-    "def finish(): shutil.copytree('drawn', folder); (folder / 'config.yaml').write_text(sys.argv[2])\n"
+    "def finish(folder=folder, options=sys.argv[2]):\n"
+    "  shutil.copytree('drawn', folder); (folder / 'config.yaml').write_text(options)\n"
 )
 
 
@@ -204,3 +206,32 @@ def interrupt_when_the_second_row_runs() -> None:
         time.sleep(0.02)
     time.sleep(0.5)  # the row's process can be ahead of the one that has started it
     os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_row_killed_after_its_results_is_finished_and_so_is_one_that_finished_meanwhile(pretended, capfd):
+    """What an earlier sweep left running writes its results after the rows were planned."""
+    pretend, sweep_p, museum = pretended
+    write_run(Path("drawn"), museum, 0)
+    other = "finish(folder.parent / 'r18_in-p=4', json.dumps({**json.loads(sys.argv[2]), 'p': 4.0}))"
+    pretend(FINISH + f"assert 'p=2' in folder.name; finish(); {other}; os.kill(os.getpid(), 9)")
+    assert sweep_p("2", "4") == {"r18_in-p=2": None, "r18_in-p=4": None}
+    assert not list(Path("out").glob("*.failed.txt"))
+    assert sweep_p("2", "4") == {"r18_in-p=2": None, "r18_in-p=4": None}
+    assert capfd.readouterr().out.count("finished already") == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux for a process's children")
+def test_a_killed_sweep_s_row_ends_and_the_same_command_finishes_it(tiny_museum, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-m", "metilr", "sweep", str(CONFIGS / "r18_in.yaml"), "--root", str(tiny_museum)]
+    command += ["--options", *CHEAP]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as first:
+        children = Path(f"/proc/{first.pid}/task/{first.pid}/children")
+        while not (child := children.read_text().split()):
+            time.sleep(0.01)
+        first.kill()
+    while Path(f"/proc/{child[0]}").exists() and "\nState:\tZ" not in Path(f"/proc/{child[0]}/status").read_text():
+        time.sleep(0.1)
+    assert not Path("runs/sweep/r18_in/results.json").exists()
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    assert Path("runs/sweep/r18_in/results.json").exists()
