@@ -1,8 +1,11 @@
 """``metilr train``, in the repository ``python train.py`` too: its command line and its YAML files."""
 
+import importlib
+import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -90,6 +93,10 @@ def _train(parser: Any, args: Sequence[str]) -> None:
         if config.trainer.precision == "32" and is_first_process():
             print("note: training in float32, since this device does not compute in bfloat16", flush=True)
     check_trainer_options(config.trainer)
+    for name in ("callbacks", "profiler"):
+        named = config.trainer[name]
+        for built in named if isinstance(named, list) else [named]:
+            _refuse_paths(built, f"trainer.{name}")
     options = RunOptions(**{field.name: config[field.name] for field in fields(RunOptions)})
     recorded = yaml.safe_load(parser.dump(config, skip_unset=False))
     recorded = {name: value for name, value in recorded.items() if name not in ("config", "output")}
@@ -101,3 +108,20 @@ def _train(parser: Any, args: Sequence[str]) -> None:
         parser.error(f"the options do not go together ({hint}): {error}", error)
     evaluate = ("python", "evaluate.py") if parser.prog == "train.py" else ("metilr", "evaluate")
     run(options, built.model, built.data, built.trainer.as_dict(), recorded, evaluate)
+
+
+def _refuse_paths(built: Any, option: str) -> None:
+    """Refuse a folder or file that an option gives to a class: what a training writes stays in its output folder."""
+    if not hasattr(built, "class_path"):  # none, or one of Lightning's by a short name
+        return
+    module, _, name = built.class_path.rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    for argument, value in [*(built.get("init_args") or {}).items(), *(built.get("dict_kwargs") or {}).items()]:
+        parameter = parameters.get(argument)
+        is_default = value is None or (parameter is not None and value == parameter.default)
+        annotation = "" if parameter is None else str(parameter.annotation)
+        is_path = "path" in annotation.lower() or argument.endswith(("dir", "path"))
+        leads_out = isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts)
+        if not is_default and (is_path or leads_out):
+            what = "what a training writes stays in its output folder"
+            raise UserError(f"{value}: {what}; leave it out", f"{option}.{argument}")

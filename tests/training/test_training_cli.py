@@ -131,6 +131,48 @@ def test_a_file_may_name_a_class_of_one_s_own(tmp_path, monkeypatch):
     del sys.modules["own_losses"]
 
 
+LIGHTNING = "pytorch_lightning"
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "arguments", "named"),
+    [
+        ("callbacks", f"{LIGHTNING}.callbacks.ModelCheckpoint", "dirpath: OUT", "dirpath OUT: what"),
+        ("callbacks", f"{LIGHTNING}.callbacks.ModelCheckpoint", "dirpath: kept", "dirpath kept: what"),
+        ("callbacks", f"{LIGHTNING}.callbacks.ModelCheckpoint", "filename: ../x", "filename ../x: what"),
+        ("callbacks", f"{LIGHTNING}.callbacks.ModelCheckpoint", "filename: OUT/x", "filename OUT/x: what"),
+        ("callbacks", f"{LIGHTNING}.callbacks.OnExceptionCheckpoint", "dirpath: kept", "dirpath kept: what"),
+        ("callbacks", "own.Log", "save_dir: kept", "save_dir kept: what"),
+        ("profiler", f"{LIGHTNING}.profilers.SimpleProfiler", "dirpath: kept, filename: x", "dirpath kept: what"),
+        ("logger", f"{LIGHTNING}.loggers.CSVLogger", "save_dir: kept", "is decided by this command"),
+    ],
+)
+def test_classes_of_a_file_write_nowhere_else(tmp_path, monkeypatch, capsys, option, name, arguments, named):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    imports = "from pytorch_lightning.callbacks import Callback"
+    Path("own.py").write_text(f"{imports}\nclass Log(Callback):\n  def __init__(self, save_dir: str): pass")
+    out = str(tmp_path / "elsewhere")
+    built = f"{{class_path: {name}, init_args: {{{arguments.replace('OUT', out)}}}}}"
+    Path("c.yaml").write_text(f"trainer: {{{option}: {f'[{built}]' if option == 'callbacks' else built}}}")
+    with pytest.raises(SystemExit):
+        train("--config", "c.yaml", "--output", "out")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--trainer.{option}" in error and named.replace("OUT", out) in error
+    assert not Path("out").exists() and not Path("kept").exists() and not Path(out).exists()
+    sys.modules.pop("own", None)
+
+
+def test_a_callback_of_a_file_without_paths_runs():
+    stop = (
+        f"{{class_path: {LIGHTNING}.callbacks.EarlyStopping, init_args: {{monitor: val/gap, patience: 1, mode: max}}}}"
+    )
+    best = f"{{class_path: {LIGHTNING}.callbacks.ModelCheckpoint, init_args: {{filename: mine, monitor: val/gap}}}}"
+    Path("c.yaml").write_text(f"trainer: {{callbacks: [{stop}, {best}], profiler: simple}}")
+    train("--config", "c.yaml", "--output", "out")
+    assert Path("out/finished").exists()
+    assert [file.parts[0] for file in Path().rglob("mine.ckpt")] == ["out"]
+
+
 @pytest.mark.parametrize("option", [("--config", "a.yaml"), ("-c", "a.yaml"), ("--config=a.yaml",)])
 def test_options_in_a_file_are_read_as_strictly_as_those_of_an_evaluation(capsys, option):
     for text, said in (("output: a\noutput: b\n", "the key 'output' twice"), ("a: &a [1]\nb: *a\n", "it has aliases")):
