@@ -19,13 +19,20 @@ if TYPE_CHECKING:
     from metilr.extraction.describe import describe_images as describe_images
     from metilr.extraction.options import ExtractionOptions as ExtractionOptions
     from metilr.extraction.store import DescriptorStore as DescriptorStore
-    from metilr.metrics.functional import DISTRACTOR as DISTRACTOR, acc as acc, gap as gap, gap_minus as gap_minus
+    from metilr.metrics.functional import (
+        DISTRACTOR as DISTRACTOR,
+        acc as acc,
+        gap as gap,
+        gap_minus as gap_minus,
+        mean_average_precision as mean_average_precision,
+        recall_at as recall_at,
+    )
     from metilr.metrics.torchmetrics import ACC as ACC, GAP as GAP, GAPMinus as GAPMinus
     from metilr.models import ModelOptions as ModelOptions
     from metilr.models.checkpoints import load as load, load_embedder as load_embedder
     from metilr.models.embedder import Embedder as Embedder, build_embedder as build_embedder
     from metilr.retrieval.knn import Predictions as Predictions, classify as classify, tune as tune
-    from metilr.retrieval.search import Neighbours as Neighbours, search as search
+    from metilr.retrieval.search import Neighbours as Neighbours, class_ranks as class_ranks, search as search
     from metilr.retrieval.whitening import PCAWhitening as PCAWhitening, fit_pca_whitening as fit_pca_whitening
 
 
@@ -40,13 +47,13 @@ _HOMES = {
     "extraction.describe": ("describe_images",),
     "extraction.options": ("ExtractionOptions",),
     "extraction.store": ("DescriptorStore",),
-    "metrics.functional": ("DISTRACTOR", "acc", "gap", "gap_minus"),
+    "metrics.functional": ("DISTRACTOR", "acc", "gap", "gap_minus", "mean_average_precision", "recall_at"),
     "metrics.torchmetrics": ("ACC", "GAP", "GAPMinus"),
     "models": ("ModelOptions",),
     "models.checkpoints": ("load", "load_embedder"),
     "models.embedder": ("Embedder", "build_embedder"),
     "retrieval.knn": ("Predictions", "classify", "tune"),
-    "retrieval.search": ("Neighbours", "search"),
+    "retrieval.search": ("Neighbours", "class_ranks", "search"),
     "retrieval.whitening": ("PCAWhitening", "fit_pca_whitening"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -70,6 +70,7 @@ def check_choices(options: Any) -> None:
         literals = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is typing.Literal]
         choices = [choice for literal in literals for choice in typing.get_args(literal)]
         value = getattr(options, name)
-        is_other = value is None or (int in typing.get_args(kind) and type(value) is int)  # beside the choices
-        if choices and not is_other and value not in choices:
-            raise UserError(f"{value}: choose one of {', '.join(dict.fromkeys(map(str, choices)))}", name)
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            is_other = each is None or (int in typing.get_args(kind) and type(each) is int)  # beside the choices
+            if choices and not is_other and each not in choices:
+                raise UserError(f"{each}: choose one of {', '.join(dict.fromkeys(map(str, choices)))}", name)

@@ -148,7 +148,7 @@ def _leave_behind(
 ) -> None:
     """Write predictions, whitening, report page, W&B's run and, last, ``results.json``: now it is finished."""
     written = write_answers(folder, ground_truth, recognition)
-    print_table(console, results)  # before the page, so that nothing that happens there hides it
+    print_table(console, results, report.metrics)  # before the page, so that nothing that happens there hides it
     pages = []
     if report.report:
         quiet = progress.quiet

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from metilr.errors import UserError, check_choices, shown
 from metilr.retrieval.knn import check_tau
@@ -10,6 +10,7 @@ from metilr.retrieval.search import SearchDevice
 from metilr.retrieval.whitening import PAIR_SHRINKAGE
 
 DatabaseViews = Literal["none", "rows"]
+Metric = Literal["gap", "gap_minus", "acc", "recall@1", "recall@5", "recall@10", "map"]
 WandbMode = Literal["auto", "online", "offline", "off"]
 MAX_VISITS = 1000
 VISITS = 6  # of each database image, where some are needed and nothing is said: two scenes
@@ -108,12 +109,15 @@ class ReportOptions:
         report: Write the report page, OUTPUT/report/index.html.
         report_pictures: Queries with pictures in the report, of each split and outcome (wrong, false alarm, right,
             passed over); it lists all queries in any case.
+        metrics: What the printed table shows, such as gap acc recall@1 map; recall and map are over exhibits, of the
+            ranking by similarity.
         wandb: Log to Weights & Biases: auto is online if there is a key (WANDB_API_KEY or netrc), else offline.
         wandb_project: Project in Weights & Biases.
     """
 
     report: bool = True
     report_pictures: int = 100
+    metrics: Sequence[Metric] = ("gap", "gap_minus", "acc")
     wandb: WandbMode = "auto"
     wandb_project: str = PROJECT
 
@@ -122,6 +126,8 @@ class ReportOptions:
         check_choices(self)
         if self.report_pictures < 0:
             raise UserError(f"{self.report_pictures}: choose 0 or more", "report_pictures")
+        if not self.metrics:
+            raise UserError(f"none: choose one or more of {', '.join(get_args(Metric))}", "metrics")
 
 
 # Options that metilr had before, with the values that meant off.

@@ -16,11 +16,11 @@ from metilr.evaluation.results import LEVEL, MIN_PRECISION
 from metilr.geometry.evidence import Checked, apply_evidence, tune_evidence
 from metilr.metrics import DISTRACTOR, acc, gap, gap_minus
 from metilr.metrics.bootstrap import N_RESAMPLES, intervals, resampling_units
-from metilr.metrics.functional import gap_bounds
+from metilr.metrics.functional import gap_bounds, mean_average_precision, recall_at
 from metilr.metrics.open_set import open_set_figures, threshold_for_precision
 from metilr.progress import counted
 from metilr.retrieval import knn
-from metilr.retrieval.search import Neighbours, check_device
+from metilr.retrieval.search import Neighbours, check_device, class_ranks
 from metilr.retrieval.whitening import PCAWhitening
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Recognition:
     tau: float
     tuning: knn.Tuning | None  # the grid on val; None where both were given
     matches: Mapping[str, knn.Matches]  # what each query resembles most; rows of the whole database
+    ranks: Mapping[str, np.ndarray]  # of the exhibit shown, among all by similarity, see ``metilr.metrics.functional``
     checked: Mapping[str, Checked] | None = None  # what a geometric check found
 
     def cases(self, ground_truth: GroundTruth) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -113,7 +114,7 @@ def recognise(
     say(f"[bold]search[/]       test, {k_search} neighbours")
     neighbours["test"] = nearest("test", k_search)
 
-    answers, matches = {}, {}
+    answers, matches, ranks = {}, {}, {}
     for split, of_split in neighbours.items():
         predictions = knn.classify(of_split, database.labels, n_classes, tuning.k, tuning.tau)
         in_database = np.where(predictions.nearest == knn.NO_ROW, knn.NO_ROW, database.images[predictions.nearest])
@@ -123,8 +124,11 @@ def recognise(
         matches[split] = knn.Matches(np.full(shape, knn.NO_ROW, dtype=np.int64), np.full(shape, np.nan))
         matches[split].rows[is_valid[split]] = database.images[nearest_exhibits.rows]
         matches[split].similarities[is_valid[split]] = nearest_exhibits.similarities
+        ranks[split] = np.where(ground_truth.labels[split] == DISTRACTOR, np.nan, np.inf)
+        target = ground_truth.labels[split][is_valid[split]]
+        ranks[split][is_valid[split]] = class_ranks(database.rows, queries[split], database.labels, target)
     was_given = method.k is not None and method.tau is not None
-    return Recognition(answers, whitening, tuning.k, tuning.tau, None if was_given else tuning, matches)
+    return Recognition(answers, whitening, tuning.k, tuning.tau, None if was_given else tuning, matches, ranks)
 
 
 def check_recognition(
@@ -160,6 +164,7 @@ def figures_of(recognition: Recognition, ground_truth: GroundTruth) -> dict[str,
             "gap": gap(*case),
             "gap_minus": gap_minus(*case),
             "acc": acc(*case),
+            "ranking": _ranking(recognition.ranks[split]),
             "gap_least": least,
             "gap_greatest": greatest,
             "n_queries": len(target),
@@ -176,6 +181,10 @@ def figures_of(recognition: Recognition, ground_truth: GroundTruth) -> dict[str,
         "splits": {split: None if point is None else _at(point.threshold, *cases[split]) for split in QUERY_FILES},
     }
     return {"bootstrap": {"resamples": N_RESAMPLES, "level": LEVEL, "seed": SEED}, "threshold": threshold, **figures}
+
+
+def _ranking(ranks: np.ndarray) -> dict[str, float]:
+    return {**{f"recall@{k}": recall_at(ranks, k) for k in (1, 5, 10)}, "map": mean_average_precision(ranks)}
 
 
 def _at(threshold: float, log_confidence: np.ndarray, predicted: np.ndarray, target: np.ndarray) -> dict[str, Any]:

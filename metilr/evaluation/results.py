@@ -22,6 +22,7 @@ from metilr.models import Engine, PatchRounding, PoolingName
 SCHEMA_VERSION = 2  # 1 does not hold the options: it can be compared, but not repeated
 SIZES = ("database_images", "exhibits", "val_queries", "val_met", "test_queries", "test_met")
 FIGURES = ("gap", "gap_minus", "acc")
+RANKING = ("recall@1", "recall@5", "recall@10", "map")  # over exhibits, by similarity
 UNITS = ("photographers", "classes", "queries")  # that intervals are drawn over; not every museum has all
 LEVEL = 0.95  # of the intervals
 MIN_PRECISION = 0.9  # of the accepted answers on val, where nothing else is asked for
@@ -37,6 +38,7 @@ Positive = Annotated[float, Field(gt=0)]
 ImageSize = Annotated[int, Field(ge=1, le=MAX_IMAGE_SIZE)]  # px
 SizeName = Annotated[str, Field(pattern=f"^({'|'.join(SIZES)})$")]
 FigureName = Annotated[str, Field(pattern=f"^({'|'.join(FIGURES)})$")]
+RankingName = Annotated[str, Field(pattern=f"^({'|'.join(RANKING)})$")]
 GateName = Annotated[str, Field(pattern="^(weight|enough)$")]
 Ends = Annotated[list[Share], Field(min_length=2, max_length=2)]  # of an interval
 
@@ -132,6 +134,7 @@ class Figures(Part):
     gap: Share
     gap_minus: Share
     acc: Share
+    ranking: dict[RankingName, Share] = {}  # of metrics over exhibits; a metilr of before did not have them
     n_queries: Count
     n_met: Count
     intervals: dict[str, Annotated[dict[FigureName, Ends], Field(min_length=3)]] = {}
@@ -250,9 +253,8 @@ def read_run(path: Path) -> Run:
     with _readable(file):
         config = read_yaml(file)
         Config.model_validate(config)
-    return Run(
-        path, results, config, {split: _read_answers(path / f"predictions/{split}.csv") for split in QUERY_FILES}
-    )
+    answers = {split: _read_answers(path / f"predictions/{split}.csv") for split in QUERY_FILES}
+    return Run(path, results, config, answers)
 
 
 def _read_answers(file: Path) -> Answers:
@@ -262,10 +264,7 @@ def _read_answers(file: Path) -> Answers:
             raise ValueError("no predictions")
         ids = [[int(row[name] or DISTRACTOR) for row in rows] for name in ("exhibit_id", "predicted_id")]
         confidence = np.array([float(row["log_confidence"]) for row in rows])
-        paths, (exhibit_ids, predicted_ids) = (
-            tuple(original(row["path"]) for row in rows),
-            np.array(ids, dtype=np.int64),
-        )
+        paths, (exhibit_ids, predicted_ids) = tuple(original(row["path"]) for row in rows), np.array(ids, np.int64)
         if not all(paths) or np.isnan(confidence).any() or np.min(ids) < DISTRACTOR:
             raise ValueError("a row names no query, an exhibit below 0, or no confidence")
         return Answers(paths, exhibit_ids, predicted_ids, confidence)

@@ -1,4 +1,4 @@
-"""GAP, GAP⁻ and ACC: pure functions and torchmetrics classes side by side.
+"""GAP, GAP⁻ and ACC: pure functions and torchmetrics classes side by side; recall and mAP as functions.
 
 The functions are those of `metilr.metrics.functional`, the classes those of `metilr.metrics.torchmetrics`. What else
 the confidence is good for: `metilr.metrics.open_set`.
@@ -6,12 +6,31 @@ the confidence is good for: `metilr.metrics.open_set`.
 
 from typing import TYPE_CHECKING, Any
 
-from metilr.metrics.functional import DISTRACTOR, acc, gap, gap_bounds, gap_minus
+from metilr.metrics.functional import (
+    DISTRACTOR,
+    acc,
+    gap,
+    gap_bounds,
+    gap_minus,
+    mean_average_precision,
+    recall_at,
+)
 
 if TYPE_CHECKING:
     from metilr.metrics.torchmetrics import ACC, GAP, GAPMinus
 
-__all__ = ["ACC", "DISTRACTOR", "GAP", "GAPMinus", "acc", "gap", "gap_bounds", "gap_minus"]
+__all__ = [
+    "ACC",
+    "DISTRACTOR",
+    "GAP",
+    "GAPMinus",
+    "acc",
+    "gap",
+    "gap_bounds",
+    "gap_minus",
+    "mean_average_precision",
+    "recall_at",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,15 @@
-"""GAP, GAP⁻ and ACC as pure functions of answers.
+"""GAP, GAP⁻ and ACC as pure functions of answers, and recall and mAP as functions of ranks.
 
-All take ``log_confidence`` (higher is surer, on any increasing scale; -inf allowed), ``predicted`` labels and
+The first take ``log_confidence`` (higher is surer, on any increasing scale; -inf allowed), ``predicted`` labels and
 ``target`` labels (DISTRACTOR where a query shows no exhibit), each ``(Q,)``, compute in float64 and give a scalar in
 [0, 1]. An answer is right if the query shows an exhibit and its label was predicted. Queries are ranked by
 log-confidence, surest first; equal ones keep their input order (``gap_bounds`` says how much that order can matter).
 
-All raise UserError if shapes differ, a confidence is NaN, or no query shows an exhibit.
+They raise UserError if shapes differ, a confidence is NaN, or no query shows an exhibit.
+
+The others take ``ranks``, ``(Q,)``: the place of the exhibit that a query shows when all exhibits are ranked by their
+most similar image (``metilr.class_ranks``), 1 the first; inf where no image of it can be found, NaN where the query
+shows no exhibit and is left out. They raise UserError if a rank is none, or no query shows an exhibit.
 """
 
 import numpy as np
@@ -57,6 +61,36 @@ def gap_bounds(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLik
     wrong_first, right_first = np.lexsort((right, -confidence)), np.lexsort((~right, -confidence))
     n_met = is_met.sum()
     return _average_precision(right[wrong_first], n_met), _average_precision(right[right_first], n_met)
+
+
+def recall_at(ranks: ArrayLike, k: int) -> float:
+    """Compute recall@k over exhibits: the share of met queries whose exhibit is among the k most similar ones.
+
+    As a query shows one exhibit, this is the CMC at k too. Several images of one exhibit take one place.
+    """
+    if k < 1:
+        raise UserError(f"{k}: choose 1 or more", "k")
+    return float((_met_ranks(ranks) <= k).mean())
+
+
+def mean_average_precision(ranks: ArrayLike) -> float:
+    """Compute mAP over exhibits, of the whole ranking: the mean of 1 / rank, as a query shows one exhibit.
+
+    It is not the mAP over images, in which each further image of the exhibit must be ranked high too, and not cut off
+    at any rank.
+    """
+    return float((1 / _met_ranks(ranks)).mean())
+
+
+def _met_ranks(ranks: ArrayLike) -> np.ndarray:
+    """Return the ranks of met queries, ``(M,)`` float64."""
+    values = np.asarray(ranks, dtype=np.float64)
+    met = values[~np.isnan(values)]
+    if values.ndim != 1 or (met < 1).any() or (met != np.floor(met)).any():
+        raise UserError("ranks must be whole numbers from 1 on, inf or NaN, and 1-D")
+    if not len(met):
+        raise UserError("no query shows an exhibit, so recall and mAP are undefined: add met queries")
+    return met
 
 
 def _average_precision(right: np.ndarray, n_met: int) -> float:

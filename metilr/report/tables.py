@@ -3,16 +3,18 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from metilr.evaluation.results import KNN, LEVEL, Results
+from metilr.evaluation.results import KNN, LEVEL, Figures, Results
 from metilr.progress import printable
 
 METRICS = {"gap": "GAP", "gap_minus": "GAP⁻", "acc": "ACC"}
+RANKING = {"recall@1": "recall@1", "recall@5": "recall@5", "recall@10": "recall@10", "map": "mAP"}
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -93,18 +95,22 @@ def _latex(text: str) -> str:
     return "".join(_LATEX.get(letter, letter) for letter in printable(text))
 
 
-def print_table(console: Console, results: Results) -> None:
-    """Print the figures of val and test in percent, and what must be known to read them."""
+def print_table(console: Console, results: Results, metrics: Sequence[str] = tuple(METRICS)) -> None:
+    """Print figures of val and test in percent, and what must be known to read them.
+
+    ``metrics`` are names of METRICS and RANKING, in the order of the columns.
+    """
     kind = "SYNTHETIC demo museum" if results.data.synthetic else escape(results.data.root)
-    table = Table(title=f"{kind}, {results.data.database} database", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("split", "met of all", *METRICS.values()):
-        table.add_column(column, justify="left" if column == "split" else "right", no_wrap=True)
+    is_wide = len(metrics) > len(METRICS)  # then in two lines a cell, to fit 80 columns
+    how: Any = {"padding": (0, 1, 0, 0), "show_edge": False} if is_wide else {}
+    title = f"{kind}, {results.data.database} database"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, **how)
+    names = [{**METRICS, **RANKING}[metric] for metric in metrics]
+    for column in ("split", "met of all", *(name.replace("@", "\n@") if is_wide else name for name in names)):
+        table.add_column(column, justify="left" if column == "split" else "right", no_wrap=column != "met of all")
     unit, check = results.unit, results.geometric_check
     for split, figures in results.splits.items():
-        cells = [f"{100 * getattr(figures, metric):.2f}" for metric in METRICS]
-        if unit is not None:
-            ends = ["–".join(f"{100 * end:.0f}" for end in figures.intervals[unit][metric]) for metric in METRICS]
-            cells = [f"{cell} [dim]({interval})[/]" for cell, interval in zip(cells, ends, strict=True)]
+        cells = [_cell(figures, metric, unit, "\n" if is_wide else " ") for metric in metrics]
         table.add_row(split, f"{figures.n_met:,} of {figures.n_queries:,}", *cells)
     console.print(table, soft_wrap=False)
     console.print(f"in percent; {chosen(results.knn)}; test scored once")
@@ -116,8 +122,21 @@ def print_table(console: Console, results: Results) -> None:
     if unit is not None:
         drawn = f"bootstrap over {unit} and distractors (a lower bound of the doubt)"
         console.print(f"in brackets {100 * LEVEL:g}% intervals: {drawn}")
+    if any(metric in RANKING for metric in metrics):
+        console.print("recall and mAP: over exhibits, of the whole ranking by similarity")
     for note in results.notes:
         console.print(f"[bold yellow]note:[/] {escape(note)}")
+
+
+def _cell(figures: Figures, metric: str, unit: str | None, between: str) -> str:
+    """A figure in percent, with its interval if it has one; results of before may not have it."""
+    if metric in RANKING:
+        value = figures.ranking.get(metric)
+        return "–" if value is None else f"{100 * value:.2f}"
+    cell = f"{100 * getattr(figures, metric):.2f}"
+    if unit is None:
+        return cell
+    return f"{cell}{between}[dim]({'–'.join(f'{100 * end:.0f}' for end in figures.intervals[unit][metric])})[/]"
 
 
 def chosen(knn: KNN, with_values: bool = True) -> str:

@@ -129,6 +129,7 @@ def log_evaluation(
             if results.unit is not None:
                 low, high = figures.intervals[results.unit][metric]
                 summary |= {f"{split}/{metric}_low": low, f"{split}/{metric}_high": high}
+        summary |= {f"{split}/{name}": value for name, value in figures.ranking.items()}
         summary |= {f"{split}/{name}": figures.open_set[name] for name in ("auroc", "fpr95", "aurc")}
     run.summary.update(summary)
 

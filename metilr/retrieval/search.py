@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from metilr.errors import UserError
+from metilr.metrics.functional import DISTRACTOR
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +18,7 @@ GPU_MAX_K = 2048  # FAISS's limit for selection on a GPU
 _MARGIN = 16  # candidates beyond k: enough that float32 rounding seldom leaves a query unsettled
 _QUERIES = 4096  # queries a chunk: FAISS's own block; shorter chunks would read the database more often
 _CANDIDATES = 2**21  # candidates a chunk: 16 MiB per int64 or float64 array, however wide the search
+_SIMILARITIES = 2**24  # float32 similarities a block of a ranking: 64 MiB
 _PRODUCTS = 2**17  # products a block: 1 MiB, stays in cache
 _TINY = float(np.finfo(np.float32).tiny)  # processors may take what is smaller for 0
 
@@ -54,12 +56,7 @@ def search(
     database = np.ascontiguousarray(database, dtype=np.float32)  # no copy if it is that already
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     n, width = database.shape
-    largest_norm = float(database_norms.max())
-    # |float32 dot product - exact| <= D u |q| |x| for any order of summation (Higham, Accuracy and Stability of
-    # Numerical Algorithms, 3.5), u = 2**-24; the 2% cover the norms' and float64's own rounding. On top, each entry of
-    # either vector, each product and each sum may be up to _TINY and count as 0.
-    error = 1.02 * (width + 2) * 2.0**-24 * query_norms * largest_norm
-    error += 2 * width * _TINY * (1 + query_norms) * (1 + largest_norm)
+    error = _rounding(width, query_norms, float(database_norms.max()))
     on_cpu: Any = functools.partial(faiss.knn, xb=database, metric=faiss.METRIC_INNER_PRODUCT)
     propose = _gpu_search(database) if device == "gpu" else on_cpu
 
@@ -85,6 +82,65 @@ def search(
             done(int(settled.sum()))
         pending, n_candidates = np.concatenate(unsettled), min(n, 4 * n_candidates)
     return Neighbours(similarities, rows)
+
+
+def class_ranks(database: np.ndarray, queries: np.ndarray, labels: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Rank, for each query, its class among all classes, each as similar as its most similar row: 1 is the first.
+
+    The ranking is of the whole ``database`` ``(N, D)`` and exact as ``search`` is; equal similarities: the class of the
+    smaller row first. ``labels``, ``(N,)``, are the rows' classes, ``target``, ``(Q,)``, those of ``queries``:
+    ``(Q, D)``, or ``(Q, V, D)`` of V views, of which the most similar counts. Both arrays of vectors are float32.
+
+    Returns:
+        float64 ``(Q,)``: inf where no row shows the class, NaN where target is DISTRACTOR.
+    """
+    views = queries[:, None] if queries.ndim == 2 else queries
+    database_norms, query_norms = norms(database, "database"), norms(views.reshape(-1, views.shape[-1]), "query")
+    check_queries(views[:, 0], database.shape, 1)
+    if labels.shape != (len(database),):
+        raise UserError(f"{labels.shape}: name one of each of the {len(database)} database rows", "labels")
+    if target.shape != (len(views),):
+        raise UserError(f"{target.shape}: name one of each of the {len(views)} queries", "target")
+    error = _rounding(database.shape[1], query_norms, float(database_norms.max())).reshape(views.shape[:2]).max(axis=1)
+    by_label = np.argsort(labels, kind="stable")
+    starts, ends = (np.searchsorted(labels[by_label], target, side=side) for side in ("left", "right"))
+    ranks = np.where(target == DISTRACTOR, np.nan, np.inf)
+    ranked_queries = np.flatnonzero((target != DISTRACTOR) & (starts < ends))
+    block_size = max(1, _SIMILARITIES // (len(database) * views.shape[1]))
+    for start in range(0, len(ranked_queries), block_size):
+        block = ranked_queries[start : start + block_size]
+        for i, near in zip(block, (views[block] @ database.T).max(axis=1), strict=True):
+            own_rows = by_label[starts[i] : ends[i]]  # ascending
+            ahead = _rows_ahead(database, views[i], own_rows, near, error[i])
+            ranks[i] = 1 + len(np.unique(labels[ahead]))
+    return ranks
+
+
+def _rows_ahead(
+    database: np.ndarray, views: np.ndarray, own_rows: np.ndarray, similarities: np.ndarray, error: float
+) -> np.ndarray:
+    """Return which rows come before all of ``own_rows``, bool ``(N,)``; ``similarities`` are off by up to ``error``."""
+
+    def exactly(rows: np.ndarray) -> np.ndarray:
+        return exact_similarities(database, views, np.tile(rows, (len(views), 1))).max(axis=0)
+
+    of_own = exactly(own_rows)
+    best, row = of_own.max(), own_rows[of_own.argmax()]
+    similarities = similarities.astype(np.float64)
+    ahead = similarities > best + error
+    unsettled = np.flatnonzero(~ahead & ~(similarities < best - error))
+    of_unsettled = exactly(unsettled)
+    ahead[unsettled] = (of_unsettled > best) | ((of_unsettled == best) & (unsettled < row))
+    return ahead
+
+
+def _rounding(width: int, query_norms: np.ndarray, largest_norm: float) -> np.ndarray:
+    """How far a float32 product of each query with any row can be from the exact one, ``(Q,)``."""
+    # |float32 dot product - exact| <= D u |q| |x| for any order of summation (Higham, Accuracy and Stability of
+    # Numerical Algorithms, 3.5), u = 2**-24; the 2% cover the norms' and float64's own rounding. On top, each entry of
+    # either vector, each product and each sum may be up to _TINY and count as 0.
+    error = 1.02 * (width + 2) * 2.0**-24 * query_norms * largest_norm
+    return error + 2 * width * _TINY * (1 + query_norms) * (1 + largest_norm)
 
 
 def exact_similarities(database: np.ndarray, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -76,6 +76,22 @@ def check_against_loop(recognition, truth, rows, k, tau, kept=None):
             np.testing.assert_allclose(answers.similarity[i], similarity, atol=1e-6)
             rtol = 1e-4 * max(1, tau / 10)
             np.testing.assert_allclose(answers.log_confidence[i], log_confidence, rtol=rtol, atol=1e-9)
+        assert recognition.ranks[split].tolist() == pytest.approx(
+            [
+                rank_by_loop(query, database, database_labels, target, i in kept[split])
+                for i, (query, target) in enumerate(zip(ready[split], truth.labels[split].tolist(), strict=True))
+            ],
+            nan_ok=True,
+        )
+
+
+def rank_by_loop(query, database, database_labels, target, has_descriptor):
+    """The place of the exhibit ``target`` among the exhibits of the rows, most similar first."""
+    if target == -1:
+        return math.nan
+    rows = sorted(range(len(database)), key=lambda row: (-float(np.dot(query, database[row])), row))
+    order = list(dict.fromkeys(database_labels[rows].tolist()))
+    return order.index(target) + 1 if has_descriptor and target in order else math.inf
 
 
 @pytest.mark.parametrize(("k", "tau"), [(1, 1.0), (10, 100.0), (50, 0.1), (7, 500.0)])

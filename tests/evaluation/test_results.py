@@ -17,7 +17,7 @@ from rich.console import Console
 from metilr.data.ground_truth import GroundTruth
 from metilr.errors import UserError
 from metilr.evaluation import runs
-from metilr.evaluation.options import MethodOptions
+from metilr.evaluation.options import MethodOptions, ReportOptions
 from metilr.evaluation.recognition import Recognition
 from metilr.evaluation.results import read_results, read_run
 from metilr.evaluation.runs import output_folder, summarise, write_answers
@@ -47,6 +47,7 @@ TEST = Predictions(
     np.array([0, 0, -1, -1, -1]),
 )
 ANSWERS = {"val": VAL, "test": TEST}
+RANKS = {"val": np.array([1, np.nan]), "test": np.array([1, np.nan, 7, np.inf, np.nan])}
 MADE = {"database": np.ones(2, bool), "val": np.ones(2, bool), "test": np.array([1, 1, 1, 0, 1], bool)}
 ORIGIN = {
     "store": "runs/x", "model": {"backbone": "r18_in", "weights_sha256": "ab", "pooling": {"kind": "gem"}},
@@ -59,7 +60,7 @@ def a_recognition(tuned=True):
     x = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
     whitening = fit_pca_whitening([x], dim=2) if tuned else None
     matches = {split: Matches(of.nearest[:, None], of.similarity[:, None]) for split, of in ANSWERS.items()}
-    return Recognition(ANSWERS, whitening, 1, 5.0, tuning, matches)
+    return Recognition(ANSWERS, whitening, 1, 5.0, tuning, matches, RANKS)
 
 
 def results(recognition, origins=(ORIGIN,), notes=(), synthetic=False):
@@ -152,6 +153,9 @@ def test_results_json_is_strict_and_has_what_callers_rely_on(tmp_path):
     assert read["val"].items() >= {"gap": 1.0, "gap_minus": 1.0, "acc": 1.0, "n_queries": 2, "n_met": 1}.items()
     expected = {"gap": 1 / 3, "gap_minus": 1 / 3, "acc": 1 / 3, "n_queries": 5, "n_met": 3, "n_skipped": 2}
     assert read["test"].items() >= expected.items()
+    assert read["val"]["ranking"] == {"recall@1": 1.0, "recall@5": 1.0, "recall@10": 1.0, "map": 1.0}
+    of_test = {"recall@1": 1 / 3, "recall@5": 1 / 3, "recall@10": 2 / 3, "map": (1 + 1 / 7) / 3}
+    assert read["test"]["ranking"] == pytest.approx(of_test)
     assert read["threshold"]["splits"]["test"] == {
         "n_accepted": 3, "precision": 1 / 3, "recall": 1 / 3, "false_alarms": 0.5,
     }  # fmt: skip
@@ -168,9 +172,9 @@ def test_what_was_not_done_is_null(tmp_path):
     assert not (tmp_path / "whitening.npz").exists() and tmp_path / "whitening.npz" not in written
 
 
-def table_of(said, width=200):
+def table_of(said, width=200, **how):
     stream = io.StringIO()
-    print_table(Console(file=stream, width=width), said)
+    print_table(Console(file=stream, width=width), said, **how)
     return stream.getvalue()
 
 
@@ -184,6 +188,31 @@ def test_table_shows_both_splits_in_percent_and_what_was_tuned():
     assert "33.33" in table_of(said, width=80) and "…" not in table_of(said, width=80)
     printed = table_of(results(a_recognition(tuned=False), synthetic=True))
     assert "k = 1, τ = 5 given; test" in printed and "SYNTHETIC" in printed
+
+
+def test_table_shows_the_metrics_that_are_asked_for_in_their_order():
+    said = results(a_recognition())
+    asked = ("map", "recall@10", "gap")
+    printed = table_of(said, metrics=asked)
+    heading, values = (
+        next(line for line in printed.splitlines() if line.split()[:1] == [of]) for of in ("split", "test")
+    )
+    assert heading.split()[-3:] == ["mAP", "recall@10", "GAP"]
+    assert [heading.index(name) for name in ("mAP", "recall@10", "GAP")] == sorted(
+        map(heading.index, ("mAP", "recall@10", "GAP"))
+    )
+    assert values.split()[4:7] == [f"{100 * (1 + 1 / 7) / 3:.2f}", f"{200 / 3:.2f}", "33.33"] and "ACC" not in printed
+    assert "mAP" not in table_of(said) and "recall" not in table_of(said)
+    before = said.model_copy(update={split: of.model_copy(update={"ranking": {}}) for split, of in said.splits.items()})
+    assert table_of(before, metrics=asked).count("–") == table_of(said, metrics=asked).count("–") + 4  # not measured
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"), [(("gap", "mrr"), "metrics mrr: choose one of gap, "), ((), "choose one")]
+)
+def test_unknown_metrics_are_refused(metrics, said):
+    with pytest.raises(UserError, match=said):
+        ReportOptions(metrics=metrics)
 
 
 @pytest.mark.parametrize(
@@ -239,3 +268,13 @@ def test_a_name_that_a_spreadsheet_would_run_comes_back_as_it_is(tmp_path):
     shutil.copytree(Path(__file__).parents[1] / "fixtures" / "first_edition_run", tmp_path / "run")
     shutil.copy(tmp_path / "predictions" / "val.csv", tmp_path / "run" / "predictions" / "val.csv")
     assert read_run(tmp_path / "run").answers["val"].paths == paths["val"]
+
+
+def test_table_of_all_metrics_fits_eighty_columns_with_every_digit():
+    found = read_results(Path(__file__).parents[1] / "fixtures" / "first_edition_run")
+    ranking = {"recall@1": 0.91, "recall@5": 0.92, "recall@10": 1.0, "map": 1.0}
+    figures = {split: of.model_copy(update={"ranking": ranking}) for split, of in found.splits.items()}
+    printed = table_of(found.model_copy(update=figures), 80, metrics=("gap", "gap_minus", "acc", *ranking))
+    [values] = [line for line in printed.splitlines() if line.split()[:1] == ["test"]]
+    assert values.split()[-7:] == ["100.00", "100.00", "100.00", "91.00", "92.00", "100.00", "100.00"]
+    assert "…" not in printed and ["(100–100)"] * 3 in [line.split()[-3:] for line in printed.splitlines()]

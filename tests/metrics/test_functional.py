@@ -2,10 +2,12 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import average_precision_score
+from torchmetrics.retrieval import RetrievalMAP, RetrievalRecall
 
 from metilr.errors import UserError
-from metilr.metrics import DISTRACTOR, acc, gap, gap_bounds, gap_minus
+from metilr.metrics import DISTRACTOR, acc, gap, gap_bounds, gap_minus, mean_average_precision, recall_at
 
 # Ranked: right, wrong (distractor), right, wrong (met), wrong (distractor); given in another order.
 CONFIDENCE = [-3.0, -0.1, -5.0, -2.0, -4.0]
@@ -105,3 +107,35 @@ def test_bounds_are_reached_by_some_order_and_passed_by_none():
 def test_refuses(metric, arguments, message):
     with pytest.raises(UserError, match=message):
         metric(*arguments)
+
+
+def test_recall_and_map_over_exhibits_are_torchmetrics_and_scikit_learn_s():
+    """Over a whole ranking of exhibits, of which each met query has one right one."""
+    rng = np.random.default_rng(0)
+    scores, target = rng.random((40, 12)), rng.integers(-1, 12, 40)  # torchmetrics passes over scores below 0
+    met = target != DISTRACTOR
+    ranks = np.where(met, 1 + (scores > np.take_along_axis(scores, target[:, None], axis=1)).sum(axis=1), np.nan)
+    relevant = np.arange(12) == target[met, None]
+    flat = [torch.from_numpy(each.ravel()) for each in (scores[met], relevant)]
+    query = torch.arange(met.sum()).repeat_interleave(12)
+    for k in (1, 5, 10, 12):
+        assert recall_at(ranks, k) == pytest.approx(float(RetrievalRecall(top_k=k)(*flat, indexes=query)))
+    precisions = [average_precision_score(*pair) for pair in zip(relevant, scores[met], strict=True)]
+    assert mean_average_precision(ranks) == pytest.approx(np.mean(precisions))
+    assert mean_average_precision(ranks) == pytest.approx(float(RetrievalMAP()(*flat, indexes=query)))
+
+
+def test_recall_and_map_by_hand():
+    ranks = [1, 4, np.nan, np.inf, 2]  # the third shows no exhibit, the fourth one that nobody could find
+    assert [recall_at(ranks, k) for k in (1, 2, 3, 4, 1000)] == [1 / 4, 2 / 4, 2 / 4, 3 / 4, 3 / 4]
+    assert mean_average_precision(ranks) == (1 + 1 / 4 + 0 + 1 / 2) / 4
+
+
+def test_recall_and_map_refuse_what_is_no_rank():
+    for ranks in ([0, 1], [-1.0], [1.5]):
+        with pytest.raises(UserError, match="ranks must be whole numbers from 1 on, inf or NaN"):
+            recall_at(ranks, 1)
+    with pytest.raises(UserError, match="no query shows an exhibit"):
+        mean_average_precision([np.nan])
+    with pytest.raises(UserError, match="k 0: choose 1 or more"):
+        recall_at([1], 0)

@@ -70,6 +70,10 @@ def test_figures_are_those_of_the_results_and_html_in_a_file_name_is_text(browse
         for name in ("gap", "gap_minus", "acc"):
             shown = page.locator(f"[data-figure='{split}.{name}']").inner_text()
             assert float(shown) == pytest.approx(100 * results[split][name], abs=0.005)
+        for name, value in results[split]["ranking"].items():
+            shown = page.locator(f"[data-figure='{split}.{name}']").inner_text()
+            assert float(shown) == pytest.approx(100 * value, abs=0.005)
+    assert page.locator("[data-figure]").count() == 2 * 7
     knn = results["knn"]
     assert f"k = {knn['k']}, τ = {knn['tau']:g} tuned by GAP on val" in page.locator("#figures").inner_text()
     assert page.locator("figure svg").count() == 5
@@ -120,15 +124,16 @@ def test_it_fits_narrow_and_wide_windows_and_loads_its_pictures(browser, run, wi
 def test_nineteen_thousand_queries(browser, met_root, tmp_path):
     truth = load_ground_truth(met_root, "mini")
     rng = np.random.default_rng(0)
-    answers, matches, database = {}, {}, truth.labels["database"]
+    answers, matches, ranks, database = {}, {}, {}, truth.labels["database"]
     for split in QUERY_FILES:
         labels = truth.labels[split]
         rows = rng.integers(0, len(database), (len(labels), 5))
         predicted = np.where((rng.random(len(labels)) < 0.5) & (labels >= 0), labels, database[rows[:, 0]])
         matches[split] = Matches(rows, -np.sort(-rng.random(rows.shape), axis=1))
         confidence = -rng.exponential(1, len(labels))
+        ranks[split] = np.where(labels >= 0, np.where(predicted == labels, 1, 20), np.nan)
         answers[split] = Predictions(predicted, confidence, matches[split].similarities[:, 0], rows[:, 0])
-    recognition = Recognition(answers, None, 1, 50.0, Tuning(1, 50.0, np.array([[0.1]]), (1,), (50.0,)), matches)
+    recognition = Recognition(answers, None, 1, 50.0, Tuning(1, 50.0, np.array([[0.1]]), (1,), (50.0,)), matches, ranks)
     is_made = {split: np.ones(len(paths), bool) for split, paths in truth.paths.items()}
     model = {"backbone": "r18_in", "pooling": {"kind": "gem", "p": 3}, "scales": [1]}
     opened = Descriptors({"database": [np.zeros((1, 2))]}, is_made, [{"model": model}])
@@ -146,7 +151,7 @@ def test_nineteen_thousand_queries(browser, met_root, tmp_path):
 @pytest.fixture
 def answered(tiny_museum):
     matches, splits = Matches(ROWS, np.array(SIMILARITIES)), ("val", "test")
-    recognition = Recognition(dict.fromkeys(splits, ANSWERS), None, 1, 50.0, None, dict.fromkeys(splits, matches))
+    recognition = Recognition(dict.fromkeys(splits, ANSWERS), None, 1, 50.0, None, dict.fromkeys(splits, matches), {})
     return load_ground_truth(tiny_museum), recognition
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from metilr.errors import UserError
 from metilr.retrieval import search as search_module
-from metilr.retrieval.search import search
+from metilr.retrieval.search import class_ranks, search
 
 needs_gpu = pytest.mark.skipif(faiss.get_num_gpus() == 0, reason="FAISS sees no GPU")
 
@@ -176,3 +176,46 @@ def test_every_query_is_counted_once_when_it_is_answered():
     told: list[int] = []
     search(database, rng.standard_normal((30, 8)).astype(np.float32), 3, done=told.append)
     assert sum(told) == 30
+
+
+def ranks_by_loop(database, queries, labels, target):
+    """Each query's exhibit among the exhibits in the order of their first row, from correctly rounded products."""
+    ranks = []
+    for views, wanted in zip(queries, target.tolist(), strict=True):
+        similarities = [
+            max(math.fsum(row * view) for view in views.astype(np.float64)) for row in database.astype(float)
+        ]
+        rows = sorted(range(len(database)), key=lambda row: (-similarities[row], row))
+        order = list(dict.fromkeys(labels[rows].tolist()))
+        ranks.append(math.nan if wanted == -1 else order.index(wanted) + 1 if wanted in order else math.inf)
+    return ranks
+
+
+@pytest.mark.parametrize("n_views", [1, 3])
+@pytest.mark.parametrize("kind", ["images", "integers", "copies"])
+def test_ranks_of_exhibits_are_those_of_a_loop(kind, n_views, monkeypatch):
+    rng = np.random.default_rng(n_views)
+    database, queries = unit(rng, 200, 16), unit(rng, 30 * n_views, 16)
+    if kind == "integers":  # rows tie without being equal
+        database, queries = (rng.integers(-1, 2, each.shape).astype(np.float32) for each in (database, queries))
+    if kind == "copies":
+        database = rng.permutation(np.repeat(database[:20], 10, axis=0))
+    labels, target = rng.integers(0, 60, 200), rng.integers(-1, 62, 30)  # -1 shows no exhibit, 60 and 61 have no row
+    queries = queries.reshape(30, n_views, 16)
+    expected = ranks_by_loop(database, queries, labels, target)
+    np.testing.assert_array_equal(class_ranks(database, queries, labels, target), expected)
+    monkeypatch.setattr(search_module, "_SIMILARITIES", 1000)  # one query at a time, the database in blocks
+    np.testing.assert_array_equal(class_ranks(database, queries, labels, target), expected)
+    if n_views == 1:
+        np.testing.assert_array_equal(class_ranks(database, queries[:, 0], labels, target), expected)
+
+
+def test_ranks_refuse_what_does_not_fit_together():
+    rng = np.random.default_rng(0)
+    database, queries, labels = unit(rng, 9, 4), unit(rng, 2, 4), np.zeros(9, dtype=np.int64)
+    with pytest.raises(UserError, match=r"labels \(8,\): name one of each of the 9 database rows"):
+        class_ranks(database, queries, labels[:8], np.zeros(2, dtype=np.int64))
+    with pytest.raises(UserError, match=r"target \(3,\): name one of each of the 2 queries"):
+        class_ranks(database, queries, labels, np.zeros(3, dtype=np.int64))
+    with pytest.raises(UserError, match="queries have width 3, the database 4"):
+        class_ranks(database, queries[:, :3], labels, np.zeros(2, dtype=np.int64))
