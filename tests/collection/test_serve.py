@@ -20,9 +20,10 @@ from PIL import Image
 
 from metilr.cli import main
 from metilr.collection import PhotoOptions
+from metilr.collection.collection import Collection
 from metilr.collection.index import Index
 from metilr.collection.open_collection import open_with_threshold
-from metilr.collection.photos import BadPhotoError, Decoder
+from metilr.collection.photos import BadPhotoError, Decoder, Photo
 from metilr.collection.serve import build_app, is_loopback
 from tests.browser import browser as browser  # a fixture
 from tests.collection.conftest import UNTRAINED
@@ -391,6 +392,19 @@ def test_many_that_wait_are_told_to_come_again_and_who_left_is_not_served(app_of
         assert [first.result().status_code, last.result().status_code] == [422, 422]
         assert slow.begun == [b"first", b"last"]
         assert send(stays, b"later").status_code == 422
+
+
+def test_who_leaves_while_the_photo_is_decoded_is_not_answered(app_of, indexed, monkeypatch):
+    described, slow = [], Slow()
+    monkeypatch.setattr(Collection, "answer", lambda *_, **__: described.append(1))
+    monkeypatch.setattr(slow, "photo", lambda *_: (slow.begun.append(1), slow.go.wait(60), Photo(None, False))[-1])
+    with served(app_of(store=indexed / "index", decoder=slow)) as (address, server):
+        with pytest.raises(httpx.ReadTimeout):
+            send(httpx.Client(base_url=address, timeout=1), b"left")
+        slow.go.set()
+        while server.server_state.tasks:
+            time.sleep(0.01)
+    assert slow.begun == [1] and described == []
 
 
 @pytest.mark.parametrize(
