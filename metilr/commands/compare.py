@@ -57,8 +57,11 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
         tables += [_differences_table(split, read, differences, notes) for split in QUERY_FILES]
     if any(run.results.seconds is not None for run in read.values()):  # not of runs by other programs
         tables += [_costs_table(title, group) for title, group in groups.items()]
-    if len(groups) > 1:
-        console.print(f"[bold yellow]note:[/] {DIFFERENT_DATA}")
+    remarks = [DIFFERENT_DATA] if len(groups) > 1 else []
+    remarks += [f"{table.title}: {note}" for table in tables if not table.rows for note in table.notes]
+    tables = [table for table in tables if table.rows]
+    for remark in remarks:
+        console.print(f"[bold yellow]note:[/] {escape(printable(remark))}")
     for table in tables:
         console.print()
         console.print(table.rich(), soft_wrap=False)
@@ -67,7 +70,7 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
 
     comparison = _as_json(read, known, differences)
     texts = {
-        "md": "\n".join([*([DIFFERENT_DATA, ""] if len(groups) > 1 else []), *(table.markdown() for table in tables)]),
+        "md": "\n".join([*(f"{printable(remark)}\n" for remark in remarks), *(table.markdown() for table in tables)]),
         "tex": "\n".join(["% needs \\usepackage{booktabs}", *(table.latex() for table in tables)]),
         "csv": _as_csv(read, known),
         "json": json.dumps(comparison, indent=1, allow_nan=False) + "\n",
@@ -221,7 +224,9 @@ def _differences_table(
         if left_out:
             true_of[f"left out, {left_out}"].append(name)
         elif runs[name].results.data.fingerprint != baseline.results.data.fingerprint:
-            true_of[f"matched against another database than {base_name}"].append(name)
+            true_of[f"of another data set than {base_name} (its database, or the queries of another split)"].append(
+                name
+            )
     drawn = f"paired bootstrap over {' or '.join(units)} and distractors"
     explained = [f"in points, in brackets {100 * LEVEL:g}% intervals: {drawn}"] if rows else []
     notes = [*explained, *(f"{note}: {', '.join(names)}" for note, names in true_of.items()), *notes]

@@ -228,13 +228,25 @@ def test_runs_on_other_data_are_in_tables_of_their_own(museum, capsys):
     assert "left out, measured on other queries: foreign" in " ".join(capsys.readouterr().out.split())
 
 
+def test_runs_without_a_query_in_common_get_a_sentence_and_no_empty_table(museum, tmp_path, capsys):
+    other = write_museum_files(tmp_path / "other", seed=5, n_met=9)
+    write_run(Path("first"), museum, 0)
+    write_run(Path("foreign"), other, 1)
+    compare("first", "foreign")
+    printed, text = " ".join(capsys.readouterr().out.split()), Path("out/comparison.md").read_text()
+    assert all(len(table) > 1 for table in markdown_tables(text)) and len(markdown_tables(text)) == 2
+    for split in ("val", "test"):
+        said = f"{split}: difference to first: left out, measured on other queries: foreign"
+        assert said in printed and said in text
+
+
 def test_the_same_queries_against_another_database_are_compared_and_it_is_said(museum, capsys):
     write_run(Path("first"), museum, 0)
     data = results("first")["data"] | {"database": "mini", "fingerprint": "0" * 64}
     write_run(Path("second"), museum, 1, data=data)
     comparison = compare("first", "second")
     assert all(pair["left_out"] is None for pair in comparison["differences"])
-    assert "matched against another database than first: second" in " ".join(capsys.readouterr().out.split())
+    assert "of another data set than first" in " ".join(capsys.readouterr().out.split())
     assert len(markdown_tables(Path("out/comparison.md").read_text())) == 4
 
 
