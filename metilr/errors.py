@@ -30,6 +30,11 @@ def one_line(error: Exception) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
+def amount(n: int, noun: str, ending: str = "s") -> str:
+    """A number with its noun: 1 image, 2,000 images."""
+    return f"{n:,} {noun}{'' if n == 1 else ending}"
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return the names nearest to a wrong one, as a remark in brackets after it; empty if none is near."""
     bare = {known.lstrip("-"): known for known in names}  # two dashes are no likeness

@@ -12,7 +12,7 @@ from rich.markup import escape
 from metilr.data.decode import limit_images
 from metilr.data.folder import Catalogue, read_catalogue
 from metilr.data.ground_truth import is_place_below
-from metilr.errors import UserError
+from metilr.errors import UserError, amount
 from metilr.evaluation.options import DELETED, MethodOptions, method_of_elements
 from metilr.evaluation.results import Count, ImageSize, Part, Positive, Text, Vote, read_json, why
 from metilr.extraction.options import ExtractionOptions, Precision
@@ -76,7 +76,7 @@ def index(
     quieten_lightning()
     catalogue = read_catalogue(folder, csv)
     ground_truth, n_images, n_exhibits = catalogue.ground_truth(), len(catalogue.paths), len(catalogue.names)
-    what = f"{n_images:,} images of {n_exhibits:,} exhibits"
+    what = f"{amount(n_images, 'image')} of {amount(n_exhibits, 'exhibit')}"
     console.print(f"[bold]data[/]         {escape(str(catalogue.folder))}: {what}")
     if catalogue.left_aside:
         console.print(f"[bold yellow]note:[/] left aside: {catalogue.left_aside}")
@@ -142,12 +142,12 @@ def _notes(embedder: "Embedder", method: MethodOptions, whitening: "PCAWhitening
     is_default = method.whitening == "pca" and method.whitening_dim is None
     if whitening is not None and is_default and whitening.dim < min(DEFAULT_DIM, embedder.dim):
         notes.append(
-            f"whitened to {whitening.dim} dimensions instead of {DEFAULT_DIM}: {whitening.n:,} images support no more; "
-            "with few, photos of other things look similar to something: compare with whitening none, or with the "
+            f"whitened to {amount(whitening.dim, 'dimension')} instead of {DEFAULT_DIM}: {whitening.n:,} images support "
+            "no more; with few, photos of other things look similar to something: compare with whitening none, or with the "
             "whitening of a larger museum"
         )
     if n_skipped:
-        notes.append(f"{n_skipped:,} images are missing, cannot be decoded or are too small, and were left out")
+        notes.append(f"left out: {amount(n_skipped, 'image')}, missing, not to be decoded or too small")
     return notes
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from rich.markup import escape
 
 from metilr.data.ground_truth import NOT_NAMED, QUERY_FILES, GroundTruth
-from metilr.errors import UserError
+from metilr.errors import UserError, amount
 from metilr.evaluation.database import build_searchable, load_whitening, query_views, whitening_of
 from metilr.evaluation.options import MethodOptions
 from metilr.evaluation.results import LEVEL, MIN_PRECISION
@@ -106,12 +106,12 @@ def recognise(
     n_rows, n_matches = len(database.rows), max(knn.N_MATCHES, method.geometric_check)
     n_neighbours = min(max(knn.N_NEIGHBOURS, 2 * n_matches) * method.rows_per_image, n_rows)
     k_search = max(n_neighbours, *(i for i in k_grid if i <= n_rows))
-    say(f"[bold]search[/]       exact, {device}: val, {k_search} neighbours among {n_rows:,} rows")
+    say(f"[bold]search[/]       exact, {device}: val, {amount(k_search, 'neighbour')} among {amount(n_rows, 'row')}")
     neighbours = {"val": nearest("val", k_search)}
     target = ground_truth.labels["val"]
     tuning = knn.tune(neighbours["val"], database.labels, n_classes, target, k_grid, tau_grid, skipped=~is_valid["val"])
     k_search = max(n_neighbours, tuning.k)
-    say(f"[bold]search[/]       test, {k_search} neighbours")
+    say(f"[bold]search[/]       test, {amount(k_search, 'neighbour')}")
     neighbours["test"] = nearest("test", k_search)
 
     answers, matches, ranks = {}, {}, {}

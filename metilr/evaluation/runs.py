@@ -14,7 +14,7 @@ import yaml
 from metilr.data.csv_files import as_csv
 from metilr.data.decode import BadImageError, load_image
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
-from metilr.errors import UserError
+from metilr.errors import UserError, amount
 from metilr.evaluation.results import PREDICTION_COLUMNS, SCHEMA_VERSION, SIZES, Results
 from metilr.files import alone_in, named, remove_leftovers, write_atomically
 from metilr.metrics import DISTRACTOR
@@ -155,7 +155,7 @@ def _notes(opened: "Descriptors", recognition: "Recognition", synthetic: bool, d
     if dim is None and whitening is not None and not isinstance(whitening, LearnedWhitening):
         support = f"instead of {DEFAULT_DIM}: {whitening.n:,} database images support no more"
         is_narrow = whitening.dim == whitening.supported_dim < min(DEFAULT_DIM, opened.width)
-        notes += [f"whitened to {whitening.dim} dimensions {support}"] if is_narrow else []
+        notes += [f"whitened to {amount(whitening.dim, 'dimension')} {support}"] if is_narrow else []
     k_grid = recognition.tuning.k_grid if recognition.tuning else ()
     if len(k_grid) > 1 and k_grid[-1] < K_GRID[-1]:
         notes.append(f"the grid of k ends at {k_grid[-1]}: a larger k passes the database's rows")

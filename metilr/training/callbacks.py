@@ -14,7 +14,7 @@ from rich.markup import escape
 from torchvision.transforms.v2 import functional as F
 from typing_extensions import override
 
-from metilr.errors import UserError
+from metilr.errors import UserError, amount
 from metilr.models.checkpoints import read_checkpoint, write_checkpoint
 from metilr.progress import MinuteLines, make_console
 
@@ -76,8 +76,12 @@ class TrainingLines(Callback):
         print_rank_zero(
             f"data: {data.ground_truth.root} ({data.options.database}): {counts['database_images']:,} images of "
             f"{counts['exhibits']:,} exhibits; val {counts['val_queries']:,} queries ({counts['val_met']:,} met); an "
-            f"epoch is {data.n_pairs:,} pairs in {data.n_batches:,} batches", flush=True,
+            f"epoch is {amount(data.n_pairs, 'pair')} in {amount(data.n_batches, 'batch', 'es')}", flush=True,
         )  # fmt: skip
+        if data.options.image_size is not None:
+            print_rank_zero(
+                "note: image_size is that of mining and validation; views have sizes of their own", flush=True
+            )
 
     @override
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:

@@ -100,7 +100,7 @@ def test_bad_images_stop_or_are_skipped(folder, tmp_path, capsys, failure):
     assert "cannot be decoded" in failure("index", folder, tmp_path / "a", *AS_OPTIONS)
     index(folder, tmp_path / "b", bad_images="skip", **INDEXED)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "2 images are missing, cannot be decoded or are too small, and were left out" in printed
+    assert "left out: 2 images, missing, not to be decoded or too small" in printed
     collection, _ = open_index(tmp_path / "b")
     assert len(collection.images) == 6 and len(collection.exhibits) == 6
     answer = collection.answer(load_photo(folder / "9" / "3.jpg", collection.image_size).image)
