@@ -142,9 +142,9 @@ def _notes(embedder: "Embedder", method: MethodOptions, whitening: "PCAWhitening
     is_default = method.whitening == "pca" and method.whitening_dim is None
     if whitening is not None and is_default and whitening.dim < min(DEFAULT_DIM, embedder.dim):
         notes.append(
-            f"whitened to {amount(whitening.dim, 'dimension')} instead of {DEFAULT_DIM}: {whitening.n:,} images support "
-            "no more; with few, photos of other things look similar to something: compare with whitening none, or with the "
-            "whitening of a larger museum"
+            f"whitened to {amount(whitening.dim, 'dimension')} instead of {DEFAULT_DIM}: {whitening.n:,} images support"
+            " no more; with few, photos of other things look similar to something: compare with whitening none, or with"
+            " the whitening of a larger museum"
         )
     if n_skipped:
         notes.append(f"left out: {amount(n_skipped, 'image')}, missing, not to be decoded or too small")
