@@ -15,7 +15,6 @@ import pytest
 
 from metilr.cli import main
 from metilr.commands import download as module
-from metilr.download import fetch
 from metilr.download.archives import ARCHIVES
 from metilr.files import alone_in
 from tests.mirror import UNKNOWN, serve
@@ -52,7 +51,7 @@ class Mirror:
 def mirror(server, tiny_museum, tmp_path, monkeypatch, capsys) -> Mirror:
     monkeypatch.setattr(module, "ARCHIVES", UNKNOWN)
     monkeypatch.setattr(module, "PUBLISHED_IMAGES", COUNTS)
-    monkeypatch.setattr(fetch, "LONGEST_WAIT", 0)
+    monkeypatch.setattr("metilr.download.LONGEST_WAIT", 0)
     serve(tiny_museum, server)
     return Mirror(server, tiny_museum, tmp_path / "data" / "met", capsys)
 
