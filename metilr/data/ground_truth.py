@@ -103,6 +103,11 @@ class GroundTruth:
             **{f"{split}_met": self.n_met(split) for split in self.query_splits},
         }
 
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint records of it, as JSON types."""
+        about = {"root": self.root.resolve().name, "database": self.database}
+        return {**about, "counts": self.counts(), "fingerprint": self.fingerprint()}
+
     def fingerprint(self) -> str:
         """A digest of the JSON files that were read: the same string means the same task."""
         return hashlib.sha256(json.dumps(dict(self.digests), sort_keys=True).encode()).hexdigest()

@@ -9,7 +9,10 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
+from metilr.errors import UserError
 from metilr.metrics import functional
+
+UNNUMBERED = -(2**62)  # from here on answers without positions are counted, in every batch
 
 
 class AnswerMetric(Metric):
@@ -17,7 +20,8 @@ class AnswerMetric(Metric):
 
     Every query carries its position in the split. Answers are put in that order before they are scored, and a
     position that occurs twice counts once (a DistributedSampler pads with repeats), so that the value is that
-    of the pure function on the whole split; NaN if no query shows an exhibit, as in a sanity check. The three
+    of the pure function on the whole split; NaN if no query shows an exhibit, as in a sanity check. Without
+    positions a single update has all answers, in their order; what else comes is refused when it is scored. The
     metrics keep the same states: in a ``MetricCollection`` they form one compute group and store them once.
     """
 
@@ -42,8 +46,10 @@ class AnswerMetric(Metric):
         for name in self._dtypes:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(self, log_confidence: Tensor, predicted: Tensor, target: Tensor, index: Tensor) -> None:
+    def update(self, log_confidence: Tensor, predicted: Tensor, target: Tensor, index: Tensor | None = None) -> None:
         """Add a batch of answers as `metilr.metrics.functional` takes, and their positions in the split; ``(B,)``."""
+        if index is None:
+            index = UNNUMBERED + torch.arange(len(log_confidence))
         batch = {"log_confidence": log_confidence, "predicted": predicted, "target": target, "index": index}
         if log_confidence.ndim != 1 or any(values.shape != log_confidence.shape for values in batch.values()):
             shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in batch.items())
@@ -58,7 +64,11 @@ class AnswerMetric(Metric):
             dim_zero_cat(getattr(self, name)).cpu().numpy()
             for name in ("index", "log_confidence", "predicted", "target")
         )
-        _, first = np.unique(index, return_index=True)
+        distinct, first = np.unique(index, return_index=True)
+        is_numbered = index >= 0
+        if not is_numbered.all() and (is_numbered.any() or len(distinct) < len(index)):
+            what = "the order of the queries is not known, since there were several batches or processes"
+            raise UserError(f"None: {what}; give each batch its queries' positions in the split", "index")
         target = target[first]
         if (target == functional.DISTRACTOR).all():
             return torch.tensor(torch.nan, dtype=torch.float64, device=self.device)

@@ -30,6 +30,7 @@ from metilr.models.weights import (
     tensors_sha256,
 )
 from metilr.models.zoo import BACKBONES, IMAGENET_MEAN, IMAGENET_STD
+from metilr.provenance import commit, library_versions, machine
 
 FORMAT = "metilr.checkpoint/1"
 EMBEDDER = "embedder."  # where the LightningModule keeps the model
@@ -67,6 +68,22 @@ def model_entry(embedder: Embedder, image_size: int | None) -> dict[str, Any]:
     }
 
 
+def checkpoint_entry(
+    embedder: Embedder, image_size: int | None, data: Mapping[str, Any] | None, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a training adds to Lightning's checkpoint: the model, what it was trained on, and how."""
+    provenance = embedder.backbone.provenance
+    return {
+        "format": FORMAT,
+        "model": model_entry(embedder, image_size),
+        "provenance": {"source": provenance.source, "licence": provenance.licence},
+        "data": data,
+        "config": config,
+        "versions": {**library_versions(), "commit": commit()},
+        "machine": machine(),
+    }
+
+
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,11 +118,12 @@ def build_model(options: ModelOptions) -> Embedder:
     return build_embedder(**parts) if ckpt is None else load_embedder(Path(ckpt), options.scales)
 
 
-def load_embedder(path: Path, scales: Sequence[float] | None = None) -> Embedder:
+def load_embedder(path: str | Path, scales: Sequence[float] | None = None) -> Embedder:
     """Build the model that a checkpoint holds, in eval mode: metilr's own, or the reference code's.
 
     Unless scales are given, they are the checkpoint's or, since the reference's have none, the paper's.
     """
+    path = Path(path)
     content = read_checkpoint(path)
     state_dict = content["state_dict"]
     if not is_state_dict(state_dict):

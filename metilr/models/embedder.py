@@ -120,8 +120,13 @@ class Embedder(nn.Module):
             raise UserError(f"{image_size}: {error}", "image_size") from None
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Turn uint8 images ``(B, 3, H, W)`` into the backbone's input, float32: (x/255 − mean)/std."""
-        return (images.float() / 255 - self.mean) / self.std
+        """Turn images ``(B, 3, H, W)``, uint8 or float from 0 to 1, into the backbone's input, float32."""
+        if images.dtype == torch.uint8:
+            return (images.float() / 255 - self.mean) / self.std
+        if not images.is_floating_point() or (images.numel() and not 0 <= images.min() <= images.max() <= 1):
+            held = f"{images.min():.4g} to {images.max():.4g}" if images.numel() else "nothing"
+            raise UserError(f"{images.dtype}, {held}: give uint8, or floats from 0 to 1", "images")
+        return (images.float() - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed normalised images ``(B, 3, H, W)`` at their own size: ``(B, dim)``, unit length, float32."""
@@ -164,6 +169,14 @@ class Embedder(nn.Module):
             needed = f"sides of {enough} px or more at the scales {scales}"
             raise UnfitSizeError(f"{height}x{width} px is too small for {self.backbone.name}: it needs {needed}")
         return size
+
+    def freeze_unused(self) -> None:
+        """Freeze what no embedding depends on, such as the stages after ``stage``: DDP waits for its gradients."""
+        side = max(64, self.backbone.least_side)
+        self(torch.zeros(1, 3, *self.backbone.fit_size(side, side))).sum().backward()
+        for parameter in self.backbone.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+        self.zero_grad(set_to_none=True)
 
     def describe_settings(self) -> dict[str, Any]:
         """Return everything that determines a descriptor besides the image, as JSON types.

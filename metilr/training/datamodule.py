@@ -87,6 +87,12 @@ class PairDataModule(pl.LightningDataModule):
         self.n_pairs = n_anchors * (2 if options.has_negatives else 1)  # fewer where images turn out to be bad
         self.n_batches = len(deal_batches(self.n_pairs, options.batch_pairs, 0, self.trainer.world_size))
 
+    def steps_per_epoch(self) -> int:
+        """Steps of the optimizer in an epoch."""
+        limit, n_batches = self.trainer.limit_train_batches, self.n_batches  # a share if a float
+        n_batches = min(n_batches, limit) if isinstance(limit, int) else int(n_batches * limit)
+        return max(1, -(-n_batches // self.trainer.accumulate_grad_batches))
+
     def _views(self, augmentation: Augmentation) -> Views:
         paths = self.paths["database"]
         return Views([self.ground_truth.image(path) for path in paths], paths, self.seed, augmentation)

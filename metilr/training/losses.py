@@ -1,6 +1,7 @@
 """The published contrastive loss; all others come from pytorch-metric-learning, by class path, and are tried first."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -32,6 +33,32 @@ class ContrastiveLoss(nn.Module):
         squared = (first.float() - second.float()).pow(2).sum(dim=1)
         hinge = (self.margin - torch.sqrt(squared + 1e-9)).clamp(min=0)
         return torch.where(positive, 0.5 * squared, 0.5 * hinge.pow(2)).mean()
+
+
+def record_of(loss: nn.Module | None) -> dict[str, Any] | None:
+    """Say in plain values which loss a training had; of those that are not the published one, the class alone."""
+    if loss is None:
+        return None
+    arguments = {"init_args": {"margin": loss.margin}} if isinstance(loss, ContrastiveLoss) else {}
+    return {"class_path": f"{type(loss).__module__}.{type(loss).__qualname__}", **arguments}
+
+
+def recorded_loss(recorded: Mapping[str, Any] | None) -> nn.Module | None:
+    """Build a loss again as a checkpoint describes it; UserError if that takes more than a class known here.
+
+    A checkpoint may be somebody else's: no class is imported because a file names it.
+    """
+    from pytorch_metric_learning import losses
+
+    if recorded is None:
+        return None
+    path, arguments = str(recorded.get("class_path")), recorded.get("init_args")  # these of metilr train alone
+    module, _, name = path.rpartition(".")
+    known = {"pytorch_metric_learning.losses": getattr(losses, name, None), __name__: ContrastiveLoss}.get(module)
+    is_plain = isinstance(arguments, dict) and not any(isinstance(each, dict) for each in arguments.values())
+    if isinstance(known, type) and issubclass(known, nn.Module) and is_plain:
+        return known(**dict(arguments or {}))
+    raise UserError(f"was trained with {name}: give it, as load_from_checkpoint(PATH, loss={name}(...))", "loss")
 
 
 def check_loss(loss: nn.Module, dim: int, n_classes: int) -> None:

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,15 +15,24 @@ from typing_extensions import override
 
 from metilr.errors import UserError
 from metilr.metrics import ACC, GAP, GAPMinus
+from metilr.models import RANDOM
 from metilr.models.backbone import build_backbone
-from metilr.models.checkpoints import FORMAT, model_entry
+from metilr.models.checkpoints import checkpoint_entry, load_embedder, read_checkpoint
 from metilr.models.embedder import Embedder, Projector, keep_float32_exact
 from metilr.models.pooling import Pooling
-from metilr.provenance import commit, library_versions, machine
+from metilr.models.weights import load_strictly
 from metilr.training import FineTuningOptions
 from metilr.training.datamodule import PairDataModule
-from metilr.training.losses import ContrastiveLoss, check_loss, gather_rows, lacks_negatives, pair_figures
-from metilr.training.pairs import PairBatch
+from metilr.training.losses import (
+    ContrastiveLoss,
+    check_loss,
+    gather_rows,
+    lacks_negatives,
+    pair_figures,
+    record_of,
+    recorded_loss,
+)
+from metilr.training.pairs import PairBatch, as_pairs
 
 P_BOUNDS = (1.0, 10.0)  # 1 is the mean; beyond 10 GeM is next to the maximum and its gradient next to nothing
 
@@ -30,11 +41,17 @@ class FineTuning(pl.LightningModule):
     """Backbone, pooling and optional projector, trained on pairs of views.
 
     BatchNorm keeps its statistics and dropout is off: the network stays in eval mode throughout. ``run_config``, the
-    command's, goes into the checkpoint.
+    command's, goes into the checkpoint; without it the options do.
+
+    ``Trainer.fit`` takes a `PairDataModule`, or any loader of batches that ``metilr.training.pairs.as_pairs`` reads:
+    ``(first, second, labels)``. Validation on such a loader logs ``val/loss``.
     """
 
-    def __init__(self, options: FineTuningOptions, seed: int = 0, run_config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, options: FineTuningOptions | None = None, seed: int = 0, run_config: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
+        options = options or FineTuningOptions()
         self.options, self.run_config, self.resumed = options, dict(run_config or {}), False
         self.last_batch: PairBatch | None = None
         network = build_backbone(options.backbone, options.weights, options.stage, options.patch_rounding, seed)
@@ -48,17 +65,52 @@ class FineTuning(pl.LightningModule):
         if options.freeze_backbone:
             network.requires_grad_(False)
         else:
-            _freeze_unused(self.embedder)
+            self.embedder.freeze_unused()
         if options.gradient_checkpointing:
             try:
                 network.model.set_grad_checkpointing(True)
             except (AssertionError, AttributeError):
                 raise UserError(f"true: {network.name} has none; leave it out", "gradient_checkpointing") from None
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = None, **changes: Any
+    ) -> "FineTuning":
+        """Build what a training saved, with its weights; no code that the file might hold is run.
+
+        Args:
+            checkpoint_path: Checkpoint of ``metilr train``, or of a Trainer that has fitted a `FineTuning`.
+            map_location: Device to move it to; without it the CPU.
+            **changes: Options in place of the recorded ones, such as ``lr``; a ``loss`` with settings of its own,
+                other than the published one, must be given again.
+        """
+        path = Path(checkpoint_path)
+        content = read_checkpoint(path)
+        entry: Any = content.get("metilr")
+        try:
+            recorded, known = entry["config"]["model"], {field.name for field in fields(FineTuningOptions)}
+            options = {name: value for name, value in recorded.items() if name in known}
+            options |= {"weights": RANDOM, "scales": tuple(options["scales"])}
+        except (TypeError, LookupError, AttributeError):
+            raise UserError(f"{path}: was not written by a training of metilr; open it with metilr.load") from None
+        embedder = load_embedder(path)  # refuses what does not fit together
+        if "loss" not in changes:
+            options["loss"] = recorded_loss(options["loss"])
+        module = cls(FineTuningOptions(**{**options, **changes}))
+        backbone, source = module.embedder.backbone, embedder.backbone
+        backbone.provenance, backbone.mean, backbone.std = source.provenance, source.mean, source.std
+        load_strictly(module, content["state_dict"], (), str(path))
+        return module if map_location is None else module.to(map_location)
+
     @property
     def data(self) -> PairDataModule:
-        """What is trained on."""
+        """What the command trains on."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    @property
+    def has_data(self) -> bool:
+        """Whether that is trained on, and not a loader of the caller's own."""
+        return isinstance(getattr(self.trainer, "datamodule", None), PairDataModule)
 
     @override
     def train(self, mode: bool = True) -> "FineTuning":
@@ -76,7 +128,13 @@ class FineTuning(pl.LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        data, projector, start = self.data, self.embedder.projector, self.options.projector_start
+        projector, start = self.embedder.projector, self.options.projector_start
+        if not self.has_data:
+            if projector is not None and start != "random" and not self.resumed:
+                remedy = "give it to fit, or choose random"
+                raise UserError(f"{start}: is learned on the images of a PairDataModule; {remedy}", "projector_start")
+            return
+        data = self.data
         if data.options.cache_views and not self.options.freeze_backbone:
             raise UserError("true: needs a frozen backbone; give freeze_backbone true", "cache_views")
         check_loss(self.loss, self.embedder.dim, data.ground_truth.n_classes)
@@ -108,10 +166,11 @@ class FineTuning(pl.LightningModule):
         return self.embedder(normalised)
 
     @override
-    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of the whole batch, this process's pairs and the others', float32."""
-        loss, figures, n_pairs = self._loss_of(batch)
-        self.last_batch = batch
+        pairs = as_pairs(batch)
+        loss, figures, n_pairs = self._loss_of(pairs)
+        self.last_batch = pairs
         figures = {"loss": loss.detach(), **figures}
         if self.embedder.pooling.kind == "gem":
             figures["p"] = self.embedder.pooling.p.detach().mean()
@@ -128,6 +187,8 @@ class FineTuning(pl.LightningModule):
         first, second = (gather_rows(self, each) for each in views)
         positive = gather_rows(self, batch.positive.int()).bool()
         labels = gather_rows(self, batch.first_labels), gather_rows(self, batch.second_labels)
+        if lacks_negatives(self.loss, len(first)):
+            raise UserError(f"a batch of one pair has no negative for {type(self.loss).__name__}; give 2 or more")
         with torch.autocast(self.device.type, enabled=False):
             if isinstance(self.loss, ContrastiveLoss):
                 loss = self.loss(first, second, positive)
@@ -150,13 +211,21 @@ class FineTuning(pl.LightningModule):
     @override
     def on_validation_epoch_start(self) -> None:
         """Describe database and val as the weights are now; the next epoch's pairs are mined in them too."""
+        if not self.has_data:
+            return
         if self.last_batch is not None:  # else images would be blamed for what its step has made of the weights
             self._loss_of(self.last_batch)
             self.last_batch = None
         self.data.describe(self.embedder)
 
     @override
-    def validation_step(self, positions: Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Classify the queries at positions of val; of a loader of the caller's own, log the loss."""
+        if not self.has_data:
+            loss, _, n_pairs = self._loss_of(as_pairs(batch))
+            self.log("val/loss", loss, batch_size=n_pairs, prog_bar=True, sync_dist=True)
+            return
+        positions: Tensor = batch
         rows = positions.cpu().numpy()
         predictions = self.data.classify_val(rows)
         columns = predictions.log_confidence, predictions.labels, self.data.ground_truth.labels["val"][rows]
@@ -165,6 +234,8 @@ class FineTuning(pl.LightningModule):
     @override
     def on_validation_epoch_end(self) -> None:
         """Log ``val/gap``, ``val/gap_minus`` and ``val/acc`` over the queries of all processes, each in [0, 1]."""
+        if not self.has_data:
+            return
         self.log_dict(self.metrics.compute(), prog_bar=True)
         self.metrics.reset()
 
@@ -193,46 +264,37 @@ class FineTuning(pl.LightningModule):
             return (step + 1) / warmup_steps
         if self.options.schedule == "constant":
             return 1.0
-        limit, n_batches = self.trainer.limit_train_batches, self.data.n_batches  # a share if a float
-        n_batches = min(n_batches, limit) if isinstance(limit, int) else int(n_batches * limit)
-        steps_per_epoch = max(1, -(-n_batches // self.trainer.accumulate_grad_batches))
+        steps_per_epoch, total = self._steps()
         if self.options.schedule == "step":
             return float(0.1 ** (step // steps_per_epoch // self.options.step_epochs))
-        total = steps_per_epoch * (self.trainer.max_epochs or 1)  # the command refuses none
-        if self.trainer.max_steps > 0:
-            total = min(total, self.trainer.max_steps)
         done = (step - warmup_steps) / max(1, total - warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    def _steps(self) -> tuple[int, int]:
+        """Steps of the optimizer in an epoch and in the whole training."""
+        n_epochs = self.trainer.max_epochs or 1  # the command refuses none
+        if not self.has_data:
+            total = self.trainer.estimated_stepping_batches  # infinite or -1 without a length
+            if n_epochs < 1 or not 0 < total < math.inf:
+                what = "needs to know how many steps there are; give a loader with a length and max_epochs"
+                raise UserError(f"{self.options.schedule}: {what}, or choose constant", "schedule")
+            return max(1, int(total) // n_epochs), int(total)
+        steps_per_epoch = self.data.steps_per_epoch()
+        total = steps_per_epoch * n_epochs
+        return steps_per_epoch, min(total, self.trainer.max_steps) if self.trainer.max_steps > 0 else total
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what evaluation needs besides the weights, see `metilr.models.checkpoints`."""
-        truth, provenance = self.data.ground_truth, self.embedder.backbone.provenance
-        checkpoint["metilr"] = {
-            "format": FORMAT,
-            "model": model_entry(self.embedder, self.data.options.image_size),
-            "provenance": {"source": provenance.source, "licence": provenance.licence},
-            "data": {
-                "root": truth.root.resolve().name, "database": truth.database,
-                "counts": truth.counts(), "fingerprint": truth.fingerprint(),
-            },
-            "config": self.run_config,
-            "versions": {**library_versions(), "commit": commit()},
-            "machine": machine(),
-        }  # fmt: skip
+        data = self.data.ground_truth.identity() if self.has_data else None
+        options = {**vars(self.options), "scales": [*self.options.scales], "loss": record_of(self.options.loss)}
+        image_size, config = self.data.options.image_size if self.has_data else None, self.run_config
+        checkpoint["metilr"] = checkpoint_entry(self.embedder, image_size, data, config or {"model": options})
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with a run; refuse other data than it began with."""
         self.resumed = True
-        if checkpoint.get("metilr", {}).get("data", {}).get("fingerprint") != self.data.ground_truth.fingerprint():
+        before = (checkpoint.get("metilr") or {}).get("data") or {}
+        if self.has_data and before.get("fingerprint") != self.data.ground_truth.fingerprint():
             raise UserError("its data changed since (database or valset.json); name another folder", "output")
-
-
-def _freeze_unused(embedder: Embedder) -> None:
-    """Freeze what no embedding depends on, such as the stages after ``stage``: DDP waits for its gradients."""
-    side = max(64, embedder.backbone.least_side)
-    embedder(torch.zeros(1, 3, *embedder.backbone.fit_size(side, side))).sum().backward()
-    for parameter in embedder.backbone.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-    embedder.zero_grad(set_to_none=True)

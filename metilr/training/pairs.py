@@ -5,7 +5,7 @@ and so are ``descriptors``, ``(N, D)`` of unit length. Pairs are a record array 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -135,6 +135,27 @@ class PairBatch(NamedTuple):
     positive: Tensor
     first_labels: Tensor
     second_labels: Tensor
+
+
+def as_pairs(batch: Any) -> PairBatch:
+    """Read a batch of any loader: ``(first, second, labels)``, or with labels of each, or a `PairBatch`.
+
+    Images are ``(B, 3, H, W)``, uint8 or float from 0 to 1; ``labels``, integers ``(B,)``, say which exhibit a pair
+    shows. With labels of each, pairs of two exhibits are negatives.
+    """
+    if isinstance(batch, PairBatch):
+        return batch
+    parts = list(batch) if isinstance(batch, (list, tuple)) else []
+    if len(parts) not in (3, 4) or not all(isinstance(part, Tensor) for part in parts):
+        raise UserError(
+            "a batch must be (first, second, labels), or (first, second, first_labels, second_labels), all tensors: "
+            "images of each pair and the exhibits that they show"
+        )
+    first, second, *labels = parts
+    if len({len(part) for part in parts}) > 1 or any(each.ndim != 1 for each in labels):
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise UserError(f"images and labels of a batch must be of one length, and labels 1-D, not {shapes}")
+    return PairBatch(first, second, labels[0] == labels[-1], labels[0], labels[-1])
 
 
 ViewsOf = Callable[[np.ndarray, np.ndarray], Tensor]  # rows and numbers of views, each (B,), to what stands for them

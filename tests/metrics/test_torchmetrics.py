@@ -4,6 +4,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MetricCollection
 
+from metilr.errors import UserError
 from metilr.metrics import ACC, DISTRACTOR, GAP, GAPMinus, acc, gap, gap_minus
 
 N = 30
@@ -142,3 +143,36 @@ def test_lightning_logs_the_value_of_the_whole_split(tmp_path):
     )  # fmt: skip
     (logged,) = trainer.validate(Validated(), loader, verbose=False)
     assert logged == pytest.approx({**expected(), "gap": expected()["GAP"]}, abs=1e-7)
+
+
+@pytest.mark.parametrize("call", [lambda metric, *of: metric.update(*of), GAP.__call__], ids=["update", "forward"])
+def test_all_answers_at_once_need_no_positions(call):
+    """In their order, which decides between equal confidences."""
+    metric, (log_confidence, predicted, target) = GAP(), answers()
+    call(metric, log_confidence, predicted, target)
+    assert metric.compute().item() == expected()["GAP"]
+    metric.reset()
+    backwards = [values.flip(0) for values in (log_confidence, predicted, target)]
+    call(metric, *backwards)
+    assert metric.compute().item() == gap(*backwards) != expected()["GAP"]
+
+
+@pytest.mark.parametrize("call", [lambda metric, *of: metric.update(*of), GAP.__call__], ids=["update", "forward"])
+@pytest.mark.parametrize("given", [True, False])
+def test_several_batches_without_positions_are_refused(call, given):
+    metric = GAP()
+    batches = [[values[part] for values in answers()] for part in (slice(0, 20), slice(20, N))]
+    call(metric, *batches[0])
+    call(metric, *batches[1], *([torch.arange(20, N)] if given else []))
+    with pytest.raises(UserError, match=r"index None: .* several batches or processes; give each batch its queries'"):
+        metric.compute()
+
+
+def test_two_processes_without_positions_are_refused():
+    """As torchmetrics joins what two processes have: end to end."""
+    first, second = GAP(), GAP()
+    first.update(*(values[:15] for values in answers()))
+    second.update(*(values[15:] for values in answers()))
+    first.merge_state(second)
+    with pytest.raises(UserError, match="index None"):
+        first.compute()

@@ -375,3 +375,10 @@ def test_without_options_is_the_demo_config(capsys):
         return yaml.safe_load(capsys.readouterr().out)
 
     assert resolved("--config", str(REPOSITORY / "configs/train/demo.yaml")) == resolved()
+
+
+def test_lightning_loads_the_checkpoint_of_a_run(trained):
+    loaded = FineTuning.load_from_checkpoint(str(trained / "last.ckpt"))
+    assert not changed(checkpoint(trained / "last.ckpt")["state_dict"], loaded.state_dict())
+    assert (loaded.options.lr, loaded.loss.margin) == (1e-3, 1.8)
+    assert loaded.embedder.backbone.provenance.source == "checkpoint last.ckpt"
