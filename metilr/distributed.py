@@ -217,14 +217,14 @@ def start_worker(worker: int) -> None:
     """What a decoding process does first, as a DataLoader's ``worker_init_fn``.
 
     Ctrl-C reaches the whole group, and workers end when their parent does. SIGTERM, of a scheduler or of the parent,
-    ends them without a complaint. One that cannot pass its batch on ends, since its parent would wait for ever. Where
+    ends them without a complaint. One that cannot pass its batch on says so: its parent would wait for ever. Where
     shared memory is short, as in a container, batches go through pipes, which takes up to three times as long.
     """
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
+    multiprocessing.queues.Queue._on_queue_feeder_error = _tell_parent  # type: ignore[attr-defined]
     if free_shared_memory() < LEAST_SHARED_MEMORY:
         ForkingPickler.register(torch.Tensor, _copied)
 
@@ -243,6 +243,12 @@ def _copied(tensor: "Tensor") -> tuple[Callable[..., Any], tuple[Any, ...]]:
     return torch.from_numpy, (tensor.numpy(),)
 
 
-def _end_worker(error: Exception, item: Any) -> None:
-    print(f"a decoding process cannot pass its images on ({one_line(error)})", file=sys.stderr, flush=True)
-    os._exit(1)
+def _tell_parent(queue: Any, error: Exception, item: Any) -> None:
+    """Send, in place of a batch that the queue could not take, what a DataLoader raises in the parent."""
+    from torch._utils import ExceptionWrapper
+
+    remedy = "is shared memory (/dev/shm) full? Then take fewer num_workers"
+    try:
+        raise UserError(f"a decoding process cannot pass its images on ({one_line(error)}): {remedy}; {CONTINUE}")
+    except UserError:  # its traceback goes along
+        queue.put((item[0], ExceptionWrapper()))
