@@ -137,7 +137,8 @@ def _reason_in(error: Exception) -> str | None:
         how, remedy = worker[1].rstrip(". "), f"Then take fewer num_workers; {CONTINUE}"
         return f"a decoding process was ended ({how}); was memory short, or shared memory (/dev/shm)? {remedy}"
     is_gone = type(error).__name__ == "ProcessExitedException"  # of torch.multiprocessing
-    if not isinstance(error, UserError) and (is_gone or re.search(_GONE, text)):
+    was_cut = isinstance(error, EOFError)  # of a decoding process that ended while its images were on their way
+    if not isinstance(error, UserError) and (is_gone or was_cut or re.search(_GONE, text)):
         how = f" ({error})" if is_gone else ""
         return f"a process of this run was ended from outside{how}; was memory short? {CONTINUE.capitalize()}"
     return None

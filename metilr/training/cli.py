@@ -19,7 +19,7 @@ from metilr.training import FineTuningOptions, PairOptions, RunOptions
 TRAINER = (
     "Most parameters of Lightning's Trainer are options: --trainer.max_epochs (default: 2), --trainer.precision (32, "
     "bf16-mixed, 16-mixed; default: bf16-mixed where the device computes in bfloat16, else 32), --trainer.accelerator, "
-    "--trainer.devices, --trainer.num_nodes, --trainer.accumulate_grad_batches and so on."
+    "--trainer.devices, --trainer.num_nodes, --trainer.accumulate_grad_batches, --trainer.deterministic and so on."
 )
 OPTIONS = {  # of whatever names a parameter in an error
     "seed": "seed_everything", "dim": "model.projector_dim", "config": "config",
