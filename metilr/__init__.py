@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:
-    from metilr.collection.collection import Collection as Collection
+    from metilr.collection import PhotoOptions as PhotoOptions
+    from metilr.collection.collection import Answer as Answer, Collection as Collection
+    from metilr.collection.identify import identify as identify
+    from metilr.collection.index import index as index
     from metilr.collection.open_collection import open_collection as open_collection
     from metilr.commands.evaluate import evaluate as evaluate
     from metilr.data.ground_truth import GroundTruth as GroundTruth, load_ground_truth as load_ground_truth
     from metilr.errors import UserError as UserError
     from metilr.evaluation.options import MethodOptions as MethodOptions, ReportOptions as ReportOptions
-    from metilr.evaluation.results import Results as Results
+    from metilr.evaluation.results import Results as Results, Run as Run, load_run as load_run
     from metilr.extraction.describe import describe_images as describe_images
     from metilr.extraction.options import ExtractionOptions as ExtractionOptions
     from metilr.extraction.store import DescriptorStore as DescriptorStore
@@ -34,16 +37,22 @@ if TYPE_CHECKING:
     from metilr.retrieval.knn import Predictions as Predictions, classify as classify, tune as tune
     from metilr.retrieval.search import Neighbours as Neighbours, class_ranks as class_ranks, search as search
     from metilr.retrieval.whitening import PCAWhitening as PCAWhitening, fit_pca_whitening as fit_pca_whitening
+    from metilr.training import FineTuningOptions as FineTuningOptions, PairOptions as PairOptions
+    from metilr.training.datamodule import FolderData as FolderData, PairDataModule as PairDataModule
+    from metilr.training.module import FineTuning as FineTuning
 
 
 _HOMES = {
-    "collection.collection": ("Collection",),
+    "collection": ("PhotoOptions",),
+    "collection.collection": ("Answer", "Collection"),
+    "collection.identify": ("identify",),
+    "collection.index": ("index",),
     "collection.open_collection": ("open_collection",),
     "commands.evaluate": ("evaluate",),
     "data.ground_truth": ("GroundTruth", "load_ground_truth"),
     "errors": ("UserError",),
     "evaluation.options": ("MethodOptions", "ReportOptions"),
-    "evaluation.results": ("Results",),
+    "evaluation.results": ("Results", "Run", "load_run"),
     "extraction.describe": ("describe_images",),
     "extraction.options": ("ExtractionOptions",),
     "extraction.store": ("DescriptorStore",),
@@ -55,6 +64,9 @@ _HOMES = {
     "retrieval.knn": ("Predictions", "classify", "tune"),
     "retrieval.search": ("Neighbours", "class_ranks", "search"),
     "retrieval.whitening": ("PCAWhitening", "fit_pca_whitening"),
+    "training": ("FineTuningOptions", "PairOptions"),
+    "training.datamodule": ("FolderData", "PairDataModule"),
+    "training.module": ("FineTuning",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = list(_HOME)

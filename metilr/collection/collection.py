@@ -127,10 +127,7 @@ class Collection:
 
     def identify(self, photo: str | Path) -> Answer:
         """Recognise what a photograph's file shows, whatever its size; a UserError names one that gives no answer."""
-        try:
-            return self.answer_file(Path(photo))[1]
-        except BadPhotoError as error:
-            raise UserError(f"{photo}: {error}") from None
+        return self.answer(Path(photo))
 
     def answer_file(
         self, file: Path | IO[bytes], max_pixels: int = MAX_PIXELS, n_matches: int = N_MATCHES, draw: bool = False
@@ -139,12 +136,17 @@ class Collection:
         photo = load_photo(file, self.image_size, self.largest_side, max_pixels)
         return photo, self.answer(photo.image, n_matches, draw)
 
-    def answer(self, image: Tensor, n_matches: int = N_MATCHES, draw: bool = False) -> Answer:
-        """Recognise what a photo, uint8 ``(3, H, W)``, shows, as the evaluation does.
+    def answer(self, image: Tensor | str | Path, n_matches: int = N_MATCHES, draw: bool = False) -> Answer:
+        """Recognise what a photo, a file or uint8 ``(3, H, W)`` on any device, shows, as the evaluation does.
 
-        It is of the size that ``image_size`` or ``largest_side`` says. ``n_matches`` exhibits are listed; ``draw``
-        draws what the photo and the answer's image have in common, where geometry is checked.
+        A tensor is of the size that ``image_size`` or ``largest_side`` says. ``n_matches`` exhibits are listed;
+        ``draw`` draws what the photo and the answer's image have in common, where geometry is checked.
         """
+        if not isinstance(image, Tensor):
+            try:
+                return self.answer_file(Path(image), n_matches=n_matches, draw=draw)[1]
+            except BadPhotoError as error:
+                raise UserError(f"{image}: {error}") from None
         query = self._compared(image)
         n_wanted = max(n_matches, self.check.candidates if self.check else 0)
         n_neighbours = max(self.k, N_NEIGHBOURS * self.method.rows_per_image)

@@ -31,7 +31,7 @@ def identify(
     matches: int = N_MATCHES,
     json: bool = False,
     page: Path | None = None,
-) -> None:
+) -> list[Identified]:
     """Say which exhibit each photo shows, or that it shows none.
 
     A photo that cannot be read is reported and the others are answered; if none can be read, the command fails.
@@ -42,6 +42,9 @@ def identify(
         matches: Exhibits listed for each photo, with their nearest images.
         json: Print a JSON document and nothing else.
         page: Also write this .html file, one page with the pictures in it.
+
+    Returns:
+        What was printed: of each photo its answer and the decision, or why there is none.
 
     Raises:
         UserError: If an option or a file is not usable, or no photo can be read; says which and what to do.
@@ -76,6 +79,7 @@ def identify(
         console.print(f"wrote {escape(str(page))}")
     if all(photo.answer is None for photo in answered):
         raise UserError(f"no photo could be read; the first, {printable(answered[0].name)}: {answered[0].error}")
+    return answered
 
 
 def _answers(

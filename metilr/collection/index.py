@@ -77,7 +77,8 @@ def index(
     catalogue = read_catalogue(folder, csv)
     ground_truth, n_images, n_exhibits = catalogue.ground_truth(), len(catalogue.paths), len(catalogue.names)
     what = f"{amount(n_images, 'image')} of {amount(n_exhibits, 'exhibit')}"
-    console.print(f"[bold]data[/]         {escape(str(catalogue.folder))}: {what}")
+    progress = make_console(quiet=extraction.quiet)
+    progress.print(f"[bold]data[/]         {escape(str(catalogue.folder))}: {what}")
     if catalogue.left_aside:
         console.print(f"[bold yellow]note:[/] left aside: {catalogue.left_aside}")
     if model.ckpt is not None:  # absolute: an index may be used from any folder
@@ -91,7 +92,7 @@ def index(
     if approximate:
         check_size(n_images * method.rows_per_image)
     views = [view for view in views_of(method, model.seed) if "visits" in view.of]  # crops are those of photos to come
-    store = describe_images(embedder, ground_truth, output / "store", extraction, console, views)
+    store = describe_images(embedder, ground_truth, output / "store", extraction, progress, views)
     if not launched_as_first():
         return None
     opened = open_descriptors([store.path], ground_truth, views)

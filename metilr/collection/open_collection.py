@@ -43,7 +43,7 @@ def open_with_threshold(options: PhotoOptions) -> tuple[Collection, Threshold]:
     return _assemble(_of_run(run, options.ckpt, options.accelerator)), threshold
 
 
-def open_collection(path: str | Path, ckpt: Path | None = None, accelerator: Accelerator = "auto") -> Collection:
+def open_collection(path: str | Path, ckpt: str | Path | None = None, accelerator: Accelerator = "auto") -> Collection:
     """Open what photos can be compared with: the folder of an evaluation or an index, or a museum's images.
 
     A folder of images, a sub-folder an exhibit, is indexed first, with the default model, under runs/indexes; images
@@ -53,7 +53,7 @@ def open_collection(path: str | Path, ckpt: Path | None = None, accelerator: Acc
     Raises:
         UserError: If something is missing or changed, or the folder holds nothing of the kind.
     """
-    path = Path(path)
+    path, ckpt = Path(path), None if ckpt is None else Path(ckpt)
     if (path / "results.json").exists():
         return _assemble(_of_run(read_run(path), ckpt, accelerator))
     if not (path / "index.json").exists():

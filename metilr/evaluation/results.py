@@ -22,7 +22,6 @@ from metilr.models import Engine, PatchRounding, PoolingName
 SCHEMA_VERSION = 2  # 1 does not hold the options: it can be compared, but not repeated
 SIZES = ("database_images", "exhibits", "val_queries", "val_met", "test_queries", "test_met")
 FIGURES = ("gap", "gap_minus", "acc")
-RANKING = ("recall@1", "recall@5", "recall@10", "map")  # over exhibits, by similarity
 UNITS = ("photographers", "classes", "queries")  # that intervals are drawn over; not every museum has all
 LEVEL = 0.95  # of the intervals
 MIN_PRECISION = 0.9  # of the accepted answers on val, where nothing else is asked for
@@ -38,7 +37,6 @@ Positive = Annotated[float, Field(gt=0)]
 ImageSize = Annotated[int, Field(ge=1, le=MAX_IMAGE_SIZE)]  # px
 SizeName = Annotated[str, Field(pattern=f"^({'|'.join(SIZES)})$")]
 FigureName = Annotated[str, Field(pattern=f"^({'|'.join(FIGURES)})$")]
-RankingName = Annotated[str, Field(pattern=f"^({'|'.join(RANKING)})$")]
 GateName = Annotated[str, Field(pattern="^(weight|enough)$")]
 Ends = Annotated[list[Share], Field(min_length=2, max_length=2)]  # of an interval
 
@@ -134,7 +132,7 @@ class Figures(Part):
     gap: Share
     gap_minus: Share
     acc: Share
-    ranking: dict[RankingName, Share] = {}  # of metrics over exhibits; a metilr of before did not have them
+    ranking: dict[Text, Share] = {}  # recall@k and map, over exhibits; a metilr of before did not have them
     n_queries: Count
     n_met: Count
     intervals: dict[str, Annotated[dict[FigureName, Ends], Field(min_length=3)]] = {}
@@ -255,6 +253,9 @@ def read_run(path: Path) -> Run:
         Config.model_validate(config)
     answers = {split: _read_answers(path / f"predictions/{split}.csv") for split in QUERY_FILES}
     return Run(path, results, config, answers)
+
+
+load_run = read_run  # its name in the package
 
 
 def _read_answers(file: Path) -> Answers:

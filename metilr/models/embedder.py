@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metilr.data.decode import to_tensor
+from metilr.data.decode import load_image, to_tensor
 from metilr.distributed import is_lack_of_memory
 from metilr.errors import UserError, one_line, shown
 from metilr.models import SCALES, PatchRounding, PoolingName, UnfitSizeError
@@ -90,21 +91,48 @@ class Embedder(nn.Module):
         return self.backbone.width if self.projector is None else self.projector.linear.out_features
 
     @torch.inference_mode()
-    def embed(self, images: Sequence[Image.Image]) -> np.ndarray:
+    def embed(
+        self, images: Sequence[Image.Image | str | Path | Tensor] | Tensor, normalised: bool = False
+    ) -> np.ndarray:
         """Describe images of any mode and size, down to ``check_size``'s; float32 ``(N, dim)``, unit length.
 
         Leaves the embedder in eval mode, and TF32 switched off for this process.
+
+        Args:
+            images: PIL images and files' paths, which are resized to ``image_size``; tensors ``(3, H, W)``, or one of
+                ``(N, 3, H, W)``, RGB on any device, uint8 or float from 0 to 1, which keep their size.
+            normalised: Tensors of floats have the backbone's mean and standard deviation already.
         """
         keep_float32_exact()
         self.eval()
+        if isinstance(images, (str, Path)):
+            raise UserError(f"{images}: give a list of images", "images")
         descriptors = np.empty((len(images), self.dim), dtype=np.float32)
         for i, image in enumerate(images):
-            pixels = to_tensor(image, self.image_size)[None].to(self.mean.device)
             try:
-                descriptors[i] = self.describe(self.normalise(pixels))[0].cpu().numpy()
+                descriptors[i] = self.describe(self._input(image, normalised))[0].cpu().numpy()
             except UnfitSizeError as error:
                 raise UserError(f"{i}: cannot be described ({error}); leave it out", "images") from error
+            except UserError as error:
+                raise UserError(f"{i}: {error.message}", "images") if error.parameter == "images" else error from None
         return descriptors
+
+    def _input(self, image: Any, normalised: bool) -> Tensor:
+        """What ``describe`` takes of one image that ``embed`` does, ``(1, 3, H, W)`` float32."""
+        if isinstance(image, Tensor):
+            if image.ndim != 3 or len(image) != 3:
+                raise UserError(f"a tensor of shape {tuple(image.shape)}: expected (3, H, W)", "images")
+            if normalised and not image.is_floating_point():
+                raise UserError(f"{image.dtype}: what is normalised is a tensor of floats", "images")
+            pixels = image[None].to(self.mean.device)
+            return pixels.float() if normalised else self.normalise(pixels)
+        if normalised:
+            raise UserError("true: is for tensors alone; leave it out", "normalised")
+        if isinstance(image, (str, Path)):
+            return self.normalise(load_image(Path(image), self.image_size)[None].to(self.mean.device))
+        if not isinstance(image, Image.Image):
+            raise UserError(f"a {type(image).__name__}: give PIL images, files' paths or tensors", "images")
+        return self.normalise(to_tensor(image, self.image_size)[None].to(self.mean.device))
 
     def check_size(self, height: int, width: int) -> None:
         """Refuse an image's size, by UnfitSizeError, that at one of the scales is too small for the backbone."""

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import faiss
 import numpy as np
@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from typing_extensions import override
 
-from metilr.data.decode import limit_images
+from metilr.data.decode import limit_images, load_image
+from metilr.data.folder import find_images
 from metilr.data.ground_truth import load_ground_truth
 from metilr.data.views import images_of
 from metilr.demo import DEMO, make_demo
@@ -255,6 +256,29 @@ class PairDataModule(pl.LightningDataModule):
                 if trainer.is_global_zero and not store.is_complete:
                     store.finish()
         return store.descriptors(SPLIT)
+
+
+class FolderData(pl.LightningDataModule):
+    """A folder's images, to predict on: ``trainer.predict(module, datamodule=FolderData(path))``.
+
+    Batches are of one image, RGB, uint8 ``(1, 3, H, W)``, since images differ in size, in the order of ``files``: the
+    folder's with its sub-folders'. Their longest side is resized to ``image_size`` px; None: as they are.
+    """
+
+    def __init__(self, folder: str | Path, image_size: int | None = None, num_workers: int = 0) -> None:
+        super().__init__()
+        self.files = find_images(Path(folder)).files
+        self.image_size, self.num_workers = image_size, num_workers
+
+    @override
+    def predict_dataloader(self) -> Iterable[Tensor]:
+        """Decode one image after another; BadImageError, which names it, at one that cannot be."""
+        load, files = partial(_batch_of_one, self.image_size), cast(Any, self.files)
+        return DataLoader(files, batch_size=1, collate_fn=load, num_workers=self.num_workers, shuffle=False)
+
+
+def _batch_of_one(image_size: int | None, files: list[Path]) -> Tensor:
+    return load_image(files[0], image_size)[None]
 
 
 def _numbered(views: Views, n_views: int, numbers: np.ndarray) -> Tensor:

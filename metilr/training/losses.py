@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metilr.errors import UserError, one_line
+from metilr.models import RANDOM
+from metilr.training import FineTuningOptions
 
 
 class ContrastiveLoss(nn.Module):
@@ -41,6 +45,20 @@ def record_of(loss: nn.Module | None) -> dict[str, Any] | None:
         return None
     arguments = {"init_args": {"margin": loss.margin}} if isinstance(loss, ContrastiveLoss) else {}
     return {"class_path": f"{type(loss).__module__}.{type(loss).__qualname__}", **arguments}
+
+
+def recorded_options(content: Mapping[str, Any], path: Path, changes: Mapping[str, Any]) -> FineTuningOptions:
+    """The options of a training that its checkpoint at ``path`` records, but for ``changes``; weights are in there."""
+    known = {field.name for field in fields(FineTuningOptions)}
+    try:
+        recorded = content["metilr"]["config"]["model"]
+        options = {name: value for name, value in recorded.items() if name in known}
+        options |= {"weights": RANDOM, "scales": tuple(options["scales"])}
+    except (TypeError, LookupError, AttributeError):
+        raise UserError(f"{path}: was not written by a training of metilr; open it with metilr.load") from None
+    if "loss" not in changes:
+        options["loss"] = recorded_loss(options.get("loss"))
+    return FineTuningOptions(**{**options, **changes})
 
 
 def recorded_loss(recorded: Mapping[str, Any] | None) -> nn.Module | None:

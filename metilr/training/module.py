@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from typing_extensions import override
 
 from metilr.errors import UserError
 from metilr.metrics import ACC, GAP, GAPMinus
-from metilr.models import RANDOM
 from metilr.models.backbone import build_backbone
 from metilr.models.checkpoints import checkpoint_entry, load_embedder, read_checkpoint
 from metilr.models.embedder import Embedder, Projector, keep_float32_exact
@@ -30,7 +28,7 @@ from metilr.training.losses import (
     lacks_negatives,
     pair_figures,
     record_of,
-    recorded_loss,
+    recorded_options,
 )
 from metilr.training.pairs import PairBatch, as_pairs
 
@@ -86,17 +84,9 @@ class FineTuning(pl.LightningModule):
         """
         path = Path(checkpoint_path)
         content = read_checkpoint(path)
-        entry: Any = content.get("metilr")
-        try:
-            recorded, known = entry["config"]["model"], {field.name for field in fields(FineTuningOptions)}
-            options = {name: value for name, value in recorded.items() if name in known}
-            options |= {"weights": RANDOM, "scales": tuple(options["scales"])}
-        except (TypeError, LookupError, AttributeError):
-            raise UserError(f"{path}: was not written by a training of metilr; open it with metilr.load") from None
+        options = recorded_options(content, path, changes)
         embedder = load_embedder(path)  # refuses what does not fit together
-        if "loss" not in changes:
-            options["loss"] = recorded_loss(options["loss"])
-        module = cls(FineTuningOptions(**{**options, **changes}))
+        module = cls(options)
         backbone, source = module.embedder.backbone, embedder.backbone
         backbone.provenance, backbone.mean, backbone.std = source.provenance, source.mean, source.std
         load_strictly(module, content["state_dict"], (), str(path))
@@ -238,6 +228,11 @@ class FineTuning(pl.LightningModule):
             return
         self.log_dict(self.metrics.compute(), prog_bar=True)
         self.metrics.reset()
+
+    @override
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Describe a batch's images, as `Embedder.normalise` takes them, at all scales: float32 ``(B, dim)``."""
+        return self.embedder.describe(self.embedder.normalise(batch)).cpu()
 
     @override
     def configure_optimizers(self) -> Any:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -271,3 +272,48 @@ def test_what_fails_for_one_size_alone_is_refused_and_other_failures_are_left_as
         with pytest.raises(type(error)) as raised:
             features_of(batch, resnet.backbone, failing(error, fails))
         assert raised.value is error
+
+
+def test_pictures_files_bytes_and_floats_are_described_alike(resnet: Embedder, tmp_path: Path) -> None:
+    """Against the same pixels normalised by hand."""
+    pixels = photos(64, 80)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+    files = [tmp_path / f"{i}.png" for i in range(len(pictures))]
+    for picture, file in zip(pictures, files, strict=True):
+        picture.save(file)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (resnet.backbone.mean, resnet.backbone.std))
+    normalised = (pixels / 255 - mean) / std
+    with torch.no_grad():
+        expected = resnet.describe(normalised).numpy()
+    for images in (pictures, files, [str(file) for file in files], pixels, list(pixels), pixels / 255):
+        found = resnet.embed(images)
+        assert found.dtype == np.float32 and found.shape == (len(pixels), resnet.dim)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(resnet.embed(normalised, normalised=True), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        ([torch.full((3, 64, 64), 200.0)], r"images 0: torch\.float32, 200 to 200: give uint8, or floats from 0 to 1"),
+        ([torch.zeros(3, 64, 64, dtype=torch.int64)], r"images 0: torch.int64"),
+        (
+            [torch.zeros(64, 64, 3, dtype=torch.uint8)],
+            r"images 0: a tensor of shape \(64, 64, 3\): expected \(3, H, W\)",
+        ),
+        ([np.zeros((64, 64, 3), np.uint8)], r"images 0: a ndarray: give PIL images, files' paths or tensors"),
+        (["nowhere.jpg"], r"nowhere\.jpg: cannot be decoded \(no such file\)"),
+        ("photo.jpg", r"images photo.jpg: give a list of images"),
+    ],
+)
+def test_what_is_no_image_is_refused_in_a_line(resnet: Embedder, images: object, said: str) -> None:
+    with pytest.raises(UserError, match=said) as raised:
+        resnet.embed(images)
+    assert "\n" not in str(raised.value)
+
+
+def test_only_tensors_can_be_normalised_already(resnet: Embedder) -> None:
+    with pytest.raises(UserError, match=r"normalised true: is for tensors alone"):
+        resnet.embed([Image.new("RGB", (64, 64))], normalised=True)
+    with pytest.raises(UserError, match=r"images 0: torch\.uint8: what is normalised is a tensor of floats"):
+        resnet.embed(photos(64, 64), normalised=True)
