@@ -130,7 +130,10 @@ def test_metilr_command(workplace, line, monkeypatch, capsys, server):
     if arguments[0] == "train":
         shutil.rmtree("RUN")
         arguments += UNTRAINED
-    if arguments[0] == "index":
+    if "museum.ckpt" in arguments[2:] and arguments[0] == "index":
+        main(["pack", "RUN", "museum.ckpt"])
+        capsys.readouterr()
+    elif arguments[0] == "index":
         shutil.rmtree("INDEX")
         arguments += UNTRAINED_BACKBONE
     if arguments[0] == "sweep":
