@@ -94,8 +94,11 @@ def end_if_unguarded() -> None:
 
 CONTINUE = "finished work is kept, run the same command to continue"
 _GONE = r"Connection closed by peer|Connection reset by peer|Broken pipe|Connection refused|remote process exit"
-# PyTorch's words on GPUs and CPUs, oneDNN's, NumPy's and Python's.
-_NO_MEMORY = r"OutOfMemory|out of memory|llocate memory|not enough memory|Unable to allocate|MemoryError|ALLOC_FAILED"
+# PyTorch's words on GPUs and CPUs, oneDNN's, NumPy's, Python's and the loader's of libraries.
+_NO_MEMORY = (
+    r"OutOfMemory|out of memory|llocate memory|not enough memory|Unable to allocate|MemoryError|ALLOC_FAILED|"
+    r"failed to map segment|can't start new thread"
+)
 PARENT_WATCHED_EVERY = 2.0  # seconds
 PARENT_VARIABLE = "METILR_PARENT"  # tells a command the process that it is to end with
 
@@ -120,6 +123,11 @@ def faults_in_one_line(less_memory: str | None = None) -> Iterator[None]:
 
 def is_lack_of_memory(error: Exception) -> bool:
     """Whether an error, here or in another process's traceback, says that memory does not suffice."""
+    return isinstance(error, MemoryError) or re.search(_NO_MEMORY, str(error)) is not None
+
+
+def is_for_memory(error: Exception) -> bool:
+    """Whether an error says that memory was refused."""
     return isinstance(error, MemoryError) or re.search(_NO_MEMORY, str(error)) is not None
 
 

@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -205,6 +206,27 @@ def test_errors_of_the_function_end_in_one_line(failure, error, said):
         raise error
 
     assert failure(function=broken).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), ImportError("libtorch_cpu.so: failed to map segment"), OSError("x.so: failed to map segment"),
+     RuntimeError("can't allocate memory: you tried to allocate 9 bytes"), RuntimeError("can't start new thread")],
+)  # fmt: skip
+def test_memory_that_is_refused_ends_in_one_line(failure, error):
+    def broken() -> None:
+        """Break."""
+        raise error
+
+    assert failure(function=broken).startswith("memory does not suffice (")
+
+
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="limits memory with prlimit")
+def test_memory_that_does_not_suffice_for_the_libraries_is_one_line():
+    limited = ["prlimit", "--as=300000000", sys.executable, "-m", "metilr", "evaluate", "--root", "nowhere"]
+    run = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and run.stderr.startswith("metilr evaluate: error: memory does not suffice (")
+    assert run.stderr.count("\n") == 1
 
 
 def test_ctrl_c_has_the_status_that_shells_give_it(failure):
