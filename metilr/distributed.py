@@ -203,7 +203,7 @@ HINTS = (
     "Checkpoint directory .* exists and is not empty", "lr_scheduler.step",
     "does not have a `val_dataloader`", "You defined a `validation_step`", "TensorFloat32",
     "sync_dist=True",  # the logged values are the same in all processes
-    "`isinstance\\(treespec, LeafSpec\\)` is deprecated", "instantiate_classes.*deprecated", "all_gather is deprecated",
+    "`isinstance\\(treespec, LeafSpec\\)` is deprecated", "all_gather is deprecated",
 )  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def _train(parser: Any, args: Sequence[str]) -> None:
     recorded = {name: value for name, value in recorded.items() if name not in ("config", "output")}
     seed_everything(options.seed_everything, workers=True, verbose=False)
     try:
-        built = parser.instantiate_classes(config)
+        built = parser.instantiate(config)
     except (TypeError, ValueError) as error:  # of a class that an option names
         hint = "a loss with weights of its own needs num_classes and embedding_size"
         parser.error(f"the options do not go together ({hint}): {error}", error)
