@@ -18,7 +18,7 @@ from metilr.files import write_atomically
 from metilr.metrics.bootstrap import Difference, paired_intervals, resampling_units
 from metilr.progress import make_console, printable, tracked
 from metilr.report.published import Published, published
-from metilr.report.tables import METRICS, TextTable, chosen
+from metilr.report.tables import METRICS, TextTable, chosen, unit_name
 
 OF_RUNS = ("data", "notes", "elements", "geometric_check", "seconds", "peak_memory_gb", *QUERY_FILES)  # in the JSON
 CSV_COLUMNS = ("run", "kind", "split", *FIGURES, "k", "tau", "database", "fingerprint", "source")
@@ -199,8 +199,8 @@ def _costs_table(title: str, runs: Mapping[str, Run]) -> TextTable:
         cells.append("–" if results.peak_memory_gb is None else f"{results.peak_memory_gb:.2f}")
         rows.append(cells)
     notes = [
-        f"in brackets {100 * LEVEL:g}% intervals; seconds and memory of the whole evaluation; descriptors that an "
-        "earlier run left in a store were not made again"
+        f"in brackets {100 * LEVEL:g}% intervals; seconds and memory from the data to the figures, without report and "
+        "W&B; descriptors that an earlier run left in a store were not made again"
     ]
     header = ["run", *(f"GAP {split}" for split in QUERY_FILES), "seconds", "GB"]
     return TextTable(f"{title}: what each run took", [], header, rows, notes=notes)
@@ -227,7 +227,7 @@ def _differences_table(
             true_of[f"of another data set than {base_name} (its database, or the queries of another split)"].append(
                 name
             )
-    drawn = f"paired bootstrap over {' or '.join(units)} and distractors"
+    drawn = f"paired bootstrap over {' or '.join(map(unit_name, units))} and distractors"
     explained = [f"in points, in brackets {100 * LEVEL:g}% intervals: {drawn}"] if rows else []
     notes = [*explained, *(f"{note}: {', '.join(names)}" for note, names in true_of.items()), *notes]
     return TextTable(f"{split}: difference to {base_name}", [], ["run", *METRICS.values()], rows, notes=notes)

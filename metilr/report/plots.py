@@ -21,7 +21,7 @@ from metilr.files import write_picture
 from metilr.metrics.open_set import precision_recall, risk_coverage
 from metilr.progress import printable
 from metilr.report.published import Published
-from metilr.report.tables import METRICS
+from metilr.report.tables import METRICS, unit_name
 
 if TYPE_CHECKING:
     from metilr.evaluation.recognition import Recognition
@@ -201,9 +201,9 @@ def plot_comparison(groups: Mapping[str, Runs], published: KnownRows, files: Seq
     for axes in panels[-1]:
         axes.set_xlabel("%")
     handles: list[Any] = [Patch(color=COLOURS[i], label=label) for i, label in enumerate(METRICS.values())]
-    units = {results.unit for runs in groups.values() for results in runs.values()} - {None}
+    units = {results.unit for runs in groups.values() for results in runs.values() if results.unit is not None}
     if units:
-        label = f"{100 * LEVEL:g}% interval, bootstrap over {' or '.join(sorted(map(str, units)))}"
+        label = f"{100 * LEVEL:g}% interval, bootstrap over {' or '.join(sorted(map(unit_name, units)))}"
         handles.append(Line2D([], [], color=DARK, linewidth=0.9, label=label))
     if any(published.values()):
         mark = Line2D([], [], marker="D", linestyle="", markerfacecolor="white", markeredgecolor=DARK)

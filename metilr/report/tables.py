@@ -120,7 +120,7 @@ def print_table(console: Console, results: Results, metrics: Sequence[str] = tup
         boost = f", boost {check.boost:g}" if check.reorder else ""
         console.print(f"geometric check: {gate}{boost}, chosen on val{idle}")
     if unit is not None:
-        drawn = f"bootstrap over {unit} and distractors (a lower bound of the doubt)"
+        drawn = f"bootstrap over {unit_name(unit)} and distractors (a lower bound of the doubt)"
         console.print(f"in brackets {100 * LEVEL:g}% intervals: {drawn}")
     if any(metric in RANKING for metric in metrics):
         console.print("recall and mAP: over exhibits, of the whole ranking by similarity")
@@ -137,6 +137,11 @@ def _cell(figures: Figures, metric: str, unit: str | None, between: str) -> str:
     if unit is None:
         return cell
     return f"{cell}{between}[dim]({'–'.join(f'{100 * end:.0f}' for end in figures.intervals[unit][metric])})[/]"
+
+
+def unit_name(unit: str) -> str:
+    """What is drawn in a bootstrap, as everywhere else in texts."""
+    return "exhibits" if unit == "classes" else unit
 
 
 def chosen(knn: KNN, with_values: bool = True) -> str:

@@ -205,7 +205,7 @@ def test_without_the_ground_truth_classes_are_drawn_and_it_is_said(museum, capsy
     comparison = compare("first", "second")
     assert list(comparison["differences"][0]["by_unit"]) == ["classes", "queries"]
     printed = " ".join(capsys.readouterr().out.split())
-    assert "the ground truth of first is not where it was" in printed and "bootstrap over classes" in printed
+    assert "the ground truth of first is not where it was" in printed and "bootstrap over exhibits" in printed
     write_museum_files(museum, seed=5)  # something else in its place
     assert photographers_of(read_run(Path("first"))) is None
 
