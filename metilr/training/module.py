@@ -41,8 +41,9 @@ class FineTuning(pl.LightningModule):
     BatchNorm keeps its statistics and dropout is off: the network stays in eval mode throughout. ``run_config``, the
     command's, goes into the checkpoint; without it the options do.
 
-    ``Trainer.fit`` takes a `PairDataModule`, or any loader of batches that ``metilr.training.pairs.as_pairs`` reads:
-    ``(first, second, labels)``. Validation on such a loader logs ``val/loss``.
+    ``Trainer.fit`` takes a `PairDataModule`, or any loader of batches ``(first, second, labels)``: the images of pairs,
+    ``(B, 3, H, W)``, uint8 or float from 0 to 1, and which exhibit each pair shows, integers ``(B,)``; with labels of
+    first and of second, pairs of two exhibits are negatives. Validation on such a loader logs ``val/loss``.
     """
 
     def __init__(
@@ -236,6 +237,7 @@ class FineTuning(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
+        """Give backbone, p and heads a learning rate each, and the schedule, step by step."""
         options, embedder = self.options, self.embedder
         lr_projector, lr_p = (options.lr if lr is None else lr for lr in (options.lr_projector, options.lr_p))
         heads = nn.ModuleList([self.loss] if embedder.projector is None else [embedder.projector, self.loss])
@@ -280,7 +282,7 @@ class FineTuning(pl.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what evaluation needs besides the weights, see `metilr.models.checkpoints`."""
+        """Add what evaluation needs besides the weights, see ``ModelEntry``."""
         data = self.data.ground_truth.identity() if self.has_data else None
         options = {**vars(self.options), "scales": [*self.options.scales], "loss": record_of(self.options.loss)}
         image_size, config = self.data.options.image_size if self.has_data else None, self.run_config
