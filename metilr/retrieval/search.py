@@ -109,7 +109,8 @@ def class_ranks(database: np.ndarray, queries: np.ndarray, labels: np.ndarray, t
     block_size = max(1, _SIMILARITIES // (len(database) * views.shape[1]))
     for start in range(0, len(ranked_queries), block_size):
         block = ranked_queries[start : start + block_size]
-        for i, near in zip(block, (views[block] @ database.T).max(axis=1), strict=True):
+        products = views[block].reshape(-1, views.shape[-1]) @ database.T
+        for i, near in zip(block, products.reshape(len(block), -1, len(database)).max(axis=1), strict=True):
             own_rows = by_label[starts[i] : ends[i]]  # ascending
             ahead = _rows_ahead(database, views[i], own_rows, near, error[i])
             ranks[i] = 1 + len(np.unique(labels[ahead]))
