@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from metilr import __version__
-from metilr.distributed import CONTINUE, is_for_memory, sigterm_as_interrupt
+from metilr.distributed import CONTINUE, is_lack_of_memory, sigterm_as_interrupt
 from metilr.errors import UserError, did_you_mean, one_line, shown, unknown_option
 from metilr.files import check_config
 
@@ -282,7 +282,7 @@ def _run(call: Callable[[str], Any], prog: str | None) -> None:
     except BrokenPipeError:  # whoever read the output has had enough, as head has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain again
     except Exception as error:
-        if is_for_memory(error):
+        if is_lack_of_memory(error):
             limited = "was it limited (ulimit, a container)?"
             _fail(prog, f"memory does not suffice ({one_line(error)}); {limited} {CONTINUE.capitalize()}")
         if not isinstance(error, OSError) or error.errno is None:

@@ -126,11 +126,6 @@ def is_lack_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or re.search(_NO_MEMORY, str(error)) is not None
 
 
-def is_for_memory(error: Exception) -> bool:
-    """Whether an error says that memory was refused."""
-    return isinstance(error, MemoryError) or re.search(_NO_MEMORY, str(error)) is not None
-
-
 def _reason_in(error: Exception) -> str | None:
     """The last error in another process's traceback that the user can mend; None if there is none."""
     if getattr(error, "exit_code", None) == UNGUARDED:

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from metilr.collection import Identified, PhotoOptions, Threshold, collection_document
@@ -18,7 +17,7 @@ from metilr.collection.photos import BadPhotoError, Decoder, TooManyPixelsError
 from metilr.data.decode import HEIF, BadImageError, formats
 from metilr.distributed import end_if_unguarded
 from metilr.errors import UserError
-from metilr.progress import printable
+from metilr.progress import make_console, printable
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -68,7 +67,7 @@ def serve(
         server = server_of(app)
         decoder.wait()
         listener.listen()  # so that who reads the next line can ask already
-        console, name = Console(highlight=False), escape(printable(collection.name))
+        console, name = make_console(), escape(printable(collection.name))
         address = escape(f"[{host}]" if ":" in host else host) + f":{listener.getsockname()[1]}"
         console.print(f"[bold]serving[/]      {name} at http://{address}/ (Ctrl-C ends it)")
         if collection.search is not None:

@@ -195,8 +195,8 @@ def _fill(
         return
     with store.alone() if launched_as_first() else contextlib.nullcontext():
         n_pending = len(data.pending_rows())  # after the lock: another run may have made them meanwhile
-        for split, n_damaged in {split: int(store.damaged(split).sum()) for split in images}.items():
-            if n_damaged:
+        for split in images if n_pending else ():
+            if n_damaged := int(store.damaged(split).sum()):
                 console.print(
                     f"[bold]damaged[/]      {n_damaged:,} {split} rows are not as they were written: made anew"
                 )

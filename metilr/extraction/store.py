@@ -154,11 +154,10 @@ class DescriptorStore:
             raise UserError(f"{self.path}: its {split} files do not belong together; delete it to make it again")
         damaged = (files == 0) & self.is_complete
         for start in range(0, len(rows), CHUNK_ROWS):
-            part = slice(start, start + CHUNK_ROWS)
-            block, marks = np.array(rows[part]), files[part]
+            marked = start + np.flatnonzero(files[start : start + CHUNK_ROWS])  # the others hold nothing to read
+            block, marks, checksums = rows[marked], files[marked], known[marked]
             found = np.fromiter(map(_checksum, block, marks), np.uint32, len(block))
-            is_as_written = np.where(known[part] == 0, (marks < 0) | has_unit_length(block), known[part] == found)
-            damaged[part] |= (marks != 0) & ~is_as_written
+            damaged[marked] = ~np.where(checksums == 0, (marks < 0) | has_unit_length(block), checksums == found)
         return damaged
 
     def pending(self, split: str, sizes: np.ndarray, retry_bad: bool) -> np.ndarray:

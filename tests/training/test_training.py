@@ -292,6 +292,18 @@ def test_a_batch_without_a_negative_is_refused(capsys):
     run("--output", "given", *CONTRASTIVE, *single, "--data.pairing", "syn+neg")  # the pairs themselves are negatives
 
 
+def test_an_epoch_s_line_comes_when_its_checkpoint_is_on_the_disk(monkeypatch):
+    said = []
+
+    def note(line, **_):
+        if line.startswith("epoch "):
+            said.append((line.partition(":")[0], checkpoint("out/last.ckpt")["epoch"]))
+
+    monkeypatch.setattr("metilr.training.callbacks.print_rank_zero", note)
+    run("--output", "out", "--validate_first", "false")
+    assert said == [("epoch 1 of 2", 0), ("epoch 2 of 2", 1)]
+
+
 def test_a_finished_run_and_one_of_other_options_are_not_continued(capsys, unfinished):
     message = error_of(capsys, "--output", "out", *TRAINED, "--model.lr", "1")
     assert "other options (lr: 0.001 there, 1.0 now)" in message and "--config out/config.yaml" in message
