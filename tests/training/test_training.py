@@ -278,10 +278,11 @@ def test_arcface_and_its_classes(capsys):
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
-def test_weights_that_explode_are_told_by_their_step_and_no_image_is_blamed(capsys, precision):
+@pytest.mark.parametrize("batch_pairs", [4, 8])  # 8 are all: the epoch's only step is followed by validation
+def test_weights_that_explode_are_told_by_their_step_and_no_image_is_blamed(capsys, precision, batch_pairs):
     wild = ["--model.lr", "1e10", "--model.warmup_steps", "0", "--trainer.precision", precision]
-    message = error_of(capsys, "--output", "out", *wild)
-    assert "--model.lr 1e+10: the " in message and "after step " in message and ".jpg" not in message
+    message = error_of(capsys, "--output", "out", *wild, "--data.batch_pairs", batch_pairs)
+    assert "--model.lr 1e+10: the " in message and "after step 1:" in message and ".jpg" not in message
 
 
 def test_a_batch_without_a_negative_is_refused(capsys):
