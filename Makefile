@@ -3,13 +3,19 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO := demo,serve,openvino,heic
+DEV := $(DEMO),dev
+
+# CPU=1 takes the builds of PyTorch and FAISS without GPU, 2 GB in place of 8; the environment stays so.
+CPU ?= $(wildcard $(VENV)/.cpu)
+CPU_BUILDS ?= torch torchvision --index-url https://download.pytorch.org/whl/cpu
 
 # Threads that wait for each other by spinning bring a busy machine to a crawl: let them sleep.
 export OMP_WAIT_POLICY := passive
 # Processes of a thread each, one more than cores: many tests wait for a process that they have started.
 PARALLEL := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test lint coverage docs test-lowest release-check audit clean
+.PHONY: demo test lint coverage docs test-lowest release-check lock audit clean
 demo: $(VENV)/.installed-demo
 	$(BIN)/python evaluate.py
 
@@ -41,21 +47,44 @@ test-lowest: .venv-lowest/.installed
 release-check: .venv-tools/.installed
 	.ci/release-check $(PYTHON)
 
+# Renews what LOCK installs.
+lock: | .venv-tools/bin/python
+	.venv-tools/bin/python -m pip install -q --dry-run --ignore-installed --report .venv-tools/report.json -e '.[$(DEV)]'
+	.ci/lock .venv-tools/report.json > .ci/lock.txt
+
 # Known vulnerabilities; what cannot be asked about is a failure too.
 audit: .venv-tools/.installed $(VENV)/.installed-dev
 	.ci/audit
 
 # A stamp per set of extras, renewed when pyproject.toml changes: a second run installs nothing.
 $(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[demo,serve,openvino,heic]'
+	$(call install,$(DEMO))
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[demo,serve,openvino,heic,dev]'
+	$(call install,$(DEV))
 	@touch $@ $(VENV)/.installed-demo
 
+# LOCK=.ci/lock.txt installs what stands there (Linux, x86_64, Python 3.11), file by file, by its digest.
+ifneq ($(LOCK),)
+define install
+$(BIN)/python -m pip install -q --require-hashes -r $(LOCK)
+$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+endef
+else ifeq ($(CPU),)
+install = $(BIN)/python -m pip install -q -e '.[$(1)]'
+else
+define install
+@test -e $(VENV)/.cpu || { echo "$(VENV) has the builds for GPUs; make clean removes it"; exit 2; }
+$(BIN)/python -m pip install -q $(CPU_BUILDS)
+$(BIN)/python .ci/cpu-requirements $(1) > $(VENV)/.cpu-requirements
+$(BIN)/python -m pip install -q -r $(VENV)/.cpu-requirements
+$(BIN)/python -m pip install -q --no-deps -e .
+endef
+endif
+
 .venv-lowest/.installed: pyproject.toml tests/lowest.txt | .venv-lowest/bin/python
-	.venv-lowest/bin/python -m pip install -q -e '.[demo,serve,openvino,heic,dev]' -c tests/lowest.txt
+	.venv-lowest/bin/python -m pip install -q -e '.[$(DEV)]' -c tests/lowest.txt
 	@touch $@
 
 .venv-tools/.installed: | .venv-tools/bin/python
@@ -71,7 +100,8 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 		$(PYTHON) -m pip install -q pip --target \
 			"$$($@ -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; \
 	} || { rm -rf $*; exit 1; }
-	@echo "installing into $* (PyTorch and FAISS are several GB; with them this takes minutes)"
+	@$(if $(CPU),touch $*/.cpu)
+	@echo "installing into $*; with PyTorch and FAISS $(if $(CPU),2 GB,8 GB (make demo CPU=1 takes 2 GB, without GPUs)): minutes"
 
 clean:
 	rm -rf $(VENV) .venv-* build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info
