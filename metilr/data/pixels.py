@@ -12,7 +12,7 @@ MAX_STRIPS = (
 )
 MAX_TAGS = 65_535  # of a BigTIFF: as many as any other TIFF can have
 
-BITS, COMPRESSION, PHOTOMETRIC, PLANAR, PALETTE, SAMPLE_FORMAT = 258, 259, 262, 284, 320, 339
+BITS, COMPRESSION, PHOTOMETRIC, PLANAR, PALETTE, EXTRA, SAMPLE_FORMAT = 258, 259, 262, 284, 320, 338, 339
 WIDTH, HEIGHT, SAMPLES, STRIPS, ROWS, TILES, TILE_WIDTH, TILE_HEIGHT = 256, 257, 277, 273, 278, 324, 322, 323
 UNSIGNED = 1
 SAMPLE_FORMATS = {1: "", 2: ", signed", 3: ", floating point"}
@@ -53,6 +53,8 @@ def check_tiff(tags: Tags) -> None:
         raise ValueError(tiff_kind(tags))
     apart = tags.get(PLANAR, 1) == 2 and tags.get(COMPRESSION, 1) == 1
     if apart and (max(tags.get(BITS, (1,))) != 8 or tags.get(PHOTOMETRIC, 0) == 0):  # Pillow would misread them
+        raise ValueError(tiff_kind(tags))
+    if tags.get(PLANAR, 1) == 2 and tags.get(SAMPLES, 1) == 2 and set(tags.get(EXTRA, ())) & {1, 2}:  # and alpha
         raise ValueError(tiff_kind(tags))
     if tags.get(PHOTOMETRIC) == 3 and 0 < max(tags.get(PALETTE, (0,))) < 256:
         raise ValueError("a TIFF whose palette has 8-bit values where 16-bit ones belong; convert it to 8-bit RGB")
@@ -129,7 +131,10 @@ def _scaled_grey(image: Image.Image, tags: Tags | None, transparent: Any) -> Ima
 
 
 def _on_white(image: Image.Image, profile: Any) -> Image.Image:
+    """ValueError if nothing of an image shows: programs that leave a fourth channel at 0 do not mean that."""
     layered = image.convert("LA" if image.mode in (*GREY, "LA", "La") else "RGBA")
+    if not layered.getchannel("A").getbbox():
+        raise ValueError("wholly transparent; save it without transparency")
     colours = _to_srgb(layered.convert(layered.mode[:-1]), profile)
     colours.putalpha(layered.getchannel("A"))
     return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")

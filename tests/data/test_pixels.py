@@ -218,6 +218,31 @@ def test_tiffs_with_alpha(tmp_path, n, associated):
     assert np.abs(pixels(tmp_path / "a.tif", content) - right).max() < 2
 
 
+@pytest.mark.parametrize(("photometric", "compressed"), [*itertools.product((1, 3), (False, True))])
+@pytest.mark.parametrize("meaning", [0, 2])
+def test_a_second_plane_is_alpha_or_counts_for_nothing(tmp_path, photometric, compressed, meaning):
+    """Pillow takes alpha in a plane of its own, beside grey or indices, from the first plane."""
+    samples = np.random.default_rng(6).integers(0, 256, (2, 7, 9))
+    more = [(PLANAR, SHORT, [2]), (EXTRA, SHORT, [meaning]), (PALETTE, SHORT, [257 * i for i in range(256)] * 3)]
+    more = more if photometric == 3 else more[:2]
+    content = tiff([packed(plane.tolist(), 8) for plane in samples], 9, 7, (8, 8), "<", photometric, compressed, more)
+    if meaning == 0 and compressed:
+        np.testing.assert_array_equal(pixels(tmp_path / "a.tif", content)[..., 1], samples[0])
+    else:
+        with pytest.raises(BadImageError, match="a TIFF of 2 x 8 bits, in separate planes; convert"):
+            pixels(tmp_path / "a.tif", content)
+
+
+def test_an_image_of_which_nothing_shows_is_refused(tmp_path):
+    """A BMP's fourth channel is often left at 0; white would be no picture."""
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    header = struct.pack("<IiiHHIIiiII", 108, 2, 1, 1, 32, 3, 8, 0, 0, 0, 0) + masks.ljust(68, b"\0")
+    head = b"BM" + struct.pack("<IHHI", 14 + len(header) + 8, 0, 0, 14 + len(header))
+    assert pixels(tmp_path / "a.bmp", head + header + bytes([1, 2, 3, 0, 1, 2, 3, 255]))[0, 1].tolist() == [3, 2, 1]
+    with pytest.raises(BadImageError, match=r"\(wholly transparent; save it without transparency\)"):
+        pixels(tmp_path / "a.bmp", head + header + bytes([1, 2, 3, 0] * 2))
+
+
 def in_mode(mode):
     """Two pixels of grey 100, the first wholly transparent."""
     la = Image.fromarray(np.array([[[100, 0], [100, 255]]], np.uint8), "LA")
