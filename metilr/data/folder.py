@@ -14,7 +14,7 @@ import numpy as np
 
 from metilr.data.csv_files import read_csv
 from metilr.data.decode import FAILING_MACHINE, FORMATS, begins_as_image
-from metilr.data.ground_truth import GroundTruth, is_place_below, is_text, nfc
+from metilr.data.ground_truth import GroundTruth, as_name, is_place_below, is_text, nfc
 from metilr.errors import UserError, shown
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -172,12 +172,14 @@ def _from_folder(folder: Path) -> Catalogue:
     images = find_images(folder)
     paths = [path.relative_to(folder) for path in images.files]
     exhibits = [
-        nfc(path.parts[0] if len(path.parts) > 1 else path.name[: len(path.name) - len(_ending(path))])
+        as_name(path.parts[0] if len(path.parts) > 1 else path.name[: len(path.name) - len(_ending(path))])
         for path in paths
     ]
-    taken = {nfc(path.parts[0]): path for path in paths if len(path.parts) > 1}
+    taken = {as_name(path.parts[0]): path for path in paths if len(path.parts) > 1}
     for path, exhibit in zip(paths, exhibits, strict=True):
         _refuse_odd_name(folder / path)
+        if not exhibit:
+            raise UserError(f"{folder / path}: the name of its exhibit is blank; rename it")
         if len(path.parts) == 1 and taken.setdefault(exhibit, path) != path:
             remedy = f"put {path} into a sub-folder, or name exhibits by a csv"
             raise UserError(f"{folder}: {taken[exhibit]} and {path} both make an exhibit {exhibit}; {remedy}")
@@ -202,7 +204,7 @@ def _from_csv(folder: Path, csv: Path) -> Catalogue:
             fault = f"{shown(broken[0])} has a line break within; remove it, or close a quote before it"
         elif not is_place_below(path):
             fault = f"path {shown(path)} must name a file below {folder}"
-        elif not exhibit.strip():
+        elif not as_name(exhibit):
             fault = "names no exhibit"
         elif not is_text(exhibit):
             fault = f"exhibit {shown(exhibit)} cannot be a name"
@@ -210,4 +212,4 @@ def _from_csv(folder: Path, csv: Path) -> Catalogue:
             fault = f"{shown(path)} is listed already in line {first}; remove one"
         if fault:
             raise UserError(f"{csv}: line {line}: {fault}", "csv")
-    return Catalogue(folder, tuple(path for _, path, _ in rows), tuple(nfc(exhibit.strip()) for _, _, exhibit in rows))
+    return Catalogue(folder, tuple(path for _, path, _ in rows), tuple(as_name(exhibit) for _, _, exhibit in rows))

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -158,6 +159,11 @@ def is_place_below(path: Any) -> bool:
 def nfc(name: str) -> str:
     """A name in the form that names are compared in: a Mac writes é as two signs, Windows as one."""
     return unicodedata.normalize("NFC", name)
+
+
+def as_name(text: str) -> str:
+    """A name in one form for all texts that look alike: in NFC, blanks of any kind as one, without invisible signs."""
+    return " ".join(re.sub("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]", "", nfc(text)).split())
 
 
 def file_below(folder: Path, path: str) -> Path:

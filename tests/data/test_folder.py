@@ -247,3 +247,25 @@ def test_a_csv_names_files_and_exhibits_in_any_form(tmp_path):
     with pytest.raises(UserError, match=r"line 5: .* is listed already in line 2"):
         read_catalogue(tmp_path, write_csv(tmp_path, text + nfd("Musée/é1.jpg,Café\n")))
     assert truth.image("Musée/gone.jpg") == tmp_path / "Musée/gone.jpg"
+
+
+LIKE_A_VASE = ("A vase", "A\u00a0vase", "A  vase", "A vase\u200b", "\ufeffA vase", "A va\u00adse")
+
+
+def test_names_that_differ_in_what_nobody_sees_are_one_exhibit(tmp_path):
+    files = [*(tmp_path / name / "1.jpg" for name in LIKE_A_VASE), tmp_path / "A Vase.jpg"]
+    make_files(*files)
+    catalogue = read_catalogue(tmp_path)
+    assert catalogue.names == ("A Vase", "A vase") and len(catalogue.paths) == 7
+    assert sorted(map(catalogue.ground_truth().image, catalogue.paths)) == sorted(files)
+    rows = [f"{name}/1.jpg,{name}" for name in LIKE_A_VASE]
+    text = "\n".join(["path,exhibit", *rows, "A Vase.jpg,\u06a9\u200c\u06a9"])  # a joiner in Persian is seen
+    assert read_catalogue(tmp_path, write_csv(tmp_path, text)).names == ("A vase", "\u06a9\u200c\u06a9")
+
+
+def test_a_blank_name_is_refused(tmp_path):
+    make_files(tmp_path / "\u200b" / "1.jpg", tmp_path / "2.jpg")
+    with pytest.raises(UserError, match="the name of its exhibit is blank; rename it"):
+        read_catalogue(tmp_path)
+    with pytest.raises(UserError, match="line 2: names no exhibit"):
+        read_catalogue(tmp_path, write_csv(tmp_path, "path,exhibit\n2.jpg,\u200b\n"))
