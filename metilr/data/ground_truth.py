@@ -244,7 +244,7 @@ def _query_labels(
             labels[i] = label_of.get(exhibit_id, DISTRACTOR)
             if exhibit_id not in label_of:
                 unknown.append(f"{entry['path'][:100]} (exhibit {exhibit_id})")
-        elif misspelt := [key for key in entry if key.lower() == "met_id" or key == "id"]:
+        elif misspelt := [key for key in entry if re.sub(r"[\W_]", "", key).lower() in ("metid", "id")]:
             raise UserError(f"{file}: entry {i}: has {shown(misspelt[0])}, a query's exhibit is 'MET_id'; rename it")
     if unknown:
         several = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")

@@ -88,6 +88,12 @@ def test_database_entries_of_wrong_form_are_refused_by_place(tmp_path, entry, sa
     assert "MET_database.json" in message and said in message
 
 
+@pytest.mark.parametrize("key", ["id", "ID", "met_id", "Met_ID", "METid", "MET-id", "MET_id ", "MET id"])
+def test_a_query_whose_exhibit_stands_under_another_key_is_no_distractor(tmp_path, key):
+    message = refusal(write_ground_truth(tmp_path, DATABASE, [*VAL, {"path": "v/9.jpg", key: 7}], TEST))
+    assert f"valset.json: entry 2: has {key!r}, a query's exhibit is 'MET_id'; rename it" in message
+
+
 def test_repeated_paths_within_and_across_files(tmp_path):
     message = refusal(write_ground_truth(tmp_path, [*DATABASE, {"id": 9, "path": "MET/3/0.jpg"}], VAL, TEST))
     assert "MET_database.json: entry 3: path 'MET/3/0.jpg' is listed already (entry 1)" in message
