@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,11 +51,11 @@ class Forks:
         )  # fmt: skip
 
     def run(self, folder: Path, command: Sequence[object], setup: str = "", **fault: Any) -> Outcome:
-        """Run ``evaluate.py`` or ``train.py`` with options in a folder.
+        """Run ``evaluate.py``, ``train.py`` or another subcommand of ``metilr`` with options in a folder.
 
         Args:
             folder: Where to.
-            command: ``"evaluate"`` or ``"train"``, and options.
+            command: ``"evaluate"``, ``"train"`` or another subcommand, and options.
             setup: Python to be executed before.
             fault: See ``tests.faults.Operations``; without any no fault, and operations are not counted.
         """
@@ -69,6 +70,22 @@ class Forks:
         job = {"cwd": str(folder), "command": [str(part) for part in command], "setup": setup, "log": str(log),
                "fault": fault, "env": env or {}}  # fmt: skip
         return self._ask(job), log
+
+    def start_as_torchrun(
+        self, folder: Path, command: Sequence[object], setups: Sequence[str] = ("", "")
+    ) -> list[tuple[int, Path]]:
+        """Start one process for each setup, which find what torchrun tells its own."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        n, started = len(setups), []
+        for rank, setup in enumerate(setups):
+            told = {
+                "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n,
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test",
+            }  # fmt: skip
+            env = {name: str(value) for name, value in told.items()}
+            started.append(self.start(folder, command, setup, env=env))
+        return started
 
     def wait(self, started: tuple[int, Path], since: Path | None = None) -> Outcome:
         """Wait for a run that was started; with ``since``, a file that it makes, it is told how long after that."""
@@ -94,6 +111,12 @@ def _serve() -> None:
     import torch
 
     torch.set_num_threads(1)
+    # All that a run imports, so that no fork does: seconds each.
+    import metilr.commands.evaluate
+    import metilr.evaluation.runs
+    import metilr.report.page
+    import metilr.training.cli
+    import metilr.training.run  # noqa: F401
     from tests import faults  # noqa: F401
 
     groups: set[Any] = set()
@@ -143,7 +166,7 @@ def _wait(pid: int, since: str | None) -> tuple[int | None, float]:
 def _run(job: dict[str, Any]) -> int:
     from lightning_utilities.core import rank_zero
 
-    from metilr.cli import run_command, run_main
+    from metilr.cli import main, run_command, run_main
     from tests.faults import Operations
 
     os.chdir(job["cwd"])
@@ -157,8 +180,10 @@ def _run(job: dict[str, Any]) -> int:
         name, *options = job["command"]
         if name == "train":
             run_main("metilr.training.cli:train", options, prog="train.py")
-        else:
+        elif name == "evaluate":
             run_command("metilr.commands.evaluate:evaluate", options, prog="evaluate.py")
+        else:
+            main([name, *options])
     except SystemExit as stop:
         return int(stop.code or 0)
     except BaseException:

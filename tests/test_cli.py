@@ -290,10 +290,11 @@ VISION = {"torchvision", "timm", "pytorch_lightning", "matplotlib", "wandb", "op
 HEAVY = {*VISION, "torch", "faiss", "sklearn"}
 
 
-def imported_by(*commands: str, cwd: Path | None = None) -> set[str]:
+def imported_by(*commands: str, cwd: Path | None = None, setup: str = "") -> set[str]:
     """Top-level modules that a process has imported after some command lines, each to its end."""
     code = f"""
 import sys
+{setup}
 from metilr.cli import main
 for args in {[command.split() for command in commands]!r}:
     try:
@@ -315,14 +316,15 @@ def test_help_and_mistakes_import_nothing_that_takes_seconds():
 
 
 def test_what_looks_at_files_alone_imports_no_network_library(tiny_museum, tmp_path, server):
-    """A sweep's rows run in processes of their own; a comparison draws, which the others do not."""
+    """A sweep's rows run in processes of their own, ones that do nothing here; a comparison alone draws."""
     first = Path(__file__).parent / "fixtures/first_edition_run"
     (tmp_path / "config.yaml").write_text("weights: nowhere.pth")
     commands = (
         f"verify {tiny_museum} --decode", f"download --mirror {server.url} --queries",
         f"sweep config.yaml --root {tiny_museum}",
     )  # fmt: skip
-    assert not imported_by(*commands, cwd=tmp_path) & VISION
+    rows = "from metilr.commands import sweep; sweep._command = lambda row: ['true']"
+    assert not imported_by(*commands, cwd=tmp_path, setup=rows) & VISION
     drawing = imported_by(f"describe {tiny_museum}", f"compare {first}", cwd=tmp_path)
     assert "matplotlib" in drawing and not drawing & (VISION - {"matplotlib"})
 

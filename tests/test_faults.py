@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -298,19 +297,9 @@ register_optimizer_step_pre_hook(die)
 
 def test_one_of_two_training_processes_is_killed(place):
     """As torchrun starts them; the second one dies in its second step."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     folder = place.folder / "failed"
     command = [*place.commands["train"], "--trainer.devices", 2]
-    started = []
-    for rank in (0, 1):
-        launched = {
-            "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test",
-        }  # fmt: skip
-        setup = DIES_IN_ITS_SECOND_STEP if rank else ""
-        env = {key: str(value) for key, value in launched.items()}
-        started.append(place.forks.start(folder, command, setup, env=env))
+    started = place.forks.start_as_torchrun(folder, command, ["", DIES_IN_ITS_SECOND_STEP])
     first, second = (place.forks.wait(one, since=folder / "died") for one in started)
     assert 0 < first.seconds < MINUTE
     assert second.status == -signal.SIGKILL, second.printed

@@ -1,5 +1,6 @@
 """The extraction loop: what batch size 1 gives, for any batching, number of processes and interruptions."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytorch_lightning.strategies import DDPStrategy
 from rich.console import Console
 
 from metilr.data import views as images
@@ -66,6 +68,16 @@ def one_by_one(embedder, museum, split) -> np.ndarray:
     return np.stack(rows)
 
 
+@pytest.fixture
+def forked(monkeypatch) -> None:
+    """Has several processes forked from one that has imported everything, where each new one takes seconds to."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["metilr.extraction.describe"])
+    monkeypatch.setattr(
+        "metilr.extraction.describe.DDPStrategy",
+        lambda **options: DDPStrategy(**{**options, "start_method": "forkserver"}),
+    )
+
+
 def n_made(store: DescriptorStore) -> int:
     return sum(int(store.is_valid(split).sum()) for split in SPLITS)
 
@@ -95,7 +107,7 @@ def test_decoding_processes_change_no_byte_and_threads_no_more_than_rounding(emb
 
 
 def test_two_processes_give_the_rows_of_one_and_each_view_is_described_as_alone(
-    embedder, museum, tmp_path, monkeypatch
+    embedder, museum, tmp_path, monkeypatch, forked
 ):
     kinds = [SimulatedVisits(4, seed=3), CentreCrops((0.8, 0.5))]
     one = describe(embedder, museum, tmp_path / "one", views=kinds)
@@ -135,7 +147,7 @@ def test_a_bad_image_has_no_views(embedder, museum, tmp_path):
         open_descriptors([store.path], museum, [SimulatedVisits(4)])
 
 
-def test_a_bad_image_ends_two_processes_with_one_line(embedder, museum, tmp_path):
+def test_a_bad_image_ends_two_processes_with_one_line(embedder, museum, tmp_path, forked):
     path = museum.image(museum.paths["val"][1])
     path.write_bytes(path.read_bytes()[:-200])
     options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=4)
@@ -185,12 +197,12 @@ def interrupt_after(batches: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(DescriptorWriter, "write_on_batch_end", write_then_interrupt)
 
 
-KILLED_RUN = """
-import os, sys
+SIGNALS_ITSELF = """
+import os, signal, sys
 from metilr.extraction.module import DescriptorWriter
-from metilr.cli import run_command
-from metilr.commands.evaluate import evaluate
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who is run in the background is handed down an ignored one
+os._exit = sys.exit  # end as a process of its own does
 write = DescriptorWriter.write_on_batch_end
 written = []
 
@@ -198,31 +210,21 @@ def write_then_signal(self, *args, **kwargs):
     write(self, *args, **kwargs)
     written.append(1)
     if len(written) == 3:
-        os.kill(os.getpid(), int(sys.argv.pop()))
+        os.kill(os.getpid(), {number})
 
 DescriptorWriter.write_on_batch_end = write_then_signal
-if __name__ == "__main__":
-    signal_number = sys.argv[-1]
-    run_command(evaluate, sys.argv[1:-1])
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_ended_command_continues_to_the_same_bytes(embedder, museum, tmp_path, number):
-    (tmp_path / "killed.py").write_text(KILLED_RUN)
-    options = [
-        *("--root", str(museum.root), "--backbone", "timm/test_resnet", "--weights", "random", "--accelerator", "cpu"),
-        *("--batch_size", "4", "--num_workers", "1", "--store", str(tmp_path / "store")),
+def test_an_ended_command_continues_to_the_same_bytes(embedder, museum, tmp_path, forks, number):
+    command = [
+        *("evaluate", "--root", museum.root, "--backbone", "timm/test_resnet", "--weights", "random"),
+        *("--accelerator", "cpu", "--batch_size", 4, "--num_workers", 1, "--store", tmp_path / "store"),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, str(tmp_path / "killed.py"), *options, str(int(number))]
-    run = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
-        # Whoever runs the tests in the background hands down an ignored Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    assert run.returncode == 130 and "Traceback" not in run.stderr, run.stderr
-    assert "interrupted; finished work is kept" in run.stderr.splitlines()[-1]
+    ended = forks.run(tmp_path / "run", command, SIGNALS_ITSELF.format(number=int(number)))
+    assert ended.status == 130 and "Traceback" not in ended.printed, ended.printed
+    assert "interrupted; finished work is kept" in ended.printed.splitlines()[-1]
     killed = DescriptorStore(tmp_path / "store")
     assert 0 < n_made(killed) < sum(len(paths) for paths in museum.paths.values())
 
@@ -250,7 +252,7 @@ if __name__ == "__main__":
 """
 
 
-def test_torchrun_gives_one_result_and_the_rows_of_one_process(embedder, museum, tmp_path):
+def test_torchrun_gives_one_result_and_the_rows_of_one_process(embedder, museum, tmp_path, forks):
     (tmp_path / "slow.py").write_text(SLOW_SECOND_PROCESS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = [
@@ -261,11 +263,12 @@ def test_torchrun_gives_one_result_and_the_rows_of_one_process(embedder, museum,
     slow = [*launcher, str(tmp_path / "slow.py"), *options]
     run = subprocess.run(slow, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
     assert run.returncode == 0, run.stderr  # the first process waited for the other's rows
-    assert len(list((tmp_path / "runs").glob("20*"))) == 1
-    command = [*launcher, str(REPOSITORY / "evaluate.py"), *options, "--whitening", "learned", "--visits", "1"]
-    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
-    assert again.returncode == 0, again.stderr  # the images are there, their visits are shared out
-    assert len(list((tmp_path / "runs").glob("20*/results.json"))) == 2
+    assert len(list((tmp_path / "runs").glob("20*/results.json"))) == len(list((tmp_path / "runs").glob("20*"))) == 1
+    command = ["evaluate", *options, "--whitening", "learned", "--visits", "1"]
+    for each in forks.start_as_torchrun(tmp_path / "again", command):
+        again = forks.wait(each)
+        assert again.status == 0, again.printed  # the images are there, their visits are shared out
+    assert len(list((tmp_path / "again/runs").glob("20*/results.json"))) == 1
     one = describe(embedder, museum, tmp_path / "one")
     for split in SPLITS:
         np.testing.assert_allclose(

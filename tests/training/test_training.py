@@ -5,10 +5,7 @@ import csv
 import io
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +25,7 @@ from metilr.retrieval.whitening import fit_learned_whitening
 from metilr.training import FineTuningOptions
 from metilr.training.augmentations import SimulatedVisit
 from metilr.training.module import P_BOUNDS, FineTuning
+from tests.forks import Outcome
 from tests.museum import write_ground_truth, write_museum
 from tests.small_runs import evaluate
 
@@ -57,11 +55,17 @@ def run(*options: object) -> None:
     run_main("metilr.training.cli:train", [*TINY, *map(str, options)], prog="train.py")
 
 
-def run_apart(*options: object, **environment: str) -> subprocess.CompletedProcess:
-    """In a process of its own: for several, and for W&B."""
-    command = [sys.executable, str(REPOSITORY / "train.py"), *TINY, *map(str, options)]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def run_apart(forks, museum):
+    """Runs in a process of its own: several, which Lightning starts with the command line of the first, or W&B's."""
+
+    def run_apart(*options: object, setup: str = "") -> Outcome:
+        command = [*TINY, *map(str, options)]
+        argv = [str(REPOSITORY / "train.py"), *command]
+        as_script = f"import sys, __main__; sys.argv, __main__.__spec__ = {argv!r}, None\n"
+        return forks.run(Path.cwd(), ["train", *command], as_script + setup)
+
+    return run_apart
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +149,10 @@ def test_the_same_command_gives_the_same_weights_with_any_number_of_decoding_pro
     assert not changed(*(checkpoint(folder / "last.ckpt")["state_dict"] for folder in (trained, Path("out"))))
 
 
-def test_two_processes_give_the_losses_and_weights_of_one():
+def test_two_processes_give_the_losses_and_weights_of_one(run_apart):
     options = ["--data.pairing", "syn+real+neg", "--model.lr", "1e-4", "--model.warmup_steps", "0", *NTXENT]
     run("--output", "one", *options)
-    assert run_apart("--output", "two", *options, "--trainer.devices", 2).returncode == 0
+    assert run_apart("--output", "two", *options, "--trainer.devices", 2).status == 0
     assert column("two", "train/loss") == pytest.approx(column("one", "train/loss"), abs=1e-4)
     start = FineTuning(FineTuningOptions(**UNTRAINED)).state_dict()
     one, two = (checkpoint(f"{name}/last.ckpt")["state_dict"] for name in ("one", "two"))
@@ -157,11 +161,11 @@ def test_two_processes_give_the_losses_and_weights_of_one():
     assert apart.norm() < 0.1 * moved.norm()
 
 
-def test_a_corrupt_image_stops_all_processes_or_is_left_out(museum):
+def test_a_corrupt_image_stops_all_processes_or_is_left_out(museum, run_apart):
     (museum / "images/MET/41/4.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
     failed = run_apart("--data.pairing", "syn+neg", "--trainer.devices", 2, "--output", "out")
-    assert failed.returncode == 2 and "MET/41/4.jpg: cannot be decoded" in failed.stderr
-    assert "Traceback" not in failed.stderr
+    assert failed.status == 2 and "MET/41/4.jpg: cannot be decoded" in failed.printed
+    assert "Traceback" not in failed.printed
     run("--data.pairing", "syn+neg", "--data.bad_images", "skip", "--output", "skipping")
     assert len(column("skipping", "train/loss")) == 2 * 4  # 14 pairs
 
@@ -361,10 +365,14 @@ def test_a_first_attempt_that_failed_does_not_block_its_folder(capsys):
     assert yaml.safe_load(Path("out/config.yaml").read_text())["data"]["root"] == "museum"
 
 
-def test_wandb_offline_logs_curves_config_and_pictures(monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE")
-    assert run_apart(*TRAINED, "--output", "out", "--wandb", "auto", HOME=str(Path.cwd())).returncode == 0  # no netrc
+def test_wandb_offline_logs_curves_config_and_pictures(run_apart):
+    without_account = """
+import os
+os.environ["HOME"] = os.getcwd()  # no netrc
+for name in ("WANDB_API_KEY", "WANDB_MODE"):
+    os.environ.pop(name, None)
+"""
+    assert run_apart(*TRAINED, "--output", "out", "--wandb", "auto", setup=without_account).status == 0
     [folder] = Path("out/wandb").glob("offline-run-*")
     assert list(folder.glob("*.wandb")) and list(folder.rglob("pairs*.table.json"))
     staged = [file for file in Path("out/wandb/artifacts").rglob("*") if file.is_file()]
