@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from metilr.commands.evaluate import evaluate as evaluate
     from metilr.data.ground_truth import GroundTruth as GroundTruth, load_ground_truth as load_ground_truth
     from metilr.errors import UserError as UserError
-    from metilr.evaluation.options import MethodOptions as MethodOptions, ReportOptions as ReportOptions
+    from metilr.evaluation.options import (
+        ComparisonOptions as ComparisonOptions,
+        MethodOptions as MethodOptions,
+        ReportOptions as ReportOptions,
+    )
     from metilr.evaluation.results import Results as Results, Run as Run, load_run as load_run
     from metilr.extraction.describe import describe_images as describe_images
     from metilr.extraction.options import ExtractionOptions as ExtractionOptions
@@ -51,7 +55,7 @@ _HOMES = {
     "commands.evaluate": ("evaluate",),
     "data.ground_truth": ("GroundTruth", "load_ground_truth"),
     "errors": ("UserError",),
-    "evaluation.options": ("MethodOptions", "ReportOptions"),
+    "evaluation.options": ("ComparisonOptions", "MethodOptions", "ReportOptions"),
     "evaluation.results": ("Results", "Run", "load_run"),
     "extraction.describe": ("describe_images",),
     "extraction.options": ("ExtractionOptions",),

@@ -315,6 +315,28 @@ def test_help_and_mistakes_import_nothing_that_takes_seconds():
     assert "metilr" in imported and not imported & HEAVY
 
 
+GONE = (  # commands, each with a path that is not there
+    "identify nosuch.jpg nosuch --store INDEX", "identify nosuch --run RUN", "identify photos --store INDEX",
+    "identify nosuch.jpg --store nosuch", "identify nosuch.jpg --run nosuch", "serve --store nosuch",
+    "serve --run nosuch", "serve --store INDEX --ckpt nosuch", "export-descriptors nosuch out.pkl",
+    "pack nosuch out.ckpt", "rerun nosuch", "compare nosuch", "index nosuch out",
+)  # fmt: skip
+
+
+def test_a_path_that_is_not_there_is_named_in_one_line_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder, file in (("INDEX", "index.json"), ("RUN", "results.json"), ("photos", "notes.txt")):
+        Path(folder).mkdir()
+        Path(folder, file).touch()  # whose content would be refused, too
+    for command in GONE:
+        with pytest.raises(SystemExit) as stop:
+            main(command.split())
+        printed = capsys.readouterr()
+        assert stop.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
+        assert ("nosuch" in printed.err or "photos: no images inside" in printed.err) and ".json:" not in printed.err
+    assert not imported_by(*GONE[:-1], cwd=tmp_path) & HEAVY  # an index's options ask PyTorch for devices
+
+
 def test_what_looks_at_files_alone_imports_no_network_library(tiny_museum, tmp_path, server):
     """A sweep's rows run in processes of their own, ones that do nothing here; a comparison alone draws."""
     first = Path(__file__).parent / "fixtures/first_edition_run"

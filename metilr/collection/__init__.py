@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from metilr.data.decode import MAX_PHOTO_MEGAPIXELS, pixels_of
 from metilr.errors import UserError
-from metilr.evaluation.results import FEW_ACCEPTED, MIN_PRECISION, Run
+from metilr.evaluation.results import FEW_ACCEPTED, MIN_PRECISION, Run, read_results
 from metilr.extraction.options import Accelerator
 from metilr.metrics.open_set import threshold_for_precision
 
@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from metilr.collection.collection import Answer, Collection
 
 Decision = Literal["exhibit", "not in the collection", "undecided"]
+
+
+def index_file(path: Path) -> Path:
+    """The ``index.json`` of an index's folder; UserError if there is none."""
+    file = Path(path) / "index.json"
+    if not file.exists():
+        reason = "it has no index.json" if Path(path).exists() else "no such folder"
+        raise UserError(f"{path}: not an index ({reason}); make one with metilr index")
+    return file
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,12 @@ class PhotoOptions:
             what = "is a log-confidence, at most 0 and finite (log 0.5 is -0.69)"
             raise UserError(f"{self.threshold}: {what}", "threshold")
         pixels_of(self.max_megapixels)
+        if self.run is not None and not (Path(self.run) / "results.json").exists():
+            read_results(self.run)  # which says why it cannot
+        if self.store is not None:
+            index_file(self.store)
+        if self.ckpt is not None and not Path(self.ckpt).is_file():
+            raise UserError(f"{self.ckpt}: no such file", "ckpt")
 
     @property
     def max_pixels(self) -> int:

@@ -49,8 +49,6 @@ def identify(
     Raises:
         UserError: If an option or a file is not usable, or no photo can be read; says which and what to do.
     """
-    from metilr.collection.open_collection import open_with_threshold  # torch, which --help needs not
-
     options = options or PhotoOptions()
     if matches < 1:
         raise UserError(f"{matches}: must be at least 1", "matches")
@@ -59,11 +57,15 @@ def identify(
     photos = [photos] if isinstance(photos, (str, Path)) else photos
     if not photos:
         raise UserError("name one or more photos, or folders of photos")
+    listed = _listed(photos)
+    _refuse_none([each for each in listed if isinstance(each, Identified)], len(listed))
+    from metilr.collection.open_collection import open_with_threshold  # torch, which takes seconds
+
     console = make_console(quiet=json)
     collection, chosen = open_with_threshold(options)
     console.print(_head(collection, chosen))
     answered = []
-    for photo in _answers(collection, chosen, photos, matches, options.max_pixels, page is not None):
+    for photo in _answers(collection, chosen, listed, matches, options.max_pixels, page is not None):
         console.print(_lines(photo, collection))
         answered.append(photo)
     if json:
@@ -77,36 +79,55 @@ def identify(
     if page is not None:
         write_page(Path(page), collection, chosen, answered)
         console.print(f"wrote {escape(str(page))}")
-    if all(photo.answer is None for photo in answered):
-        raise UserError(f"no photo could be read; the first, {printable(answered[0].name)}: {answered[0].error}")
+    _refuse_none([photo for photo in answered if photo.answer is None], len(answered))
     return answered
 
 
-def _answers(
-    collection: "Collection", threshold: Threshold, photos: Sequence[Path], n_matches: int, max_pixels: int, draw: bool
-) -> Iterator[Identified]:
-    from metilr.report.page import jpeg_of
-
+def _listed(photos: Sequence[Path]) -> list[Path | Identified]:
+    """The files of photos and folders, and in the place of what gives none why it does not."""
+    listed: list[Path | Identified] = []
     for named in map(Path, photos):
+        if not named.exists():
+            listed.append(Identified(str(named), error="no such file or folder; name a photo, or a folder of photos"))
+            continue
         try:
             files, left_aside = find_images(named) if named.is_dir() else ([named], "")
         except UserError as error:
-            yield Identified(str(named), error=str(error))
+            listed.append(Identified(str(named), error=str(error)))
             continue
         if left_aside:
             remedy = "convert images among them to JPEG, name linked folders"
-            yield Identified(str(named), error=f"left aside: {left_aside}; {remedy}")
-        for file in files:
-            try:
-                photo, answer = collection.answer_file(file, max_pixels, n_matches, draw)
-            except BadPhotoError as error:
-                hint = ", or raise max_megapixels" if isinstance(error, TooManyPixelsError) else ""
-                yield Identified(str(file), error=f"{error}{hint}")
-            else:
-                picture = jpeg_of(photo.image) if draw else None
-                decision = threshold.decide(answer.log_confidence)
-                has_val = threshold.figures is not None
-                yield Identified(str(file), answer, decision, None, photo.reduced, picture, has_val)
+            listed.append(Identified(str(named), error=f"left aside: {left_aside}; {remedy}"))
+        listed += files
+    return listed
+
+
+def _refuse_none(bad: Sequence[Identified], n: int) -> None:
+    """Fail if all of n photos are bad."""
+    if len(bad) == n:
+        raise UserError(f"no photo could be read; the first, {printable(bad[0].name)}: {bad[0].error}")
+
+
+def _answers(
+    collection: "Collection", threshold: Threshold, listed: Sequence[Path | Identified], n_matches: int,
+    max_pixels: int, draw: bool,
+) -> Iterator[Identified]:  # fmt: skip
+    from metilr.report.page import jpeg_of
+
+    for file in listed:
+        if isinstance(file, Identified):
+            yield file
+            continue
+        try:
+            photo, answer = collection.answer_file(file, max_pixels, n_matches, draw)
+        except BadPhotoError as error:
+            hint = ", or raise max_megapixels" if isinstance(error, TooManyPixelsError) else ""
+            yield Identified(str(file), error=f"{error}{hint}")
+        else:
+            picture = jpeg_of(photo.image) if draw else None
+            decision = threshold.decide(answer.log_confidence)
+            has_val = threshold.figures is not None
+            yield Identified(str(file), answer, decision, None, photo.reduced, picture, has_val)
 
 
 def _head(collection: "Collection", threshold: Threshold) -> str:

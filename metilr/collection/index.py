@@ -1,21 +1,27 @@
 """``metilr index``: a museum's own images, made ready for ``metilr identify`` and ``metilr serve``."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pydantic
 from rich.markup import escape
 
-from metilr.data.decode import limit_images
+from metilr.cli import flat
+from metilr.collection import index_file
+from metilr.data.decode import file_size, limit_images
 from metilr.data.folder import Catalogue, read_catalogue
 from metilr.data.ground_truth import is_place_below
+from metilr.distributed import launched_as_first, quieten_lightning
 from metilr.errors import UserError, amount
-from metilr.evaluation.options import DELETED, MethodOptions, method_of_elements
+from metilr.evaluation.options import DELETED, ComparisonOptions, MethodOptions, method_of_elements
 from metilr.evaluation.results import Count, ImageSize, Part, Positive, Text, Vote, read_json, why
+from metilr.evaluation.runs import plain_options, refuse_other_options, skipped_images
 from metilr.extraction.options import ExtractionOptions, Precision
+from metilr.extraction.store import DescriptorStore
 from metilr.files import write_atomically
 from metilr.models import RANDOM, Engine, ModelOptions, PatchRounding, PoolingName
 from metilr.progress import make_console
@@ -36,15 +42,13 @@ def index(
     csv: Path | None = None,
     model: ModelOptions | None = None,
     extraction: ExtractionOptions | None = None,
-    method: MethodOptions | None = None,
+    method: ComparisonOptions | None = None,
     approximate: bool = False,
 ) -> Path | None:
     """Describe a folder of a museum's own images, to identify photos.
 
     A sub-folder is an exhibit, with all images below it; an image beside the sub-folders is an exhibit of its own,
-    named as the file without its ending. Interrupted, the same command continues. An evaluation chooses k and tau on
-    val, which an index has not: without them they are 10 and 50. Images and photos are resized to 500 px, if nothing
-    else is said.
+    named as the file without its ending. Interrupted, the same command continues. Photos are resized as the images.
 
     Args:
         folder: Folder with the images.
@@ -61,7 +65,18 @@ def index(
     Raises:
         UserError: If an option, a file or the data is not usable; says which and what to do.
     """
-    from metilr.distributed import launched_as_first, quieten_lightning
+    folder, output, csv = Path(folder), Path(output), None if csv is None else Path(csv)
+    console = make_console(quiet=not launched_as_first())
+    model, extraction, given = model or ModelOptions(), extraction or ExtractionOptions(), method or ComparisonOptions()
+    options = plain_options(flat({"folder": folder, "csv": csv, "model": model, "extraction": extraction,
+                                  "method": given, "approximate": approximate}))  # fmt: skip
+    _check(folder, output, method := MethodOptions(**vars(given)), approximate)
+    catalogue = read_catalogue(folder, csv)
+    if (output / "index.json").exists():
+        _refuse_another(output, catalogue, options)
+        console.print(f"finished already: {escape(str(output))}")
+        return output if launched_as_first() else None
+
     from metilr.evaluation.database import build_searchable, views_of, whitening_of
     from metilr.evaluation.recognition import check_method
     from metilr.extraction.describe import describe_images
@@ -69,12 +84,8 @@ def index(
     from metilr.models.checkpoints import build_model
     from metilr.retrieval.approximate import check_size
 
-    folder, output, console = Path(folder), Path(output), make_console()
-    model, extraction, method = model or ModelOptions(), extraction or ExtractionOptions(), method or MethodOptions()
-    _check(folder, output, method, approximate)
     limit_images(extraction.max_megapixels)
     quieten_lightning()
-    catalogue = read_catalogue(folder, csv)
     ground_truth, n_images, n_exhibits = catalogue.ground_truth(), len(catalogue.paths), len(catalogue.names)
     what = f"{amount(n_images, 'image')} of {amount(n_exhibits, 'exhibit')}"
     progress = make_console(quiet=extraction.quiet)
@@ -96,14 +107,14 @@ def index(
     if not launched_as_first():
         return None
     opened = open_descriptors([store.path], ground_truth, views)
-    is_valid = opened.is_valid["database"]
+    is_valid, left_out = opened.is_valid["database"], skipped_images(opened, ground_truth)
+    if len(set(ground_truth.labels["database"][is_valid].tolist())) < 2:
+        raise UserError(f"{folder}: fewer than 2 exhibits have a usable image: {_first(left_out)}; mend the images")
     n_decoded = int(is_valid.sum())
     n_rows = n_decoded * method.rows_per_image
     k = min(USUAL_K * method.rows_per_image, n_rows) if method.k is None else method.k
     if k > n_rows:
         raise UserError(f"{k}: {n_decoded:,} images could be decoded; choose k from 1 to {n_rows}", "k")
-    if len(set(ground_truth.labels["database"][is_valid].tolist())) < 2:
-        raise UserError(f"{folder}: fewer than 2 exhibits have an image that can be decoded; mend the images")
     whitening = whitening_of(opened, ground_truth, method)
     if whitening is not None:
         whitening.save(output / "whitening.npz")
@@ -112,9 +123,9 @@ def index(
 
         made_from = digest_of_database(store, method, model.seed, whitening)
         save_searchable(build_searchable(opened, ground_truth, method, whitening), output / APPROXIMATE, made_from)
-    made = describe_index(catalogue, model, extraction, replace(method, k=k), whitening is not None)
+    made = describe_index(catalogue, model, extraction, replace(method, k=k), whitening is not None, options)
     write_atomically(output / "index.json", json.dumps(made.model_dump(by_alias=True), indent=1) + "\n")  # the last
-    for note in _notes(embedder, method, whitening, n_images - n_decoded):
+    for note in _notes(embedder, method, whitening, left_out):
         console.print(f"[bold yellow]note:[/] {escape(note)}")
     where = escape(str(output))
     console.print(f"wrote {where}; now: metilr identify PHOTO --store {where}")
@@ -122,8 +133,6 @@ def index(
 
 
 def _check(folder: Path, output: Path, method: MethodOptions, approximate: bool) -> None:
-    if (output / "index.json").exists():
-        raise UserError(f"{output}: holds an index already; name another folder, or delete it", "output")
     if folder.resolve() in (output.resolve(), *output.resolve().parents):
         raise UserError(f"{output}: lies among the images of {folder}; name a folder elsewhere", "output")
     if (output / APPROXIMATE).exists() and not approximate:
@@ -134,7 +143,24 @@ def _check(folder: Path, output: Path, method: MethodOptions, approximate: bool)
         raise UserError("has no effect on an index; leave it out", "search_device")
 
 
-def _notes(embedder: "Embedder", method: MethodOptions, whitening: "PCAWhitening | None", n_skipped: int) -> list[str]:
+def _refuse_another(output: Path, catalogue: Catalogue, options: Mapping[str, Any]) -> None:
+    """Refuse a finished index that the same command would now make otherwise."""
+    made = Index.load(output)
+    refuse_other_options(output, made.options, options)
+    sizes = np.array([file_size(catalogue.folder / path) or 0 for path in catalogue.paths], np.int64)
+    are_same = (made.catalogue.paths, made.catalogue.exhibits) == (catalogue.paths, catalogue.exhibits)
+    if not are_same or DescriptorStore(output / "store").pending("database", sizes, retry_bad=False).any():
+        changed = f"holds an index of {catalogue.folder} as it was before images changed there"
+        raise UserError(f"{output}: {changed}; name another folder, or delete it", "output")
+
+
+def _first(left_out: Sequence[Mapping[str, str]]) -> str:
+    return "; ".join([*(image["reason"] for image in left_out[:3]), *(["..."] if len(left_out) > 3 else [])])
+
+
+def _notes(
+    embedder: "Embedder", method: MethodOptions, whitening: "PCAWhitening | None", left_out: Sequence[Mapping[str, str]]
+) -> list[str]:
     from metilr.retrieval.whitening import DEFAULT_DIM
 
     notes = []
@@ -147,8 +173,8 @@ def _notes(embedder: "Embedder", method: MethodOptions, whitening: "PCAWhitening
             " no more; with few, photos of other things look similar to something: compare with whitening none, or with"
             " the whitening of a larger museum"
         )
-    if n_skipped:
-        notes.append(f"left out: {amount(n_skipped, 'image')}, missing, not to be decoded or too small")
+    if left_out:
+        notes.append(f"left out: {amount(len(left_out), 'image')}: {_first(left_out)}")
     return notes
 
 
@@ -203,17 +229,16 @@ class Index(Part):
     elements: Elements
     knn: Vote
     versions: dict[str, Any]
+    options: dict[str, Any] = pydantic.Field(default_factory=dict)  # of the command; an index of before has none
 
     @classmethod
     def load(cls, path: Path) -> "Index":
         """Read ``index.json`` of a folder; UserError if it holds none, or one of another schema."""
-        file = path / "index.json"
+        file = index_file(path)
         try:
             index = cls.model_validate(read_json(file))
             _ = index.method, index.model_options  # what they refuse is refused here
             return index
-        except FileNotFoundError:
-            raise UserError(f"{path}: not an index (it has no index.json); make one with metilr index") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: cannot be read ({why(error)}); delete {path} and make the index again") from None
 
@@ -245,19 +270,20 @@ def recorded_model(recorded: Mapping[str, Any], ckpt: Path | None = None) -> Mod
 
 
 def describe_index(
-    catalogue: Catalogue, model: ModelOptions, extraction: ExtractionOptions, method: MethodOptions, whitened: bool
-) -> Index:
-    """What ``index.json`` is to say."""
+    catalogue: Catalogue, model: ModelOptions, extraction: ExtractionOptions, method: MethodOptions, whitened: bool,
+    options: Mapping[str, Any],
+) -> Index:  # fmt: skip
+    """What ``index.json`` is to say; ``options`` are the command's, plain."""
     from metilr.provenance import library_versions
 
-    options = {**asdict(model), "precision": str(extraction.precision), "engine": extraction.engine}
-    options["ckpt"] = None if model.ckpt is None else str(model.ckpt)
-    options["scales"] = None if model.scales is None else list(model.scales)
+    described_by = {**asdict(model), "precision": str(extraction.precision), "engine": extraction.engine}
+    described_by["ckpt"] = None if model.ckpt is None else str(model.ckpt)
+    described_by["scales"] = None if model.scales is None else list(model.scales)
     return Index(
         schema="metilr.index/2",
         folder=str(catalogue.folder),
         images=[Image(path=path, exhibit=name) for path, name in zip(catalogue.paths, catalogue.exhibits, strict=True)],
-        model=Model(**options),
+        model=Model(**described_by),
         image_size=extraction.image_size,
         whitening=whitened,
         elements=Elements(
@@ -268,4 +294,5 @@ def describe_index(
         ),
         knn=Vote.model_validate({"k": method.k, "tau": method.tau}),
         versions=dict(library_versions()),
+        options=dict(options),
     )

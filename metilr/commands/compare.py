@@ -35,10 +35,10 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
         runs: Folders that evaluations wrote; the first is the baseline of the differences.
         output: Folder for the files, which replace those of an earlier comparison; without it a dated one under runs/.
     """
-    from metilr.report.plots import plot_comparison  # matplotlib, which help does not need
-
     console = make_console()
     read = _read_runs(runs)
+    from metilr.report.plots import plot_comparison  # matplotlib, which takes a second
+
     known = {name: published(run.results) for name, run in read.items()}
     groups = _by_data(read)
     folder = make_output(output, "compare")

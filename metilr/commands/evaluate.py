@@ -17,10 +17,10 @@ from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_trut
 from metilr.distributed import PARENT_VARIABLE, end_if_unguarded, end_with_parent, launched_as_first, quieten_lightning
 from metilr.errors import UserError
 from metilr.evaluation.database import views_of
-from metilr.evaluation.options import MethodOptions, ReportOptions
+from metilr.evaluation.options import MethodOptions, ReportOptions, without_deleted
 from metilr.evaluation.recognition import Recognition, check_method, check_recognition, recognise
-from metilr.evaluation.results import Results
-from metilr.evaluation.runs import output_folder, summarise, write_answers
+from metilr.evaluation.results import Results, read_run
+from metilr.evaluation.runs import output_folder, plain_options, refuse_other_options, summarise, write_answers
 from metilr.extraction.descriptors import open_descriptors
 from metilr.extraction.options import ExtractionOptions
 from metilr.models import ModelOptions
@@ -102,6 +102,10 @@ def evaluate(
     root = make_demo(DEMO, progress=not quiet) if root is None else root
     synthetic = (root / "demo.json").exists()
     ground_truth = load_ground_truth(root, database)
+    if output is not None and (output / "results.json").exists():
+        finished = _finished(output, ground_truth, options)
+        console.print(f"finished already: {escape(str(output))}")
+        return finished if is_first else None
     progress.print(_data_line(ground_truth, synthetic))
     views, embedder, name = views_of(method, model.seed), None, "descriptors"
     if not descriptors:
@@ -134,6 +138,21 @@ def evaluate(
         assert folder is not None
         _leave_behind(folder, results, ground_truth, recognition, check, report, console, progress)
     return results
+
+
+def _finished(folder: Path, ground_truth: GroundTruth, options: Mapping[str, Any]) -> Results:
+    """Read what the same command has left, or refuse what another one has."""
+    refuse_other_options(folder, options_of_run(folder), plain_options(options))
+    results = read_run(folder).results
+    if results.data.fingerprint != ground_truth.fingerprint():
+        changed = f"holds results of {ground_truth.root} as it was before its ground truth changed"
+        raise UserError(f"{folder}: {changed}; name another folder, or delete it", "output")
+    return results
+
+
+def options_of_run(folder: Path) -> dict[str, Any]:
+    """The options that a finished run was made with, defaults for those that it is too old to have."""
+    return {**plain_options(flat_defaults(evaluate)), **without_deleted(read_run(folder).config)}
 
 
 def _leave_behind(

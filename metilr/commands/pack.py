@@ -6,6 +6,7 @@ from typing import Any
 from rich.markup import escape
 
 from metilr.errors import UserError
+from metilr.evaluation.database import CHECKPOINT
 from metilr.evaluation.results import read_run
 from metilr.progress import make_console
 
@@ -20,20 +21,19 @@ def pack(run: Path, output: Path) -> None:
         run: Folder that metilr evaluate wrote.
         output: File to write, ending in .ckpt.
     """
-    import numpy as np  # these take seconds, which --help need not
-    import torch
-
-    from metilr.collection.open_collection import embedder_of_run, whitening_of_run
-    from metilr.evaluation.database import CHECKPOINT
-    from metilr.models.checkpoints import EMBEDDER, FORMAT, model_entry, write_checkpoint
-    from metilr.retrieval.whitening import parts_of_whitening
-
     output = Path(output)
     if output.suffix != CHECKPOINT:
         raise UserError(f"{output}: name a file that ends in {CHECKPOINT}", "output")
     if output.exists():
         raise UserError(f"{output}: is there already; name another file, or delete it", "output")
     finished = read_run(Path(run))
+    import numpy as np  # these take seconds
+    import torch
+
+    from metilr.collection.open_collection import embedder_of_run, whitening_of_run
+    from metilr.models.checkpoints import EMBEDDER, FORMAT, model_entry, write_checkpoint
+    from metilr.retrieval.whitening import parts_of_whitening
+
     model = finished.results.model
     if finished.config.get("descriptors") or model.store is None:
         raise UserError(f"{run}: was made from descriptors, so it has no model; evaluate from a root")

@@ -82,6 +82,8 @@ def rerun(
     given = {"root": root, "accelerator": accelerator, "devices": devices}
     options |= {name: value for name, value in given.items() if value is not None}
     folder = make_output(output, "rerun")
+    if (folder / "results.json").exists():  # which evaluate would not make again
+        raise UserError(f"{folder}: holds results already; name another folder, or delete it", "output")
     options |= {"output": folder, "quiet": quiet, "wandb": "off"}
     if not options["descriptors"]:  # else there is nothing to describe
         # A file that may be somebody else's says where the rows were: there they are read, and nothing is written.

@@ -18,15 +18,13 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Column, Table
 
-from metilr.cli import flat_defaults, parse_options
+from metilr.cli import parse_options
 from metilr.commands.compare import compare
-from metilr.commands.evaluate import evaluate
+from metilr.commands.evaluate import evaluate, options_of_run
 from metilr.data.ground_truth import DatabaseName
 from metilr.distributed import PARENT_VARIABLE
 from metilr.errors import UserError
-from metilr.evaluation.options import without_deleted
-from metilr.evaluation.results import read_run
-from metilr.evaluation.runs import RUNS, make_output, plain_options
+from metilr.evaluation.runs import RUNS, make_output, plain_options, refuse_other_options
 from metilr.files import write_atomically
 from metilr.progress import make_console
 
@@ -161,11 +159,8 @@ def _written(option: str, value: str) -> list[str]:
 
 def _refuse_other_options(row: Row) -> None:
     """Refuse a finished row that stands for something else than what is asked for now."""
-    before = {**plain_options(flat_defaults(evaluate)), **without_deleted(read_run(row.folder).config)}
-    for name, value in row.options.items():
-        if name not in CHANGE_NO_FIGURE and before[name] != value:
-            made = f"was made with {name} {before[name]}, and is now to have {value}"
-            raise UserError(f"{row.folder}: {made}; name another output, or delete it")
+    names, before = row.options.keys() - CHANGE_NO_FIGURE, options_of_run(row.folder)
+    refuse_other_options(row.folder, *({name: of[name] for name in names} for of in (before, row.options)))
 
 
 def _run(row: Row) -> str | None:

@@ -18,8 +18,8 @@ PROJECT = "metilr"  # in Weights & Biases
 
 
 @dataclass(frozen=True)
-class MethodOptions:
-    """How descriptors are compared. The defaults are the published recipe.
+class ComparisonOptions:
+    """How photos are compared with images.
 
     Attributes:
         whitening: pca learns it on the database; learned from pairs of a database image and its simulated visits (and
@@ -34,14 +34,9 @@ class MethodOptions:
         database_views: rows makes the visits further rows of their exhibit.
         query_crops: Search these middle parts of each query too, such as 0.8 0.65 0.5 of its height and width: zooms
             that drop wall and frame; the best counts.
-        geometric_check: Compare local features of each query with those of so many nearest exhibits, such as 50; where
-            few agree about one transform, confidence falls, by how much is chosen on val; 0 is off.
-        geometric_reorder: With geometric_check: let agreeing local features decide between the exhibits, as far as val
-            gains by it.
-        k: Number of neighbours; without it chosen on val.
-        tau: Inverse temperature of the confidence; without it chosen on val.
-        search_device: Where the exact search runs; without it on all GPUs if FAISS sees some and the
-            accelerator is not cpu, else on the CPU.
+        k: Number of neighbours; without it 10, with database_views rows as many for each row of an image, or as many
+            as there are.
+        tau: Inverse temperature of the confidence; without it 50.
     """
 
     whitening: str = "pca"
@@ -51,11 +46,8 @@ class MethodOptions:
     visits: int | None = None
     database_views: DatabaseViews = "none"
     query_crops: Sequence[float] = ()
-    geometric_check: int = 0
-    geometric_reorder: bool = False
     k: int | None = None
     tau: float | None = None
-    search_device: SearchDevice | None = None
 
     @property
     def is_learned(self) -> bool:
@@ -84,7 +76,6 @@ class MethodOptions:
             ("visits", 0 <= self.n_visits <= MAX_VISITS, f"0 (off) to {MAX_VISITS:,}"),
             ("database_views", self.n_visits or not rows, f"none, or visits such as {VISITS}"),
             ("query_crops", are_shares, "shares between 0 and 1, each once (the whole is searched as well)"),
-            ("geometric_check", self.geometric_check >= 0, "0 (off) or more"),
         ):
             if not is_right:
                 raise UserError(f"{getattr(self, name)}: choose {choose}", name)
@@ -93,12 +84,39 @@ class MethodOptions:
             ("whitening_shrinkage", 1, self.whitening == "pca", "whitening pca"),
             ("pair_shrinkage", PAIR_SHRINKAGE, self.is_learned, "whitening learned"),
             ("visits", 0, self.visits is None or self.is_learned or rows, "whitening learned or database_views rows"),
-            ("geometric_reorder", False, self.geometric_check > 0, "geometric_check, such as 20"),
         ):
             if getattr(self, name) != off and not has_effect:
                 raise UserError(f"has no effect without {needed}; leave it out", name)
         if self.tau is not None:
             check_tau(self.tau)
+
+
+@dataclass(frozen=True)
+class MethodOptions(ComparisonOptions):
+    """How descriptors are compared. The defaults are the published recipe.
+
+    Attributes:
+        k: Number of neighbours; without it chosen on val.
+        tau: Inverse temperature of the confidence; without it chosen on val.
+        geometric_check: Compare local features of each query with those of so many nearest exhibits, such as 50; where
+            few agree about one transform, confidence falls, by how much is chosen on val; 0 is off.
+        geometric_reorder: With geometric_check: let agreeing local features decide between the exhibits, as far as val
+            gains by it.
+        search_device: Where the exact search runs; without it on all GPUs if FAISS sees some and the
+            accelerator is not cpu, else on the CPU.
+    """
+
+    geometric_check: int = 0
+    geometric_reorder: bool = False
+    search_device: SearchDevice | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse the same of what an evaluation has besides."""
+        super().__post_init__()
+        if self.geometric_check < 0:
+            raise UserError(f"{self.geometric_check}: choose 0 (off) or more", "geometric_check")
+        if self.geometric_reorder and not self.geometric_check:
+            raise UserError("has no effect without geometric_check, such as 20; leave it out", "geometric_reorder")
 
 
 @dataclass(frozen=True)

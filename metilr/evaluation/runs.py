@@ -16,6 +16,7 @@ from metilr.data.decode import BadImageError, load_image
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.errors import UserError, amount
 from metilr.evaluation.results import PREDICTION_COLUMNS, SCHEMA_VERSION, SIZES, Results
+from metilr.extraction.store import differing_settings
 from metilr.files import alone_in, named, remove_leftovers, write_atomically
 from metilr.metrics import DISTRACTOR
 from metilr.provenance import command, commit, library_versions, machine, peak_memory_gb
@@ -68,6 +69,13 @@ def output_folder(output: Path | None, name: str, options: Mapping[str, Any]) ->
         if output is None:
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def refuse_other_options(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse a finished folder that stands for something else than the same command would make now."""
+    if other := differing_settings(before, now):
+        made = f"is finished, with other options ({'; '.join(other[:4])})"
+        raise UserError(f"{folder}: {made}; name another folder, or delete it", "output")
 
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +141,7 @@ def summarise(
             "search": {"device": method.search_device or "cpu", "exact": True},
             "knn": {"k": recognition.k, "tau": recognition.tau, "tuned_on": grid and "val", "grid": grid},
             **figures_of(recognition, ground_truth),
-            "skipped_images": _skipped_images(opened, ground_truth),
+            "skipped_images": skipped_images(opened, ground_truth),
             "versions": {**library_versions(), "commit": commit()},
             "machine": machine(),
         }
@@ -189,13 +197,14 @@ def _whitening(whitening: PCAWhitening | None, source: str) -> dict[str, Any] | 
     }
 
 
-def _skipped_images(opened: "Descriptors", ground_truth: GroundTruth) -> list[dict[str, str]]:
+def skipped_images(opened: "Descriptors", ground_truth: GroundTruth) -> list[dict[str, str]]:
     """Each image that is missing, cannot be decoded or is too small for the model: its split, path and reason."""
     skipped = []
     for split, paths in ground_truth.paths.items():
         for i in np.flatnonzero(~opened.is_valid[split]):
             file = ground_truth.image(paths[i])
-            reason = "was too small for the model, or could not be decoded, when its descriptor was to be made"
+            when = "when its descriptor was to be made"
+            reason = f"{file}: was too small for the model, or could not be decoded, {when}"
             try:
                 load_image(file)
             except BadImageError as error:

@@ -21,10 +21,10 @@ class ExtractionOptions:
     """How images are read and where the backbone runs.
 
     Attributes:
-        image_size: Resize each image so that its longest side has this many px; without it as they are, or as the
-            checkpoint was trained.
+        image_size: Resize each image so that its longest side has this many px; without it as the checkpoint was
+            trained, else as they are (in an index: 500 px).
         bad_images: Stop at an image that cannot be decoded or is too small for the model, or skip it: it is left out of
-            the database, and a query counts as wrong.
+            the database or index, and a query counts as wrong.
         accelerator: Where the backbone runs; auto takes GPUs if there are any, and says so.
         devices: Number of processes, one GPU each (on the CPU: processes that share it).
         num_nodes: Machines, each started with this command by torchrun or SLURM, with a shared store.

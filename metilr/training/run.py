@@ -22,7 +22,7 @@ from rich.markup import escape
 
 from metilr.distributed import faults_in_one_line, has_launcher, is_first_process
 from metilr.errors import UserError, one_line
-from metilr.evaluation.runs import make_output
+from metilr.evaluation.runs import make_output, refuse_other_options
 from metilr.extraction.describe import PLAN_TIMEOUT
 from metilr.extraction.store import differing_settings
 from metilr.files import LOCK, alone_in, check_config, remove_leftovers, write_atomically
@@ -35,6 +35,7 @@ from metilr.training.datamodule import PairDataModule
 from metilr.training.module import FineTuning
 
 OUTPUT_VARIABLE = "METILR_TRAINING_OUTPUT"  # tells the processes that Lightning starts which folder the first chose
+FINISHED = "finished"  # file of a run with all its epochs
 PRECISIONS = ("32", "32-true", "bf16-mixed", "16-mixed")  # mining and validation are float32 in any case
 FIXED = {  # of the trainer
     "use_distributed_sampler": False,  # the pairs are dealt out already, without padding
@@ -71,7 +72,7 @@ def run(
     options: RunOptions, model_options: FineTuningOptions, pair_options: PairOptions,
     trainer_options: Mapping[str, Any], recorded: Mapping[str, Any], evaluate: Sequence[str],
 ) -> None:  # fmt: skip
-    """Train, or go on with the unfinished run in the output folder.
+    """Train, or go on with the unfinished run in the output folder; one that is finished is left as it is.
 
     ``recorded`` are all options as plain values; ``evaluate`` is the command that evaluates a checkpoint.
     """
@@ -79,6 +80,9 @@ def run(
     trainer, wandb_run = None, None
     with contextlib.ExitStack() as held:
         output, resume_from = open_run(options.output, recorded, held)
+        if (output / FINISHED).exists():
+            console.print(f"finished already: {escape(str(output))}")
+            return
         try:
             data = PairDataModule(pair_options, options.seed_everything, output)
             model = FineTuning(model_options, options.seed_everything, recorded)
@@ -105,7 +109,7 @@ def run(
                 raise KeyboardInterrupt(kept) from None
             raise
         if trainer.is_global_zero:
-            write_atomically(output / "finished", f"{datetime.now().astimezone().isoformat(timespec='seconds')}\n")
+            write_atomically(output / FINISHED, f"{datetime.now().astimezone().isoformat(timespec='seconds')}\n")
         if wandb_run is not None:
             best: Any = trainer.checkpoint_callback
             with staging_beside(output), finishing(wandb_run):
@@ -130,10 +134,10 @@ def open_run(output: Path | None, options: Mapping[str, Any], held: contextlib.E
         if not config.exists() and any(not file.name.startswith(ours) for file in output.iterdir()):
             raise UserError(f"{output}: holds other files; name an empty or new folder", "output")
         held.enter_context(alone_in(output, "another run", "name another output"))
-        if (output / "finished").exists():
-            raise UserError(f"{output}: holds a finished run; name another folder", "output")
         remove_leftovers(output)
-        if not config.exists() or not last.exists():  # what failed before its first epoch is tried anew
+        if (output / FINISHED).exists():
+            refuse_other_options(output, check_config(str(config)), options)
+        elif not config.exists() or not last.exists():  # what failed before its first epoch is tried anew
             write_atomically(config, yaml.safe_dump(dict(options), sort_keys=False))
         elif other := differing_settings(check_config(str(config)), options):
             remedy = f"name another folder, or continue that run with --config {config} --output {output}"

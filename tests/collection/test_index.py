@@ -81,10 +81,24 @@ def test_a_csv_gives_the_rows_of_the_folder(indexed, tmp_path):
     )
 
 
-def test_an_interrupted_index_is_continued_and_a_finished_one_is_kept(folder, tmp_path, capsys, failure):
+def test_a_finished_index_is_kept_and_says_so_until_options_or_images_change(folder, tmp_path, capsys, failure):
     index(folder, tmp_path / "index", **INDEXED)
+    command, written = ["index", folder, tmp_path / "index", *AS_OPTIONS], (tmp_path / "index/index.json").read_bytes()
     capsys.readouterr()
-    assert "holds an index already" in failure("index", folder, tmp_path / "index", *AS_OPTIONS)
+    main([str(part) for part in command])
+    assert "".join(capsys.readouterr().out.split("\n")) == f"finished already: {tmp_path / 'index'}"
+    assert "is finished, with other options (k: null there, 5 now)" in failure(*command, "--k", "5")
+    exchanged = (folder / "9" / "2.jpg").read_bytes()
+    shutil.copy(folder / "9" / "3.jpg", folder / "9" / "2.jpg")
+    assert "before images changed there" in failure(*command)
+    (folder / "9" / "2.jpg").write_bytes(exchanged)
+    shutil.copy(folder / "9" / "3.jpg", folder / "9" / "4.jpg")
+    assert "before images changed there" in failure(*command)
+    assert (tmp_path / "index/index.json").read_bytes() == written
+
+
+def test_an_interrupted_index_is_continued(folder, tmp_path, capsys, failure):
+    index(folder, tmp_path / "index", **INDEXED)
     (tmp_path / "index" / "index.json").unlink()
     assert "not an index" in failure("identify", folder, "--store", tmp_path / "index")
     index(folder, tmp_path / "index", **INDEXED)
@@ -99,8 +113,9 @@ def test_bad_images_stop_or_are_skipped(folder, tmp_path, capsys, failure):
     (folder / "9" / "2.jpg").write_text("no image")
     assert "cannot be decoded" in failure("index", folder, tmp_path / "a", *AS_OPTIONS)
     index(folder, tmp_path / "b", bad_images="skip", **INDEXED)
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "left out: 2 images, missing, not to be decoded or too small" in printed
+    letters = "".join(capsys.readouterr().out.split())  # lines break anywhere
+    assert "leftout:2images:" in letters
+    assert all(f"{folder / name}:cannotbedecoded(" in letters for name in ("33/7.jpg", "9/2.jpg"))
     collection, _ = open_index(tmp_path / "b")
     assert len(collection.images) == 6 and len(collection.exhibits) == 6
     answer = collection.answer(load_photo(folder / "9" / "3.jpg", collection.image_size).image)
@@ -108,6 +123,31 @@ def test_bad_images_stop_or_are_skipped(folder, tmp_path, capsys, failure):
     assert len(answer.matches) == 5  # the exhibit whose only image is bad is matched by nothing
     line = failure("index", folder, tmp_path / "c", *AS_OPTIONS, "--bad_images", "skip", "--k", "7")
     assert "--k 7: 6 images could be decoded" in line
+
+
+def test_a_bad_image_that_leaves_too_little_is_named(tmp_path, failure):
+    for name in ("good/1.png", "bad/1.png"):
+        (tmp_path / "two" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "two" / name)
+    (tmp_path / "two/bad/1.png").write_text("no image")
+    command = ["index", tmp_path / "two", tmp_path / "index", *AS_OPTIONS]
+    assert f"{tmp_path / 'two/bad/1.png'}: cannot be decoded (" in failure(*command)
+    line = failure(*command, "--bad_images", "skip", "--whitening", "none")
+    assert f"fewer than 2 exhibits have a usable image: {tmp_path / 'two/bad/1.png'}: cannot be decoded (" in line
+    (tmp_path / "two/good/1.png").write_text("no image")
+    line = failure(*command[:2], tmp_path / "other", *AS_OPTIONS, "--bad_images", "skip")
+    assert "two/bad/1.png: cannot be decoded (" in line and "two/good/1.png: cannot be decoded (" in line
+
+
+def test_help_offers_what_an_index_takes_and_says_its_own_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["index", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert not {"--geometric_check", "--geometric_reorder", "--search_device"} & set(words.split())
+    assert "chosen on val" not in words and "published recipe" not in words
+    assert "--k K Number of neighbours; without it 10" in words
+    assert "--tau TAU Inverse temperature of the confidence; without it 50." in words
+    assert "in an index: 500 px" in words
 
 
 def test_few_images_and_a_whitening_from_elsewhere(folder, tmp_path, failure):

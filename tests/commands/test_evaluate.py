@@ -236,7 +236,7 @@ BAD_OPTIONS = [  # what an option alone can have wrong is tested beside its data
     (["--num_nodes", "2"], "--num_nodes 2: start this command"),
     (["--whitening", "missing.npz"], "missing.npz: no such file"),
     (["--store", "{museum}"], "holds other files"),
-    (["--output", "{out}"], "holds results already"),
+    (["--output", "{out}"], "is finished, with other options (report: true there, false now"),
     (["--bakbone", "x"], "did you mean --backbone"),
 ]
 
@@ -245,6 +245,20 @@ BAD_OPTIONS = [  # what an option alone can have wrong is tested beside its data
 def test_a_bad_option_ends_in_one_line_that_names_it(evaluated, again, capsys, options, message):
     places = {name: evaluated / name for name in ("museum", "out")}
     assert message in error_of(capsys, *again, *(str(option).format(**places) for option in options))
+
+
+def test_a_finished_evaluation_is_kept_and_says_so_until_options_or_ground_truth_change(museum, capsys):
+    command = ["--root", museum, *UNTRAINED, "--report", "false", "--wandb", "off", "--output", "out"]
+    run(*command)
+    written = Path("out/results.json").read_bytes()
+    capsys.readouterr()
+    run(*command)
+    assert capsys.readouterr().out == "finished already: out\n"
+    assert "other options (k: null there, 1 now)" in error_of(capsys, *command, "--k", 1)
+    file = museum / "ground_truth/valset.json"
+    file.write_text(json.dumps(read_json(file)[1:]))
+    assert "before its ground truth changed" in error_of(capsys, *command)
+    assert Path("out/results.json").read_bytes() == written
 
 
 def test_what_strangers_publish_wrong_ends_in_one_line(museum, capsys):

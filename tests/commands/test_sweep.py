@@ -111,7 +111,7 @@ def test_a_failing_row_does_not_stop_the_others_and_finished_rows_are_kept(tiny_
     assert (folder / "r18_in-p=3/results.json").stat().st_mtime_ns == before
 
     refused = run_sweep([*command, "3", "--options", *CHEAP, "whitening_dim=4"], capfd)
-    assert "runs/sweep/r18_in-p=3: was made with whitening_dim None, and is now to have 4" in refused.err
+    assert "runs/sweep/r18_in-p=3: is finished, with other options (whitening_dim: null there, 4 now)" in refused.err
 
 
 def run_sweep(command, capfd):
