@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,25 +17,25 @@ SMALL = ["--backbone", "timm/test_resnet", "--weights", "random"]
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, monkeypatch, capsys):
+    """Runs a script in this process, which has imported all that takes seconds."""
+    monkeypatch.chdir(tmp_path)
+
     def run(*command: object) -> list[str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-        ran = subprocess.run(
-            [sys.executable, *map(str, command)],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert ran.returncode == 0, ran.stderr
-        return ran.stdout.splitlines()
+        monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        return capsys.readouterr().out.splitlines()
 
     return run
 
 
-def test_one_s_own_training_loop(run, tmp_path):
-    lines = run(EXAMPLES / "own_training_loop.py", *SMALL, "--epochs", 1)
+def test_one_s_own_training_loop(tmp_path):
+    """In a process of its own, which has imported nothing before."""
+    command = [sys.executable, str(EXAMPLES / "own_training_loop.py"), *SMALL, "--epochs", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
     [loss] = [float(line.split()[1]) for line in lines if line.startswith("loss ")]
     assert loss > 0 and lines[-1].startswith("True (4, ") and (tmp_path / "own.ckpt").is_file()
 
