@@ -35,6 +35,11 @@ def amount(n: int, noun: str, ending: str = "s") -> str:
     return f"{n:,} {noun}{'' if n == 1 else ending}"
 
 
+def amount_is(n: int, noun: str, one: str = "is", more: str = "are") -> str:
+    """A number with its noun and verb: 1 image is, 2,000 images are."""
+    return f"{amount(n, noun)} {one if n == 1 else more}"
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return the names nearest to a wrong one, as a remark in brackets after it; empty if none is near."""
     bare = {known.lstrip("-"): known for known in names}  # two dashes are no likeness

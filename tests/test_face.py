@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 
 import metilr
+from metilr.collection import open_collection
 from metilr.data.folder import find_images
 from tests.collection.conftest import write_images
 from tests.museum import write_museum
@@ -74,6 +75,28 @@ def test_identify_returns_what_it_printed(place, capsys):
     for photo in answered:
         assert photo.answer is not None and photo.decision and photo.answer.matches
         assert photo.name in printed and photo.headline in printed
+
+
+def test_what_a_call_leaves_behind_its_docstring_says(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    metilr.evaluate(
+        root=str(place / "root"), model=SMALL, extraction=SILENT, method=metilr.MethodOptions(geometric_check=2),
+        report=metilr.ReportOptions(report=False, wandb="off"),
+    )  # fmt: skip
+    assert {file.name for file in Path.cwd().iterdir()} == {"runs"}
+    [dated] = {file.name for file in Path("runs").iterdir()} - {"descriptors", "local_features"}
+    assert dated.endswith("test_resnet")
+    said = metilr.evaluate.__doc__ or ""
+    assert all(f"runs/{name}" in said for name in ("descriptors", "local_features", "demo"))
+    assert "a new folder under runs/" in said and "Weights & Biases" in said and "wandb off" in said
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(
+        open_collection, "index", lambda images, path, **_: metilr.index(images, path, None, SMALL, SILENT)
+    )
+    metilr.open_collection(place / "museum", accelerator="cpu")
+    assert {str(file) for file in Path().glob("*/*")} == {"runs/indexes"}
+    assert "writes ``runs/indexes``" in (metilr.open_collection.__doc__ or "")
 
 
 def test_a_run_is_opened_with_its_options_results_and_answers(place):

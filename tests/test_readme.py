@@ -4,6 +4,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,19 @@ def test_python_example(workplace, capsys):
     runpy.run_path("example.py", run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     assert float(lines[0]) == 1 and 0 <= float(lines[-1]) <= 1  # the database's own rows are found; a museum's figure
+
+
+def test_git_ignores_what_the_readme_s_commands_leave_in_the_root():
+    """Placeholders, and files that commands write; what a README's own line creates elsewhere is below runs/."""
+    words = {word for block in re.findall(r"^```\n(.*?)^```", README, re.M | re.S) for word in block.split()}
+    named = {word for word in words if re.fullmatch(r"[A-Z]+\d?", word) or word in ("collection", "photos")}
+    named |= {word for word in words if re.fullmatch(r"[\w-]+\.(ckpt|pkl|html|jpg)", word)}
+    assert {"INDEX2", "RUN", "SWEEP", "museum.ckpt", "descriptors.pkl", "answers.html", "photo.jpg"} <= named
+    if not (ROOT / ".git").exists():
+        pytest.skip("no repository")
+    left = [name if "." in name else f"{name}/" for name in sorted(named)]
+    ignored = subprocess.run(["git", "check-ignore", *left], cwd=ROOT, capture_output=True, text=True)
+    assert ignored.stdout.split() == left
 
 
 def test_the_readme_is_short():

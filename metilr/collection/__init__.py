@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from metilr.data.decode import MAX_PHOTO_MEGAPIXELS, pixels_of
-from metilr.errors import UserError
+from metilr.errors import UserError, amount
 from metilr.evaluation.results import FEW_ACCEPTED, MIN_PRECISION, Run, read_results
 from metilr.extraction.options import Accelerator
 from metilr.metrics.open_set import threshold_for_precision
@@ -73,6 +73,12 @@ class PhotoOptions:
         return pixels_of(self.max_megapixels)
 
 
+def in_percent(log_confidence: float) -> str:
+    """A confidence for people to read: never as certain."""
+    confidence = math.exp(log_confidence)
+    return "> 99.9%" if confidence > 0.999 else f"{confidence:.1%}"
+
+
 @dataclass(frozen=True)
 class Threshold:
     """Least log-confidence to name an exhibit: None where there is none, and then nothing is decided."""
@@ -85,9 +91,7 @@ class Threshold:
     def needed(self) -> str:
         """The confidence that is needed, in words; only where there is a threshold."""
         assert self.log_confidence is not None
-        odds = -math.expm1(self.log_confidence)  # 1 - confidence: what tells confidences near 1 apart
-        digits = max(1, 1 - math.floor(math.log10(odds)) - 2) if 0 < odds < 0.1 else 1
-        return f"a confidence of {100 * math.exp(self.log_confidence):.{digits}f}% (log {self.log_confidence:.4g})"
+        return f"confidence {in_percent(self.log_confidence)}"
 
     def decide(self, log_confidence: float) -> Decision:
         """Say what an answer of such log-confidence comes to."""
@@ -117,8 +121,9 @@ def choose_threshold(run: Run | None, options: PhotoOptions) -> Threshold:
     shaky = ", so few that it may be far off" if point.n_accepted < FEW_ACCEPTED else ""
     return Threshold(
         point.threshold,
-        f"the lowest with a precision of at least {min_precision:g} on val: {n_right:,} of {point.n_accepted:,} "
-        f"accepted answers were right{shaky}, recall {point.recall:.3f}, {len(val.paths):,} queries",
+        f"the lowest with a precision of at least {min_precision:g} on val: right are {n_right:,} of "
+        f"{amount(point.n_accepted, 'accepted answer')}{shaky}, recall {point.recall:.3f}, "
+        f"{amount(len(val.paths), 'photo')}",
         figures,
     )
 
@@ -147,10 +152,9 @@ class Identified:
         """How alike the nearest image is, and, where val has shown what a confidence is worth, how sure the answer."""
         if self.answer is None:
             return ""
-        confidence = math.exp(self.answer.log_confidence)
         shown = f"similarity {self.answer.similarity:.3f}"
         if self.has_val:
-            shown += f", confidence {'> 99.9%' if confidence > 0.999 else f'{confidence:.1%}'}"
+            shown += f", confidence {in_percent(self.answer.log_confidence)}"
         named = self.decision != "not in the collection"
         return shown if named else f"nearest: exhibit {self.answer.exhibit}, {shown}"
 

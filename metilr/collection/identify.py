@@ -132,7 +132,8 @@ def _answers(
 
 def _head(collection: "Collection", threshold: Threshold) -> str:
     how = "" if collection.search is None else f"[bold]search[/]       {collection.search}\n"
-    value = "none" if threshold.log_confidence is None else threshold.needed
+    least = threshold.log_confidence
+    value = "none" if least is None else f"{threshold.needed} (log {least:.4g})"
     return (
         f"[bold]collection[/]   {escape(printable(collection.name))}: {len(collection.images):,} images of "
         f"{len(collection.exhibits):,} exhibits, k = {collection.k}, τ = {collection.tau:g}\n"

@@ -46,9 +46,11 @@ def open_with_threshold(options: PhotoOptions) -> tuple[Collection, Threshold]:
 def open_collection(path: str | Path, ckpt: str | Path | None = None, accelerator: Accelerator = "auto") -> Collection:
     """Open what photos can be compared with: the folder of an evaluation or an index, or a museum's images.
 
-    A folder of images, a sub-folder an exhibit, is indexed first, with the default model, under runs/indexes; images
-    that are added, exchanged or removed later make another index. ``ckpt`` is the checkpoint that made it, if it was
-    moved since; of a folder of images the model to take.
+    A folder of images, a sub-folder an exhibit, is indexed first, with the default model: this describes all images,
+    which takes time, prints how far it is, and writes ``runs/indexes`` in the current folder. Images that are added,
+    exchanged or removed later make another index there. A run or an index is only read; one with a geometric check
+    keeps local features in ``runs/local_features``. ``ckpt`` is the checkpoint that made it, if it was moved since; of
+    a folder of images the model to take.
 
     Raises:
         UserError: If something is missing or changed, or the folder holds nothing of the kind.

@@ -18,9 +18,18 @@ from metilr.files import write_atomically
 from metilr.metrics.bootstrap import Difference, paired_intervals, resampling_units
 from metilr.progress import make_console, printable, tracked
 from metilr.report.published import Published, published
-from metilr.report.tables import METRICS, TextTable, chosen, unit_name
+from metilr.report.tables import DRAWN, METRICS, TextTable, chosen
 
-OF_RUNS = ("data", "notes", "elements", "geometric_check", "seconds", "peak_memory_gb", *QUERY_FILES)  # in the JSON
+OF_RUNS = (
+    "data",
+    "notes",
+    "elements",
+    "geometric_check",
+    "seconds",
+    "rows",
+    "peak_memory_gb",
+    *QUERY_FILES,
+)  # in the JSON
 CSV_COLUMNS = ("run", "kind", "split", *FIGURES, "k", "tau", "database", "fingerprint", "source")
 DIFFERENT_DATA = "runs on other data are in a table of their own: figures of different tables do not compare"
 
@@ -196,13 +205,15 @@ def _costs_table(title: str, runs: Mapping[str, Run]) -> TextTable:
             ends = [100 * end for end in figures.intervals[results.unit]["gap"]] if results.unit else None
             cells.append(f"{100 * figures.gap:.2f}" + (f" ({ends[0]:.0f}–{ends[1]:.0f})" if ends else ""))
         cells.append("–" if results.seconds is None else f"{results.seconds:,.0f}")
+        cells.append(f"{results.rows['reused']:,} of {results.rows['all']:,}" if results.rows else "–")
         cells.append("–" if results.peak_memory_gb is None else f"{results.peak_memory_gb:.2f}")
         rows.append(cells)
     notes = [
         f"in brackets {100 * LEVEL:g}% intervals; seconds and memory from the data to the figures, without report and "
-        "W&B; descriptors that an earlier run left in a store were not made again"
+        "W&B; rows are descriptors: reused ones were there before, and took none of the seconds; nor do local features "
+        "that an earlier geometric check has kept"
     ]
-    header = ["run", *(f"GAP {split}" for split in QUERY_FILES), "seconds", "GB"]
+    header = ["run", *(f"GAP {split}" for split in QUERY_FILES), "seconds", "rows reused", "GB"]
     return TextTable(f"{title}: what each run took", [], header, rows, notes=notes)
 
 
@@ -227,8 +238,9 @@ def _differences_table(
             true_of[f"of another data set than {base_name} (its database, or the queries of another split)"].append(
                 name
             )
-    drawn = f"paired bootstrap over {' or '.join(map(unit_name, units))} and distractors"
-    explained = [f"in points, in brackets {100 * LEVEL:g}% intervals: {drawn}"] if rows else []
+    drawn = f"draw, with repeats, {' or '.join(DRAWN[unit] for unit in units)}, and single distractors"
+    within = f"the difference of {100 * LEVEL:g} of 100 resamples, the same of both runs, lies within; they {drawn}"
+    explained = [f"in points, in brackets {100 * LEVEL:g}% intervals: {within}"] if rows else []
     notes = [*explained, *(f"{note}: {', '.join(names)}" for note, names in true_of.items()), *notes]
     return TextTable(f"{split}: difference to {base_name}", [], ["run", *METRICS.values()], rows, notes=notes)
 

@@ -54,6 +54,9 @@ def evaluate(
 
     Descriptors are computed once and kept in a store under runs/descriptors; a second run with the same
     settings reuses them, an interrupted one continues. k and tau are chosen by GAP on val; test is scored once.
+    Results and the report page go into a new folder under runs/, local features of a geometric check into
+    runs/local_features, the demo museum into runs/demo. Figures and pictures of failures also go to Weights & Biases,
+    online if there is a key, else into the results' folder; wandb off leaves that out.
 
     Args:
         root: Folder with images/ and ground_truth/ in the Met layout. Without it: the built-in demo museum,
@@ -107,7 +110,7 @@ def evaluate(
         console.print(f"finished already: {escape(str(output))}")
         return finished if is_first else None
     progress.print(_data_line(ground_truth, synthetic))
-    views, embedder, name = views_of(method, model.seed), None, "descriptors"
+    views, embedder, name, n_made = views_of(method, model.seed), None, "descriptors", 0
     if not descriptors:
         embedder = build_model(model)
         extraction = replace(extraction, image_size=extraction.image_size or embedder.image_size)
@@ -122,7 +125,7 @@ def evaluate(
             made = describe_images(embedder, ground_truth, store, extraction, progress, views)
             if not is_first:
                 return None  # another process goes on
-            descriptors = [made.path]
+            descriptors, n_made = [made.path], made.n_made
         opened = open_descriptors(descriptors, ground_truth, views)
         recognition, check = recognise(opened, ground_truth, method, progress.print, quiet), None
         if method.geometric_check:
@@ -133,7 +136,7 @@ def evaluate(
             recognition, check = check_recognition(recognition, ground_truth, check, quiet)
         results = summarise(
             ground_truth, recognition, opened, method, check, options=options, synthetic=synthetic,
-            seconds=time.perf_counter() - started,
+            seconds=time.perf_counter() - started, n_made=n_made,
         )  # fmt: skip
         assert folder is not None
         _leave_behind(folder, results, ground_truth, recognition, check, report, console, progress)

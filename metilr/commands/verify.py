@@ -16,7 +16,7 @@ from metilr.data.csv_files import as_csv
 from metilr.data.decode import MAX_MEGAPIXELS, BadImageError, file_size, image_shape, limit_images, load_image
 from metilr.data.ground_truth import DATABASE_FILES, QUERY_FILES, DatabaseName, file_below, load_ground_truth, nfc
 from metilr.distributed import default_workers
-from metilr.errors import UserError, amount
+from metilr.errors import UserError, amount_is
 from metilr.files import write_atomically
 from metilr.models import RANDOM, UnfitSizeError
 from metilr.progress import counted, make_console, printable
@@ -201,6 +201,4 @@ def print_verification(console: Console, found: Verification, list_file: Path | 
     if n > SHOWN:
         rest = "--list FILE writes all" if list_file is None else f"all are in {escape(str(list_file))}"
         console.print(f"  and {n - SHOWN:,} more; {rest}")
-    console.print(
-        "[bold]nothing is wrong[/]" if not n else f"[bold red]{amount(n, 'image')} {'is' if n == 1 else 'are'} wrong[/]"
-    )
+    console.print("[bold]nothing is wrong[/]" if not n else f"[bold red]{amount_is(n, 'image')} wrong[/]")

@@ -148,6 +148,7 @@ class Results(Part):
     directory: Text = "."
     options: dict[str, Any] | None = None
     seconds: float | None = None
+    rows: dict[Literal["all", "reused"], Count] = {}  # descriptors of the run, and those that were there before
     peak_memory_gb: float | None = None
     notes: list[Text] = []
     data: Data

@@ -100,14 +100,16 @@ def summarise(
     options: Mapping[str, Any],
     synthetic: bool,
     seconds: float,
+    n_made: int,
 ) -> Results:
     """Put together what ``results.json`` says of an evaluation with such a method and, once tuned, such a check.
 
-    ``options`` are the command's, flat; ``synthetic`` says that the museum is the demo's.
+    ``options`` are the command's, flat; ``synthetic`` says that the museum is the demo's; ``n_made`` counts
+    the descriptors that were not there before.
     """
     from metilr.evaluation.recognition import figures_of  # FAISS, which making a folder needs not
 
-    tuning, geometry = recognition.tuning, None
+    tuning, geometry, n_rows = recognition.tuning, None, sum(map(len, opened.is_valid.values()))
     grid = tuning and {"k": [*tuning.k_grid], "tau": [*tuning.tau_grid], "val_gap": tuning.surface.tolist()}
     elements = {
         "visits": method.n_visits,
@@ -125,6 +127,7 @@ def summarise(
             "directory": str(Path.cwd()),
             "options": plain_options(options),
             "seconds": round(seconds, 1),
+            "rows": {"all": n_rows, "reused": n_rows - n_made},
             "peak_memory_gb": peak_memory_gb(),
             "notes": _notes(opened, recognition, synthetic, method.whitening_dim),
             "data": {

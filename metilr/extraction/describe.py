@@ -28,7 +28,7 @@ from metilr.distributed import (
     launched_as_first,
     process_as_before,
 )
-from metilr.errors import UserError
+from metilr.errors import UserError, amount_is
 from metilr.extraction.datamodule import ImageDataModule
 from metilr.extraction.descriptors import views_store
 from metilr.extraction.module import DescriptorModule, DescriptorWriter, StageProfiler
@@ -85,13 +85,15 @@ def describe_images(
     if options.engine == "openvino" and launched_as_first() and not store.exists:
         start_engine(options.engine, embedder.backbone, options.precision)  # what it refuses leaves no store behind
     images = images_of(ground_truth, options.image_size)
-    _fill(store, f"[bold]descriptors[/]  {escape(str(path))}", settings, embedder, images, sizes, options, console)
+    store.n_made = _fill(
+        store, f"[bold]descriptors[/]  {escape(str(path))}", settings, embedder, images, sizes, options, console
+    )
     for view in views:
         name = f"[bold]views[/]        {view.settings()['kind']}, {view.n} an image"
         of_view, settings = views_store(store, view)
         viewed = {split: dataclasses.replace(images[source], view=view) for split, source in view.of.items()}
         repeated = {split: np.repeat(sizes[source], view.n) for split, source in view.of.items()}
-        _fill(of_view, name, settings, embedder, viewed, repeated, options, console)
+        store.n_made += _fill(of_view, name, settings, embedder, viewed, repeated, options, console)
     return store
 
 
@@ -148,7 +150,7 @@ def require_images(ground_truth: GroundTruth, sizes: Mapping[str, np.ndarray], b
         by_split = ", ".join(f"{split} {len(rows):,}" for split, rows in missing.items() if len(rows))
         names = [ground_truth.paths[split][row] for split, rows in missing.items() for row in rows[:3]]
         raise UserError(
-            f"{folder}: {total:,} image files are missing or empty ({by_split}): {', '.join(names[:3])}"
+            f"{folder}: {amount_is(total, 'image file')} missing or empty ({by_split}): {', '.join(names[:3])}"
             f"{', ...' if total > 3 else ''}; put them there, or leave them out with bad_images skip"
         )
 
@@ -181,8 +183,11 @@ def _fill(
     sizes: Mapping[str, np.ndarray],
     options: ExtractionOptions,
     console: Console,
-) -> None:
-    """Reuse, continue or make a store, and print under its name which. One run at a time fills it."""
+) -> int:
+    """Reuse, continue or make a store, and print under its name which; how many rows it lacked.
+
+    One run at a time fills it.
+    """
     store.prepare(settings, {split: len(part) for split, part in images.items()}, embedder.dim)
     num_workers = default_workers(options.n_processes) if options.num_workers is None else options.num_workers
     # OpenVINO gains nothing from batches, which take memory, and each number of images would be a new shape.
@@ -192,14 +197,12 @@ def _fill(
     n_all = len(data.sizes)
     if store.is_complete and not len(data.pending_rows()):
         console.print(f"{name}: reusing {n_all:,} rows")
-        return
+        return 0
     with store.alone() if launched_as_first() else contextlib.nullcontext():
         n_pending = len(data.pending_rows())  # after the lock: another run may have made them meanwhile
         for split in images if n_pending else ():
             if n_damaged := int(store.damaged(split).sum()):
-                console.print(
-                    f"[bold]damaged[/]      {n_damaged:,} {split} rows are not as they were written: made anew"
-                )
+                console.print(f"[bold]damaged[/]      {amount_is(n_damaged, f'{split} row')} not as written: made anew")
         doing = f"describing {n_all:,}" if n_pending == n_all else f"reusing {n_all:,} rows"
         if 0 < n_pending < n_all:
             doing = f"continuing, {n_all - n_pending:,} of {n_all:,} rows are there"
@@ -217,6 +220,7 @@ def _fill(
         _predict(embedder, data, options)
         if launched_as_first():
             _finish(data)
+    return n_pending
 
 
 def _finish(data: ImageDataModule) -> None:

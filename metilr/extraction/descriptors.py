@@ -10,7 +10,7 @@ import numpy as np
 
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.data.views import View
-from metilr.errors import UserError
+from metilr.errors import UserError, amount
 from metilr.extraction.reference_pickle import read_reference_descriptors
 from metilr.extraction.store import CHUNK_ROWS, DescriptorStore, settings_fingerprint
 from metilr.files import file_sha256
@@ -134,8 +134,8 @@ def _check_undamaged(store: DescriptorStore, splits: Sequence[str]) -> None:
         if rows:
             which = f"{', '.join(map(str, rows[:3]))}{', ...' if len(rows) > 3 else ''}"
             raise UserError(
-                f"{store.path}: {len(rows):,} of its {split} rows ({which}) are not as they were written; run the "
-                f"evaluation that made it (with its root and store {store.path}), which makes them anew"
+                f"{store.path}: {amount(len(rows), f'{split} row')} ({which}) not as written; "
+                f"run the evaluation that made it (with its root and store {store.path}), which makes them anew"
             )
 
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from metilr.errors import UserError, shown
+from metilr.errors import UserError, amount_is, shown
 from metilr.extraction.store import SPLITS, DescriptorStore
 from metilr.files import new_file, regular
 
@@ -172,7 +172,8 @@ def export_descriptors(store: Path, output: Path) -> None:
     source.require_complete()
     left_out = sum(int((~source.is_valid(split)).sum()) for split in SPLITS)
     if left_out:
-        raise UserError(f"{store}: {left_out:,} images were left out, which descriptors.pkl cannot say; mend them")
+        lacks = f"{amount_is(left_out, 'image', 'was', 'were')} left out"
+        raise UserError(f"{store}: {lacks}, which descriptors.pkl cannot say; mend the images")
     if output.exists():
         raise UserError(f"{output}: exists already; name another file", "output")
     with new_file(output) as stream:

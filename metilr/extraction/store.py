@@ -58,6 +58,7 @@ class DescriptorStore:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self.n_made = 0  # rows that describe_images made, and did not find, when it gave this
 
     def prepare(self, settings: Mapping[str, Any], counts: Mapping[str, int], width: int) -> None:
         """Make the folder and reserve its disk space, or check that it was made with the same settings.

@@ -17,7 +17,7 @@ from metilr.evaluation.results import FEW_ACCEPTED, Results
 from metilr.files import named
 from metilr.metrics import DISTRACTOR
 from metilr.progress import tracked
-from metilr.report.tables import RANKING, chosen
+from metilr.report.tables import RANKING, chosen, interval_in_words
 from metilr.retrieval.knn import N_MATCHES
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def write_report(
         n_missing=n_missing,
         few_accepted=FEW_ACCEPTED,
         chosen=chosen(results.knn),
+        interval=interval_in_words(results),
         ranking={name: label for name, label in RANKING.items() if name in results.test.ranking},
         kinds=sorted({kind for figures in results.splits.values() for kind in figures.open_set["by_kind"]}),
     )

@@ -21,7 +21,7 @@ from metilr.files import write_picture
 from metilr.metrics.open_set import precision_recall, risk_coverage
 from metilr.progress import printable
 from metilr.report.published import Published
-from metilr.report.tables import METRICS, unit_name
+from metilr.report.tables import METRICS
 
 if TYPE_CHECKING:
     from metilr.evaluation.recognition import Recognition
@@ -203,7 +203,8 @@ def plot_comparison(groups: Mapping[str, Runs], published: KnownRows, files: Seq
     handles: list[Any] = [Patch(color=COLOURS[i], label=label) for i, label in enumerate(METRICS.values())]
     units = {results.unit for runs in groups.values() for results in runs.values() if results.unit is not None}
     if units:
-        label = f"{100 * LEVEL:g}% interval, bootstrap over {' or '.join(sorted(map(unit_name, units)))}"
+        drawn = sorted("exhibits" if unit == "classes" else unit for unit in units)
+        label = f"{100 * LEVEL:g}% interval, resampled: {' or '.join(drawn)}"
         handles.append(Line2D([], [], color=DARK, linewidth=0.9, label=label))
     if any(published.values()):
         mark = Line2D([], [], marker="D", linestyle="", markerfacecolor="white", markeredgecolor=DARK)

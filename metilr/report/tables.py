@@ -11,9 +11,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from metilr.evaluation.results import KNN, LEVEL, Figures, Results
+from metilr.metrics.bootstrap import N_RESAMPLES
 from metilr.progress import printable
 
 METRICS = {"gap": "GAP", "gap_minus": "GAP⁻", "acc": "ACC"}
+DRAWN = {  # by unit of a bootstrap, in words
+    "photographers": "photographers with all their met queries (a query that names none alone)",
+    "classes": "exhibits with all their met queries",
+    "queries": "single met queries",
+}
 RANKING = {"recall@1": "recall@1", "recall@5": "recall@5", "recall@10": "recall@10", "map": "mAP"}
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -120,8 +126,7 @@ def print_table(console: Console, results: Results, metrics: Sequence[str] = tup
         boost = f", boost {check.boost:g}" if check.reorder else ""
         console.print(f"geometric check: {gate}{boost}, chosen on val{idle}")
     if unit is not None:
-        drawn = f"bootstrap over {unit_name(unit)} and distractors (a lower bound of the doubt)"
-        console.print(f"in brackets {100 * LEVEL:g}% intervals: {drawn}")
+        console.print(f"in brackets {100 * LEVEL:g}% intervals: {interval_in_words(results)}")
     if any(metric in RANKING for metric in metrics):
         console.print("recall and mAP: over exhibits, of the whole ranking by similarity")
     for note in results.notes:
@@ -139,9 +144,14 @@ def _cell(figures: Figures, metric: str, unit: str | None, between: str) -> str:
     return f"{cell}{between}[dim]({'–'.join(f'{100 * end:.0f}' for end in figures.intervals[unit][metric])})[/]"
 
 
-def unit_name(unit: str) -> str:
-    """What is drawn in a bootstrap, as everywhere else in texts."""
-    return "exhibits" if unit == "classes" else unit
+def interval_in_words(results: Results) -> str:
+    """What the intervals are, and what was drawn for them."""
+    n, share = results.bootstrap.get("resamples", N_RESAMPLES), f"{100 * LEVEL:g} of 100"
+    return (
+        f"the same figure of {share} random resamples of the queries lies within. Each of {n:,} resamples draws, with "
+        f"repeats, {DRAWN[results.unit or 'queries']}, and single distractors. Of few photographers, exhibits or "
+        "queries the truth lies outside more often than that"
+    )
 
 
 def chosen(knn: KNN, with_values: bool = True) -> str:

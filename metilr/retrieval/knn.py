@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metilr.errors import UserError
+from metilr.errors import UserError, amount
 from metilr.metrics.functional import DISTRACTOR, gap
 from metilr.retrieval.search import Neighbours
 
@@ -210,7 +210,7 @@ def _neighbour_labels(neighbours: Neighbours, database_labels: np.ndarray, n_cla
     """Return the class of each neighbour, ``(Q, K)``, of which the first k will be used."""
     n = len(database_labels)
     if not 1 <= k <= n:
-        raise UserError(f"{k}: the database has {n} images; choose k from 1 to {n}", "k")
+        raise UserError(f"{k}: the database has {amount(n, 'image')}; choose k from 1 to {n}", "k")
     if k > neighbours.rows.shape[1]:
         raise ValueError(f"k = {k}, but the search kept {neighbours.rows.shape[1]} neighbours: search with k")
     is_whole = database_labels.ndim == 1 and np.issubdtype(database_labels.dtype, np.integer)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metilr.errors import UserError
+from metilr.errors import UserError, amount
 from metilr.metrics.functional import DISTRACTOR
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def check_queries(queries: np.ndarray, shape: tuple[int, ...], k: int) -> None:
     if queries.shape[1] != width:
         raise UserError(f"queries have width {queries.shape[1]}, the database {width}: take both from one model")
     if not 1 <= k <= n:
-        raise UserError(f"{k}: the database has {n} images; choose k from 1 to {n}", "k")
+        raise UserError(f"{k}: the database has {amount(n, 'image')}; choose k from 1 to {n}", "k")
 
 
 def check_device(device: SearchDevice, k: int) -> None:

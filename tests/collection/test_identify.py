@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from metilr.cli import main
-from metilr.collection import Identified, PhotoOptions
+from metilr.collection import Identified, PhotoOptions, Threshold
 from metilr.collection.collection import Answer, Collection, load_photo
 from metilr.collection.open_collection import open_with_threshold
 from metilr.data.decode import load_image
@@ -148,6 +148,11 @@ def test_how_sure_an_answer_is_said_to_be(has_val, confidence, said):
     answer = Answer("9", math.log(confidence), 0.8312, ())
     assert Identified("photo", answer, "exhibit", has_val=has_val).detail == said
     assert Identified("photo", answer, "not in the collection", has_val=has_val).detail == f"nearest: exhibit 9, {said}"
+
+
+def test_a_threshold_is_said_in_percent_and_never_as_certain():
+    for confidence, said in ((0.9999978, "> 99.9%"), (0.99904, "> 99.9%"), (0.9986, "99.9%"), (0.4217, "42.2%")):
+        assert Threshold(math.log(confidence), "given by hand").needed == f"confidence {said}"
 
 
 def test_json_is_all_that_is_printed(run, museum, identify):

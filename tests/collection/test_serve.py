@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -104,6 +105,15 @@ def test_the_page_asks_for_heic_where_it_is_read(indexed, app_of, monkeypatch, r
     monkeypatch.setattr("metilr.collection.serve.formats", lambda: read)
     page = client_of(app_of(store=indexed / "index", threshold=-3.0)).get("/").text
     assert f'name="photo" accept="{accept}">' in page
+
+
+def test_a_visitor_without_val_reads_of_similarity_alone(indexed, app_of):
+    client = client_of(app_of(store=indexed / "index"))
+    for words in (client.get("/").text, client.get("/static/serve.js").text):
+        visible = words.partition("<header>")[2] or words
+        assert not re.search(r"\b(val|query|queries)\b|log-conf|log_conf|evaluat|threshold|confidence", visible)
+    answer = send(client, (indexed / "museum" / "9" / "2.jpg").read_bytes()).json()
+    assert (answer["headline"], answer["detail"]) == ("undecided, most likely exhibit 9", "similarity 1.000")
 
 
 def test_an_upload_gets_the_collection_s_answer(client, indexed):

@@ -107,16 +107,17 @@ def error_of(capsys, *arguments: object) -> str:
 
 def test_what_each_run_took_stands_beside_its_interval(museum):
     interval = {metric: [0.25, 0.75] for metric in METRICS}
+    rows = {"a": {"all": 1902, "reused": 902}, "b": {}}  # one of before does not say
     for seed, (name, seconds, memory) in enumerate((("a", 12.4, 1.25), ("b", 1234.0, None))):
         write_run(Path(name), museum, seed, seconds=seconds, peak_memory_gb=memory)
-        of_run = results(name)
+        of_run = results(name) | {"rows": rows[name]}
         of_run |= {split: of_run[split] | {"intervals": {"queries": interval}} for split in ("val", "test")}
         Path(name, "results.json").write_text(json.dumps(of_run))
     compare("a", "b")
     costs = markdown_tables(Path("out/comparison.md").read_text())[-1]
-    assert costs[0] == ["run", "GAP val", "GAP test", "seconds", "GB"]
+    assert costs[0] == ["run", "GAP val", "GAP test", "seconds", "rows reused", "GB"]
     shown = f"{100 * results('a')['test']['gap']:.2f} (25–75)"
-    assert costs[1][2:] == [shown, "12", "1.25"] and costs[2][3:] == ["1,234", "–"]
+    assert costs[1][2:] == [shown, "12", "902 of 1,902", "1.25"] and costs[2][3:] == ["1,234", "–", "–"]
 
 
 def results(folder: str) -> dict[str, Any]:
@@ -187,7 +188,8 @@ def test_differences_are_second_minus_first_on_the_same_queries(museum):
     assert differences[1][0] == "second"
     shown = [float(value.replace("−", "-")) for value in re.findall(r"[+−]?\d+\.\d", differences[1][3])]
     assert shown == pytest.approx([100 * accuracy[key] for key in ("difference", "low", "high")], abs=0.051)
-    assert "bootstrap over photographers and distractors\n" in Path("out/comparison.md").read_text()
+    said = "draw, with repeats, photographers with all their met queries (a query that names none alone), and single"
+    assert said in Path("out/comparison.md").read_text()
 
 
 def test_photographers_are_drawn_as_the_ground_truth_names_them(museum):
@@ -205,7 +207,10 @@ def test_without_the_ground_truth_classes_are_drawn_and_it_is_said(museum, capsy
     comparison = compare("first", "second")
     assert list(comparison["differences"][0]["by_unit"]) == ["classes", "queries"]
     printed = " ".join(capsys.readouterr().out.split())
-    assert "the ground truth of first is not where it was" in printed and "bootstrap over exhibits" in printed
+    assert (
+        "the ground truth of first is not where it was" in printed
+        and "draw, with repeats, exhibits with all their" in printed
+    )
     write_museum_files(museum, seed=5)  # something else in its place
     assert photographers_of(read_run(Path("first"))) is None
 

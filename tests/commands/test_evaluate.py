@@ -78,6 +78,7 @@ def test_results_predictions_and_table(evaluated):
     assert results["model"]["backbone"] == "timm/test_resnet"
     assert results["model"]["precision"] == "32"
     assert len(results["model"]["weights_sha256"]) == 64
+    assert results["rows"] == {"all": 22, "reused": 0}  # 8 images and 7 queries a split
     assert results["model"]["made_with"][0]["weights_from"]["source"] == "random"
     assert any("RANDOM WEIGHTS" in note for note in results["notes"])
     for split, ids in MET_IDS.items():
@@ -112,6 +113,7 @@ def gap_from_csv(answers: list[dict[str, str]]) -> float:
 def test_given_k_and_tau_are_not_tuned_similarities_are_the_recipe_s_and_quiet_prints_little(evaluated, again, capfd):
     """Against the recipe written out: PCA-whitening and inner products, k = 1."""
     run(*again, "--output", "out", "--k", 1, "--tau", 50, "--quiet", "true")
+    assert read_json(Path("out/results.json"))["rows"] == {"all": 22, "reused": 22}
     printed = capfd.readouterr()
     assert printed.err == "" and "descriptors" not in printed.out and "whitening  " not in printed.out
     assert "GAP" in printed.out and "out/results.json" in printed.out and not Path("out/report").exists()

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import json
 import re
@@ -55,6 +56,30 @@ def damage(museum: Path) -> dict[str, str]:
     return {
         FULL[0]: "missing", FULL[4]: "missing", VAL[1]: "empty", VAL[2]: "not an image", FULL[7]: "truncated",
     }  # fmt: skip
+
+
+def test_one_image_is_singular_in_every_command(tiny_museum, tmp_path, capsys):
+    plural = re.compile(r"(?<![\d,.] )\b1 ([a-z]+ )?(images|files|rows|exhibits|queries|photos|answers|dimensions)\b")
+    for name in ("a/1.png", "b/1.png", "c/1.png"):
+        (tmp_path / "folder" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (40, 40), "maroon" if name == "a/1.png" else "teal").save(tmp_path / "folder" / name)
+    for file in (tiny_museum / "images" / FULL[0], tmp_path / "folder/c/1.png"):
+        file.write_bytes(b"")
+    small = ["--backbone", "timm/test_resnet", "--weights", "random", "--accelerator", "cpu", "--num_workers", "0"]
+    index, museum = ["index", str(tmp_path / "folder"), str(tmp_path / "index"), *small], ["--root", str(tiny_museum)]
+    place = ["--report", "false", "--wandb", "off", "--output", str(tmp_path / "out"), "--store", str(tmp_path / "s")]
+    for command, said in (
+        (["verify", str(tiny_museum)], "1 image is wrong"),
+        (index, "1 image file is missing or empty (database 1)"),
+        ([*index, "--bad_images", "skip"], "left out: 1 image:"),
+        (["evaluate", *museum, *small, *place], "1 image file is missing or empty (database 1)"),
+        (["evaluate", *museum, *small, *place, "--bad_images", "skip", "--whitening_dim", "2"], "1 of 8 in database"),
+        (["export-descriptors", str(tmp_path / "s"), str(tmp_path / "d.pkl")], "1 image was left out"),
+    ):
+        with contextlib.suppress(SystemExit):
+            main(command)
+        printed = " ".join("".join(capsys.readouterr()).split())
+        assert said in printed and not plural.search(printed), command[0]
 
 
 def test_everything_that_is_wrong_is_found_and_listed(tiny_museum, tmp_path, capsys):

@@ -65,7 +65,9 @@ def a_recognition(tuned=True):
 
 def results(recognition, origins=(ORIGIN,), notes=(), synthetic=False):
     opened = Descriptors({"database": [np.zeros((2, 3))]}, MADE, origins)
-    found = summarise(TRUTH, recognition, opened, MethodOptions(), None, options={}, synthetic=synthetic, seconds=1.25)
+    found = summarise(
+        TRUTH, recognition, opened, MethodOptions(), None, options={}, synthetic=synthetic, seconds=1.25, n_made=0
+    )
     return found.model_copy(update={"notes": list(notes)})
 
 
@@ -188,6 +190,23 @@ def test_table_shows_both_splits_in_percent_and_what_was_tuned():
     assert "33.33" in table_of(said, width=80) and "…" not in table_of(said, width=80)
     printed = table_of(results(a_recognition(tuned=False), synthetic=True))
     assert "k = 1, τ = 5 given; test" in printed and "SYNTHETIC" in printed
+
+
+@pytest.mark.parametrize(
+    ("unit", "drawn"),
+    [
+        ("photographers", "photographers with all their met queries (a query that names none alone)"),
+        ("classes", "exhibits with all their met queries"),
+        ("queries", "single met queries"),
+    ],
+)
+def test_what_the_intervals_are_is_said_in_words(unit, drawn):
+    said = results(a_recognition())
+    intervals = {unit: {metric: [0.25, 0.75] for metric in ("gap", "gap_minus", "acc")}}
+    figures = {split: of.model_copy(update={"intervals": intervals}) for split, of in said.splits.items()}
+    words = " ".join(table_of(said.model_copy(update=figures)).split())
+    assert "95% intervals: the same figure of 95 of 100 random resamples of the queries lies within." in words
+    assert f"Each of 1,000 resamples draws, with repeats, {drawn}, and single distractors." in words
 
 
 def test_table_shows_the_metrics_that_are_asked_for_in_their_order():

@@ -125,7 +125,7 @@ def test_damaged_rows_of_a_finished_store_are_named(tmp_path, truth):
     rows[[0, 4]] = rows[[4, 0]]
     rows.flush()
     message = refused([store], truth)
-    assert "2 of its database rows (0, 4) are not as they were written" in message and f"store {store}" in message
+    assert "2 database rows (0, 4) not as written" in message and f"store {store}" in message
 
 
 def test_a_store_of_another_ground_truth(tmp_path, truth):

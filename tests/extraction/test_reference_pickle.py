@@ -313,7 +313,7 @@ def test_export_refusals(tmp_path):
     a_store(tmp_path / "unfinished", finish=False)
     assert "is not finished" in said(tmp_path / "unfinished", tmp_path / "a.pkl")
     a_store(tmp_path / "skipped", leave_out=("val", 2))
-    assert "1 images were left out" in said(tmp_path / "skipped", tmp_path / "a.pkl")
+    assert "1 image was left out" in said(tmp_path / "skipped", tmp_path / "a.pkl")
     a_store(tmp_path / "whole")
     (tmp_path / "there.pkl").write_text("precious")
     assert "there.pkl: exists already" in said(tmp_path / "whole", tmp_path / "there.pkl")

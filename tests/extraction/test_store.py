@@ -281,5 +281,5 @@ def test_a_store_of_the_first_edition_is_reused(tiny_museum, tmp_path, monkeypat
     np.save(path / "database.npy", rows)
     assert store.damaged("database").nonzero()[0].tolist() == [3]
     evaluate(tiny_museum, store=path, num_workers=0, report=False, output=Path("mended"), **options)
-    assert "1 database rows are not as they were written" in capsys.readouterr().out
+    assert "1 database row is not as written: made anew" in capsys.readouterr().out
     np.testing.assert_allclose(np.load(path / "database.npy")[3], rows[3] / 1000, atol=1e-5)

@@ -137,7 +137,9 @@ def test_nineteen_thousand_queries(browser, met_root, tmp_path):
     is_made = {split: np.ones(len(paths), bool) for split, paths in truth.paths.items()}
     model = {"backbone": "r18_in", "pooling": {"kind": "gem", "p": 3}, "scales": [1]}
     opened = Descriptors({"database": [np.zeros((1, 2))]}, is_made, [{"model": model}])
-    results = summarise(truth, recognition, opened, MethodOptions(), None, options={}, synthetic=False, seconds=1.0)
+    results = summarise(
+        truth, recognition, opened, MethodOptions(), None, options={}, synthetic=False, seconds=1.0, n_made=0
+    )
     page = open_page(browser, write_report(tmp_path, results, truth, recognition, quiet=True))
     assert count(page) == (19319, 19319) and page.locator("#cards > li").count() == 24
     page.click("#next")

@@ -51,10 +51,8 @@ async function ask(file) {
 }
 
 function showAnswer(file, answer) {
-  const parts = [
-    element("p", "", answer.detail),
-    element("p", "soft", `log-confidence ${answer.log_confidence.toPrecision(4)}` + (answer.reduced ? "; the photo was reduced to the collection's size" : "")),
-  ];
+  const parts = [element("p", "", answer.detail)];
+  if (answer.reduced) parts.push(element("p", "soft", "the photo was reduced to the collection's size"));
   const matches = element("ol", "matches");
   for (const match of answer.matches) {
     const item = element("li", "");
