@@ -1,6 +1,7 @@
 """``metilr index``: a museum's own images, made ready for ``metilr identify`` and ``metilr serve``."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -133,7 +134,8 @@ def index(
 
 
 def _check(folder: Path, output: Path, method: MethodOptions, approximate: bool) -> None:
-    if folder.resolve() in (output.resolve(), *output.resolve().parents):
+    place = Path(os.path.realpath(output))  # which takes links in a circle, too
+    if Path(os.path.realpath(folder)) in (place, *place.parents):
         raise UserError(f"{output}: lies among the images of {folder}; name a folder elsewhere", "output")
     if (output / APPROXIMATE).exists() and not approximate:
         raise UserError(f"{output / APPROXIMATE}: is there, but approximate is not asked for; ask for it, or delete it")

@@ -1,6 +1,7 @@
 """``metilr compare RUN...``: finished evaluations side by side, with published figures where the row is known."""
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,7 +97,7 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> dict[str, Any]:
 
 def _read_runs(paths: Sequence[Path]) -> dict[str, Run]:
     """Read the runs by name: the folder's, or as much of its path as tells it from the others."""
-    folders = [Path(path).resolve() for path in paths]
+    folders = [Path(os.path.realpath(path)) for path in paths]  # which takes links in a circle, too
     if not folders:
         raise UserError("no run is named; name the folders that evaluations wrote")
     if twice := [path for path, folder in zip(paths, folders, strict=True) if folders.count(folder) > 1]:

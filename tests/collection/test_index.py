@@ -168,6 +168,11 @@ def test_few_images_and_a_whitening_from_elsewhere(folder, tmp_path, failure):
 
 def test_an_index_is_not_written_among_the_images(folder, failure):
     assert "lies among the images" in failure("index", folder, folder / "INDEX", *AS_OPTIONS)
+
+
+def test_a_link_in_a_circle_is_no_place_for_an_index(folder, failure, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    assert "loop" in failure("index", folder, tmp_path / "loop", *AS_OPTIONS)
     assert not (folder / "INDEX").exists()
 
 

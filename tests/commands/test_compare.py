@@ -313,6 +313,8 @@ def test_a_comparison_replaces_an_earlier_one_and_has_a_dated_folder_otherwise(m
 def test_what_cannot_be_compared_ends_in_one_line(museum, capsys):
     write_run(Path("first"), museum, 0)
     assert "nowhere: not a finished evaluation" in error_of(capsys, "first", "nowhere")
+    Path("loop").symlink_to("loop")
+    assert "loop: not a finished evaluation" in error_of(capsys, "first", "loop")
     assert "named twice" in error_of(capsys, "first", "./first")
     assert "runs" in error_of(capsys)
 
