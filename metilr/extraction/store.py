@@ -44,6 +44,7 @@ class Manifest(BaseModel):
     counts: dict[str, Annotated[int, Field(ge=0, lt=2**63)]]  # images by split
     width: Annotated[int, Field(ge=1)]
     complete: bool
+    checksums: bool = False  # whether each row that is marked has one; false for the first edition's
     made_with: list[dict[str, Any]] = []  # worth knowing, but changes nothing beyond rounding (versions, device)
 
     @property
@@ -66,7 +67,7 @@ class DescriptorStore:
         Raises:
             UserError: If the folder holds something else, or was made with other settings, or the disk is too full.
         """
-        wanted = Manifest(settings=_as_json(settings), counts=dict(counts), width=width, complete=False)
+        wanted = Manifest(settings=_as_json(settings), counts=dict(counts), width=width, complete=False, checksums=True)
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.exists:
             foreign = [file.name for file in sorted(self.path.iterdir()) if not file.name.startswith(OURS)]
@@ -151,6 +152,7 @@ class DescriptorStore:
         rows, files = self.descriptors(split), self.files(split)
         has_checksums = (self.path / f"{split}.crc32.npy").exists()
         known = self._array(f"{split}.crc32.npy", np.uint32, 1) if has_checksums else np.zeros(len(rows), np.uint32)
+        all_have_one = self.manifest().checksums
         if not len(rows) == len(files) == len(known):
             raise UserError(f"{self.path}: its {split} files do not belong together; delete it to make it again")
         damaged = (files == 0) & self.is_complete
@@ -158,7 +160,8 @@ class DescriptorStore:
             marked = start + np.flatnonzero(files[start : start + CHUNK_ROWS])  # the others hold nothing to read
             block, marks, checksums = rows[marked], files[marked], known[marked]
             found = np.fromiter(map(_checksum, block, marks), np.uint32, len(block))
-            damaged[marked] = ~np.where(checksums == 0, (marks < 0) | has_unit_length(block), checksums == found)
+            is_unchecked = (checksums == 0) & (not all_have_one)
+            damaged[marked] = ~np.where(is_unchecked, (marks < 0) | has_unit_length(block), checksums == found)
         return damaged
 
     def pending(self, split: str, sizes: np.ndarray, retry_bad: bool) -> np.ndarray:

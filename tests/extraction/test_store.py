@@ -200,6 +200,19 @@ def test_rows_that_are_not_as_they_were_written_are_damaged_and_pending(tmp_path
     assert not store.damaged("test").any()
 
 
+@pytest.mark.parametrize("lost", [None, 0])
+def test_rows_whose_checksums_are_lost_are_damaged(tmp_path, lost):
+    """They may have been exchanged, which their lengths do not tell."""
+    store = prepared(tmp_path)
+    fill(store, "test", range(4))
+    store.finish()
+    file = tmp_path / "test.crc32.npy"
+    np.save(file, np.full(4, lost, np.uint32)) if lost == 0 else file.unlink()
+    assert store.damaged("test").all() and store.pending("test", SIZES["test"], retry_bad=False).all()
+    fill(store, "test", range(4))
+    assert not store.damaged("test").any()
+
+
 def test_a_bad_image_is_no_damage(tmp_path):
     store = prepared(tmp_path)
     fill(store, "test", range(3))
