@@ -11,8 +11,10 @@ from PIL import Image
 from metilr.cli import main
 from metilr.collection import PhotoOptions
 from metilr.collection.collection import load_photo
-from metilr.collection.index import Index
+from metilr.collection.index import Index, index as index_images
 from metilr.collection.open_collection import open_with_threshold
+from metilr.errors import UserError
+from metilr.evaluation.options import MethodOptions
 from metilr.retrieval.whitening import PCAWhitening
 from tests.collection.conftest import AS_OPTIONS, INDEXED, write_images
 from tests.hostile import NAME
@@ -164,6 +166,13 @@ def test_few_images_and_a_whitening_from_elsewhere(folder, tmp_path, failure):
     whitening.save(tmp_path / "w.npz")
     index(folder, tmp_path / "c", whitening=str(tmp_path / "w.npz"), **INDEXED)
     assert open_index(tmp_path / "c")[0].database.rows.shape == (3, 20)
+
+
+@pytest.mark.parametrize("name", ["geometric_check", "search_device"])
+def test_what_only_an_evaluation_has_is_refused_from_python_too(folder, tmp_path, name):
+    method = MethodOptions(**{name: 3 if name == "geometric_check" else "cpu"})
+    with pytest.raises(UserError, match=f"{name} (needs val|has no effect on an index)"):
+        index_images(folder, tmp_path / "index", method=method)
 
 
 def test_an_index_is_not_written_among_the_images(folder, failure):
