@@ -447,29 +447,37 @@ def test_pages_of_other_sites_may_not_ask(client, indexed, headers, status):
     assert client.get("/", headers=headers).status_code == 200  # a link may lead here
 
 
+@pytest.fixture
+def unread_index(tmp_path, monkeypatch) -> None:
+    """What looks like an index, as long as nobody reads it."""
+    monkeypatch.chdir(tmp_path)
+    Path("INDEX").mkdir()
+    Path("INDEX/index.json").touch()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--port", "70000", "--store", "nowhere"], "--port 70000"),
-        (["--host", "203.0.113.1", "--store", "nowhere"], "--port 8000: 203.0.113.1 cannot be listened at"),
-        (["--host", "no.such.host.invalid", "--store", "nowhere"], "--host no.such.host.invalid: not an address"),
-        (["--max_megabytes", "0", "--store", "nowhere"], "--max_megabytes 0"),
+        (["--port", "70000", "--store", "INDEX"], "--port 70000"),
+        (["--host", "203.0.113.1", "--store", "INDEX"], "--port 8000: 203.0.113.1 cannot be listened at"),
+        (["--host", "no.such.host.invalid", "--store", "INDEX"], "--host no.such.host.invalid: not an address"),
+        (["--max_megabytes", "0", "--store", "INDEX"], "--max_megabytes 0"),
         ([], "give either run"),
         (["--port", "0", "--store", "nowhere"], "nowhere: not an index"),
     ],
 )
-def test_a_bad_option_ends_in_one_line_that_names_it(capsys, options, message):
+def test_a_bad_option_ends_in_one_line_that_names_it(unread_index, capsys, options, message):
     with pytest.raises(SystemExit) as stop:
         main(["serve", *options])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and message in error
 
 
-def test_without_its_libraries_the_command_says_how_to_get_them(capsys, monkeypatch):
+def test_without_its_libraries_the_command_says_how_to_get_them(unread_index, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else object())
     with pytest.raises(SystemExit):
-        main(["serve", "--store", "x"])
+        main(["serve", "--store", "INDEX"])
     assert "metilr serve needs uvicorn: pip install 'metilr[serve]'" in capsys.readouterr().err
     main(["--help"])
     assert "serve" in capsys.readouterr().out
