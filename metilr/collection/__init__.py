@@ -9,7 +9,7 @@ from metilr.data.decode import MAX_PHOTO_MEGAPIXELS, pixels_of
 from metilr.errors import UserError, amount
 from metilr.evaluation.results import FEW_ACCEPTED, MIN_PRECISION, Run, read_results
 from metilr.extraction.options import Accelerator
-from metilr.metrics.open_set import threshold_for_precision
+from metilr.metrics.open_set import decision_point
 
 if TYPE_CHECKING:
     from metilr.collection.collection import Answer, Collection
@@ -112,16 +112,23 @@ def choose_threshold(run: Run | None, options: PhotoOptions) -> Threshold:
     if run is None:
         return Threshold(None, "an index has no val queries to choose a threshold on; give one, or use an evaluation")
     val = run.answers["val"]
-    point = threshold_for_precision(val.log_confidence, val.predicted_ids, val.exhibit_ids, min_precision)
+    case = val.log_confidence, val.predicted_ids, val.exhibit_ids
+    is_calibrated = run.results.confidence is not None and run.results.confidence.is_used
+    point = decision_point(*case, min_precision, is_calibrated)
     if point is None:
         return Threshold(None, f"no threshold reaches a precision of {min_precision:g} on val; lower it, or give one")
     figures = {**point._asdict(), "min_precision": min_precision, "n_queries": len(val.paths)}
     del figures["threshold"]
+    how = (
+        "the probability to be right, fitted"
+        if is_calibrated
+        else f"the lowest with a precision of at least {min_precision:g}"
+    )
     n_right = round(point.precision * point.n_accepted)
     shaky = ", so few that it may be far off" if point.n_accepted < FEW_ACCEPTED else ""
     return Threshold(
         point.threshold,
-        f"the lowest with a precision of at least {min_precision:g} on val: right are {n_right:,} of "
+        f"{how} on val: right are {n_right:,} of "
         f"{amount(point.n_accepted, 'accepted answer')}{shaky}, recall {point.recall:.3f}, "
         f"{amount(len(val.paths), 'photo')}",
         figures,

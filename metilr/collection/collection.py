@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import IO
@@ -19,6 +19,7 @@ from metilr.data import decode
 from metilr.data.ground_truth import GroundTruth
 from metilr.data.views import CentreCrops
 from metilr.errors import UserError
+from metilr.evaluation.calibration import gather_evidence
 from metilr.evaluation.database import Searchable, as_compared
 from metilr.evaluation.options import MethodOptions
 from metilr.extraction.module import DescriptorModule
@@ -27,9 +28,11 @@ from metilr.extraction.store import DescriptorStore, has_unit_length
 from metilr.files import map_array, replaced_file
 from metilr.geometry.check import GeometricCheck
 from metilr.geometry.evidence import Checked, apply_evidence
+from metilr.geometry.verify import LocalFeatures
 from metilr.models import UnfitSizeError
 from metilr.models.embedder import Embedder
 from metilr.retrieval.approximate import ApproximateIndex, build_approximate, check_size
+from metilr.retrieval.confidence import NEAREST, Calibration, background_similarities
 from metilr.retrieval.knn import N_MATCHES, N_NEIGHBOURS, Matches, Predictions, classify
 from metilr.retrieval.whitening import PCAWhitening
 
@@ -93,6 +96,8 @@ class Collection:
     k: int
     tau: float
     check: GeometricCheck | None = None
+    calibration: Calibration | None = None
+    background: np.ndarray = field(default_factory=lambda: np.empty((0, 1)))  # photos of no exhibit, (C, D) as compared
 
     @property
     def search(self) -> str | None:
@@ -154,33 +159,41 @@ class Collection:
         matches = self.database.matches(query, neighbours, n_wanted)
         predictions = classify(neighbours, self.database.labels, len(self.exhibits), self.k, self.tau)
         matches = Matches(self.database.images[matches.rows], matches.similarities)
-        inliers: list[int] = []
-        regions = None
+        features, checked = None, None
         if self.check is not None:
-            predictions, inliers, regions = self._checked(image, predictions, matches, self.check, draw)
+            features = self.check.extractor.extract(image)
+            checked = self._checked(features, matches, self.check)
+            predictions = apply_evidence(predictions, checked, self.check.boost, self.check.gate)
+        if self.calibration is not None:
+            labels, most_similar = self.ground_truth.labels["database"], neighbours.similarities[:, :NEAREST]
+            similarities = background_similarities(query, self.background)
+            evidence = gather_evidence(predictions, matches, labels, most_similar, checked, similarities)
+            predictions = self.calibration.apply(predictions, evidence)
         labels = self.ground_truth.labels["database"]
+        inliers = [] if checked is None else checked.inliers[0].tolist()
         listed = zip_longest(matches.rows[0].tolist(), matches.similarities[0].tolist(), inliers)
         return Answer(
             exhibit=self.exhibits[int(predictions.labels[0])],
             log_confidence=float(predictions.log_confidence[0]),
             similarity=float(predictions.similarity[0]),
             matches=tuple(Match(row, self.exhibits[labels[row]], *found) for row, *found in listed)[:n_matches],
-            regions=regions,
+            regions=self._regions(image, features, matches, predictions) if draw and features is not None else None,
         )
 
-    def _checked(
-        self, image: Tensor, predictions: Predictions, matches: Matches, check: GeometricCheck, draw: bool
-    ) -> tuple[Predictions, list[int], bytes | None]:
-        """Check the answer as the evaluation does; with the inliers of each candidate, and the picture."""
-        rows = matches.rows[:, : check.candidates]
-        files, features = [self.image(row) for row in rows[0].tolist()], check.extractor.extract(image)
+    def _checked(self, features: LocalFeatures, matches: Matches, check: GeometricCheck) -> Checked:
+        """Count the inliers of each candidate as the evaluation does."""
+        files = [self.image(row) for row in matches.rows[0, : check.candidates].tolist()]
         inliers = np.array([[check.verify(features, check.features(file)).n_inliers for file in files]])
-        labels = self.ground_truth.labels["database"]
-        checked = Checked(matches, inliers, labels, len(self.exhibits), self.tau)
-        predictions = apply_evidence(predictions, checked, check.boost, check.gate)
-        answered = np.flatnonzero(labels[rows[0]] == predictions.labels[0])
-        regions = check.draw(image, features, files[int(answered[0])]) if draw and len(answered) else None
-        return predictions, inliers[0].tolist(), regions
+        return Checked(matches, inliers, self.ground_truth.labels["database"], len(self.exhibits), self.tau)
+
+    def _regions(
+        self, image: Tensor, features: LocalFeatures, matches: Matches, predictions: Predictions
+    ) -> bytes | None:
+        """Draw what the photo and the answer's nearest image have in common."""
+        assert self.check is not None
+        rows = matches.rows[0, : self.check.candidates]
+        answered = rows[self.ground_truth.labels["database"][rows] == predictions.labels[0]]
+        return self.check.draw(image, features, self.image(int(answered[0]))) if len(answered) else None
 
     def _compared(self, image: Tensor) -> np.ndarray:
         """The descriptors that a photo is searched by, ``(1, V, D)``."""

@@ -16,9 +16,10 @@ from metilr.data.folder import read_catalogue
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.demo import DEMO
 from metilr.errors import UserError
+from metilr.evaluation.calibration import background_of
 from metilr.evaluation.database import build_searchable, views_of
 from metilr.evaluation.options import MethodOptions, method_of_elements
-from metilr.evaluation.results import Check, Run, Vote, read_run
+from metilr.evaluation.results import Check, Confidence, Run, Vote, read_run
 from metilr.evaluation.runs import RUNS
 from metilr.extraction.describe import store_settings
 from metilr.extraction.descriptors import open_descriptors
@@ -29,6 +30,7 @@ from metilr.geometry.evidence import Gate
 from metilr.models import RANDOM, ModelOptions
 from metilr.models.checkpoints import build_model
 from metilr.models.embedder import Embedder
+from metilr.retrieval.confidence import Calibration, feature_names
 from metilr.retrieval.whitening import PCAWhitening
 
 
@@ -85,6 +87,7 @@ class Recorded:
     vote: Vote
     described: Mapping[str, Any] | None = None  # what an evaluation says of its model beyond the options
     check: Check | None = None
+    confidence: Confidence | None = None
 
 
 def _of_index(path: Path, ckpt: Path | None, accelerator: Accelerator) -> Recorded:
@@ -136,6 +139,7 @@ def _of_run(run: Run, ckpt: Path | None, accelerator: Accelerator) -> Recorded:
         vote=results.knn,
         described=model.recorded(),
         check=results.geometric_check,
+        confidence=results.confidence,
     )
 
 
@@ -174,7 +178,22 @@ def _assemble(made: Recorded) -> Collection:
         k=made.vote.k,
         tau=made.vote.tau,
         check=check,
+        **_calibration(made),
     )
+
+
+def _calibration(made: Recorded) -> dict[str, Any]:
+    """What makes the confidence a probability, with the background from the store, if the evaluation had that."""
+    recorded = made.confidence and made.confidence.calibration
+    if not recorded:
+        return {}
+    calibration = Calibration(**recorded.recorded())
+    crops = [view for view in views_of(made.method, made.model.seed) if "visits" not in view.of]
+    descriptors = open_descriptors([made.store.path], made.ground_truth, crops)
+    background = background_of(descriptors, made.ground_truth, made.whitening)
+    if calibration.features != feature_names(made.check is not None, len(background)):
+        raise UserError(f"{made.path}: its calibrated confidence is of other evidence than metilr has; evaluate again")
+    return {"calibration": calibration, "background": background}
 
 
 def _refuse_another_model(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from metilr.data.decode import limit_images
 from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_truth
 from metilr.distributed import PARENT_VARIABLE, end_if_unguarded, end_with_parent, launched_as_first, quieten_lightning
 from metilr.errors import UserError
+from metilr.evaluation.calibration import calibrate_recognition
 from metilr.evaluation.database import views_of
 from metilr.evaluation.options import MethodOptions, ReportOptions, without_deleted
 from metilr.evaluation.recognition import Recognition, check_method, check_recognition, recognise
@@ -134,8 +135,12 @@ def evaluate(
             progress.print(f"[bold]geometry[/]     {min(n, ground_truth.n_classes)} candidates a query, in float32")
             check = geometric_check_of(embedder, extraction.image_size, n, method.geometric_reorder)
             recognition, check = check_recognition(recognition, ground_truth, check, quiet)
+        fit = None
+        if method.confidence == "calibrated":
+            progress.print("[bold]confidence[/]   fitted on val")
+            recognition, fit = calibrate_recognition(recognition, opened, ground_truth, method)
         results = summarise(
-            ground_truth, recognition, opened, method, check, options=options, synthetic=synthetic,
+            ground_truth, recognition, opened, method, check, fit, options=options, synthetic=synthetic,
             seconds=time.perf_counter() - started, n_made=n_made,
         )  # fmt: skip
         assert folder is not None

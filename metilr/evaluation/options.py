@@ -10,6 +10,7 @@ from metilr.retrieval.search import SearchDevice
 from metilr.retrieval.whitening import PAIR_SHRINKAGE
 
 DatabaseViews = Literal["none", "rows"]
+ConfidenceName = Literal["softmax", "calibrated"]
 Metric = Literal["gap", "gap_minus", "acc", "recall@1", "recall@5", "recall@10", "map"]
 WandbMode = Literal["auto", "online", "offline", "off"]
 MAX_VISITS = 1000
@@ -102,12 +103,16 @@ class MethodOptions(ComparisonOptions):
             few agree about one transform, confidence falls, by how much is chosen on val; 0 is off.
         geometric_reorder: With geometric_check: let agreeing local features decide between the exhibits, as far as val
             gains by it.
+        confidence: softmax is that of the classifier; calibrated is the probability that the answer is right, fitted on
+            val, which also sees how similar a photo is to val's distractors. It is kept only where cross-validation on
+            val sees it rank better.
         search_device: Where the exact search runs; without it on all GPUs if FAISS sees some and the
             accelerator is not cpu, else on the CPU.
     """
 
     geometric_check: int = 0
     geometric_reorder: bool = False
+    confidence: ConfidenceName = "softmax"
     search_device: SearchDevice | None = None
 
     def __post_init__(self) -> None:

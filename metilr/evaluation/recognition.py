@@ -17,9 +17,10 @@ from metilr.geometry.evidence import Checked, apply_evidence, tune_evidence
 from metilr.metrics import DISTRACTOR, acc, gap, gap_minus
 from metilr.metrics.bootstrap import N_RESAMPLES, intervals, resampling_units
 from metilr.metrics.functional import gap_bounds, mean_average_precision, recall_at
-from metilr.metrics.open_set import open_set_figures, threshold_for_precision
+from metilr.metrics.open_set import decision_point, open_set_figures
 from metilr.progress import counted
 from metilr.retrieval import knn
+from metilr.retrieval.confidence import NEAREST, Calibration
 from metilr.retrieval.search import Neighbours, check_device, class_ranks
 from metilr.retrieval.whitening import PCAWhitening
 
@@ -41,7 +42,9 @@ class Recognition:
     tuning: knn.Tuning | None  # the grid on val; None where both were given
     matches: Mapping[str, knn.Matches]  # what each query resembles most; rows of the whole database
     ranks: Mapping[str, np.ndarray]  # of the exhibit shown, among all by similarity, see ``metilr.metrics.functional``
+    most_similar: Mapping[str, np.ndarray]  # similarities of the ten nearest rows, (Q, 10); NaN if skipped
     checked: Mapping[str, Checked] | None = None  # what a geometric check found
+    calibration: Calibration | None = None  # what made the confidence a probability
 
     def cases(self, ground_truth: GroundTruth) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """What metrics take, by split: log-confidence, answered and true label of each query, ``(Q,)``."""
@@ -116,7 +119,7 @@ def recognise(
     say(f"[bold]search[/]       test, {amount(k_search, 'neighbour')}")
     neighbours["test"] = nearest("test", k_search)
 
-    answers, matches, ranks = {}, {}, {}
+    answers, matches, ranks, most_similar = {}, {}, {}, {}
     for split, of_split in neighbours.items():
         predictions = knn.classify(of_split, database.labels, n_classes, tuning.k, tuning.tau)
         in_database = np.where(predictions.nearest == knn.NO_ROW, knn.NO_ROW, database.images[predictions.nearest])
@@ -126,11 +129,15 @@ def recognise(
         matches[split] = knn.Matches(np.full(shape, knn.NO_ROW, dtype=np.int64), np.full(shape, np.nan))
         matches[split].rows[is_valid[split]] = database.images[nearest_exhibits.rows]
         matches[split].similarities[is_valid[split]] = nearest_exhibits.similarities
+        most_similar[split] = np.full((len(is_valid[split]), min(NEAREST, n_rows)), np.nan)
+        most_similar[split][is_valid[split]] = of_split.similarities[:, :NEAREST]
         ranks[split] = np.where(ground_truth.labels[split] == DISTRACTOR, np.nan, np.inf)
         target = ground_truth.labels[split][is_valid[split]]
         ranks[split][is_valid[split]] = class_ranks(database.rows, queries[split], database.labels, target)
     was_given = method.k is not None and method.tau is not None
-    return Recognition(answers, whitening, tuning.k, tuning.tau, None if was_given else tuning, matches, ranks)
+    return Recognition(
+        answers, whitening, tuning.k, tuning.tau, None if was_given else tuning, matches, ranks, most_similar
+    )
 
 
 def check_recognition(
@@ -175,7 +182,7 @@ def figures_of(recognition: Recognition, ground_truth: GroundTruth) -> dict[str,
             "intervals": {name: {metric: [*ends] for metric, ends in of.items()} for name, of in drawn.items()},
             "open_set": open_set_figures(*case, ground_truth.kinds(split), ground_truth.class_sizes()),
         }
-    point = threshold_for_precision(*cases["val"], MIN_PRECISION)
+    point = decision_point(*cases["val"], MIN_PRECISION, recognition.calibration is not None)
     threshold = {
         "min_precision": MIN_PRECISION,
         "chosen_on": "val",

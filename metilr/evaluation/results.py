@@ -112,6 +112,34 @@ class Check(Part):
     features: dict[str, Any]
 
 
+class Calibration(Part):
+    """The fitted model of a calibrated confidence, see ``metilr.retrieval.confidence``."""
+
+    features: Annotated[list[Text], Field(min_length=1)]
+    mean: list[float]
+    scale: list[Positive]
+    coefficients: list[float]
+    intercept: float
+    strength: Positive
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> "Calibration":
+        if {len(self.mean), len(self.scale), len(self.coefficients)} != {len(self.features)}:
+            raise ValueError("features, mean, scale and coefficients differ in length")
+        return self
+
+
+class Confidence(Part):
+    """A calibrated confidence: what cross-validation on val saw, and what was fitted, if anything could be."""
+
+    is_used: bool
+    plain_gap: Share | None  # on held-out parts of val, of the classifier's confidence; None if none could be fitted
+    calibrated_gap: Share | None
+    n_background: Count = 0
+    calibration: Calibration | None = None
+    calibration_error: dict[Text, Share] = {}  # of val and test, expected, in ten bins
+
+
 class Vote(Part):
     """How neighbours vote."""
 
@@ -156,6 +184,7 @@ class Results(Part):
     whitening: dict[str, Any] | None = None
     elements: Elements | None = None
     geometric_check: Check | None = None
+    confidence: Confidence | None = None
     search: dict[str, Any] = {}
     knn: KNN
     bootstrap: dict[str, Any] = {}  # resamples, level, seed

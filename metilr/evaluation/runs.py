@@ -19,6 +19,7 @@ from metilr.evaluation.results import PREDICTION_COLUMNS, SCHEMA_VERSION, SIZES,
 from metilr.extraction.store import differing_settings
 from metilr.files import alone_in, named, remove_leftovers, write_atomically
 from metilr.metrics import DISTRACTOR
+from metilr.metrics.open_set import calibration_error
 from metilr.provenance import command, commit, library_versions, machine, peak_memory_gb
 from metilr.retrieval.whitening import DEFAULT_DIM, LearnedWhitening, PCAWhitening
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from metilr.evaluation.recognition import Recognition
     from metilr.extraction.descriptors import Descriptors
     from metilr.geometry.check import GeometricCheck
+    from metilr.retrieval.confidence import Fit
 
 RUNS = Path("runs")
 LEFT_BEHIND = ("predictions/val.csv", "predictions/test.csv", "whitening.npz", "report/index.html")
@@ -96,6 +98,7 @@ def summarise(
     opened: "Descriptors",
     method: "MethodOptions",
     check: "GeometricCheck | None",
+    fit: "Fit | None" = None,
     *,
     options: Mapping[str, Any],
     synthetic: bool,
@@ -141,6 +144,7 @@ def summarise(
             "whitening": _whitening(recognition.whitening, method.whitening),
             "elements": elements,
             "geometric_check": geometry,
+            **_confidence(method, fit, recognition, ground_truth),
             "search": {"device": method.search_device or "cpu", "exact": True},
             "knn": {"k": recognition.k, "tau": recognition.tau, "tuned_on": grid and "val", "grid": grid},
             **figures_of(recognition, ground_truth),
@@ -149,6 +153,23 @@ def summarise(
             "machine": machine(),
         }
     )
+
+
+def _confidence(
+    method: "MethodOptions", fit: "Fit | None", recognition: "Recognition", ground_truth: GroundTruth
+) -> dict[str, Any]:
+    """What became of the wish for a calibrated confidence; nothing without it."""
+    if method.confidence != "calibrated":
+        return {}
+    if fit is None:
+        return {"confidence": {"is_used": False, "plain_gap": None, "calibrated_gap": None}}
+    said: dict[str, Any] = {"is_used": fit.gains, "n_background": fit.n_background}
+    said |= {"plain_gap": fit.plain_gap, "calibrated_gap": fit.calibrated_gap}
+    if fit.gains:
+        cases = recognition.cases(ground_truth)
+        said["calibration"] = dataclasses.asdict(fit.calibration)
+        said["calibration_error"] = {split: calibration_error(*case) for split, case in cases.items()}
+    return {"confidence": said}
 
 
 def _notes(opened: "Descriptors", recognition: "Recognition", synthetic: bool, dim: int | None) -> list[str]:

@@ -165,6 +165,34 @@ def precision_recall(
     return n_right / np.arange(1, len(n_right) + 1), n_right / is_met.sum()
 
 
+def reliability(
+    log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike, n_bins: int = 10
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Compare confidence and share of right answers in equally wide bins: of each that has an answer, ``(B,)``.
+
+    Mean confidence, share of right answers (none to a distractor is), number of answers. A skipped query has none.
+    """
+    sure, right, _ = checked(log_confidence, predicted, target)
+    is_answered = ~np.isneginf(sure)
+    confidence, right = np.exp(sure[is_answered]), right[is_answered]
+    places = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
+    counts = np.bincount(places, minlength=n_bins)
+    sums = [np.bincount(places, weights=of, minlength=n_bins)[counts > 0] for of in (confidence, right)]
+    counts = counts[counts > 0]
+    return sums[0] / counts, sums[1] / counts, counts
+
+
+def calibration_error(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike, n_bins: int = 10) -> float:
+    """Compute the expected calibration error, in [0, 1]: how far confidence and share of right answers lie apart.
+
+    The mean over equally wide bins of confidence, weighted by their answers; 0 is best, and without answers.
+
+    Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
+    """
+    confidence, right, counts = reliability(log_confidence, predicted, target, n_bins)
+    return float((np.abs(confidence - right) * counts).sum() / max(counts.sum(), 1))
+
+
 def threshold_for_precision(
     log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike, precision: float
 ) -> OperatingPoint | None:
@@ -188,6 +216,23 @@ def threshold_for_precision(
     below = ranked[last + 1] if last + 1 < len(ranked) else -np.inf
     threshold = (ranked[last] + below) / 2 if below > -np.inf else ranked[last]
     return OperatingPoint(float(threshold), float(reached[last]), float(recall[last]), int(last) + 1)
+
+
+def decision_point(
+    log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike, precision: float, is_probability: bool
+) -> OperatingPoint | None:
+    """Choose the threshold on val from which on answers are accepted, see ``threshold_for_precision``.
+
+    Where confidence is the probability that an answer is right, it is the precision itself: each answer accepted is
+    right that often.
+    """
+    if not is_probability:
+        return threshold_for_precision(log_confidence, predicted, target, precision)
+    confidence, right, is_met = checked(log_confidence, predicted, target)
+    threshold = float(np.log(precision))
+    accepted = confidence >= threshold
+    n_right, n_accepted = int((right & accepted).sum()), int(accepted.sum())
+    return OperatingPoint(threshold, n_right / max(n_accepted, 1), float(n_right / is_met.sum()), n_accepted)
 
 
 def _strata(

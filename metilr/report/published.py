@@ -89,6 +89,7 @@ def published(results: Results) -> tuple[Published, ...]:
         and min(len(tuned.get(name, ())) for name in ("k", "tau")) > 1
         and not results.skipped_images
         and not results.geometric_check
+        and not (results.confidence and results.confidence.is_used)
         and not (elements and (elements.visits or elements.query_crops or elements.dba or elements.hubness))
     )
     rows = PUBLISHED if is_that_row else ()

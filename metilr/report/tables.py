@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from metilr.evaluation.results import KNN, LEVEL, Figures, Results
+from metilr.evaluation.results import KNN, LEVEL, Confidence, Figures, Results
 from metilr.metrics.bootstrap import N_RESAMPLES
 from metilr.progress import printable
 
@@ -125,6 +125,8 @@ def print_table(console: Console, results: Results, metrics: Sequence[str] = tup
         gate = f"gate of weight {check.gate['weight']:g}, enough {check.gate['enough']:g}"
         boost = f", boost {check.boost:g}" if check.reorder else ""
         console.print(f"geometric check: {gate}{boost}, chosen on val{idle}")
+    if results.confidence is not None:
+        console.print(calibrated(results.confidence))
     if unit is not None:
         console.print(f"in brackets {100 * LEVEL:g}% intervals: {interval_in_words(results)}")
     if any(metric in RANKING for metric in metrics):
@@ -152,6 +154,15 @@ def interval_in_words(results: Results) -> str:
         f"repeats, {DRAWN[results.unit or 'queries']}, and single distractors. Of few photographers, exhibits or "
         "queries the truth lies outside more often than that"
     )
+
+
+def calibrated(confidence: Confidence) -> str:
+    """What became of the wish for a calibrated confidence, in words."""
+    if confidence.plain_gap is None or confidence.calibrated_gap is None:
+        return "confidence: that of the classifier, as val has too few right or wrong answers to fit another"
+    reached, without = (f"{100 * gap:.2f}" for gap in (confidence.calibrated_gap, confidence.plain_gap))
+    gaps = f"GAP {reached} on parts of val held out, {without} without"
+    return f"confidence: {'calibrated' if confidence.is_used else 'not calibrated, as that gains nothing'}: {gaps}"
 
 
 def chosen(knn: KNN, with_values: bool = True) -> str:

@@ -1,0 +1,134 @@
+"""A calibrated confidence: against loops and scikit-learn's own composition."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from metilr.metrics import gap
+from metilr.retrieval.confidence import (
+    STRENGTHS,
+    Evidence,
+    background_means,
+    background_similarities,
+    evidence_of_search,
+    fit_calibration,
+)
+from metilr.retrieval.knn import Matches, Predictions
+
+N, N_BACKGROUND = 90, 40
+
+
+def made_up(seed=0):
+    """Val of 50 met queries and 40 distractors, whose evidence tells something."""
+    rng = np.random.default_rng(seed)
+    target = np.r_[rng.integers(10, size=50), np.full(40, -1)]
+    labels = np.where((rng.random(N) < 0.7) & (target >= 0), target, rng.integers(10, size=N))
+    is_right = labels == target
+    of_answer = rng.normal(size=(N, 3)) + 0.5 * is_right[:, None]
+    background = rng.normal(size=(N, N_BACKGROUND)) - 0.5 * is_right[:, None]
+    answers = Predictions(labels, rng.normal(size=N) - 5, of_answer[:, 0], np.zeros(N, dtype=np.int64))
+    background_queries = np.arange(50, N)
+    is_same = np.arange(N)[:, None] == background_queries
+    evidence = Evidence(tuple("abcdef"), of_answer, background, is_same)
+    groups = np.arange(N) // 2
+    return answers, evidence, target, groups, background_queries
+
+
+@pytest.mark.parametrize("n_photographs", [3, 30])
+def test_background_means_are_those_of_a_loop(n_photographs):
+    rng = np.random.default_rng(1)
+    similarities, left_out = rng.normal(size=(7, n_photographs)), rng.random((7, n_photographs)) < 0.3
+    left_out[3] = True
+    means = background_means(similarities, left_out)
+    for row, kept, found in zip(similarities, ~left_out, means, strict=True):
+        nearest = sorted(row[kept], reverse=True)
+        expected = [np.mean(nearest[:n]) if len(nearest) else 0 for n in (1, 5, 20)]
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_the_view_that_is_nearest_to_a_photograph_counts():
+    rng = np.random.default_rng(2)
+    queries, photographs = rng.normal(size=(5, 3, 4)).astype(np.float32), rng.normal(size=(6, 4)).astype(np.float32)
+    found = background_similarities(queries, photographs)
+    for i, query in enumerate(queries):
+        for j, photograph in enumerate(photographs):
+            expected = max(sum(float(a) * float(b) for a, b in zip(view, photograph, strict=True)) for view in query)
+            assert found[i, j] == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_lead_is_over_the_most_similar_image_of_another_exhibit():
+    answers = Predictions(np.array([4, 7, 2]), np.zeros(3), np.array([0.9, 0.5, 0.3]), np.zeros(3, dtype=np.int64))
+    rows = np.array([[0, 1, 2], [1, 0, -1], [2, -1, -1]])
+    similarities = np.array([[0.9, 0.6, 0.2], [0.8, 0.5, np.nan], [0.3, np.nan, np.nan]])
+    match_labels = np.array([[4, 7, 2], [4, 7, 9], [2, 9, 9]])  # the second was reordered: it is not the most similar
+    nearest = np.array([[0.9, 0.7], [0.8, 0.6], [0.3, 0.1]])
+    found = evidence_of_search(answers, Matches(rows, similarities), match_labels, nearest)
+    np.testing.assert_allclose(found, [[0.9, 0.3, 0.8], [0.5, -0.3, 0.7], [0.3, 0.3, 0.2]])
+
+
+def test_the_fit_is_scikit_learns():
+    answers, evidence, target, groups, background_queries = made_up()
+    fit = fit_calibration(answers, evidence, target, groups, background_queries)
+    calibration, features, is_right = fit.calibration, evidence.features(), answers.labels == target
+    regression = LogisticRegression(C=1 / (calibration.strength * N), max_iter=10_000, tol=1e-8)
+    pipeline = make_pipeline(StandardScaler(), regression).fit(features, is_right)
+    np.testing.assert_allclose(calibration.log_confidence(features), pipeline.predict_log_proba(features)[:, 1])
+    applied = calibration.apply(answers, evidence)
+    np.testing.assert_array_equal(applied.labels, answers.labels)
+    np.testing.assert_array_equal(applied.log_confidence, calibration.log_confidence(features))
+
+
+def test_no_query_is_judged_by_a_model_or_a_background_that_knows_its_group():
+    answers, evidence, target, groups, background_queries = made_up()
+    is_right, gaps = answers.labels == target, []
+    for strength in STRENGTHS:
+        sure = np.empty(N)
+        for fitted, judged in GroupKFold(10).split(target, groups=groups):
+            photographs = [j for j, query in enumerate(background_queries) if query in fitted]
+            means = []
+            for i in range(N):
+                nearest = sorted(
+                    (evidence.background[i, j] for j in photographs if background_queries[j] != i), reverse=True
+                )
+                means.append([np.mean(nearest[:n]) for n in (1, 5, 20)])
+            features = np.column_stack([evidence.of_answer, means])
+            regression = LogisticRegression(C=1 / (strength * len(fitted)), max_iter=10_000, tol=1e-8)
+            pipeline = make_pipeline(StandardScaler(), regression).fit(features[fitted], is_right[fitted])
+            sure[judged] = pipeline.predict_log_proba(features[judged])[:, 1]
+        gaps.append(gap(sure, answers.labels, target))
+    fit = fit_calibration(answers, evidence, target, groups, background_queries)
+    assert fit.cross_validated_gap == pytest.approx(max(gaps))
+    assert fit.calibration.strength == max(
+        s for s, reached in zip(STRENGTHS, gaps, strict=True) if reached == max(gaps)
+    )
+    assert fit.gains
+
+
+def test_evidence_that_tells_nothing_gains_nothing():
+    answers, evidence, target, groups, background_queries = made_up()
+    rng = np.random.default_rng(3)
+    sure = Predictions(answers.labels, (answers.labels == target).astype(float), answers.similarity, answers.nearest)
+    noise = Evidence(evidence.names, rng.normal(size=(N, 3)), rng.normal(size=(N, N_BACKGROUND)), evidence.is_same)
+    assert not fit_calibration(sure, noise, target, groups, background_queries).gains
+
+
+def test_a_skipped_query_is_not_fitted_on_and_stays_last():
+    answers, evidence, target, groups, background_queries = made_up()
+    answers.log_confidence[7] = -np.inf
+    answers.labels[7] = -1
+    fit = fit_calibration(answers, evidence, target, groups, background_queries)
+    evidence.of_answer[7] = 1e6
+    assert fit_calibration(answers, evidence, target, groups, background_queries) == fit
+    assert fit.calibration.apply(answers, evidence).log_confidence[7] == -np.inf
+
+
+@pytest.mark.parametrize("are_right", [True, False])
+def test_where_all_answers_are_alike_nothing_is_fitted(are_right):
+    answers, evidence, target, groups, background_queries = made_up()
+    labels = np.where(target < 0, 0, target) if are_right else np.full(N, 11)
+    target = np.where(target < 0, 0, target) if are_right else target
+    same = Predictions(labels, answers.log_confidence, answers.similarity, answers.nearest)
+    assert fit_calibration(same, evidence, target, groups, background_queries) is None
