@@ -22,7 +22,8 @@ if TYPE_CHECKING:
         MethodOptions as MethodOptions,
         ReportOptions as ReportOptions,
     )
-    from metilr.evaluation.results import Results as Results, Run as Run, load_run as load_run
+    from metilr.evaluation.read_run import Run as Run, load_run as load_run
+    from metilr.evaluation.results import Results as Results
     from metilr.extraction.describe import describe_images as describe_images
     from metilr.extraction.options import ExtractionOptions as ExtractionOptions
     from metilr.extraction.store import DescriptorStore as DescriptorStore
@@ -56,7 +57,8 @@ _HOMES = {
     "data.ground_truth": ("GroundTruth", "load_ground_truth"),
     "errors": ("UserError",),
     "evaluation.options": ("ComparisonOptions", "MethodOptions", "ReportOptions"),
-    "evaluation.results": ("Results", "Run", "load_run"),
+    "evaluation.read_run": ("Run", "load_run"),
+    "evaluation.results": ("Results",),
     "extraction.describe": ("describe_images",),
     "extraction.options": ("ExtractionOptions",),
     "extraction.store": ("DescriptorStore",),

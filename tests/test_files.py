@@ -16,7 +16,7 @@ from metilr.commands.download import Records
 from metilr.data.csv_files import read_csv
 from metilr.data.ground_truth import load_ground_truth
 from metilr.errors import UserError
-from metilr.evaluation.results import read_run
+from metilr.evaluation.read_run import read_run
 from metilr.extraction.reference_pickle import read_reference_descriptors
 from metilr.extraction.store import DescriptorStore
 from metilr.files import (

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from metilr.data.decode import MAX_PHOTO_MEGAPIXELS, pixels_of
 from metilr.errors import UserError, amount
-from metilr.evaluation.results import FEW_ACCEPTED, MIN_PRECISION, Run, read_results
+from metilr.evaluation.read_run import Run
+from metilr.evaluation.results import FEW_ACCEPTED, MIN_PRECISION, read_results
 from metilr.extraction.options import Accelerator
 from metilr.metrics.open_set import decision_point
 

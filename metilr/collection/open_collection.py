@@ -19,7 +19,8 @@ from metilr.errors import UserError
 from metilr.evaluation.calibration import background_of
 from metilr.evaluation.database import build_searchable, views_of
 from metilr.evaluation.options import MethodOptions, method_of_elements
-from metilr.evaluation.results import Check, Confidence, Run, Vote, read_run
+from metilr.evaluation.read_run import Run, read_run
+from metilr.evaluation.results import Check, Confidence, Vote
 from metilr.evaluation.runs import RUNS
 from metilr.extraction.describe import store_settings
 from metilr.extraction.descriptors import open_descriptors

@@ -13,7 +13,8 @@ from rich.markup import escape
 from metilr.data.csv_files import as_csv
 from metilr.data.ground_truth import NOT_NAMED, QUERY_FILES, load_ground_truth, nfc
 from metilr.errors import UserError
-from metilr.evaluation.results import FIGURES, LEVEL, UNITS, Figures, Run, read_run
+from metilr.evaluation.read_run import Run, read_run
+from metilr.evaluation.results import FIGURES, LEVEL, UNITS, Figures
 from metilr.evaluation.runs import RUNS, make_output
 from metilr.files import write_atomically
 from metilr.metrics.bootstrap import Difference, paired_intervals, resampling_units

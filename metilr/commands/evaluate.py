@@ -19,8 +19,9 @@ from metilr.errors import UserError
 from metilr.evaluation.calibration import calibrate_recognition
 from metilr.evaluation.database import views_of
 from metilr.evaluation.options import MethodOptions, ReportOptions, without_deleted
+from metilr.evaluation.read_run import read_run
 from metilr.evaluation.recognition import Recognition, check_method, check_recognition, recognise
-from metilr.evaluation.results import Results, read_run
+from metilr.evaluation.results import Results
 from metilr.evaluation.runs import output_folder, plain_options, refuse_other_options, summarise, write_answers
 from metilr.extraction.descriptors import open_descriptors
 from metilr.extraction.options import ExtractionOptions

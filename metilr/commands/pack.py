@@ -7,7 +7,7 @@ from rich.markup import escape
 
 from metilr.errors import UserError
 from metilr.evaluation.database import CHECKPOINT
-from metilr.evaluation.results import read_run
+from metilr.evaluation.read_run import read_run
 from metilr.progress import make_console
 
 

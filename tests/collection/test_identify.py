@@ -16,7 +16,7 @@ from metilr.collection import Identified, PhotoOptions, Threshold
 from metilr.collection.collection import Answer, Collection, load_photo
 from metilr.collection.open_collection import open_with_threshold
 from metilr.data.decode import load_image
-from metilr.evaluation.results import read_run
+from metilr.evaluation.read_run import read_run
 from metilr.models.checkpoints import FORMAT, model_entry
 from metilr.models.embedder import build_embedder
 from tests.browser import browser as browser  # a fixture

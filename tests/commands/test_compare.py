@@ -17,7 +17,8 @@ from PIL import Image
 from metilr.cli import main
 from metilr.commands.compare import paired_differences, photographers_of
 from metilr.data.ground_truth import load_ground_truth
-from metilr.evaluation.results import PREDICTION_COLUMNS, read_run
+from metilr.evaluation.read_run import read_run
+from metilr.evaluation.results import PREDICTION_COLUMNS
 from metilr.metrics import acc, gap, gap_minus
 from metilr.metrics.bootstrap import paired_intervals
 from tests.museum import write_ground_truth

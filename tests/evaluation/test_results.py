@@ -18,8 +18,9 @@ from metilr.data.ground_truth import GroundTruth
 from metilr.errors import UserError
 from metilr.evaluation import runs
 from metilr.evaluation.options import MethodOptions, ReportOptions
+from metilr.evaluation.read_run import read_run
 from metilr.evaluation.recognition import Recognition
-from metilr.evaluation.results import read_results, read_run
+from metilr.evaluation.results import read_results
 from metilr.evaluation.runs import output_folder, summarise, write_answers
 from metilr.extraction.descriptors import Descriptors
 from metilr.report.tables import print_table

@@ -17,7 +17,8 @@ from metilr.commands.pack import pack
 from metilr.commands.rerun import _options, compare_results
 from metilr.data.decode import load_image
 from metilr.errors import UserError
-from metilr.evaluation.results import PREDICTION_COLUMNS, read_results, read_run
+from metilr.evaluation.read_run import read_run
+from metilr.evaluation.results import PREDICTION_COLUMNS, read_results
 from metilr.metrics import DISTRACTOR
 from metilr.report import plots
 from tests import small_runs

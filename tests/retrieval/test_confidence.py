@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold
+from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -69,42 +69,60 @@ def test_the_lead_is_over_the_most_similar_image_of_another_exhibit():
     np.testing.assert_allclose(found, [[0.9, 0.3, 0.8], [0.5, -0.3, 0.7], [0.3, 0.3, 0.2]])
 
 
-def test_the_fit_is_scikit_learns():
-    answers, evidence, target, groups, background_queries = made_up()
-    fit = fit_calibration(answers, evidence, target, groups, background_queries)
-    calibration, features, is_right = fit.calibration, evidence.features(), answers.labels == target
-    regression = LogisticRegression(C=1 / (calibration.strength * N), max_iter=10_000, tol=1e-8)
-    pipeline = make_pipeline(StandardScaler(), regression).fit(features, is_right)
-    np.testing.assert_allclose(calibration.log_confidence(features), pipeline.predict_log_proba(features)[:, 1])
-    applied = calibration.apply(answers, evidence)
-    np.testing.assert_array_equal(applied.labels, answers.labels)
-    np.testing.assert_array_equal(applied.log_confidence, calibration.log_confidence(features))
+def regression(features, is_right, strength):
+    """Standardised, with an L2 penalty of so much per query: scikit-learn's own composition."""
+    model = LogisticRegression(C=1 / (strength * len(features)), max_iter=10_000, tol=1e-8)
+    return make_pipeline(StandardScaler(), model).fit(features, is_right)
 
 
-def test_no_query_is_judged_by_a_model_or_a_background_that_knows_its_group():
-    answers, evidence, target, groups, background_queries = made_up()
-    is_right, gaps = answers.labels == target, []
-    for strength in STRENGTHS:
-        sure = np.empty(N)
-        for fitted, judged in GroupKFold(10).split(target, groups=groups):
+def naive_fit(answers, evidence, target, groups, background_queries, strength):
+    """GAP of held-out parts, plain and calibrated, and the logits that were held out, query by query in loops."""
+    is_right, n_met = answers.labels == target, (target >= 0).sum()
+    plain, calibrated, logits = [], [], [[] for _ in range(N)]
+    for repeat in range(10):
+        folds = StratifiedGroupKFold(5, shuffle=True, random_state=repeat).split(target, is_right, groups)
+        for fitted, judged in folds:
+            assert not set(groups[fitted]) & set(groups[judged])
             photographs = [j for j, query in enumerate(background_queries) if query in fitted]
             means = []
             for i in range(N):
-                nearest = sorted(
-                    (evidence.background[i, j] for j in photographs if background_queries[j] != i), reverse=True
-                )
+                others = [j for j in photographs if background_queries[j] != i]
+                nearest = sorted(evidence.background[i, others], reverse=True)
                 means.append([np.mean(nearest[:n]) for n in (1, 5, 20)])
             features = np.column_stack([evidence.of_answer, means])
-            regression = LogisticRegression(C=1 / (strength * len(fitted)), max_iter=10_000, tol=1e-8)
-            pipeline = make_pipeline(StandardScaler(), regression).fit(features[fitted], is_right[fitted])
-            sure[judged] = pipeline.predict_log_proba(features[judged])[:, 1]
-        gaps.append(gap(sure, answers.labels, target))
-    fit = fit_calibration(answers, evidence, target, groups, background_queries)
-    assert fit.cross_validated_gap == pytest.approx(max(gaps))
-    assert fit.calibration.strength == max(
-        s for s, reached in zip(STRENGTHS, gaps, strict=True) if reached == max(gaps)
-    )
+            logit = regression(features[fitted], is_right[fitted], strength).decision_function(features[judged])
+            share = (target[judged] >= 0).sum() / n_met / 10
+            case = answers.labels[judged], target[judged]
+            plain.append(share * gap(answers.log_confidence[judged], *case))
+            calibrated.append(share * gap(logit, *case))
+            for i, value in zip(judged, logit, strict=True):
+                logits[i].append(value)
+    return sum(plain), sum(calibrated), np.mean(logits, axis=1)
+
+
+def test_no_query_is_judged_by_a_model_or_a_background_that_knows_its_group():
+    val = made_up()
+    fit = fit_calibration(*val)
+    plain, *_ = naive_fit(*val, STRENGTHS[0])
+    reached = {strength: naive_fit(*val, strength)[1] for strength in STRENGTHS}
+    assert fit.plain_gap == pytest.approx(plain)
+    assert fit.calibrated_gap == pytest.approx(max(reached.values()))
+    assert fit.calibration.strength == max(s for s in STRENGTHS if reached[s] == pytest.approx(fit.calibrated_gap))
     assert fit.gains
+    assert fit.n_background == N_BACKGROUND
+
+
+def test_the_fit_is_scikit_learns_scaled_to_what_held_out_logits_were_worth():
+    answers, evidence, target, *_ = val = made_up()
+    calibration, features, is_right = fit_calibration(*val).calibration, evidence.features(), answers.labels == target
+    logit = regression(features, is_right, calibration.strength).decision_function(features)
+    _, _, held_out = naive_fit(*val, calibration.strength)
+    worth = regression(held_out[:, None], is_right, STRENGTHS[0])
+    expected = worth.predict_log_proba(logit[:, None])[:, 1]
+    np.testing.assert_allclose(calibration.log_confidence(features), expected, rtol=1e-6)
+    applied = calibration.apply(answers, evidence)
+    np.testing.assert_array_equal(applied.labels, answers.labels)
+    np.testing.assert_array_equal(applied.log_confidence, calibration.log_confidence(features))
 
 
 def test_evidence_that_tells_nothing_gains_nothing():
