@@ -1,7 +1,7 @@
 """From descriptors to answers and figures: whitening, search, kNN, metrics, and a check of the answers by geometry."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,8 @@ class Recognition:
     tuning: knn.Tuning | None  # the grid on val; None where both were given
     matches: Mapping[str, knn.Matches]  # what each query resembles most; rows of the whole database
     ranks: Mapping[str, np.ndarray]  # of the exhibit shown, among all by similarity, see ``metilr.metrics.functional``
-    most_similar: Mapping[str, np.ndarray]  # similarities of the ten nearest rows, (Q, 10); NaN if skipped
+    # Similarities of the ten nearest rows, (Q, 10); NaN if skipped.
+    most_similar: Mapping[str, np.ndarray] = field(default_factory=dict)
     checked: Mapping[str, Checked] | None = None  # what a geometric check found
     calibration: Calibration | None = None  # what made the confidence a probability
 

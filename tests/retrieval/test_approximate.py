@@ -125,7 +125,7 @@ def test_bad_input_is_refused():
     rows, queries = exhibits(n=2000)
     index = build_approximate(rows)
     for bad, k, message in (
-        (queries, 0, "k 0: the database has 2000"),
+        (queries, 0, "k 0: the database has 2,000"),
         (queries, 2001, "k 2001"),
         (queries[:, :31], 1, "width 31, the database 32"),
         (queries[0], 1, "query descriptors have shape"),
