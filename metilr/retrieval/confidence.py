@@ -195,7 +195,7 @@ def _fit(names: Sequence[str], features: np.ndarray, is_right: np.ndarray, stren
 
     mean, scale = features.mean(axis=0), features.std(axis=0)
     scale = np.where(scale > 0, scale, 1)
-    model = LogisticRegression(C=1 / (strength * len(features)), max_iter=10_000, tol=1e-8)
+    model = LogisticRegression(C=1 / (strength * len(features)), solver="newton-cholesky", tol=1e-8)
     model.fit((features - mean) / scale, is_right)
     return Calibration(
         [*names], mean.tolist(), scale.tolist(), model.coef_[0].tolist(), float(model.intercept_[0]), strength

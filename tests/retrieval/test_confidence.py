@@ -18,7 +18,12 @@ from metilr.retrieval.confidence import (
 )
 from metilr.retrieval.knn import Matches, Predictions
 
-N, N_BACKGROUND = 90, 40
+N, N_BACKGROUND, REPEATS = 90, 40, 3
+
+
+@pytest.fixture(autouse=True)
+def few_repeats(monkeypatch):
+    monkeypatch.setattr("metilr.retrieval.confidence.REPEATS", REPEATS)
 
 
 def made_up(seed=0):
@@ -79,7 +84,7 @@ def naive_fit(answers, evidence, target, groups, background_queries, strength):
     """GAP of held-out parts, plain and calibrated, and the logits that were held out, query by query in loops."""
     is_right, n_met = answers.labels == target, (target >= 0).sum()
     plain, calibrated, logits = [], [], [[] for _ in range(N)]
-    for repeat in range(10):
+    for repeat in range(REPEATS):
         folds = StratifiedGroupKFold(5, shuffle=True, random_state=repeat).split(target, is_right, groups)
         for fitted, judged in folds:
             assert not set(groups[fitted]) & set(groups[judged])
@@ -91,7 +96,7 @@ def naive_fit(answers, evidence, target, groups, background_queries, strength):
                 means.append([np.mean(nearest[:n]) for n in (1, 5, 20)])
             features = np.column_stack([evidence.of_answer, means])
             logit = regression(features[fitted], is_right[fitted], strength).decision_function(features[judged])
-            share = (target[judged] >= 0).sum() / n_met / 10
+            share = (target[judged] >= 0).sum() / n_met / REPEATS
             case = answers.labels[judged], target[judged]
             plain.append(share * gap(answers.log_confidence[judged], *case))
             calibrated.append(share * gap(logit, *case))
