@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib.util
 import ipaddress
+import logging
 import socket
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -64,6 +65,9 @@ def serve(
         collection, chosen = open_with_threshold(options)
         hosts = ["127.0.0.1", "localhost", "[::1]", "::1", host] if is_loopback(host) else ["*"]
         app = build_app(collection, chosen, int(max_megabytes * 10**6), hosts, options.max_pixels, decoder)
+        logging.getLogger("python_multipart").setLevel(
+            logging.CRITICAL
+        )  # the sender is told
         server = server_of(app)
         decoder.wait()
         listener.listen()  # so that who reads the next line can ask already

@@ -28,7 +28,7 @@ from metilr.distributed import (
     launched_as_first,
     process_as_before,
 )
-from metilr.errors import UserError, amount_is
+from metilr.errors import UserError, amount, amount_is
 from metilr.extraction.datamodule import ImageDataModule
 from metilr.extraction.descriptors import views_store
 from metilr.extraction.module import DescriptorModule, DescriptorWriter, StageProfiler
@@ -196,14 +196,14 @@ def _fill(
     data = ImageDataModule(images, sizes, store, batch_size, num_workers, bad_images, check_size, options.quiet)
     n_all = len(data.sizes)
     if store.is_complete and not len(data.pending_rows()):
-        console.print(f"{name}: reusing {n_all:,} rows")
+        console.print(f"{name}: reusing {amount(n_all, 'row')}")
         return 0
     with store.alone() if launched_as_first() else contextlib.nullcontext():
         n_pending = len(data.pending_rows())  # after the lock: another run may have made them meanwhile
         for split in images if n_pending else ():
             if n_damaged := int(store.damaged(split).sum()):
                 console.print(f"[bold]damaged[/]      {amount_is(n_damaged, f'{split} row')} not as written: made anew")
-        doing = f"describing {n_all:,}" if n_pending == n_all else f"reusing {n_all:,} rows"
+        doing = f"describing {n_all:,}" if n_pending == n_all else f"reusing {amount(n_all, 'row')}"
         if 0 < n_pending < n_all:
             doing = f"continuing, {n_all - n_pending:,} of {n_all:,} rows are there"
         console.print(f"{name}: {doing}")
