@@ -161,6 +161,8 @@ class Identified:
         if self.answer is None:
             return ""
         shown = f"similarity {self.answer.similarity:.3f}"
+        if self.answer.above_background is not None:
+            shown += f", {self.answer.above_background:.3f} above the background"
         if self.has_val:
             shown += f", confidence {in_percent(self.answer.log_confidence)}"
         named = self.decision != "not in the collection"
@@ -182,6 +184,7 @@ class Identified:
             "log_confidence": answer.log_confidence,
             "confidence": math.exp(answer.log_confidence),
             "similarity": answer.similarity,
+            **({} if answer.above_background is None else {"above_background": answer.above_background}),
             "matches": matches,
             "reduced": self.reduced,
         }

@@ -32,7 +32,7 @@ from metilr.geometry.verify import LocalFeatures
 from metilr.models import UnfitSizeError
 from metilr.models.embedder import Embedder
 from metilr.retrieval.approximate import ApproximateIndex, build_approximate, check_size
-from metilr.retrieval.confidence import NEAREST, Calibration, background_similarities
+from metilr.retrieval.confidence import NEAREST, Calibration, above_background, background_similarities
 from metilr.retrieval.knn import N_MATCHES, N_NEIGHBOURS, Matches, Predictions, classify
 from metilr.retrieval.whitening import PCAWhitening
 
@@ -58,6 +58,7 @@ class Answer:
     log_confidence: float  # as in an evaluation's predictions
     similarity: float  # of the nearest image of that exhibit; 0 if none of the neighbours shows it
     matches: tuple[Match, ...]  # the nearest image of each of the nearest exhibits, most similar first
+    above_background: float | None = None  # of similarity, see there; where an index has a background
     regions: bytes | None = None  # what photo and answer have in common, a JPEG, where it is found and asked for
 
 
@@ -169,6 +170,9 @@ class Collection:
             similarities = background_similarities(query, self.background)
             evidence = gather_evidence(predictions, matches, labels, most_similar, checked, similarities)
             predictions = self.calibration.apply(predictions, evidence)
+        above = None
+        if self.calibration is None and len(self.background):
+            [above] = above_background(predictions.similarity, background_similarities(query, self.background)).tolist()
         labels = self.ground_truth.labels["database"]
         inliers = [] if checked is None else checked.inliers[0].tolist()
         listed = zip_longest(matches.rows[0].tolist(), matches.similarities[0].tolist(), inliers)
@@ -177,6 +181,7 @@ class Collection:
             log_confidence=float(predictions.log_confidence[0]),
             similarity=float(predictions.similarity[0]),
             matches=tuple(Match(row, self.exhibits[labels[row]], *found) for row, *found in listed)[:n_matches],
+            above_background=above,
             regions=self._regions(image, features, matches, predictions) if draw and features is not None else None,
         )
 

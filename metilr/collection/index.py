@@ -3,28 +3,25 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pydantic
 from rich.markup import escape
 
 from metilr.cli import flat
-from metilr.collection import index_file
+from metilr.collection.index_schema import Index, describe_index
 from metilr.data.decode import file_size, limit_images
-from metilr.data.folder import Catalogue, read_catalogue
-from metilr.data.ground_truth import is_place_below
+from metilr.data.folder import Catalogue, find_images, read_catalogue
 from metilr.distributed import launched_as_first, quieten_lightning
 from metilr.errors import UserError, amount
-from metilr.evaluation.options import DELETED, ComparisonOptions, MethodOptions, method_of_elements
-from metilr.evaluation.results import Count, ImageSize, Part, Positive, Text, Vote, read_json, why
+from metilr.evaluation.options import ComparisonOptions, MethodOptions
 from metilr.evaluation.runs import plain_options, refuse_other_options, skipped_images
-from metilr.extraction.options import ExtractionOptions, Precision
+from metilr.extraction.options import ExtractionOptions
 from metilr.extraction.store import DescriptorStore
 from metilr.files import write_atomically
-from metilr.models import RANDOM, Engine, ModelOptions, PatchRounding, PoolingName
+from metilr.models import RANDOM, ModelOptions
 from metilr.progress import make_console
 from metilr.retrieval.knn import USUAL_TAU
 
@@ -32,7 +29,8 @@ if TYPE_CHECKING:
     from metilr.models.embedder import Embedder
     from metilr.retrieval.whitening import PCAWhitening
 
-APPROXIMATE = "approximate"  # folder of an index
+APPROXIMATE, BACKGROUND = "approximate", "background"  # folders of an index
+LEAST_BACKGROUND = 5  # photos, of whose similarities a mean is taken
 IMAGE_SIZE = 500  # px, as the Met's own images
 USUAL_K = 10  # with k = 1 every photo is answered with a confidence near 100%, whatever it shows
 
@@ -45,6 +43,7 @@ def index(
     extraction: ExtractionOptions | None = None,
     method: ComparisonOptions | None = None,
     approximate: bool = False,
+    background: Path | None = None,
 ) -> Path | None:
     """Describe a folder of a museum's own images, to identify photos.
 
@@ -59,6 +58,8 @@ def index(
         extraction: How images are read and where the model runs.
         method: How photos are compared with the images.
         approximate: Also make an approximate search of 100,000 images or more, which identify and serve then use.
+        background: Folder of photos that show none of the exhibits, 5 or more: answers then tell how much more similar
+            than to these a photo is to an exhibit.
 
     Returns:
         The index's folder; None in the processes of a launcher other than the first.
@@ -70,11 +71,11 @@ def index(
     console = make_console(quiet=not launched_as_first())
     model, extraction, given = model or ModelOptions(), extraction or ExtractionOptions(), method or ComparisonOptions()
     options = plain_options(flat({"folder": folder, "csv": csv, "model": model, "extraction": extraction,
-                                  "method": given, "approximate": approximate}))  # fmt: skip
+                                  "method": given, "approximate": approximate, "background": background}))  # fmt: skip
     _check(folder, output, method := MethodOptions(**vars(given)), approximate)
-    catalogue = read_catalogue(folder, csv)
+    catalogue, strangers = read_catalogue(folder, csv), None if background is None else read_background(background)
     if (output / "index.json").exists():
-        _refuse_another(output, catalogue, options)
+        _refuse_another(output, catalogue, strangers, options)
         console.print(f"finished already: {escape(str(output))}")
         return output if launched_as_first() else None
 
@@ -105,6 +106,10 @@ def index(
         check_size(n_images * method.rows_per_image)
     views = [view for view in views_of(method, model.seed) if "visits" in view.of]  # crops are those of photos to come
     store = describe_images(embedder, ground_truth, output / "store", extraction, progress, views)
+    if strangers is not None:
+        described = describe_images(embedder, strangers.ground_truth(), output / BACKGROUND, extraction, progress)
+        if int(described.is_valid("database").sum()) < LEAST_BACKGROUND:
+            raise UserError(f"{background}: fewer than {LEAST_BACKGROUND} photos can be described", "background")
     if not launched_as_first():
         return None
     opened = open_descriptors([store.path], ground_truth, views)
@@ -124,7 +129,7 @@ def index(
 
         made_from = digest_of_database(store, method, model.seed, whitening)
         save_searchable(build_searchable(opened, ground_truth, method, whitening), output / APPROXIMATE, made_from)
-    made = describe_index(catalogue, model, extraction, replace(method, k=k), whitening is not None, options)
+    made = describe_index(catalogue, model, extraction, replace(method, k=k), whitening is not None, options, strangers)
     write_atomically(output / "index.json", json.dumps(made.model_dump(by_alias=True), indent=1) + "\n")  # the last
     for note in _notes(embedder, method, whitening, left_out):
         console.print(f"[bold yellow]note:[/] {escape(note)}")
@@ -145,15 +150,29 @@ def _check(folder: Path, output: Path, method: MethodOptions, approximate: bool)
         raise UserError("has no effect on an index; leave it out", "search_device")
 
 
-def _refuse_another(output: Path, catalogue: Catalogue, options: Mapping[str, Any]) -> None:
+def read_background(folder: Path) -> Catalogue:
+    """List a folder's photos that show no exhibit."""
+    folder = Path(folder)
+    paths = tuple(file.relative_to(folder).as_posix() for file in find_images(folder).files)
+    if len(paths) < LEAST_BACKGROUND:
+        raise UserError(f"{folder}: holds {amount(len(paths), 'photo')}; name {LEAST_BACKGROUND} or more", "background")
+    return Catalogue(folder.absolute(), paths, ("",) * len(paths))
+
+
+def _refuse_another(
+    output: Path, catalogue: Catalogue, strangers: Catalogue | None, options: Mapping[str, Any]
+) -> None:
     """Refuse a finished index that the same command would now make otherwise."""
     made = Index.load(output)
     refuse_other_options(output, made.options, options)
-    sizes = np.array([file_size(catalogue.folder / path) or 0 for path in catalogue.paths], np.int64)
-    are_same = (made.catalogue.paths, made.catalogue.exhibits) == (catalogue.paths, catalogue.exhibits)
-    if not are_same or DescriptorStore(output / "store").pending("database", sizes, retry_bad=False).any():
-        changed = f"holds an index of {catalogue.folder} as it was before images changed there"
-        raise UserError(f"{output}: {changed}; name another folder, or delete it", "output")
+    for store, before, now in (("store", made.catalogue, catalogue), (BACKGROUND, made.strangers, strangers)):
+        if before is None or now is None:  # both, as the options are the same
+            continue
+        sizes = np.array([file_size(now.folder / path) or 0 for path in now.paths], np.int64)
+        are_same = (before.paths, before.exhibits) == (now.paths, now.exhibits)
+        if not are_same or DescriptorStore(output / store).pending("database", sizes, retry_bad=False).any():
+            changed = f"holds an index of {now.folder} as it was before images changed there"
+            raise UserError(f"{output}: {changed}; name another folder, or delete it", "output")
 
 
 def _first(left_out: Sequence[Mapping[str, str]]) -> str:
@@ -178,123 +197,3 @@ def _notes(
     if left_out:
         notes.append(f"left out: {amount(len(left_out), 'image')}: {_first(left_out)}")
     return notes
-
-
-class Image(Part):
-    """Which exhibit an image shows. index.json may be somebody else's."""
-
-    path: Text
-    exhibit: str = pydantic.Field(min_length=1)
-
-    @pydantic.field_validator("path")
-    @classmethod
-    def lies_below(cls, path: str) -> str:
-        """Refuse what would be opened elsewhere."""
-        if not is_place_below(path):
-            raise ValueError("must name a file below the folder")
-        return path
-
-
-class Model(Part):
-    """What described the images; an index of before has fewer entries."""
-
-    ckpt: Text | None
-    backbone: str
-    weights: Text | None
-    pooling: PoolingName
-    p: Positive
-    scales: list[Positive] | None = pydantic.Field(min_length=1)
-    stage: int | None = None
-    patch_rounding: PatchRounding = "nearest"
-    precision: Precision = "32"
-    engine: Engine = "torch"
-
-
-class Elements(Part):
-    """How photos are compared beyond the recipe; an index of before has more entries."""
-
-    visits: Count
-    database_views: Literal["none", "rows"]
-    query_crops: list[float]
-    seed: Count
-
-
-class Index(Part):
-    """What ``index.json`` says."""
-
-    schema_: Literal["metilr.index/2"] = pydantic.Field(alias="schema")
-    folder: Text
-    images: list[Image] = pydantic.Field(min_length=1)
-    model: Model
-    image_size: ImageSize | None
-    whitening: bool
-    elements: Elements
-    knn: Vote
-    versions: dict[str, Any]
-    options: dict[str, Any] = pydantic.Field(default_factory=dict)  # of the command; an index of before has none
-
-    @classmethod
-    def load(cls, path: Path) -> "Index":
-        """Read ``index.json`` of a folder; UserError if it holds none, or one of another schema."""
-        file = index_file(path)
-        try:
-            index = cls.model_validate(read_json(file))
-            _ = index.method, index.model_options  # what they refuse is refused here
-            return index
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: cannot be read ({why(error)}); delete {path} and make the index again") from None
-
-    @property
-    def catalogue(self) -> Catalogue:
-        """Which images show which exhibit."""
-        images = self.images
-        return Catalogue(Path(self.folder), tuple(i.path for i in images), tuple(i.exhibit for i in images))
-
-    @property
-    def model_options(self) -> ModelOptions:
-        """What described the images."""
-        return recorded_model({**self.model.model_dump(), "seed": self.elements.seed})
-
-    @property
-    def method(self) -> MethodOptions:
-        """How photos are compared with the images, which are whitened already; refused if metilr no longer can."""
-        known = {"visits", "database_views", "query_crops", *DELETED}
-        return method_of_elements({name: part for name, part in self.elements.model_dump().items() if name in known})
-
-
-def recorded_model(recorded: Mapping[str, Any], ckpt: Path | None = None) -> ModelOptions:
-    """The model of recorded options, as far as they are there; ``ckpt`` in place of a recorded checkpoint."""
-    ckpt = recorded["ckpt"] if ckpt is None else ckpt
-    if ckpt is not None:  # it carries the rest
-        return ModelOptions(Path(ckpt), scales=recorded["scales"], seed=recorded["seed"])
-    names = [field.name for field in fields(ModelOptions) if field.name in recorded]
-    return ModelOptions(**{name: recorded[name] for name in names})
-
-
-def describe_index(
-    catalogue: Catalogue, model: ModelOptions, extraction: ExtractionOptions, method: MethodOptions, whitened: bool,
-    options: Mapping[str, Any],
-) -> Index:  # fmt: skip
-    """What ``index.json`` is to say; ``options`` are the command's, plain."""
-    from metilr.provenance import library_versions
-
-    described_by = {**asdict(model), "precision": str(extraction.precision), "engine": extraction.engine}
-    described_by["ckpt"] = None if model.ckpt is None else str(model.ckpt)
-    described_by["scales"] = None if model.scales is None else list(model.scales)
-    return Index(
-        schema="metilr.index/2",
-        folder=str(catalogue.folder),
-        images=[Image(path=path, exhibit=name) for path, name in zip(catalogue.paths, catalogue.exhibits, strict=True)],
-        model=Model(**described_by),
-        image_size=extraction.image_size,
-        whitening=whitened,
-        elements=Elements(
-            visits=method.n_visits,
-            database_views=method.database_views,
-            query_crops=list(method.query_crops),
-            seed=model.seed,
-        ),
-        knn=Vote.model_validate({"k": method.k, "tau": method.tau}),
-        versions=dict(library_versions()),
-        options=dict(options),
-    )

@@ -10,9 +10,10 @@ from typing import Any
 
 from metilr.collection import PhotoOptions, Threshold, choose_threshold
 from metilr.collection.collection import Collection, Describer, digest_of_database, load_searchable
-from metilr.collection.index import APPROXIMATE, Index, index, recorded_model
+from metilr.collection.index import APPROXIMATE, BACKGROUND, index
+from metilr.collection.index_schema import Index, recorded_model
 from metilr.data.decode import MAX_MEGAPIXELS, file_size, limit_images
-from metilr.data.folder import read_catalogue
+from metilr.data.folder import Catalogue, read_catalogue
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.demo import DEMO
 from metilr.errors import UserError
@@ -89,6 +90,7 @@ class Recorded:
     described: Mapping[str, Any] | None = None  # what an evaluation says of its model beyond the options
     check: Check | None = None
     confidence: Confidence | None = None
+    strangers: Catalogue | None = None  # an index's photos that show no exhibit
 
 
 def _of_index(path: Path, ckpt: Path | None, accelerator: Accelerator) -> Recorded:
@@ -108,6 +110,7 @@ def _of_index(path: Path, ckpt: Path | None, accelerator: Accelerator) -> Record
         method=index.method,
         whitening=PCAWhitening.load(path / "whitening.npz") if index.whitening else None,
         vote=index.knn,
+        strangers=index.strangers,
     )
 
 
@@ -185,6 +188,9 @@ def _assemble(made: Recorded) -> Collection:
 
 def _calibration(made: Recorded) -> dict[str, Any]:
     """What makes the confidence a probability, with the background from the store, if the evaluation had that."""
+    if made.strangers is not None:
+        described = open_descriptors([made.path / BACKGROUND], strangers := made.strangers.ground_truth())
+        return {"background": build_searchable(described, strangers, MethodOptions(), made.whitening).rows}
     recorded = made.confidence and made.confidence.calibration
     if not recorded:
         return {}

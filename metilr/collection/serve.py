@@ -65,9 +65,7 @@ def serve(
         collection, chosen = open_with_threshold(options)
         hosts = ["127.0.0.1", "localhost", "[::1]", "::1", host] if is_loopback(host) else ["*"]
         app = build_app(collection, chosen, int(max_megabytes * 10**6), hosts, options.max_pixels, decoder)
-        logging.getLogger("python_multipart").setLevel(
-            logging.CRITICAL
-        )  # the sender is told
+        logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # the sender is told
         server = server_of(app)
         decoder.wait()
         listener.listen()  # so that who reads the next line can ask already

@@ -11,7 +11,8 @@ from PIL import Image
 from metilr.cli import main
 from metilr.collection import PhotoOptions
 from metilr.collection.collection import load_photo
-from metilr.collection.index import Index, index as index_images
+from metilr.collection.index import index as index_images
+from metilr.collection.index_schema import Index
 from metilr.collection.open_collection import open_with_threshold
 from metilr.errors import UserError
 from metilr.evaluation.options import MethodOptions
@@ -209,3 +210,54 @@ def test_another_model_than_the_index_s_is_refused(indexed, tmp_path, failure):
 def test_a_bad_option_ends_in_one_line_that_names_it(indexed, tmp_path, failure, options, message):
     assert message in failure("index", indexed / "museum", tmp_path / "index", *AS_OPTIONS, *options)
     assert not (tmp_path / "index" / "index.json").exists()
+
+
+@pytest.fixture
+def strangers(tmp_path) -> Path:
+    """Seven photos that show no exhibit, one of them no image."""
+    rng = np.random.default_rng(4)
+    (tmp_path / "strangers").mkdir()
+    for i in range(7):
+        Image.fromarray(rng.integers(256, size=(30, 40, 3), dtype=np.uint8)).save(tmp_path / f"strangers/{i}.png")
+    return tmp_path / "strangers"
+
+
+def test_with_a_background_an_answer_tells_how_far_above_it_the_exhibit_is(folder, strangers, tmp_path, capsys):
+    options = {"whitening": "none", "query_crops": [0.5], **INDEXED}
+    index(folder, tmp_path / "plain", **options)
+    index(folder, tmp_path / "index", background=strangers, **options)
+    plain, collection = (open_index(tmp_path / name)[0] for name in ("plain", "index"))
+    photo = load_photo(folder / "9" / "2.jpg", collection.image_size).image
+    height, width = photo.shape[1:]
+    crop = photo[:, height // 4 : height // 4 + height // 2, width // 4 : width // 4 + width // 2]
+    views = [plain.describer.describe(view)[0] for view in (photo, crop)]
+    described = [
+        plain.describer.describe(load_photo(file, collection.image_size).image)[0] for file in strangers.iterdir()
+    ]
+    nearest = sorted((max(float(view @ stranger) for view in views) for stranger in described), reverse=True)
+    answer, without = collection.answer(photo), plain.answer(photo)
+    assert answer.above_background == pytest.approx(answer.similarity - 0.5 * np.mean(nearest[:5]), abs=1e-5)
+    assert (answer.exhibit, answer.log_confidence) == (without.exhibit, without.log_confidence)
+    assert without.above_background is None
+    capsys.readouterr()
+    main(["identify", str(folder / "9"), "--store", str(tmp_path / "index"), "--accelerator", "cpu"])
+    assert f"{answer.above_background:.3f} above the background" in capsys.readouterr().out
+
+
+def test_a_background_is_a_folder_of_five_photos_or_more_and_belongs_to_the_index(
+    folder, strangers, tmp_path, capsys, failure
+):
+    command = ["index", folder, tmp_path / "index", *AS_OPTIONS, "--background", strangers]
+    main([str(part) for part in command])
+    capsys.readouterr()
+    main([str(part) for part in command])
+    assert "finished already" in capsys.readouterr().out
+    shutil.copy(strangers / "1.png", strangers / "8.png")
+    assert f"holds an index of {strangers} as it was before images changed there" in failure(*command)
+    for name in ("1", "2", "3", "8"):
+        (strangers / f"{name}.png").unlink()
+    command[2] = tmp_path / "another"
+    assert f"--background {strangers}: holds 4 photos; name 5 or more" in failure(*command)
+    (strangers / "1.png").write_text("no image")
+    options = ["--bad_images", "skip"]
+    assert f"--background {strangers}: fewer than 5 photos can be described" in failure(*command, *options)

@@ -22,7 +22,7 @@ from PIL import Image
 from metilr.cli import main
 from metilr.collection import PhotoOptions
 from metilr.collection.collection import Collection
-from metilr.collection.index import Index
+from metilr.collection.index_schema import Index
 from metilr.collection.open_collection import open_with_threshold
 from metilr.collection.photos import BadPhotoError, Decoder, Photo
 from metilr.collection.serve import build_app, is_loopback

@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from metilr.collection.index import Index
+from metilr.collection.index_schema import Index
 from metilr.data.ground_truth import load_ground_truth
 from metilr.download.archives import MOST_GROWTH, Archive, unpack
 from metilr.metrics import DISTRACTOR
