@@ -14,6 +14,7 @@ from metilr.cli import call
 from metilr.collection.index import index as index_command
 from metilr.commands import evaluate as command
 from metilr.evaluation.results import Results
+from metilr.retrieval.confidence import Calibration, Fit
 from tests.forks import Forks, Outcome
 from tests.museum import write_museum
 
@@ -38,6 +39,16 @@ def index(folder: Path, output: Path, **options: Any) -> Path | None:
 def evaluate(root: Path | None = None, **options: Any) -> Results | None:
     """An evaluation with options as the command line has them."""
     return call(command.evaluate, {"root": root, **options})
+
+
+def pretend_fit(monkeypatch: pytest.MonkeyPatch, gains: bool = True) -> Calibration:
+    """Let a calibrated confidence be this one; a tiny museum's val has too few queries to fit any."""
+    calibration = Calibration(
+        ["similarity", "lead", "mean_10"], [0.5, 0.1, 0.4], [0.2] * 3, [1.25, 0.5, -0.75], -0.3, 0.1
+    )
+    fit = Fit(calibration, 0.4, 0.4567 if gains else 0.3, n_background=0)
+    monkeypatch.setattr("metilr.evaluation.calibration.fit_calibration", lambda *_: fit)
+    return calibration
 
 
 class Place:

@@ -20,13 +20,14 @@ from metilr.files import write_atomically
 from metilr.metrics.bootstrap import Difference, paired_intervals, resampling_units
 from metilr.progress import make_console, printable, tracked
 from metilr.report.published import Published, published
-from metilr.report.tables import DRAWN, METRICS, TextTable, chosen
+from metilr.report.tables import DRAWN, METRICS, TextTable, calibrated, chosen
 
 OF_RUNS = (
     "data",
     "notes",
     "elements",
     "geometric_check",
+    "confidence",
     "seconds",
     "rows",
     "peak_memory_gb",
@@ -177,7 +178,9 @@ def _figures_table(title: str, runs: Mapping[str, Run], known: Mapping[str, Sequ
             figures = [cell for split in splits for cell in (_cells(row) if split == row.split else [""] * 3)]
             k_and_tau = ["" if value is None else f"{value:g}" for value in (row.k, row.tau)]
             rows.append([f"published ({row.split})", *k_and_tau, *figures])
-        for note in (f"{chosen(knn, with_values=False)}; test scored once", *run.results.notes):
+        confidence = run.results.confidence
+        notes = [] if confidence is None else [calibrated(confidence)]
+        for note in (f"{chosen(knn, with_values=False)}; test scored once", *notes, *run.results.notes):
             true_of[note].append(name)
     counts = next(iter(runs.values())).results.data.counts
     notes = [

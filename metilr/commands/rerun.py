@@ -32,7 +32,9 @@ from metilr.report.tables import METRICS, TextTable
 # differently by about 1e-6, which can exchange two answers whose confidences are next to equal.
 TOLERANCE = 1e-3
 # What may explain a difference; where things lie is none.
-MADE_BY = ("data", "model", "whitening", "elements", "geometric_check", "search", "versions", "machine")
+MADE_BY = (
+    "data", "model", "whitening", "elements", "geometric_check", "confidence", "search", "versions", "machine",
+)  # fmt: skip
 PLACES = ("store", "made_with", "pickle", "views", "concatenated")
 WORDS = (RANDOM, "pca", "learned", "none")  # in place of a file
 NOTHING = "nothing else that is recorded differs; of the images' contents only the files' sizes are recorded"
@@ -175,6 +177,8 @@ def _part(results: Results, part: str) -> dict[str, Any]:
     """A part of the results without what says only where things lie, with the devices of the descriptors."""
     content = dict(results.recorded().get(part) or {})
     content = without_deleted(content) if part == "elements" else content
+    if part == "confidence":  # what was fitted differs wherever the descriptors do
+        return {"calibrated confidence": content.get("is_used"), "background": content.get("n_background")}
     if part == "model" and (sessions := content.get("made_with")):
         content |= {name: sorted({str(session.get(name)) for session in sessions}) for name in ("device", "processor")}
     return {key: value for key, value in content.items() if key not in PLACES}

@@ -32,6 +32,7 @@ Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]  # what a file's name can ho
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Moderate = Annotated[float, Field(gt=-1e100, lt=1e100)]  # so that no product of three overflows
 ImageSize = Annotated[int, Field(ge=1, le=MAX_IMAGE_SIZE)]  # px
 SizeName = Annotated[str, Field(pattern=f"^({'|'.join(SIZES)})$")]
 FigureName = Annotated[str, Field(pattern=f"^({'|'.join(FIGURES)})$")]
@@ -110,14 +111,14 @@ class Check(Part):
     features: dict[str, Any]
 
 
-class Calibration(Part):
+class Calibration(Part, extra="forbid"):
     """The fitted model of a calibrated confidence, see ``metilr.retrieval.confidence``."""
 
     features: Annotated[list[Text], Field(min_length=1)]
-    mean: list[float]
-    scale: list[Positive]
-    coefficients: list[float]
-    intercept: float
+    mean: list[Moderate]
+    scale: list[Annotated[float, Field(gt=1e-100)]]
+    coefficients: list[Moderate]
+    intercept: Moderate
     strength: Positive
 
     @model_validator(mode="after")
@@ -136,6 +137,12 @@ class Confidence(Part):
     n_background: Count = 0
     calibration: Calibration | None = None
     calibration_error: dict[Text, Share] = {}  # of val and test, expected, in ten bins
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> "Confidence":
+        if self.is_used != (self.calibration is not None):
+            raise ValueError("is_used and calibration contradict each other")
+        return self
 
 
 class Vote(Part):

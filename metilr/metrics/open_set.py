@@ -203,8 +203,7 @@ def threshold_for_precision(
     next one, so that rounding does not move a query across. What it gives on these queries is optimistic there: choose
     it on val. None if no threshold is that precise.
     """
-    if not 0 < precision <= 1:
-        raise UserError(f"precision {precision}: choose a share of right answers above 0, at most 1")
+    _refuse_no_precision(precision)
     confidence, _, _ = checked(log_confidence, predicted, target)
     reached, recall = precision_recall(log_confidence, predicted, target)
     ranked = -np.sort(-confidence)
@@ -228,11 +227,17 @@ def decision_point(
     """
     if not is_probability:
         return threshold_for_precision(log_confidence, predicted, target, precision)
+    _refuse_no_precision(precision)
     confidence, right, is_met = checked(log_confidence, predicted, target)
     threshold = float(np.log(precision))
     accepted = confidence >= threshold
     n_right, n_accepted = int((right & accepted).sum()), int(accepted.sum())
     return OperatingPoint(threshold, n_right / max(n_accepted, 1), float(n_right / is_met.sum()), n_accepted)
+
+
+def _refuse_no_precision(precision: float) -> None:
+    if not 0 < precision <= 1:
+        raise UserError(f"precision {precision}: choose a share of right answers above 0, at most 1")
 
 
 def _strata(

@@ -17,7 +17,7 @@ from metilr.evaluation.results import FEW_ACCEPTED, Results
 from metilr.files import named
 from metilr.metrics import DISTRACTOR
 from metilr.progress import tracked
-from metilr.report.tables import RANKING, chosen, interval_in_words
+from metilr.report.tables import RANKING, calibrated, chosen, interval_in_words
 from metilr.retrieval.knn import N_MATCHES
 
 if TYPE_CHECKING:
@@ -29,6 +29,16 @@ if TYPE_CHECKING:
 SIDE = 200  # px: sharp on a phone, and a thousand of them stay below 10 MB
 THREADS = 4
 PICTURES_PER_OUTCOME = 100
+FEATURES = {  # of a calibrated confidence, in words
+    "similarity": "similarity to the answer",
+    "lead": "lead over the next exhibit",
+    "mean_10": "mean similarity to the ten nearest images",
+    "inliers": "matching regions of the answer",
+    "inlier_lead": "their lead over the next exhibit",
+    "background_1": "similarity to the nearest background photograph",
+    "background_5": "mean of the 5 nearest of them",
+    "background_20": "mean of the 20 nearest of them",
+}
 OUTCOMES = ("wrong", "false alarm", "right", "passed over")  # in the order in which a reader wants to see them
 
 
@@ -81,6 +91,8 @@ def write_report(
         few_accepted=FEW_ACCEPTED,
         chosen=chosen(results.knn),
         interval=interval_in_words(results),
+        calibrated=results.confidence and calibrated(results.confidence).removeprefix("confidence: "),
+        features=FEATURES,
         ranking={name: label for name, label in RANKING.items() if name in results.test.ranking},
         kinds=sorted({kind for figures in results.splits.values() for kind in figures.open_set["by_kind"]}),
     )

@@ -18,7 +18,7 @@ from matplotlib.patches import Patch, Rectangle
 from metilr.data.ground_truth import MET, GroundTruth
 from metilr.evaluation.results import LEVEL, Results
 from metilr.files import write_picture
-from metilr.metrics.open_set import precision_recall, risk_coverage
+from metilr.metrics.open_set import calibration_error, precision_recall, reliability, risk_coverage
 from metilr.progress import printable
 from metilr.report.published import Published
 from metilr.report.tables import METRICS
@@ -55,6 +55,9 @@ def draw_plots(results: Results, ground_truth: GroundTruth, recognition: "Recogn
     }
     for split, (log_confidence, _, _) in cases.items():
         plots[f"confidence_{split}"] = confidence_plot(log_confidence, ground_truth.kinds(split), results.accepted_from)
+    if results.confidence is not None:
+        errors = {split: calibration_error(*case) for split, case in cases.items()}
+        plots["reliability"] = reliability_plot({split: reliability(*case) for split, case in cases.items()}, errors)
     if tuning is not None and tuning.surface.size > 1:
         plots["tuning"] = tuning_plot(tuning)
     return plots
@@ -94,6 +97,22 @@ def risk_coverage_plot(curves: Curves) -> Figure:
         n = len(coverage)  # of which the first ones are drawn, where it is steep, and 1,000 in all
         shown = np.unique(np.concatenate([np.arange(min(n, 200)), np.linspace(0, n - 1, 800).astype(int)]))
         axes.plot(coverage[shown], risk[shown], color=SPLIT_COLOURS[split], linewidth=1.8, label=split)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    axes.legend(**LEGEND)
+    return figure
+
+
+def reliability_plot(
+    bins: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], errors: Mapping[str, float]
+) -> Figure:
+    """Draw the share of right answers over confidence, a point a bin, whose area is its number of answers."""
+    figure, axes = _figure("confidence", "share of answers that are right")
+    axes.plot([0, 1], [0, 1], color=TEXT, alpha=0.5, linestyle="--", linewidth=1.2)
+    for split, (confidence, right, counts) in bins.items():
+        colour = SPLIT_COLOURS[split]
+        axes.plot(confidence, right, color=colour, linewidth=1.2, label=f"{split}: error {100 * errors[split]:.1f}")
+        areas = 15 + 385 * counts / counts.sum()
+        axes.scatter(confidence, right, areas, color=colour, alpha=0.7, linewidths=0, clip_on=False, zorder=3)
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
     axes.legend(**LEGEND)
     return figure

@@ -131,6 +131,9 @@ def log_evaluation(
                 summary |= {f"{split}/{metric}_low": low, f"{split}/{metric}_high": high}
         summary |= {f"{split}/{name}": value for name, value in figures.ranking.items()}
         summary |= {f"{split}/{name}": figures.open_set[name] for name in ("auroc", "fpr95", "aurc")}
+    if (confidence := results.confidence) is not None:
+        summary["is_calibrated"] = confidence.is_used
+        summary |= {f"{split}/calibration_error": error for split, error in confidence.calibration_error.items()}
     run.summary.update(summary)
 
     cases, tuning = recognition.cases(ground_truth), recognition.tuning

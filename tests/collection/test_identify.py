@@ -24,7 +24,7 @@ from tests.collection.conftest import OPTIONS, UNTRAINED
 from tests.conftest import SHARED
 from tests.hostile import NAME, REASONS
 from tests.report.test_page import open_page
-from tests.small_runs import evaluate, index
+from tests.small_runs import evaluate, index, pretend_fit
 
 
 @pytest.fixture
@@ -90,6 +90,25 @@ def test_answers_are_the_evaluation_s_with_all_elements(museum, run, tmp_path):
     itself = collection.answer(load_image(collection.image(3)), n_matches=2, draw=True)
     assert itself.matches[0].row == 3 and itself.matches[0].inliers > 20 and len(itself.matches) == 2
     assert itself.regions is not None and itself.regions.startswith(b"\xff\xd8")
+
+
+def test_a_calibrated_confidence_is_the_evaluation_s_and_of_other_evidence_refused(
+    museum, run, tmp_path, identify, monkeypatch
+):
+    options = {"store": museum.parent / "store", "output": tmp_path / "run", "report": False, **UNTRAINED}
+    with monkeypatch.context() as patch:
+        pretend_fit(patch)
+        evaluate(museum, confidence="calibrated", **options)
+    plain = read_run(run).answers["test"].log_confidence
+    assert not np.allclose(read_run(tmp_path / "run").answers["test"].log_confidence, plain, atol=0.01)
+    same_answers(tmp_path / "run", "test")
+    file = tmp_path / "run" / "results.json"
+    for features in (["similarity", "lead", "age"], ["lead", "similarity", "mean_10"]):
+        content = json.loads(file.read_text())
+        content["confidence"]["calibration"]["features"] = features
+        file.write_text(json.dumps(content))
+        status, _, err = identify(museum / "images/MET/9/2.jpg", "--run", tmp_path / "run")
+        assert status == 2 and err.count("\n") == 1 and "is of other evidence than metilr has; evaluate again" in err
 
 
 def test_a_database_image_is_identified_as_itself(museum, tmp_path):

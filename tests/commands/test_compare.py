@@ -292,6 +292,20 @@ def test_notes_of_the_evaluations_are_kept_with_the_runs_they_are_true_of(museum
     assert "- RANDOM WEIGHTS (first, second)" in text and "- k, τ given; test scored once (third)" in text
 
 
+def test_a_run_with_a_calibrated_confidence_is_told_from_one_without(museum):
+    calibration = {"features": ["lead"], "mean": [0.1], "scale": [0.1], "coefficients": [1.0], "intercept": 0.0}
+    used = {"is_used": True, "plain_gap": 0.4, "calibrated_gap": 0.5, "n_background": 20}
+    used["calibration"] = calibration | {"strength": 0.1}
+    write_run(Path("first"), museum, 0)
+    write_run(Path("second"), museum, 1, confidence=used)
+    write_run(Path("third"), museum, 2, confidence={"is_used": False, "plain_gap": None, "calibrated_gap": None})
+    recorded = [run["confidence"] for run in compare("first", "second", "third")["runs"]]
+    assert [confidence and confidence["is_used"] for confidence in recorded] == [None, True, False]
+    text = Path("out/comparison.md").read_text()
+    assert "- confidence: calibrated: GAP 50.00 on parts of val held out, 40.00 without (second)" in text
+    assert "too few right or wrong answers to fit another (third)" in text
+
+
 def test_names_that_markup_would_swallow(museum):
     write_run(Path("a_b&50%|[x]"), museum, 0)
     write_run(Path("x/run"), museum, 1)

@@ -145,6 +145,16 @@ def test_images_that_were_exchanged_are_seen(recorded, capsys, tiny_museum):
     assert status == 1 and "image_files: " in printed and "fingerprint" not in printed
 
 
+def test_a_confidence_that_was_not_calibrated_explains_a_difference(recorded, capsys):
+    change(recorded, "options.confidence", "calibrated")
+    change(recorded, "test.gap", 0.123)
+    status, printed = rerun(capsys, recorded, "--output", "again")
+    assert read_json("again/results.json")["confidence"]["is_used"] is False  # too small a museum
+    assert status == 1 and "calibrated confidence: null there, false now" in printed
+    change(recorded, "confidence", read_json("again/results.json")["confidence"])
+    assert "nothing else that is recorded differs" in rerun(capsys, recorded)[1]
+
+
 def test_data_that_has_moved_or_is_missing(recorded, capsys, tiny_museum):
     moved = tiny_museum.rename(recorded.parent / "moved")
     status, printed = rerun(capsys, recorded)

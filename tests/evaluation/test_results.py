@@ -263,6 +263,7 @@ def test_the_unit_shown_is_the_widest_so_that_two_photographers_do_not_hide_the_
 def test_a_run_of_the_first_edition_is_read_whole():
     folder = Path(__file__).parents[1] / "fixtures" / "first_edition_run"
     content, run = json.loads((folder / "results.json").read_text()), read_run(folder)
+    assert run.results.confidence is None and "confidence" not in content
     assert run.results.recorded() == content and run.results.test.gap == content["test"]["gap"]
     assert run.config["seed"] == 5 and len(run.answers["val"].paths) == content["val"]["n_queries"] == 7
 
@@ -278,6 +279,38 @@ def test_predictions_with_a_row_out_of_joint_are_refused_by_line(tmp_path, was, 
     file.write_text(header + ("\n" + rest).replace(was, is_now, 1))
     with pytest.raises(UserError, match=rf"predictions/val\.csv: cannot be read \({said}.*run the evaluation again"):
         read_run(folder)
+
+
+CALIBRATION = {
+    "features": ["similarity", "lead"], "mean": [0.5, 0.1], "scale": [0.2, 0.1], "coefficients": [1.0, -1.0],
+    "intercept": 0.0, "strength": 0.1,
+}  # fmt: skip
+CONFIDENCE = {"is_used": True, "plain_gap": 0.4, "calibrated_gap": 0.5, "n_background": 20, "calibration": CALIBRATION}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"mean": [0.5]}, "differ in length"),
+        ({"features": ["similarity"]}, "differ in length"),
+        ({"intercept": math.nan}, "expected value at line 1"),  # NaN is no JSON
+        ({"coefficients": [1.0, 1e200]}, "calibration.coefficients.1"),
+        ({"scale": [0.2, 0.0]}, "calibration.scale.1"),
+        ({"more": 1}, "calibration.more"),
+        (None, "contradict"),
+    ],
+)
+def test_a_calibrated_confidence_that_is_none_is_refused_in_a_line(tmp_path, change, said):
+    folder = Path(shutil.copytree(Path(__file__).parents[1] / "fixtures" / "first_edition_run", tmp_path / "run"))
+    content = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps(content | {"confidence": CONFIDENCE}))
+    assert read_results(folder).confidence.calibration.recorded() == CALIBRATION
+    changed = CONFIDENCE | {"calibration": None if change is None else CALIBRATION | change}
+    (folder / "results.json").write_text(json.dumps(content | {"confidence": changed}))
+    with pytest.raises(UserError) as refused:
+        read_results(folder)
+    assert "results.json: cannot be read" in str(refused.value) and "\n" not in str(refused.value)
+    assert said in str(refused.value)
 
 
 def test_a_name_that_a_spreadsheet_would_run_comes_back_as_it_is(tmp_path):

@@ -48,6 +48,14 @@ RESULTS = {
     "geometric_check": {
         "candidates": 3, "reorder": True, "boost": 0.5, "gate": {"weight": 1.0, "enough": 10.0}, "features": {},
     },
+    "confidence": {
+        "is_used": True, "plain_gap": 0.4, "calibrated_gap": 0.5, "n_background": 0,
+        "calibration": {
+            "features": ["similarity", "lead", "mean_10"], "mean": [0.5, 0.1, 0.4], "scale": [0.1, 0.1, 0.1],
+            "coefficients": [1.0, 2.0, -1.0], "intercept": -1.0, "strength": 0.1,
+        },
+        "calibration_error": {"val": 0.1, "test": 0.2},
+    },
     "search": {"device": "cpu"}, "val": FIGURES, "test": FIGURES,
 }  # fmt: skip
 CONFIG = {"root": "/x", "scales": [1.0, 0.5], "whitening": "pca", "seed": 0, "ckpt": None}
@@ -150,7 +158,7 @@ def use(run: Path, whole: Path, output: Path) -> int:
     with refusal(run) as said:
         collection, _ = open_with_threshold(PhotoOptions(run, accelerator="cpu"))
         answer = collection.answer(load_image(collection.image(0)), 2)
-        assert answer.exhibit in collection.exhibits and len(answer.matches) <= 2
+        assert answer.exhibit in collection.exhibits and len(answer.matches) <= 2 and answer.log_confidence <= 0
         json.dumps(collection_document(collection), allow_nan=False)
     n_taken += not said
     with refusal(run) as said:
@@ -192,6 +200,7 @@ def test_elements_that_were_deleted_are_refused_where_photos_are_answered(change
 
 def test_changed_results_in_use(changed, whole, tmp_path):
     content, n_taken = json.loads((whole / "results.json").read_text()), 0
+    content["confidence"] = RESULTS["confidence"]
     content["knn"]["grid"] = {"k": [1, 2], "tau": [1, 5], "val_gap": []}  # fewer places of no interest
     for split in ("val", "test"):
         del content[split]["open_set"]

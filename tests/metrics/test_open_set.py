@@ -2,17 +2,22 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score, roc_curve
+from torchmetrics.functional.classification import binary_calibration_error
 
 from metilr.errors import UserError
 from metilr.metrics import DISTRACTOR, acc, gap, gap_minus
 from metilr.metrics.open_set import (
     aurc,
     auroc,
+    calibration_error,
+    decision_point,
     detection_identification_rate,
     fpr_at_tpr,
     open_set_figures,
     precision_recall,
+    reliability,
     risk_coverage,
     threshold_for_precision,
 )
@@ -148,6 +153,71 @@ def test_a_precision_that_no_threshold_reaches_has_none():
     assert threshold_for_precision([-np.inf], [1], [1], 0.5) is None
 
 
+def probable_answers(seed):
+    """Answers whose confidence is a probability, some at the ends of bins, some skipped."""
+    for confidence, predicted, target in many_answers(seed):
+        probability = 1 / (1 + np.exp(-confidence))
+        probability[::5] = np.round(probability[::5], 1)
+        with np.errstate(divide="ignore"):
+            yield np.log(probability), predicted, target
+
+
+@pytest.mark.parametrize("n_bins", [1, 10, 15])
+def test_reliability_equals_a_loop_over_the_bins(n_bins):
+    for log_confidence, predicted, target in probable_answers(7):
+        bins = {}
+        for sure, answer, shown in zip(log_confidence, predicted, target, strict=True):
+            if sure > -np.inf:
+                place = next(i for i in range(n_bins) if np.exp(sure) * n_bins < i + 1 or i == n_bins - 1)
+                bins.setdefault(place, []).append((np.exp(sure), shown != DISTRACTOR and answer == shown))
+        expected = [(*np.mean(bins[place], axis=0), len(bins[place])) for place in sorted(bins)]
+        confidence, right, counts = reliability(log_confidence, predicted, target, n_bins)
+        assert np.stack([confidence, right, counts], axis=1) == pytest.approx(np.array(expected), abs=1e-12)
+        error = sum(abs(sure - share) * n for sure, share, n in expected) / sum(n for *_, n in expected)
+        found = calibration_error(log_confidence, predicted, target, n_bins)
+        assert found == pytest.approx(error, abs=1e-12)
+
+
+@pytest.mark.parametrize("n_bins", [1, 10, 15])
+def test_calibration_error_equals_torchmetrics(n_bins):
+    """Of confidences that are in no two bins: at their ends it rounds to float32."""
+    for confidence, predicted, target in many_answers(8):
+        probability = (np.floor(n_bins / (1 + np.exp(-confidence))) + 0.3) / n_bins
+        right = torch.from_numpy((target != DISTRACTOR) & (predicted == target))
+        expected = binary_calibration_error(torch.from_numpy(probability), right.long(), n_bins, norm="l1")
+        found = calibration_error(np.log(probability), predicted, target, n_bins)
+        assert found == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_a_worked_calibration_error():
+    case = np.log([0.95, 1.0, 0.85, 0.05]), [1, 2, 3, 4], [1, 2, DISTRACTOR, 5]
+    confidence, right, counts = reliability(*case)
+    assert (
+        confidence == pytest.approx([0.05, 0.85, 0.975])
+        and right.tolist() == [0, 0, 1]
+        and counts.tolist() == [1, 1, 2]
+    )
+    assert calibration_error(*case) == pytest.approx((0.05 + 0.85 + 2 * 0.025) / 4)
+    assert calibration_error([-np.inf], [-1], [1]) == 0
+
+
+@pytest.mark.parametrize("precision", [0.3, 0.5, 0.9, 1.0])
+def test_a_probability_is_accepted_from_the_precision_on(precision):
+    for log_confidence, predicted, target in probable_answers(9):
+        right = (target != DISTRACTOR) & (predicted == target)
+        accepted = [i for i, sure in enumerate(log_confidence) if sure >= np.log(precision)]
+        n_right = sum(right[i] for i in accepted)
+        expected = (
+            np.log(precision),
+            n_right / max(len(accepted), 1),
+            n_right / sum(target != DISTRACTOR),
+            len(accepted),
+        )
+        case = log_confidence, predicted, target, precision
+        assert decision_point(*case, is_probability=True) == pytest.approx(expected, abs=1e-14)
+        assert decision_point(*case, is_probability=False) == threshold_for_precision(*case)
+
+
 def test_figures_are_those_of_their_queries_alone():
     rng = np.random.default_rng(6)
     confidence, predicted, target = answers(rng)
@@ -226,6 +296,9 @@ def test_distractors_are_needed(metric):
         risk_coverage,
         aurc,
         precision_recall,
+        reliability,
+        calibration_error,
+        lambda *case: decision_point(*case, precision=0.9, is_probability=True),
         lambda *case: detection_identification_rate(*case, far=0.1),
         lambda *case: threshold_for_precision(*case, precision=0.9),
     ],
@@ -251,6 +324,8 @@ def test_refuses_shares_out_of_range(share):
         detection_identification_rate(*CASE, far=share)
     with pytest.raises(UserError, match="precision"):
         threshold_for_precision(*CASE, precision=share)
+    with pytest.raises(UserError, match="precision"):
+        decision_point(*CASE, precision=share, is_probability=True)
 
 
 def test_refuses_to_accept_nothing():
@@ -258,3 +333,5 @@ def test_refuses_to_accept_nothing():
         fpr_at_tpr(*CASE, level=0)
     with pytest.raises(UserError, match="above 0"):
         threshold_for_precision(*CASE, precision=0)
+    with pytest.raises(UserError, match="above 0"):
+        decision_point(*CASE, precision=0, is_probability=True)

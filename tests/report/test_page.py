@@ -12,11 +12,12 @@ from metilr.evaluation.options import MethodOptions
 from metilr.evaluation.recognition import Recognition
 from metilr.evaluation.runs import summarise
 from metilr.extraction.descriptors import Descriptors
-from metilr.report.page import OUTCOMES, arrange, write_gallery, write_report
+from metilr.report.page import FEATURES, OUTCOMES, arrange, write_gallery, write_report
+from metilr.retrieval.confidence import feature_names
 from metilr.retrieval.knn import Matches, Predictions, Tuning
 from tests.browser import browser as browser  # a fixture
 from tests.museum import write_museum
-from tests.small_runs import evaluate
+from tests.small_runs import evaluate, pretend_fit
 
 # The tiny museum's labels by exhibit: 9, 12, 33, 41, 70, 500. Val shows 9, 70, 41, 9 and three distractors.
 ANSWERS = Predictions(
@@ -76,7 +77,7 @@ def test_figures_are_those_of_the_results_and_html_in_a_file_name_is_text(browse
     assert page.locator("[data-figure]").count() == 2 * 7
     knn = results["knn"]
     assert f"k = {knn['k']}, τ = {knn['tau']:g} tuned by GAP on val" in page.locator("#figures").inner_text()
-    assert page.locator("figure svg").count() == 5
+    assert page.locator("figure svg").count() == 5 and page.locator("#confidence, a[href='#confidence']").count() == 0
     assert HOSTILE in page.locator("#cards").inner_text() and page.locator("img[src=x]").count() == 0
     reached = set()
     for _ in range(20):
@@ -84,6 +85,45 @@ def test_figures_are_those_of_the_results_and_html_in_a_file_name_is_text(browse
         reached.add(page.evaluate("document.activeElement.name || document.activeElement.hash || ''"))
     assert {"#gallery", "split", "show", "search"} <= reached
     assert page.errors == []
+
+
+def with_confidence(browser, run, output):
+    evaluate(
+        run.parent / "museum", descriptors=[run.parent / "store"], output=output, confidence="calibrated", wandb="off"
+    )
+    page = open_page(browser, output / "report" / "index.html", 360)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360 and page.errors == []
+    return page, json.loads((output / "results.json").read_text())["confidence"]
+
+
+def test_a_calibrated_confidence_is_shown_with_its_weights_and_what_it_is_worth(browser, run, tmp_path, monkeypatch):
+    pretend_fit(monkeypatch)
+    page, recorded = with_confidence(browser, run, tmp_path / "out")
+    section = page.locator("#confidence")
+    said = " ".join(section.inner_text().split())
+    assert "Calibrated: GAP 45.67 on parts of val held out, 40.00 without. Background: none, as val has too few" in said
+    assert [row.split("\t") for row in section.locator("tbody tr").all_inner_texts()] == [
+        ["similarity to the answer", "+1.25"],
+        ["lead over the next exhibit", "+0.50"],
+        ["mean similarity to the ten nearest images", "−0.75"],
+    ]
+    for split, error in recorded["calibration_error"].items():
+        assert f"{split}: error {100 * error:.1f}" in section.locator("svg").text_content()
+    assert "a probability of 90% to be right" in page.locator("#open-set").inner_text()
+
+
+def test_a_calibrated_confidence_that_is_not_used_is_shown_without_weights(browser, run, tmp_path, monkeypatch):
+    page, _ = with_confidence(browser, run, tmp_path / "unfitted")  # too small a museum
+    said = page.locator("#confidence").inner_text()
+    assert "That of the classifier, as val has too few right or wrong answers" in said and "Background" not in said
+    pretend_fit(monkeypatch, gains=False)
+    page, _ = with_confidence(browser, run, tmp_path / "no gain")
+    assert "Not calibrated, as that gains nothing: GAP 30.00" in page.locator("#confidence").inner_text()
+    assert page.locator("#confidence svg").count() == 1 and page.locator("#confidence table").count() == 0
+
+
+def test_each_feature_of_a_calibrated_confidence_has_words():
+    assert [*FEATURES] == feature_names(is_checked=True, n_background=20)
 
 
 def test_filters_search_and_pages_change_the_gallery(browser, run):

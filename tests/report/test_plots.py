@@ -5,7 +5,7 @@ import pytest
 
 from metilr.metrics import gap
 from metilr.metrics.open_set import precision_recall
-from metilr.report.plots import as_svg, confidence_plot, precision_recall_plot
+from metilr.report.plots import as_svg, confidence_plot, precision_recall_plot, reliability_plot
 
 
 @pytest.mark.parametrize("n", [40, 6000])
@@ -20,6 +20,17 @@ def test_the_area_under_the_drawn_curve_is_gap(n):
     assert np.trapezoid(precision, recall) == pytest.approx(gap(*case), abs=1e-12)
     assert recall[0] == 0
     assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (0.25, 0.75)
+
+
+def test_the_points_of_a_reliability_curve_have_the_area_of_their_answers():
+    bins = np.array([0.1, 0.5, 0.9]), np.array([0.2, 0.5, 1.0]), np.array([70, 20, 10])
+    axes = reliability_plot({"test": bins}, {"test": 0.09}).axes[0]
+    diagonal, curve = axes.lines
+    assert diagonal.get_xydata().tolist() == [[0, 0], [1, 1]]
+    assert curve.get_xydata().tolist() == [[0.1, 0.2], [0.5, 0.5], [0.9, 1.0]]
+    [points] = axes.collections
+    np.testing.assert_allclose(np.diff(points.get_sizes()) / np.diff(bins[2]), points.get_sizes().sum() / 100, rtol=0.2)
+    assert axes.get_legend().get_texts()[0].get_text() == "test: error 9.0"
 
 
 def test_names_that_look_like_formulas_or_hidden_labels_are_drawn_as_they_are():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from metilr.errors import UserError
-from tests.small_runs import evaluate
+from tests.small_runs import evaluate, pretend_fit
 
 CHEAP = {
     "backbone": "timm/test_resnet", "weights": "random", "scales": [1.0], "accelerator": "cpu", "num_workers": 0,
@@ -62,6 +62,35 @@ def test_a_home_that_cannot_be_written_is_one_line(tiny_museum, tmp_path):
     [line] = done.stderr.splitlines()
     assert done.returncode == 0 and "W&B cannot write" in line and "out/wandb" in line
     assert list(Path("out/wandb").glob("offline-run-*/*.wandb"))
+
+
+class Kept:
+    """A run that keeps what it is told."""
+
+    id, offline = "x", True
+
+    def __init__(self, **_):
+        self.summary, self.told = {}, {}
+        self.log, self.finish, self.log_artifact = self.told.update, lambda: None, lambda _: None
+
+
+@pytest.mark.parametrize("confidence", ["softmax", "calibrated"])
+def test_a_calibrated_confidence_is_told_from_the_classifiers(tiny_museum, monkeypatch, confidence):
+    kept = Kept()
+    monkeypatch.setattr("wandb.init", lambda **_: kept)
+    pretend_fit(monkeypatch)
+    results = evaluate(tiny_museum, confidence=confidence, report=False, **CHEAP)
+    told = {name: value for name, value in kept.summary.items() if "calibrat" in name}
+    if confidence == "softmax":
+        assert told == {} and "plots/reliability" not in kept.told
+        return
+    errors = results.confidence.calibration_error
+    assert told == {
+        "is_calibrated": True,
+        "val/calibration_error": errors["val"],
+        "test/calibration_error": errors["test"],
+    }
+    assert "plots/reliability" in kept.told
 
 
 class Dead:
