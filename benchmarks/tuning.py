@@ -34,22 +34,35 @@ WIDTH = 512
 
 
 def synthetic(n_rows: int, seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int]:
-    """Unit rows and labels by split, and the number of classes; a class is a direction with noise about it."""
+    """Unit rows and labels by split, and the number of classes."""
     rng = np.random.default_rng(seed)
     n_classes = round(n_rows * CLASSES_PER_ROW)
-    labels = np.concatenate([np.arange(n_classes), rng.integers(0, n_classes, n_rows - n_classes)])
-    centres = rng.standard_normal((n_classes, WIDTH), dtype=np.float32)
-    rows = {"database": centres[labels]}
-    rows["database"] += rng.standard_normal(rows["database"].shape, dtype=np.float32)
-    all_labels = {"database": labels}
+    shown = np.concatenate([np.arange(n_classes), rng.integers(0, n_classes, n_rows - n_classes)])
+    labels = {"database": shown}
     for split, n in QUERIES.items():
-        shown = rng.integers(0, n_rows, n)
-        all_labels[split] = np.where(rng.random(n) < 0.1, labels[shown], -1)
-        noise = rng.standard_normal((n, WIDTH), dtype=np.float32)
-        rows[split] = np.where(all_labels[split][:, None] >= 0, rows["database"][shown] + 2 * noise, noise)
+        labels[split] = np.where(rng.random(n) < 0.1, shown[rng.integers(0, n_rows, n)], -1)
+    return made_up_rows(labels, n_classes, rng), labels, n_classes
+
+
+def made_up_rows(
+    labels: dict[str, np.ndarray], n_classes: int, rng: np.random.Generator, noise: tuple[float, float] = (2, 2)
+) -> dict[str, np.ndarray]:
+    """Unit rows by split; a class is a direction with noise about it, a query a row of its class with more ``noise``.
+
+    That is drawn between two bounds: with 6 times a row's own, half of the queries are nearer to another row.
+    """
+    centres = rng.standard_normal((n_classes, WIDTH), dtype=np.float32)
+    rows = {split: rng.standard_normal((len(of), WIDTH), dtype=np.float32) for split, of in labels.items()}
+    rows["database"] += centres[labels["database"]]
+    row_of = np.zeros(n_classes, dtype=np.int64)
+    row_of[labels["database"]] = np.arange(len(rows["database"]))
+    for split in QUERIES:
+        is_met = labels[split] >= 0
+        rows[split][is_met] *= rng.uniform(*noise, (is_met.sum(), 1)).astype(np.float32)
+        rows[split][is_met] += rows["database"][row_of[labels[split][is_met]]]
     for split in rows:
         rows[split] /= np.linalg.norm(rows[split], axis=1, keepdims=True)
-    return rows, all_labels, n_classes
+    return rows
 
 
 def plain_grid_point(

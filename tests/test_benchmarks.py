@@ -65,6 +65,17 @@ def test_balance_of_the_published_mini_ground_truth(run, met_root):
         assert record["ratio"][processes] >= 1
 
 
+def test_confidence(run, few_queries, tmp_path):
+    from evaluation_memory import make_root
+
+    make_root(tmp_path / "met", 300)
+    (tmp_path / "met/ground_truth/MET_database.json").rename(tmp_path / "met/ground_truth/mini_MET_database.json")
+    [record] = run("confidence", "--root", tmp_path / "met", "--rows", 700)
+    assert record["queries"] == 150 and record["background"] == 40
+    assert record["same_labels"] == 1
+    assert min(record["share_of_searches"], record["share_of_processor_time"]) > 0
+
+
 def test_evaluation_memory(run, few_queries):
     [record] = run("evaluation_memory", "--rows", 700, "--width", 512)
     assert record["same_nearest"] == 1

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from metilr.data.ground_truth import NOT_NAMED, QUERY_FILES, GroundTruth
-from metilr.evaluation.database import query_views
+from metilr.evaluation.database import Searchable, query_views
 from metilr.evaluation.options import MethodOptions
 from metilr.evaluation.recognition import Recognition
 from metilr.geometry.evidence import Checked, inlier_lead, inliers_of_answers
@@ -48,8 +48,9 @@ def calibrate_recognition(
     is_same |= (taken_by[:, None] == taken_by[background]) & (taken_by[:, None] != NOT_NAMED)
     evidence = {}
     for split, views in queries.items():
-        similarities = np.zeros((len(is_valid[split]), len(background)))
-        similarities[is_valid[split]] = background_similarities(views, photographs)
+        of_views = (background_similarities if split == "val" else nearest_similarities)(views, photographs)
+        similarities = np.zeros((len(is_valid[split]), of_views.shape[1]))
+        similarities[is_valid[split]] = of_views
         evidence[split] = gather_evidence(
             recognition.answers[split],
             recognition.matches[split],
@@ -73,6 +74,13 @@ def background_of(descriptors: "Descriptors", ground_truth: GroundTruth, whiteni
     is_distractor = (ground_truth.labels["val"] == DISTRACTOR)[descriptors.is_valid["val"]]
     photographs = query_views(descriptors, "val", MethodOptions(), whitening)[is_distractor, 0]
     return photographs if len(photographs) >= LEAST_BACKGROUND else photographs[:0]
+
+
+def nearest_similarities(views: np.ndarray, photographs: np.ndarray) -> np.ndarray:
+    """Similarities of queries to the nearest photographs, as many as count where none is left out: ``(Q, 20)``."""
+    places = np.arange(len(photographs))
+    n = min(LEAST_BACKGROUND, len(photographs))
+    return Searchable(photographs, places, places).nearest(views, n).similarities if n else np.empty((len(views), 0))
 
 
 def gather_evidence(

@@ -8,6 +8,7 @@ Source of the background's use: cohort normalisation of scores in speaker verifi
 Lloyd-Thomas, Digital Signal Processing, 2000).
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -71,7 +72,14 @@ class Evidence:
         if not self.background.shape[1]:
             return self.of_answer
         left_out = self.is_same if kept is None else self.is_same | ~kept
-        return np.concatenate([self.of_answer, background_means(self.background, left_out)], axis=1)
+        n = 20 + left_out.sum(axis=1).max(initial=0)  # of so many photographs, 20 are not left out
+        nearest, left_out = (np.take_along_axis(of, self._order[:, :n], axis=1) for of in (self.background, left_out))
+        return np.concatenate([self.of_answer, background_means(nearest, left_out)], axis=1)
+
+    @functools.cached_property
+    def _order(self) -> np.ndarray:
+        """The photographs from the nearest to the farthest, ``(Q, C)``."""
+        return np.argsort(-self.background, axis=1)
 
 
 def evidence_of_search(
@@ -104,8 +112,9 @@ def background_means(similarities: np.ndarray, left_out: np.ndarray) -> np.ndarr
     Of fewer the mean of those that there are, 0 of none.
     """
     n = min(20, similarities.shape[1])
-    nearest = np.where(left_out, -np.inf, similarities)
-    nearest = -np.sort(np.partition(-nearest, n - 1, axis=1)[:, :n], axis=1)
+    distances = np.where(left_out, np.inf, -similarities)
+    distances.partition(n - 1, axis=1)
+    nearest = -np.sort(distances[:, :n], axis=1)
     is_there = ~np.isneginf(nearest)
     sums, counts = np.where(is_there, nearest, 0).cumsum(axis=1), is_there.cumsum(axis=1)
     places = [min(count, n) - 1 for count in (1, 5, 20)]
@@ -181,9 +190,24 @@ def _held_out_parts(
     parts = []
     for repeat in range(REPEATS):
         folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=repeat)
+        folds._find_best_fold = _best_fold  # the same choice, sooner: scikit-learn's own takes longer than the fits
         parts += [(places[fitted], places[judged]) for fitted, judged in folds.split(places, right, groups)]
     can_fit = all(0 < is_right[fitted].sum() < len(fitted) for fitted, _ in parts)
     return parts if can_fit else None
+
+
+def _best_fold(y_counts_per_fold: np.ndarray, y_cnt: np.ndarray, group_y_counts: np.ndarray) -> int:
+    """Choose the fold that a group joins: shares of the classes as even as can be; of equal ones the smallest fold."""
+    tried = y_counts_per_fold + np.eye(FOLDS)[:, :, None] * group_y_counts
+    shares = tried / y_cnt
+    deviations = shares - shares.sum(axis=1, keepdims=True) / FOLDS
+    unevenness = np.sqrt((deviations * deviations).sum(axis=1) / FOLDS).mean(axis=1).tolist()
+    best, sizes = 0, y_counts_per_fold.sum(axis=1).tolist()
+    for fold in range(1, FOLDS):
+        is_close = abs(unevenness[fold] - unevenness[best]) <= 1e-8 + 1e-5 * unevenness[best]  # NumPy's isclose
+        if unevenness[fold] < unevenness[best] or (is_close and sizes[fold] < sizes[best]):
+            best = fold
+    return best
 
 
 def _scaled(model: Calibration, worth: Calibration) -> Calibration:

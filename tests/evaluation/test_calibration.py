@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from metilr.evaluation import calibration
 from metilr.evaluation.calibration import background_of, calibrate_recognition
 from metilr.evaluation.options import MethodOptions
 from metilr.evaluation.recognition import figures_of, recognise
@@ -106,3 +107,20 @@ def test_queries_without_a_descriptor_stay_last():
     assert fit.gains
     for of in calibrated.answers.values():
         assert np.isneginf(of.log_confidence[[4, 9]]).all() and np.isfinite(np.delete(of.log_confidence, [4, 9])).all()
+
+
+def test_of_the_background_of_test_the_nearest_are_all_that_counts(monkeypatch):
+    descriptors, truth, rows = museum()
+    method = MethodOptions("none", query_crops=[0.8])
+    crops = {f"{split}_crops": unit(rows[split] + 0.3 * rows[split][:, ::-1]) for split in ("val", "test")}
+    descriptors.parts.update({split: [part.astype(np.float32)] for split, part in crops.items()})
+    descriptors.is_valid.update({split: np.ones(len(part), dtype=bool) for split, part in crops.items()})
+    seen = []
+    gather = calibration.gather_evidence
+    monkeypatch.setattr(calibration, "gather_evidence", lambda *of: seen.append(gather(*of)) or seen[-1])
+    calibrate_recognition(recognise(descriptors, truth, method), descriptors, truth, method)
+    background = rows["val"][truth.labels["val"] == -1].astype(float)
+    views = np.stack([descriptors.parts[split][0] for split in ("test", "test_crops")], axis=1).astype(float)
+    nearest = -np.sort(-(views @ background.T).max(axis=1), axis=1)
+    expected = np.column_stack([nearest[:, :n].mean(axis=1) for n in (1, 5, 20)])
+    np.testing.assert_allclose(seen[-1].features()[:, -3:], expected, atol=1e-6)

@@ -11,6 +11,7 @@ from metilr.metrics import gap
 from metilr.retrieval.confidence import (
     STRENGTHS,
     Evidence,
+    _held_out_parts,
     background_means,
     background_similarities,
     evidence_of_search,
@@ -103,6 +104,19 @@ def naive_fit(answers, evidence, target, groups, background_queries, strength):
             for i, value in zip(judged, logit, strict=True):
                 logits[i].append(value)
     return sum(plain), sum(calibrated), np.mean(logits, axis=1)
+
+
+@pytest.mark.parametrize("n_groups", [40, 400])
+def test_the_held_out_parts_are_scikit_learns(n_groups):
+    rng = np.random.default_rng(n_groups)
+    groups, is_right, places = rng.integers(n_groups, size=500), rng.random(500) < 0.1, np.arange(7, 500)
+    found = iter(_held_out_parts(is_right, groups, places))
+    for repeat in range(REPEATS):
+        folds = StratifiedGroupKFold(5, shuffle=True, random_state=repeat)
+        for fitted, judged in folds.split(places, is_right[places], groups[places]):
+            parts = next(found)
+            np.testing.assert_array_equal(parts[0], places[fitted])
+            np.testing.assert_array_equal(parts[1], places[judged])
 
 
 def test_no_query_is_judged_by_a_model_or_a_background_that_knows_its_group():
