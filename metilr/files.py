@@ -249,6 +249,8 @@ def check_config(file: str) -> Mapping[str, Any]:
     """Read a YAML file of options, or refuse it."""
     try:
         content = read_yaml(Path(file))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file", "config") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read as YAML ({one_line(error)})", "config") from None
     if not isinstance(content, dict) or "config" in content:

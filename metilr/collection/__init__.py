@@ -182,7 +182,7 @@ class Identified:
             "decision": self.decision,
             "exhibit": answer.exhibit,
             "log_confidence": answer.log_confidence,
-            "confidence": math.exp(answer.log_confidence),
+            **({"confidence": math.exp(answer.log_confidence)} if self.has_val else {}),
             "similarity": answer.similarity,
             **({} if answer.above_background is None else {"above_background": answer.above_background}),
             "matches": matches,

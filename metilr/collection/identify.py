@@ -148,7 +148,8 @@ def _lines(photo: Identified, collection: "Collection") -> str:
         return f"\n[bold]{name}[/]  [red]{escape(printable(photo.headline))}[/]"
     colour = "green" if photo.decision == "exhibit" else "yellow"
     said, detail = escape(printable(photo.headline)), escape(printable(photo.detail))
-    lines = [f"\n[bold]{name}[/]  [{colour}]{said}[/]  {detail} (log {answer.log_confidence:.4g})"]
+    log = f" (log {answer.log_confidence:.4g})" if photo.has_val or photo.decision != "undecided" else ""
+    lines = [f"\n[bold]{name}[/]  [{colour}]{said}[/]  {detail}{log}"]
     if photo.reduced:
         side = collection.largest_side
         lines.append(f"  reduced to {side} px, the longest side that the collection was described at")

@@ -141,6 +141,7 @@ def build_app(
     # A phone that is told that HEIC is wanted sends it; else it makes a JPEG of it.
     accept = "image/*,.avif,.heic,.heif" if HEIF in formats() else "image/*"
     page = templates.get_template("serve.html").render(
+        formats=", ".join("HEIC" if kind == HEIF else kind for kind in formats()),
         collection=collection,
         threshold=threshold,
         max_bytes=max_bytes,

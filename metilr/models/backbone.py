@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import functools
 import inspect
+import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -231,6 +232,7 @@ def _create(name: str, pretrained: bool = False) -> Any:
     model_name = name.removeprefix(TIMM)
     if pretrained and not timm.models.is_model_pretrained(model_name):
         raise UserError(f"{name}: timm has no weights for it; give a file as weights", "backbone")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each try; the last one's reason is told
     # Of Swin, plain ViTs, others: a model that does not know an option refuses it by name.
     choices: list[dict[str, Any]] = [{"strict_img_size": False}, {"dynamic_img_size": True}, {}]
     for options in choices:

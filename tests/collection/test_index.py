@@ -69,6 +69,7 @@ def test_from_the_command_line_to_an_answer(folder, tmp_path, capsys, monkeypatc
     assert aside["photo"] == str(folder / NAME) and aside["error"].startswith("left aside: 1 .heic; convert")
     assert [photo["exhibit"] for photo in answered] == [NAME, NAME]
     assert {photo["decision"] for photo in answered} == {"undecided"}
+    assert not any("confidence" in photo for photo in answered)  # without val nobody knows what it is worth
     assert document["threshold"]["log_confidence"] is None and "give one" in document["threshold"]["origin"]
 
 
