@@ -191,14 +191,14 @@ def _calibration(made: Recorded) -> dict[str, Any]:
     if made.strangers is not None:
         described = open_descriptors([made.path / BACKGROUND], strangers := made.strangers.ground_truth())
         return {"background": build_searchable(described, strangers, MethodOptions(), made.whitening).rows}
-    recorded = made.confidence and made.confidence.calibration
-    if not recorded:
+    if made.confidence is None or made.confidence.calibration is None:
         return {}
-    calibration = Calibration(**recorded.recorded())
+    calibration = Calibration(**made.confidence.calibration.recorded())
     crops = [view for view in views_of(made.method, made.model.seed) if "visits" not in view.of]
     descriptors = open_descriptors([made.store.path], made.ground_truth, crops)
     background = background_of(descriptors, made.ground_truth, made.whitening)
-    if calibration.features != feature_names(made.check is not None, len(background)):
+    are_known = calibration.features == feature_names(made.check is not None, len(background))
+    if not are_known or len(background) != made.confidence.n_background:
         raise UserError(f"{made.path}: its calibrated confidence is of other evidence than metilr has; evaluate again")
     return {"calibration": calibration, "background": background}
 

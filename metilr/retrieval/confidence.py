@@ -225,7 +225,7 @@ def _fit(names: Sequence[str], features: np.ndarray, is_right: np.ndarray, stren
     from sklearn.linear_model import LogisticRegression
 
     mean, scale = features.mean(axis=0), features.std(axis=0)
-    scale = np.where(scale > 0, scale, 1)
+    scale = np.where(scale > 1e-9, scale, 1)  # of a constant, rounding is left
     model = LogisticRegression(C=1 / (strength * len(features)), solver="newton-cholesky", tol=1e-8)
     model.fit((features - mean) / scale, is_right)
     return Calibration(
