@@ -23,7 +23,7 @@ OF_GEOMETRY = ("inliers", "inlier_lead")
 NEAREST = 10
 LEAST_BACKGROUND = 20  # photographs: with fewer the largest mean is of all of them, whatever the query
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the L2 penalty per query, on standardised features
-FOLDS, REPEATS = 5, 10  # of the cross-validation
+FOLDS, REPEATS, SEED = 5, 5, 0  # of the cross-validation
 BACKGROUND_WEIGHT = 0.5  # better than 0 on val of three museums of four, and about as good as 0.25 and 0.75
 CHUNK = 1024  # queries compared with the background at once
 
@@ -158,7 +158,7 @@ def fit_calibration(
     """
     is_right = (answers.labels == target) & (target != DISTRACTOR)
     is_answered = ~np.isneginf(answers.log_confidence)
-    parts = _held_out_parts(is_right, groups, np.flatnonzero(is_answered))
+    parts = held_out_parts(is_right, groups, np.flatnonzero(is_answered))
     if parts is None:
         return None
     logits, totals, n_met = np.zeros((len(STRENGTHS), len(target))), np.zeros(1 + len(STRENGTHS)), 0
@@ -178,36 +178,25 @@ def fit_calibration(
     return Fit(_scaled(model, worth), plain, reached[best], len(background_queries))
 
 
-def _held_out_parts(
+def held_out_parts(
     is_right: np.ndarray, groups: np.ndarray, places: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray]] | None:
-    """Queries, among ``places``, to fit on and to judge, each judged in each repeat; None if there are too few."""
-    from sklearn.model_selection import StratifiedGroupKFold
+    """Queries, among ``places``, to fit on and to judge, each judged once in each repeat; None if there are too few.
 
-    right, groups = is_right[places], groups[places]
-    if min(right.sum(), (~right).sum(), len(np.unique(groups))) < FOLDS:
+    Groups are shuffled and dealt to the parts in turn, those with most right answers first, so that each has some.
+    """
+    names, group = np.unique(groups[places], return_inverse=True)
+    n_right = np.bincount(group, is_right[places])
+    if min(n_right.sum(), len(places) - n_right.sum(), len(names)) < FOLDS:
         return None
-    parts = []
-    for repeat in range(REPEATS):
-        folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=repeat)
-        folds._find_best_fold = _best_fold  # the same choice, sooner: scikit-learn's own takes longer than the fits
-        parts += [(places[fitted], places[judged]) for fitted, judged in folds.split(places, right, groups)]
+    rng, parts, part_of_group = np.random.default_rng(SEED), [], np.empty(len(names), dtype=int)
+    for _ in range(REPEATS):
+        shuffled = rng.permutation(len(names))
+        part_of_group[shuffled[np.argsort(-n_right[shuffled], kind="stable")]] = np.arange(len(names)) % FOLDS
+        part = part_of_group[group]
+        parts += [(places[part != i], places[part == i]) for i in range(FOLDS)]
     can_fit = all(0 < is_right[fitted].sum() < len(fitted) for fitted, _ in parts)
     return parts if can_fit else None
-
-
-def _best_fold(y_counts_per_fold: np.ndarray, y_cnt: np.ndarray, group_y_counts: np.ndarray) -> int:
-    """Choose the fold that a group joins: shares of the classes as even as can be; of equal ones the smallest fold."""
-    tried = y_counts_per_fold + np.eye(FOLDS)[:, :, None] * group_y_counts
-    shares = tried / y_cnt
-    deviations = shares - shares.sum(axis=1, keepdims=True) / FOLDS
-    unevenness = np.sqrt((deviations * deviations).sum(axis=1) / FOLDS).mean(axis=1).tolist()
-    best, sizes = 0, y_counts_per_fold.sum(axis=1).tolist()
-    for fold in range(1, FOLDS):
-        is_close = abs(unevenness[fold] - unevenness[best]) <= 1e-8 + 1e-5 * unevenness[best]  # NumPy's isclose
-        if unevenness[fold] < unevenness[best] or (is_close and sizes[fold] < sizes[best]):
-            best = fold
-    return best
 
 
 def _scaled(model: Calibration, worth: Calibration) -> Calibration:

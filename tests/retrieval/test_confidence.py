@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -11,11 +10,11 @@ from metilr.metrics import gap
 from metilr.retrieval.confidence import (
     STRENGTHS,
     Evidence,
-    _held_out_parts,
     background_means,
     background_similarities,
     evidence_of_search,
     fit_calibration,
+    held_out_parts,
 )
 from metilr.retrieval.knn import Matches, Predictions
 
@@ -85,38 +84,40 @@ def naive_fit(answers, evidence, target, groups, background_queries, strength):
     """GAP of held-out parts, plain and calibrated, and the logits that were held out, query by query in loops."""
     is_right, n_met = answers.labels == target, (target >= 0).sum()
     plain, calibrated, logits = [], [], [[] for _ in range(N)]
-    for repeat in range(REPEATS):
-        folds = StratifiedGroupKFold(5, shuffle=True, random_state=repeat).split(target, is_right, groups)
-        for fitted, judged in folds:
-            assert not set(groups[fitted]) & set(groups[judged])
-            photographs = [j for j, query in enumerate(background_queries) if query in fitted]
-            means = []
-            for i in range(N):
-                others = [j for j in photographs if background_queries[j] != i]
-                nearest = sorted(evidence.background[i, others], reverse=True)
-                means.append([np.mean(nearest[:n]) for n in (1, 5, 20)])
-            features = np.column_stack([evidence.of_answer, means])
-            logit = regression(features[fitted], is_right[fitted], strength).decision_function(features[judged])
-            share = (target[judged] >= 0).sum() / n_met / REPEATS
-            case = answers.labels[judged], target[judged]
-            plain.append(share * gap(answers.log_confidence[judged], *case))
-            calibrated.append(share * gap(logit, *case))
-            for i, value in zip(judged, logit, strict=True):
-                logits[i].append(value)
+    for fitted, judged in held_out_parts(is_right, groups, np.arange(N)):
+        photographs = [j for j, query in enumerate(background_queries) if query in fitted]
+        means = []
+        for i in range(N):
+            others = [j for j in photographs if background_queries[j] != i]
+            nearest = sorted(evidence.background[i, others], reverse=True)
+            means.append([np.mean(nearest[:n]) for n in (1, 5, 20)])
+        features = np.column_stack([evidence.of_answer, means])
+        logit = regression(features[fitted], is_right[fitted], strength).decision_function(features[judged])
+        share = (target[judged] >= 0).sum() / n_met / REPEATS
+        case = answers.labels[judged], target[judged]
+        plain.append(share * gap(answers.log_confidence[judged], *case))
+        calibrated.append(share * gap(logit, *case))
+        for i, value in zip(judged, logit, strict=True):
+            logits[i].append(value)
     return sum(plain), sum(calibrated), np.mean(logits, axis=1)
 
 
-@pytest.mark.parametrize("n_groups", [40, 400])
-def test_the_held_out_parts_are_scikit_learns(n_groups):
-    rng = np.random.default_rng(n_groups)
-    groups, is_right, places = rng.integers(n_groups, size=500), rng.random(500) < 0.1, np.arange(7, 500)
-    found = iter(_held_out_parts(is_right, groups, places))
+def test_parts_hold_whole_groups_and_share_out_right_answers():
+    rng = np.random.default_rng(5)
+    groups, is_right, places = rng.integers(60, size=200), rng.random(200) < 0.2, np.arange(3, 200)
+    parts = held_out_parts(is_right, groups, places)
+    assert len(parts) == 5 * REPEATS
     for repeat in range(REPEATS):
-        folds = StratifiedGroupKFold(5, shuffle=True, random_state=repeat)
-        for fitted, judged in folds.split(places, is_right[places], groups[places]):
-            parts = next(found)
-            np.testing.assert_array_equal(parts[0], places[fitted])
-            np.testing.assert_array_equal(parts[1], places[judged])
+        of_repeat = parts[5 * repeat : 5 * repeat + 5]
+        assert sorted(np.concatenate([judged for _, judged in of_repeat])) == places.tolist()
+        for fitted, judged in of_repeat:
+            assert sorted([*fitted, *judged]) == places.tolist()
+            assert not {*groups[fitted]} & {*groups[judged]}
+        most_of_a_group = max(is_right[places][groups[places] == group].sum() for group in groups)
+        n_right = [is_right[judged].sum() for _, judged in of_repeat]
+        assert max(n_right) - min(n_right) <= most_of_a_group
+    assert [judged.tolist() for _, judged in parts[:5]] != [judged.tolist() for _, judged in parts[5:10]]
+    assert held_out_parts(is_right, np.zeros(200), places) is None
 
 
 def test_no_query_is_judged_by_a_model_or_a_background_that_knows_its_group():
