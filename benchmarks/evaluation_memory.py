@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import faiss
@@ -25,7 +26,7 @@ from met_sizes import CLASSES_PER_ROW, MET, QUERIES, ROWS
 from whitening import DIM, plain_whitening, write_rows
 
 from metilr.data.ground_truth import load_ground_truth
-from metilr.extraction.store import DescriptorStore
+from metilr.extraction.store import DescriptorStore, RowWriter
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -53,11 +54,11 @@ def make_store(path: Path, root: Path, width: int) -> None:
     store = DescriptorStore(path)
     made_up = {"backbone": "made up", "image_size": None, "pooling": {"kind": "gem", "p": 3.0}, "precision": "32"}
     store.prepare({"ground_truth": dict(truth.digests), **made_up}, counts, width)
-    for split, n in counts.items():
-        write_rows(path / f"{split}.npy", n, width)
-        files = np.load(path / f"{split}.files.npy", mmap_mode="r+")
-        files[:] = 1
-        files.flush()
+    with closing(RowWriter(store)) as writer:
+        for split, n in counts.items():
+            write_rows(path / f"{split}.npy", n, width)
+            for i, row in enumerate(np.load(path / f"{split}.npy", mmap_mode="r")):
+                writer.write(split, i, row, file_size=1)
     store.finish()
 
 

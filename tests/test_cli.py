@@ -186,7 +186,7 @@ def test_bad_yaml(failure, tmp_path, text, said):
 
 
 def test_config_that_cannot_be_read(failure, tmp_path):
-    assert f"--config {tmp_path}/none.yaml: cannot be read" in failure("--config", tmp_path / "none.yaml")
+    assert f"--config {tmp_path}/none.yaml: no such file" in failure("--config", tmp_path / "none.yaml")
     assert "not a regular file" in failure(f"--config={tmp_path}")
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
     assert "cannot be read as YAML" in failure("--config", tmp_path / "latin.yaml")

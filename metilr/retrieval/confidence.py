@@ -49,7 +49,8 @@ class Calibration:
 
     def apply(self, answers: Predictions, evidence: "Evidence") -> Predictions:
         """Put the probability in place of the confidence; a query that was skipped stays so."""
-        sure = np.where(np.isneginf(answers.log_confidence), -np.inf, self.log_confidence(evidence.features()))
+        sure, is_answered = answers.log_confidence.copy(), ~np.isneginf(answers.log_confidence)
+        sure[is_answered] = self.log_confidence(evidence.features()[is_answered])
         return replace(answers, log_confidence=sure)
 
 
@@ -175,6 +176,8 @@ def fit_calibration(
     best = max(range(len(STRENGTHS)), key=lambda i: (reached[i], i))
     model = _fit(evidence.names, evidence.features()[is_answered], is_right[is_answered], STRENGTHS[best])
     worth = _fit(["logit"], logits[best, is_answered, None], is_right[is_answered], STRENGTHS[0])
+    if worth.coefficients[0] <= 0:  # right answers have the lower logits where they are held out
+        return None
     return Fit(_scaled(model, worth), plain, reached[best], len(background_queries))
 
 

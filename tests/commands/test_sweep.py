@@ -73,7 +73,7 @@ def test_names_of_rows_are_folders_below_the_sweep():
         ({"vary": "p", "values": ["3"], "options": ["p=4"]}, "p: is set twice"),
         ({"options": ["accelerator"]}, "options accelerator: write it as NAME=VALUE"),
         ({"options": ["acelerator=cpu"]}, "did you mean --accelerator"),
-        ({"configs": ["nothing"]}, "nothing.yaml: cannot be read"),
+        ({"configs": ["nothing"]}, "nothing.yaml: no such file"),
     ],
 )
 def test_a_wrong_option_is_refused_before_any_work(arguments, message):

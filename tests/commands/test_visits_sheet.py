@@ -18,7 +18,7 @@ def write_images(folder: Path, count: int) -> None:
 
 def test_contact_sheet_has_a_row_per_image_and_a_column_per_visit(tmp_path):
     write_images(tmp_path / "in" / "deep", 3)
-    Image.new("LA", (5, 5)).save(tmp_path / "in" / "grey.png")
+    Image.new("LA", (5, 5), (80, 200)).save(tmp_path / "in" / "grey.png")
     output = write_contact_sheet(tmp_path / "in", tmp_path / "new" / "sheet.png", visits=2)
     first = output.read_bytes()
     with Image.open(output) as sheet:
@@ -33,7 +33,9 @@ def test_contact_sheet_has_a_row_per_image_and_a_column_per_visit(tmp_path):
 
 def test_images_are_read_as_for_recognition(tmp_path):
     (tmp_path / "in").mkdir()
-    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "in" / "clear.png")
+    clear = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
+    clear.putpixel((0, 0), (0, 0, 0, 255))  # else nothing of it would show, and it would be refused
+    clear.save(tmp_path / "in" / "clear.png")
     Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(tmp_path / "in" / "deep.png")
     Image.new("RGB", (1200, 30), (0, 200, 0)).save(tmp_path / "in" / "wide.png")
     with Image.open(write_contact_sheet(tmp_path / "in", tmp_path / "sheet.png", visits=1)) as sheet:

@@ -150,7 +150,8 @@ def test_evidence_that_tells_nothing_gains_nothing():
     rng = np.random.default_rng(3)
     sure = Predictions(answers.labels, (answers.labels == target).astype(float), answers.similarity, answers.nearest)
     noise = Evidence(evidence.names, rng.normal(size=(N, 3)), rng.normal(size=(N, N_BACKGROUND)), evidence.is_same)
-    assert not fit_calibration(sure, noise, target, groups, background_queries).gains
+    fit = fit_calibration(sure, noise, target, groups, background_queries)
+    assert fit is None or not fit.gains
 
 
 def test_a_skipped_query_is_not_fitted_on_and_stays_last():
