@@ -14,7 +14,7 @@ from metilr.cli import call
 from metilr.collection.index import index as index_command
 from metilr.commands import evaluate as command
 from metilr.evaluation.results import Results
-from metilr.retrieval.confidence import Calibration, Fit
+from metilr.retrieval.confidence import Calibration, Fit, feature_names
 from tests.forks import Forks, Outcome
 from tests.museum import write_museum
 
@@ -41,12 +41,13 @@ def evaluate(root: Path | None = None, **options: Any) -> Results | None:
     return call(command.evaluate, {"root": root, **options})
 
 
-def pretend_fit(monkeypatch: pytest.MonkeyPatch, gains: bool = True) -> Calibration:
+def pretend_fit(monkeypatch: pytest.MonkeyPatch, gains: bool = True, n_background: int = 0) -> Calibration:
     """Let a calibrated confidence be this one; a tiny museum's val has too few queries to fit any."""
-    calibration = Calibration(
-        ["similarity", "lead", "mean_10"], [0.5, 0.1, 0.4], [0.2] * 3, [1.25, 0.5, -0.75], -0.3, 0.1
-    )
-    fit = Fit(calibration, 0.4, 0.4567 if gains else 0.3, n_background=0)
+    mean, coefficients = [0.5, 0.1, 0.4, 0.5, 0.4, 0.3], [1.25, 0.5, -0.75, -1.5, -0.5, 0.25]
+    names = feature_names(False, n_background)
+    n = len(names)
+    calibration = Calibration(names, mean[:n], [0.2] * n, coefficients[:n], -0.3, 0.1)
+    fit = Fit(calibration, 0.4, 0.4567 if gains else 0.3, n_background)
     monkeypatch.setattr("metilr.evaluation.calibration.fit_calibration", lambda *_: fit)
     return calibration
 

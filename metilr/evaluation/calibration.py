@@ -12,6 +12,7 @@ from metilr.evaluation.recognition import Recognition
 from metilr.geometry.evidence import Checked, inlier_lead, inliers_of_answers
 from metilr.metrics import DISTRACTOR
 from metilr.retrieval.confidence import (
+    COUNTED,
     LEAST_BACKGROUND,
     Evidence,
     Fit,
@@ -79,7 +80,7 @@ def background_of(descriptors: "Descriptors", ground_truth: GroundTruth, whiteni
 def nearest_similarities(views: np.ndarray, photographs: np.ndarray) -> np.ndarray:
     """Similarities of queries to the nearest photographs, as many as count where none is left out: ``(Q, 20)``."""
     places = np.arange(len(photographs))
-    n = min(LEAST_BACKGROUND, len(photographs))
+    n = min(COUNTED[-1], len(photographs))
     return Searchable(photographs, places, places).nearest(views, n).similarities if n else np.empty((len(views), 0))
 
 

@@ -21,7 +21,8 @@ OF_SEARCH = ("similarity", "lead", "mean_10")
 OF_BACKGROUND = ("background_1", "background_5", "background_20")
 OF_GEOMETRY = ("inliers", "inlier_lead")
 NEAREST = 10
-LEAST_BACKGROUND = 20  # photographs: with fewer the largest mean is of all of them, whatever the query
+COUNTED = (1, 5, 20)  # nearest photographs of the background that means are taken of
+LEAST_BACKGROUND = COUNTED[-1]  # with fewer the last mean is of all of them, whatever the query
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the L2 penalty per query, on standardised features
 FOLDS, REPEATS, SEED = 5, 5, 0  # of the cross-validation
 BACKGROUND_WEIGHT = 0.5  # better than 0 on val of three museums of four, and about as good as 0.25 and 0.75
@@ -73,7 +74,7 @@ class Evidence:
         if not self.background.shape[1]:
             return self.of_answer
         left_out = self.is_same if kept is None else self.is_same | ~kept
-        n = 20 + left_out.sum(axis=1).max(initial=0)  # of so many photographs, 20 are not left out
+        n = COUNTED[-1] + left_out.sum(axis=1).max(initial=0)  # of so many, enough are not left out
         nearest, left_out = (np.take_along_axis(of, self._order[:, :n], axis=1) for of in (self.background, left_out))
         return np.concatenate([self.of_answer, background_means(nearest, left_out)], axis=1)
 
@@ -112,13 +113,13 @@ def background_means(similarities: np.ndarray, left_out: np.ndarray) -> np.ndarr
 
     Of fewer the mean of those that there are, 0 of none.
     """
-    n = min(20, similarities.shape[1])
+    n = min(COUNTED[-1], similarities.shape[1])
     distances = np.where(left_out, np.inf, -similarities)
     distances.partition(n - 1, axis=1)
     nearest = -np.sort(distances[:, :n], axis=1)
     is_there = ~np.isneginf(nearest)
     sums, counts = np.where(is_there, nearest, 0).cumsum(axis=1), is_there.cumsum(axis=1)
-    places = [min(count, n) - 1 for count in (1, 5, 20)]
+    places = [min(count, n) - 1 for count in COUNTED]
     return sums[:, places] / np.maximum(counts[:, places], 1)
 
 

@@ -16,6 +16,8 @@ from metilr.collection import Identified, PhotoOptions, Threshold
 from metilr.collection.collection import Answer, Collection, load_photo
 from metilr.collection.open_collection import open_with_threshold
 from metilr.data.decode import load_image
+from metilr.data.ground_truth import load_ground_truth
+from metilr.errors import UserError
 from metilr.evaluation.read_run import read_run
 from metilr.models.checkpoints import FORMAT, model_entry
 from metilr.models.embedder import build_embedder
@@ -109,6 +111,19 @@ def test_a_calibrated_confidence_is_the_evaluation_s_and_of_other_evidence_refus
         file.write_text(json.dumps(content))
         status, _, err = identify(museum / "images/MET/9/2.jpg", "--run", tmp_path / "run")
         assert status == 2 and err.count("\n") == 1 and "is of other evidence than metilr has; evaluate again" in err
+
+
+def test_the_background_of_a_calibrated_confidence_is_the_evaluation_s(museum, tmp_path, monkeypatch):
+    monkeypatch.setattr("metilr.evaluation.calibration.LEAST_BACKGROUND", 2)  # a tiny museum has few distractors
+    [n_background] = {len(load_ground_truth(museum).paths["val"]) - load_ground_truth(museum).n_met("val")}
+    options = {"store": museum.parent / "store", "report": False, **UNTRAINED}
+    for name, n in (("run", n_background), ("other", n_background + 1)):
+        with monkeypatch.context() as patch:
+            pretend_fit(patch, n_background=n)
+            evaluate(museum, confidence="calibrated", output=tmp_path / name, **options)
+    same_answers(tmp_path / "run", "test")
+    with pytest.raises(UserError, match="is of other evidence"):
+        same_answers(tmp_path / "other", "test")
 
 
 def test_a_database_image_is_identified_as_itself(museum, tmp_path):

@@ -10,6 +10,7 @@ from metilr.evaluation.results import Results
 from metilr.models.zoo import BACKBONES
 from metilr.report.published import PUBLISHED, Published, published
 from tests.commands.test_evaluate import REPOSITORY
+from tests.evaluation.test_results import CONFIDENCE
 
 REPORT_BACKBONES = sorted({row.backbone for row in PUBLISHED})
 
@@ -94,6 +95,7 @@ CHANGES = {
     "visits": ("elements", "visits", 3),
     "database-side augmentation": ("elements", "dba", 3),
     "a geometric check": (None, "geometric_check", GEOMETRIC_CHECK),
+    "a calibrated confidence": (None, "confidence", CONFIDENCE),
     "several models": (None, "model", {"concatenated": [{}, {}]}),
     "no model known": (None, "model", {"file": "descriptors.pkl"}),
 }
