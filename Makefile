@@ -9,6 +9,11 @@ DEV := $(DEMO),dev
 # CPU=1 takes the builds of PyTorch and FAISS without GPU, 2 GB in place of 8; the environment stays so.
 CPU ?= $(wildcard $(VENV)/.cpu)
 CPU_BUILDS ?= torch torchvision --index-url https://download.pytorch.org/whl/cpu
+ifneq ($(CPU),)
+ifeq ($(wildcard $(BIN)/python)$(wildcard $(VENV)/.cpu),$(BIN)/python)
+$(error $(VENV) has the builds for GPUs; make clean removes it)
+endif
+endif
 
 # Threads that wait for each other by spinning bring a busy machine to a crawl: let them sleep.
 export OMP_WAIT_POLICY := passive
@@ -75,7 +80,6 @@ else ifeq ($(CPU),)
 install = $(BIN)/python -m pip install -q -e '.[$(1)]'
 else
 define install
-@test -e $(VENV)/.cpu || { echo "$(VENV) has the builds for GPUs; make clean removes it"; exit 2; }
 $(BIN)/python -m pip install -q $(CPU_BUILDS)
 $(BIN)/python .ci/cpu-requirements $(1) > $(VENV)/.cpu-requirements
 $(BIN)/python -m pip install -q -r $(VENV)/.cpu-requirements

@@ -151,9 +151,10 @@ class Fit:
 def fit_calibration(
     answers: Predictions, evidence: Evidence, target: np.ndarray, groups: np.ndarray, background_queries: np.ndarray
 ) -> Fit | None:
-    """Fit on val, whose true labels are ``target`` ``(Q,)``; None where too few answers are right, or wrong, to do so.
+    """Fit on val, whose true labels are ``target`` ``(Q,)``; None where it tells nothing.
 
-    The strength is chosen by GAP of held-out parts. A query's group, ``(Q,)``, is held out as a whole, from the fit and
+    It tells nothing where too few answers are right, or wrong, or held-out right ones get lower logits. The strength
+    is chosen by GAP of held-out parts. A query's group, ``(Q,)``, is held out as a whole, from the fit and
     from the background: ``background_queries``, ``(C,)``, are its places among the queries. Of equal strengths the
     greater counts. Such a penalty makes probabilities timid, so the logit is scaled to what the held-out ones were
     worth (Platt, 1999).
