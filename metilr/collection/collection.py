@@ -17,6 +17,7 @@ from torch import Tensor
 from metilr.collection.photos import MAX_PIXELS, BadPhotoError, Photo, load_photo
 from metilr.data import decode
 from metilr.data.ground_truth import GroundTruth
+from metilr.data.pixels import ImageSize
 from metilr.data.views import CentreCrops
 from metilr.errors import UserError
 from metilr.evaluation.calibration import gather_evidence
@@ -90,7 +91,7 @@ class Collection:
     ground_truth: GroundTruth
     exhibits: Sequence[str]  # name of each label
     describer: Describer
-    image_size: int | None  # that images were resized to; None if they kept their size
+    image_size: ImageSize | None  # that images were resized to; None if they kept their size
     method: MethodOptions
     whitening: PCAWhitening | None
     database: Searchable

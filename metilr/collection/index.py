@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.markup import escape
 
-from metilr.cli import flat
+from metilr.cli import flat, flat_defaults
 from metilr.collection.index_schema import Index, describe_index
 from metilr.data.decode import file_size, limit_images
 from metilr.data.folder import Catalogue, find_images, read_catalogue
@@ -99,7 +99,7 @@ def index(
     if model.weights not in (None, RANDOM):
         model = replace(model, weights=str(Path(model.weights).absolute()))
     embedder = build_model(model)
-    extraction = replace(extraction, image_size=extraction.image_size or embedder.image_size or IMAGE_SIZE)
+    extraction = extraction.resized_to(extraction.resize_to or embedder.image_size or IMAGE_SIZE)
     method = replace(method, tau=method.tau or USUAL_TAU)
     check_method(method, n_images, embedder.dim, n_exhibits)
     if approximate:
@@ -164,7 +164,8 @@ def _refuse_another(
 ) -> None:
     """Refuse a finished index that the same command would now make otherwise."""
     made = Index.load(output)
-    refuse_other_options(output, made.options, options)
+    defaults = plain_options(flat_defaults(index)) if made.options else {}  # of options that it is too old to have
+    refuse_other_options(output, {**defaults, **made.options}, options)
     for store, before, now in (("store", made.catalogue, catalogue), (BACKGROUND, made.strangers, strangers)):
         if before is None or now is None:  # both, as the options are the same
             continue

@@ -10,9 +10,10 @@ import pydantic
 from metilr.collection import index_file
 from metilr.data.folder import Catalogue
 from metilr.data.ground_truth import is_place_below
+from metilr.data.pixels import ImageSize
 from metilr.errors import UserError
 from metilr.evaluation.options import DELETED, MethodOptions, method_of_elements
-from metilr.evaluation.results import Count, ImageSize, Part, Positive, Text, Vote, read_json, why
+from metilr.evaluation.results import Count, Part, Positive, Text, Vote, read_json, why
 from metilr.extraction.options import ExtractionOptions, Precision
 from metilr.models import Engine, ModelOptions, PatchRounding, PoolingName
 
@@ -138,7 +139,7 @@ def describe_index(
         folder=str(catalogue.folder),
         images=[Image(path=path, exhibit=name) for path, name in zip(catalogue.paths, catalogue.exhibits, strict=True)],
         model=Model(**described_by),
-        image_size=extraction.image_size,
+        image_size=extraction.resize_to,
         whitening=whitened,
         elements=Elements(
             visits=method.n_visits,

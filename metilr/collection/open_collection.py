@@ -105,8 +105,8 @@ def _of_index(path: Path, ckpt: Path | None, accelerator: Accelerator) -> Record
         store=DescriptorStore(path / "store"),
         model=recorded_model(asdict(index.model_options), ckpt),
         extraction=ExtractionOptions(
-            index.image_size, accelerator=accelerator, precision=model.precision, engine=model.engine
-        ),
+            accelerator=accelerator, precision=model.precision, engine=model.engine
+        ).resized_to(index.image_size),
         method=index.method,
         whitening=PCAWhitening.load(path / "whitening.npz") if index.whitening else None,
         vote=index.knn,
@@ -126,8 +126,8 @@ def _of_run(run: Run, ckpt: Path | None, accelerator: Accelerator) -> Recorded:
         raise UserError(f"{ground_truth.root}/ground_truth: changed since the evaluation {run.path}; evaluate again")
     with _named(f"{run.path}: was described with"):
         extraction = ExtractionOptions(
-            model.image_size, accelerator=accelerator, precision=model.precision, engine=model.engine
-        )
+            accelerator=accelerator, precision=model.precision, engine=model.engine
+        ).resized_to(model.image_size)
     with _named(f"{run.path}: was evaluated with"):  # a run older than ``elements`` had none on
         method = method_of_elements(results.elements.recorded() if results.elements else {})
     return Recorded(
@@ -152,7 +152,7 @@ def _assemble(made: Recorded) -> Collection:
     ground_truth, store, options, method = made.ground_truth, made.store, made.extraction, made.method
     with _named(f"{made.path}: was described with"):
         embedder = build_model(made.model)
-    wanted = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
+    wanted = store_settings(embedder, ground_truth, options.resize_to, options.precision, options.engine)
     if made.described is not None:
         described = {name: made.described.get(name) for name in wanted["model"]}
         _refuse_another_model(made.path, described, wanted["model"])
@@ -168,14 +168,14 @@ def _assemble(made: Recorded) -> Collection:
     check = None
     if (recorded := made.check) is not None:
         chosen = (recorded.candidates, recorded.reorder, recorded.boost, Gate(**recorded.gate))
-        check = geometric_check_of(embedder.to(options.device), options.image_size, *chosen)
+        check = geometric_check_of(embedder.to(options.device), options.resize_to, *chosen)
         _refuse_another_model(made.path, recorded.features, check.extractor.settings())
     return Collection(
         name=made.name,
         ground_truth=ground_truth,
         exhibits=made.exhibits,
         describer=Describer(embedder, options),
-        image_size=options.image_size,
+        image_size=options.resize_to,
         method=method,
         whitening=made.whitening,
         database=database,

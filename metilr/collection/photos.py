@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from metilr.data import decode
+from metilr.data.pixels import ImageSize
 from metilr.distributed import UNGUARDED, end_with_parent
 from metilr.errors import UserError
 
@@ -42,11 +43,11 @@ class Photo(NamedTuple):
 
 def load_photo(
     file: Path | IO[bytes],
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     largest_side: int | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Photo:
-    """Decode a photograph as ``load_image`` does, its longest side resized to ``image_size`` px.
+    """Decode a photograph as ``load_image`` does, resized to ``image_size``.
 
     Without ``image_size`` it keeps its size, or is reduced to ``largest_side``. BadPhotoError if it cannot be decoded.
     """
@@ -74,7 +75,7 @@ class Decoder:
         self._one_at_a_time = threading.Lock()
         self._start()
 
-    def photo(self, content: bytes, image_size: int | None, largest_side: int | None, max_pixels: int) -> Photo:
+    def photo(self, content: bytes, image_size: ImageSize | None, largest_side: int | None, max_pixels: int) -> Photo:
         """Decode a photograph as ``load_photo`` does."""
         import torch
 
@@ -157,7 +158,7 @@ def _made(n_bytes: int, taken: int | None, function: Callable[..., object], argu
 
 
 def _array_of(
-    content: bytes, image_size: int | None, largest_side: int | None, max_pixels: int
+    content: bytes, image_size: ImageSize | None, largest_side: int | None, max_pixels: int
 ) -> tuple["np.ndarray", bool]:
     """A photo as ``load_photo`` decodes it, with the image as an array, which goes through a pipe as it is."""
     photo = load_photo(io.BytesIO(content), image_size, largest_side, max_pixels)

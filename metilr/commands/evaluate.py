@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # Options that make descriptors from images.
 OF_THE_IMAGES = (
     *("ckpt", "backbone", "weights", "pooling", "p", "stage", "patch_rounding", "scales"),
-    *("image_size", "bad_images", "store", "engine", "profile"),
+    *("image_size", "image_shape", "bad_images", "store", "engine", "profile"),
 )
 
 
@@ -115,7 +115,7 @@ def evaluate(
     views, embedder, name, n_made = views_of(method, model.seed), None, "descriptors", 0
     if not descriptors:
         embedder = build_model(model)
-        extraction = replace(extraction, image_size=extraction.image_size or embedder.image_size)
+        extraction = extraction.resized_to(extraction.resize_to or embedder.image_size)
         check_method(method, len(ground_truth.paths["database"]), embedder.dim, ground_truth.n_classes)
         name = embedder.backbone.name.replace("/", "_") + ("" if model.ckpt is None else f"_{Path(model.ckpt).stem}")
     elif not is_first:
@@ -134,7 +134,7 @@ def evaluate(
             assert embedder is not None
             embedder, n = embedder.to(extraction.device), method.geometric_check
             progress.print(f"[bold]geometry[/]     {min(n, ground_truth.n_classes)} candidates a query, in float32")
-            check = geometric_check_of(embedder, extraction.image_size, n, method.geometric_reorder)
+            check = geometric_check_of(embedder, extraction.resize_to, n, method.geometric_reorder)
             recognition, check = check_recognition(recognition, ground_truth, check, quiet)
         fit = None
         if method.confidence == "calibrated":

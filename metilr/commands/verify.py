@@ -15,8 +15,10 @@ from rich.table import Column, Table
 from metilr.data.csv_files import as_csv
 from metilr.data.decode import MAX_MEGAPIXELS, BadImageError, file_size, image_shape, limit_images, load_image
 from metilr.data.ground_truth import DATABASE_FILES, QUERY_FILES, DatabaseName, file_below, load_ground_truth, nfc
+from metilr.data.pixels import ImageSize
 from metilr.distributed import default_workers
 from metilr.errors import UserError, amount_is
+from metilr.extraction.options import ImageShape, size_of
 from metilr.files import write_atomically
 from metilr.models import RANDOM, UnfitSizeError
 from metilr.progress import counted, make_console, printable
@@ -55,6 +57,7 @@ def verify(
     backbone: str | None = None,
     scales: Sequence[float] | None = None,
     image_size: int | None = None,
+    image_shape: ImageShape = "keep",
 ) -> None:
     """Check that every image of a ground truth is there and readable.
 
@@ -73,11 +76,12 @@ def verify(
         backbone: An image that is too small for this one counts as wrong, too; a name, as in an evaluation.
         scales: Relative sizes at which the backbone sees an image; without it an evaluation's.
         image_size: Longest side in px that images are resized to for the backbone; without it as they are.
+        image_shape: As in an evaluation.
     """
     limit_images(max_megapixels)
     if list is not None and not Path(list).parent.is_dir():
         raise UserError(f"{list}: there is no folder {Path(list).parent}; make it, or name another file", "list")
-    found = check(Path(root), parts, decode, num_workers, quiet, backbone, scales, image_size)
+    found = check(Path(root), parts, decode, num_workers, quiet, backbone, scales, size_of(image_size, image_shape))
     print_verification(make_console(), found, list)
     if list is not None:
         rows = ((part, *fault) for part in found.paths for fault in found.faults_of(part).items())
@@ -94,7 +98,7 @@ def check(
     quiet: bool = False,
     backbone: str | None = None,
     scales: Sequence[float] | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
 ) -> Verification:
     """Look at the images of a data root; see ``verify``."""
     check_size = _size_check(backbone, scales, image_size)
@@ -122,7 +126,7 @@ def check(
 
 
 def _size_check(
-    backbone: str | None, scales: Sequence[float] | None, image_size: int | None
+    backbone: str | None, scales: Sequence[float] | None, image_size: ImageSize | None
 ) -> Callable[[int, int], None] | None:
     """What refuses a size that is too small for a backbone: its weights do not matter."""
     if backbone is None:
@@ -140,7 +144,7 @@ def _size_check(
 def find_fault(
     file: Path,
     decode: bool = False,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     check_size: Callable[[int, int], None] | None = None,
 ) -> str | None:
     """Say in a few words why an image file cannot be used; None if it can. A failing disk raises OSError."""

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError, features
 
-from metilr.data.pixels import Tags, check_tiff, tiff_kind, tiff_tags, to_rgb
+from metilr.data.pixels import ImageSize, Tags, check_tiff, resized_shape, tiff_kind, tiff_tags, to_rgb
 from metilr.errors import UserError
 from metilr.files import named, regular
 
@@ -34,7 +34,6 @@ ISO_MEDIA = re.compile(rb".{4}ftyp(?:(avi[fs])|hei[cmsx]|hev[cmsx]|mif1|msf1)", 
 HEADER_TELLS_SIZE = ("JPEG", "MPO", "PNG", "WEBP", AVIF, HEIF)
 MAX_MEGAPIXELS = 180.0  # the largest cameras take 150 at once; decoded, that is half a gigabyte a process
 MAX_PHOTO_MEGAPIXELS = 50.0  # phones take 12 to 50; decoded, that is 150 MB
-MAX_IMAGE_SIZE = 16_384  # px that an image is resized to: the longest side of one of 180 megapixels is not much longer
 MAX_SCANS = 100  # of a JPEG, which decodes all of it with each; encoders write about 10
 MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")  # of a JPEG; in compressed data 0 or a restart follows each 0xFF
 END_OF_IMAGE, START_OF_SCAN = 0xD9, 0xDA
@@ -191,7 +190,7 @@ class _Bounded:
         return self._stream.read(n if n is None or n < 0 else min(n, self._size))
 
 
-def load_image(path: Path, image_size: int | None = None, limit: int | None = None) -> "Tensor":
+def load_image(path: Path, image_size: ImageSize | None = None, limit: int | None = None) -> "Tensor":
     """Decode a file to RGB, uint8 ``(3, H, W)``.
 
     EXIF orientation is applied; what is transparent, in whichever way, is laid on white; grey, palette and CMYK become
@@ -202,8 +201,8 @@ def load_image(path: Path, image_size: int | None = None, limit: int | None = No
     moves no colour by more than two levels is sRGB: pixels stay as they are. So they do without a profile, and with one
     that is damaged or made for another kind of pixels.
 
-    The longest side is resized to ``image_size`` px, if given (bilinear, antialiased, up or down). A file of more
-    pixels than ``limit``, or ``limit_images`` has said, is bad.
+    It is resized to ``image_size``, if given (bilinear, antialiased, up or down). A file of more pixels than ``limit``,
+    or ``limit_images`` has said, is bad.
 
     Raises:
         BadImageError: If the file is missing, truncated, not an image of a usual kind, too large, or of a kind
@@ -214,7 +213,7 @@ def load_image(path: Path, image_size: int | None = None, limit: int | None = No
         return to_tensor(image, image_size)
 
 
-def image_shape(path: Path, image_size: int | None = None, limit: int | None = None) -> tuple[int, int]:
+def image_shape(path: Path, image_size: ImageSize | None = None, limit: int | None = None) -> tuple[int, int]:
     """Height and width of ``load_image``'s result, from the file's header alone where that is enough."""
     with _named_if_bad(path), open_image(path, max_pixels() if limit is None else limit) as image:
         if image.format not in HEADER_TELLS_SIZE:
@@ -225,7 +224,7 @@ def image_shape(path: Path, image_size: int | None = None, limit: int | None = N
         return resized_shape(height, width, image_size)
 
 
-def to_tensor(image: Image.Image, image_size: int | None = None) -> "Tensor":
+def to_tensor(image: Image.Image, image_size: ImageSize | None = None) -> "Tensor":
     """Decode an opened image as ``load_image`` does; raises whatever Pillow's decoders raise."""
     import torch  # takes a second, and most of this module does without
 
@@ -257,14 +256,6 @@ def _orientation(image: Image.Image) -> Any:
         return image.getexif().get(EXIF_ORIENTATION)
     except Exception:  # of many types
         return None
-
-
-def resized_shape(height: int, width: int, image_size: int | None) -> tuple[int, int]:
-    """Height and width with the longest side at ``image_size``, the other in proportion, at least 1 px."""
-    if image_size is None:
-        return height, width
-    ratio = image_size / max(height, width)
-    return max(1, round(height * ratio)), max(1, round(width * ratio))
 
 
 @contextlib.contextmanager

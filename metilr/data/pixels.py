@@ -1,11 +1,12 @@
-"""What the pixels of an image mean: depth, sign and polarity, as a file's tags tell them, transparency and colours."""
+"""What the pixels of an image mean: depth, sign, polarity, as tags tell them, transparency, colours; their number."""
 
 import io
 from functools import lru_cache
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
+from pydantic import AfterValidator, Field
 
 MAX_STRIPS = (
     100_000  # of a TIFF, or tiles: Pillow takes half a second and 40 MB for so many; large scans have some thousand
@@ -25,6 +26,29 @@ WITHIN_SRGB = 2  # levels of 255: the profiles that are called sRGB differ by on
 GREY_STEPS = {"L;2": 85, "L;4": 17}  # between the levels of a PNG of few bits
 
 Tags = TiffImagePlugin.ImageFileDirectory_v2
+
+MAX_IMAGE_SIZE = 16_384  # px that an image is resized to: the longest side of one of 180 megapixels is not much longer
+
+
+def _square(size: tuple[int, int]) -> tuple[int, int]:
+    if size[0] != size[1]:
+        raise ValueError("must be two equal sides")
+    return size
+
+
+# What images are resized to, in px: their longest side, or height and width of a square.
+Side = Annotated[int, Field(ge=1, le=MAX_IMAGE_SIZE)]
+ImageSize = Side | Annotated[tuple[Side, Side], Field(strict=False), AfterValidator(_square)]
+
+
+def resized_shape(height: int, width: int, image_size: ImageSize | None) -> tuple[int, int]:
+    """Height and width of an image at ``image_size``: a square's, or with the longest side at it, at least 1 px."""
+    if image_size is None:
+        return height, width
+    if isinstance(image_size, tuple):
+        return image_size
+    ratio = image_size / max(height, width)
+    return max(1, round(height * ratio)), max(1, round(width * ratio))
 
 
 def tiff_tags(stream: IO[bytes]) -> Tags | None:

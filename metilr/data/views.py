@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from metilr.data.decode import image_shape, load_image, max_pixels
 from metilr.data.ground_truth import GroundTruth
+from metilr.data.pixels import ImageSize
 
 if TYPE_CHECKING:  # torch and torchvision take seconds, and reading descriptors does without
     from torch import Tensor
@@ -138,7 +139,7 @@ class Images:
 
     files: Sequence[Path]
     names: Sequence[str]
-    image_size: int | None
+    image_size: ImageSize | None
     view: View | None = None
     max_pixels: int = field(default_factory=max_pixels)
 
@@ -187,7 +188,7 @@ class ImageRows:
         return image if images.view is None else images.view(image, images.names[i], number)
 
 
-def images_of(ground_truth: GroundTruth, image_size: int | None) -> dict[str, Images]:
+def images_of(ground_truth: GroundTruth, image_size: ImageSize | None) -> dict[str, Images]:
     """The images of a ground truth, by split."""
     return {
         split: Images([ground_truth.image(path) for path in paths], paths, image_size)

@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from metilr.data.decode import MAX_IMAGE_SIZE
 from metilr.data.ground_truth import DatabaseName
+from metilr.data.pixels import ImageSize
 from metilr.errors import UserError, one_line, shown
 from metilr.extraction.options import Precision
 from metilr.files import parse_json, regular, write_atomically
@@ -33,7 +33,6 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Moderate = Annotated[float, Field(gt=-1e100, lt=1e100)]  # so that no product of three overflows
-ImageSize = Annotated[int, Field(ge=1, le=MAX_IMAGE_SIZE)]  # px
 SizeName = Annotated[str, Field(pattern=f"^({'|'.join(SIZES)})$")]
 FigureName = Annotated[str, Field(pattern=f"^({'|'.join(FIGURES)})$")]
 GateName = Annotated[str, Field(pattern="^(weight|enough)$")]

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from metilr.data.decode import file_size
 from metilr.data.ground_truth import GroundTruth
+from metilr.data.pixels import ImageSize
 from metilr.data.views import Images, View, images_of
 from metilr.distributed import (
     agree,
@@ -75,8 +76,8 @@ def describe_images(
     """
     end_if_unguarded()
     options, console = options or ExtractionOptions(), console or make_console()
-    embedder.check_image_size(options.image_size)
-    settings = store_settings(embedder, ground_truth, options.image_size, options.precision, options.engine)
+    embedder.check_image_size(options.resize_to)
+    settings = store_settings(embedder, ground_truth, options.resize_to, options.precision, options.engine)
     sizes = image_sizes(ground_truth)
     require_images(ground_truth, sizes, options.bad_images)
     if path is None:
@@ -84,7 +85,7 @@ def describe_images(
     store = DescriptorStore(path)
     if options.engine == "openvino" and launched_as_first() and not store.exists:
         start_engine(options.engine, embedder.backbone, options.precision)  # what it refuses leaves no store behind
-    images = images_of(ground_truth, options.image_size)
+    images = images_of(ground_truth, options.resize_to)
     store.n_made = _fill(
         store, f"[bold]descriptors[/]  {escape(str(path))}", settings, embedder, images, sizes, options, console
     )
@@ -158,7 +159,7 @@ def require_images(ground_truth: GroundTruth, sizes: Mapping[str, np.ndarray], b
 def store_settings(
     embedder: Embedder,
     ground_truth: GroundTruth,
-    image_size: int | None,
+    image_size: ImageSize | None,
     precision: Precision,
     engine: Engine = "torch",
 ) -> dict[str, Any]:
@@ -171,7 +172,8 @@ def store_settings(
     if precision != "32" and embedder.backbone.sensitive is not None:
         model["float32_stages"] = FLOAT32_STAGES
     digests = dict(ground_truth.digests)
-    return {"recipe": RECIPE, "model": model, "image_size": image_size, "ground_truth": digests}
+    size = [*image_size] if isinstance(image_size, tuple) else image_size
+    return {"recipe": RECIPE, "model": model, "image_size": size, "ground_truth": digests}
 
 
 def _fill(

@@ -1,19 +1,30 @@
 """How images are read and where the backbone runs. Imports nothing heavy, so that help is quick."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from metilr.data.decode import MAX_IMAGE_SIZE, MAX_MEGAPIXELS
+from metilr.data.decode import MAX_MEGAPIXELS
+from metilr.data.pixels import MAX_IMAGE_SIZE, ImageSize
 from metilr.errors import UserError, check_choices
 from metilr.models import Engine, check_engine
 
 BadImages = Literal["stop", "skip"]
+ImageShape = Literal["keep", "square"]
 Accelerator = Literal["auto", "cpu", "gpu", "mps"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
 MAX_BATCH = 4096  # images; beyond some tens nothing gets faster
 WORKERS_A_CORE = 8  # at most: more decode no faster, and each takes memory
 MAX_STREAMS = 4  # of OpenVINO; each holds activations
+
+
+def size_of(image_size: int | None, image_shape: ImageShape) -> ImageSize | None:
+    """What images are resized to: the longest side, or height and width of a square."""
+    if image_shape == "keep":
+        return image_size
+    if image_size is None:
+        raise UserError("square: needs a side; give image_size, too, or leave it out", "image_shape")
+    return image_size, image_size
 
 
 @dataclass(frozen=True)
@@ -23,6 +34,7 @@ class ExtractionOptions:
     Attributes:
         image_size: Resize each image so that its longest side has this many px; without it as the checkpoint was
             trained, else as they are (in an index: 500 px).
+        image_shape: Keep the ratio of an image's sides, or make it square: both sides image_size px long.
         bad_images: Stop at an image that cannot be decoded or is too small for the model, or skip it: it is left out of
             the database or index, and a query counts as wrong.
         accelerator: Where the backbone runs; auto takes GPUs if there are any, and says so.
@@ -44,6 +56,7 @@ class ExtractionOptions:
     """
 
     image_size: int | None = None
+    image_shape: ImageShape = "keep"
     bad_images: BadImages = "stop"
     accelerator: Accelerator = "auto"
     devices: int | Literal["auto"] = "auto"
@@ -58,6 +71,17 @@ class ExtractionOptions:
     quiet: bool = False
     profile: bool = False
     max_megapixels: float = MAX_MEGAPIXELS
+
+    @property
+    def resize_to(self) -> ImageSize | None:
+        """What images are resized to."""
+        return size_of(self.image_size, self.image_shape)
+
+    def resized_to(self, size: ImageSize | None) -> "ExtractionOptions":
+        """These options for images of a size that a checkpoint, a store or a run has recorded."""
+        if isinstance(size, tuple):
+            return replace(self, image_size=size[0], image_shape="square")
+        return replace(self, image_size=size, image_shape="keep")
 
     @property
     def device(self) -> Literal["cuda", "mps", "cpu"]:
@@ -105,6 +129,7 @@ class ExtractionOptions:
                 raise UserError(f"{value}: must be at least {least[name]}", name)
             if isinstance(value, int) and value > most.get(name, value):
                 raise UserError(f"{value}: must be at most {most[name]:,}", name)
+        size_of(self.image_size, self.image_shape)
         if self.accelerator == "gpu" and self.device != "cuda":
             raise UserError("gpu: PyTorch sees no GPU here; use cpu, or check nvidia-smi and the driver", "accelerator")
         if self.accelerator == "mps" and self.device != "mps":

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metilr.data.decode import NO_FILE, BadImageError, load_image
+from metilr.data.pixels import ImageSize
 from metilr.distributed import default_workers
 from metilr.extraction.store import settings_fingerprint
 from metilr.files import regular, replaced_file
@@ -136,7 +137,7 @@ class GeometricCheck:
 
     extractor: LocalFeatureExtractor
     folder: Path  # of the features of this model and these settings, a file for each image; grows until it is deleted
-    image_size: int | None  # of ``load_image``: what the descriptors were made with
+    image_size: ImageSize | None  # of ``load_image``: what the descriptors were made with
     candidates: int  # exhibits that are checked, the nearest image of each
     reorder: bool  # whether inliers may decide between them; else the label stays
     boost: float = 0.0  # of the candidates' similarities, chosen on val; see ``reordered``
@@ -180,8 +181,8 @@ class GeometricCheck:
 
 
 def geometric_check_of(
-    embedder: Embedder, image_size: int | None, candidates: int, reorder: bool, boost: float = 0.0, gate: Gate = OFF,
-    folder: Path = FEATURES,
+    embedder: Embedder, image_size: ImageSize | None, candidates: int, reorder: bool, boost: float = 0.0,
+    gate: Gate = OFF, folder: Path = FEATURES,
 ) -> GeometricCheck:  # fmt: skip
     """Put a check together from a model; features are kept in the folder."""
     keep_float32_exact()

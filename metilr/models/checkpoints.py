@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from metilr.data.decode import MAX_IMAGE_SIZE
+from metilr.data.pixels import ImageSize
 from metilr.errors import UserError, one_line
 from metilr.files import file_sha256, replaced_file
 from metilr.models import RANDOM, SCALES, ModelOptions, PatchRounding, PoolingName
@@ -52,10 +52,10 @@ class ModelEntry(BaseModel):
     scales: Sequence[Positive]
     mean: Annotated[Sequence[float], Field(min_length=3, max_length=3)]
     std: Annotated[Sequence[Positive], Field(min_length=3, max_length=3)]
-    image_size: Annotated[int, Field(ge=1, le=MAX_IMAGE_SIZE)] | None
+    image_size: ImageSize | None
 
 
-def model_entry(embedder: Embedder, image_size: int | None) -> dict[str, Any]:
+def model_entry(embedder: Embedder, image_size: ImageSize | None) -> dict[str, Any]:
     """Say in plain values what ``ModelEntry`` reads."""
     settings = embedder.describe_settings()
     return {
@@ -69,7 +69,7 @@ def model_entry(embedder: Embedder, image_size: int | None) -> dict[str, Any]:
 
 
 def checkpoint_entry(
-    embedder: Embedder, image_size: int | None, data: Mapping[str, Any] | None, config: Mapping[str, Any]
+    embedder: Embedder, image_size: ImageSize | None, data: Mapping[str, Any] | None, config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What a training adds to Lightning's checkpoint: the model, what it was trained on, and how."""
     provenance = embedder.backbone.provenance

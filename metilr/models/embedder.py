@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metilr.data.decode import load_image, to_tensor
+from metilr.data.pixels import ImageSize, resized_shape
 from metilr.distributed import is_lack_of_memory
 from metilr.errors import UserError, one_line, shown
 from metilr.models import SCALES, PatchRounding, PoolingName, UnfitSizeError
@@ -62,7 +63,7 @@ class Embedder(nn.Module):
     Without a projector the normalisation after it is left out, too; a zero vector stays zero. The backbone runs in the
     precision of the caller's autocast, by ``engine`` if one is set, but by PyTorch in float32 on the CPU where a scaled
     image has a side below ``BFLOAT16_LEAST_SIDE``; all else runs in float32. ``embed`` resizes images to
-    ``image_size``, the longest side in px of those that it was trained with; None: as they are.
+    ``image_size``, that of those that it was trained with (see ``load_image``); None: as they are.
     """
 
     mean: Tensor
@@ -70,7 +71,7 @@ class Embedder(nn.Module):
 
     def __init__(
         self, backbone: Backbone, pooling: Pooling, projector: Projector | None = None,
-        scales: Sequence[float] = SCALES, image_size: int | None = None,
+        scales: Sequence[float] = SCALES, image_size: ImageSize | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if pooling.kind == "cls" and not backbone.has_cls:
@@ -139,13 +140,14 @@ class Embedder(nn.Module):
         for scale in self.scales:
             self._scaled_size(height, width, scale)
 
-    def check_image_size(self, image_size: int | None) -> None:
-        """Refuse a longest side in px at which even square images would be too small."""
+    def check_image_size(self, image_size: ImageSize | None) -> None:
+        """Refuse a size at which even square images would be too small."""
         try:
             if image_size is not None:
-                self.check_size(image_size, image_size)
+                self.check_size(*resized_shape(1, 1, image_size))
         except UnfitSizeError as error:
-            raise UserError(f"{image_size}: {error}", "image_size") from None
+            side = max(resized_shape(1, 1, image_size))
+            raise UserError(f"{side}: {error}", "image_size") from None
 
     def normalise(self, images: Tensor) -> Tensor:
         """Turn images ``(B, 3, H, W)``, uint8 or float from 0 to 1, into the backbone's input, float32."""

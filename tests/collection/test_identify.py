@@ -94,6 +94,22 @@ def test_answers_are_the_evaluation_s_with_all_elements(museum, run, tmp_path):
     assert itself.regions is not None and itself.regions.startswith(b"\xff\xd8")
 
 
+def test_answers_are_the_evaluation_s_of_square_images(museum, tmp_path, capsys):
+    options = {"image_size": 40, "image_shape": "square", "query_crops": [0.8], "geometric_check": 2}
+    evaluate(museum, store=tmp_path / "store", output=tmp_path / "run", report=False, **UNTRAINED, **options)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["model"]["image_size"] == [40, 40] and results["options"]["image_shape"] == "square"
+    collection = same_answers(tmp_path / "run", "test", 1e-4)
+    assert collection.image_size == (40, 40) and collection.answer(collection.image(3)).matches[0].row == 3
+    main(["rerun", str(tmp_path / "run"), "--output", str(tmp_path / "again")])
+    assert "the figures agree exactly" in capsys.readouterr().out
+    for shape in ([40, 41], [40], [0, 0]):
+        results["model"]["image_size"] = shape
+        (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+        with pytest.raises(UserError, match="image_size"):
+            read_run(tmp_path / "run")
+
+
 def test_a_calibrated_confidence_is_the_evaluation_s_and_of_other_evidence_refused(
     museum, run, tmp_path, identify, monkeypatch
 ):

@@ -38,14 +38,15 @@ def open_index(path: Path, threshold: float | None = None):
         {"image_size": None},
         {"whitening": "none", "scales": [1.0]},
         {"whitening": "learned", "visits": 2, "database_views": "rows", "query_crops": [0.5], "k": 8},
+        {"image_shape": "square"},
     ],
-    ids=["default", "unwhitened", "all elements"],
+    ids=["default", "unwhitened", "all elements", "square"],
 )
 def test_an_image_of_the_folder_is_identified_as_itself(folder, tmp_path, options):
     assert index(folder, tmp_path / "index", **INDEXED | options) == tmp_path / "index"
     collection, threshold = open_index(tmp_path / "index")
     assert (collection.k, collection.tau, len(collection.exhibits)) == (8, 50.0, 6)
-    assert collection.image_size == (500 if "image_size" in options else 40)
+    assert collection.image_size == ((40, 40) if "image_shape" in options else 500 if "image_size" in options else 40)
     for row in range(8):
         answer = collection.answer(load_photo(collection.image(row), collection.image_size).image)
         assert answer.matches[0].row == row and answer.matches[0].similarity == pytest.approx(1, abs=1e-4)
@@ -87,11 +88,16 @@ def test_a_csv_gives_the_rows_of_the_folder(indexed, tmp_path):
 
 def test_a_finished_index_is_kept_and_says_so_until_options_or_images_change(folder, tmp_path, capsys, failure):
     index(folder, tmp_path / "index", **INDEXED)
-    command, written = ["index", folder, tmp_path / "index", *AS_OPTIONS], (tmp_path / "index/index.json").read_bytes()
+    command, file = ["index", folder, tmp_path / "index", *AS_OPTIONS], tmp_path / "index" / "index.json"
+    before = json.loads(file.read_text())
+    del before["options"]["image_shape"]  # as of a metilr that had no such option
+    file.write_text(json.dumps(before))
+    written = file.read_bytes()
     capsys.readouterr()
     main([str(part) for part in command])
     assert "".join(capsys.readouterr().out.split("\n")) == f"finished already: {tmp_path / 'index'}"
     assert "is finished, with other options (k: null there, 5 now)" in failure(*command, "--k", "5")
+    assert 'image_shape: "keep" there, "square" now' in failure(*command, "--image_shape", "square")
     exchanged = (folder / "9" / "2.jpg").read_bytes()
     shutil.copy(folder / "9" / "3.jpg", folder / "9" / "2.jpg")
     assert "before images changed there" in failure(*command)

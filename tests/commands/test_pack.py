@@ -31,9 +31,9 @@ def failure(capsys, *arguments: object) -> str:
     return error
 
 
-@pytest.mark.parametrize("whitening", ["pca", "learned"])
-def test_a_packed_model_gives_the_run_s_answers(museum, whitening):
-    evaluate(museum, output=Path("run"), image_size=48, whitening=whitening, **UNTRAINED)
+@pytest.mark.parametrize(("whitening", "shape"), [("pca", "keep"), ("learned", "square")])
+def test_a_packed_model_gives_the_run_s_answers(museum, whitening, shape):
+    evaluate(museum, output=Path("run"), image_size=48, image_shape=shape, whitening=whitening, **UNTRAINED)
     main(["pack", "run", "model.ckpt"])
     evaluate(museum, output=Path("again"), ckpt=Path("model.ckpt"), whitening="model.ckpt", **OPTIONS)
     for split in ("val", "test"):

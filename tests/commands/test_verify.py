@@ -220,12 +220,14 @@ def test_images_that_are_too_small_for_a_model_are_wrong_if_it_is_named(tiny_mus
         status, printed = verify(capsys, tiny_museum, *options, "--decode", decode)
         assert status == 1 and row(printed, "val") == [7, 6, 0, 0, 1] and row(printed, "full") == [8, 8, 0, 0, 0]
         assert f"  {VAL[0]}: 63x96 px is too small for timm/convnext_atto: it needs sides of 64 px or more" in printed
-    status, printed = verify(capsys, tiny_museum, *options, "--scales", 1, 0.6)
-    assert status == 0 and "nothing is wrong" in printed
+    for enough in (("--scales", 1, 0.6), ("--image_shape", "square"), ("--image_shape", "square", "--decode", "true")):
+        status, printed = verify(capsys, tiny_museum, *options, *enough)
+        assert status == 0 and "nothing is wrong" in printed
     status, printed = verify(capsys, tiny_museum, "--backbone", "timm/convnext_atto")
     assert status == 1 and row(printed, "full") == [8, 0, 0, 0, 8]
     for option, said in (
         (("--image_size", 96), "--image_size has no effect without backbone"),
+        (("--image_shape", "square"), "--image_shape square: needs a side; give image_size"),
         (("--scales", 1), "--scales has no effect without backbone"),
         ((*options, "--image_size", 60), "--image_size 60: 60x60 px is too small for timm/convnext_atto"),
         (("--backbone", "convnext_atto"), "--backbone convnext_atto: unknown; did you mean timm/convnext_atto?"),

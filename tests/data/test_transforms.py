@@ -123,9 +123,12 @@ def test_broken_exif_does_not_hide_the_picture(tmp_path):
         ((1, 1), 7, (7, 7)),
         ((1, 1), None, (1, 1)),
         ((33, 33), 1, (1, 1)),
+        ((40, 80), (20, 20), (20, 20)),
+        ((80, 40), (160, 160), (160, 160)),
+        ((3, 1000), (7, 7), (7, 7)),
     ],
 )
-def test_image_size_is_the_longest_side(tmp_path, shape, image_size, expected):
+def test_image_size_is_the_longest_side_or_both(tmp_path, shape, image_size, expected):
     file = save(Image.fromarray(gradient(*shape)), tmp_path / "a.png")
     image = load_image(file, image_size)
     assert image.dtype == torch.uint8 and image.is_contiguous()
@@ -140,7 +143,7 @@ def test_shape_from_the_header_is_the_shape_of_the_pixels(tmp_path):
         exif[0x0112] = int(rng.integers(1, 9))
         kind = str(rng.choice(["jpg", "png", "tif", "webp", "bmp"]))
         file = save(Image.new("RGB", (width, height)), tmp_path / f"a.{kind}", exif=exif)
-        for image_size in (None, size):
+        for image_size in (None, size, (size, size)):
             assert image_shape(file, image_size) == tuple(load_image(file, image_size).shape[1:])
 
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -330,6 +331,35 @@ def test_other_settings_make_another_store(embedder, museum, tmp_path, monkeypat
     assert describe(embedder, museum, None).path == first.path
     with pytest.raises(UserError, match="image_size: null there, 48 now"):
         describe(embedder, museum, first.path, smaller)
+    square = replace(smaller, image_shape="square")
+    with pytest.raises(UserError, match=r"image_size: 48 there, \[48, 48\] now"):
+        describe(embedder, museum, second.path, square)
+    assert describe(embedder, museum, None, square).path not in (first.path, second.path)
+
+
+def test_square_rows_are_those_of_pictures_that_pillow_made_square(embedder, museum, tmp_path):
+    """And crops of a query are cut from its square."""
+    square = replace(ON_CPU, image_size=64, image_shape="square")
+    store = describe(embedder, museum, tmp_path / "store", square, [CentreCrops((0.5,))])
+    crops, _ = views_store(store, CentreCrops((0.5,)))
+    for split in SPLITS:
+        for row, path in enumerate(museum.paths[split]):
+            with Image.open(museum.root / "images" / path) as image:
+                picture = image.convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
+            pixels = (torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.5
+            with torch.no_grad():
+                whole, middle = embedder.describe(pixels)[0], embedder.describe(pixels[..., 16:48, 16:48])[0]
+            np.testing.assert_allclose(store.descriptors(split)[row], whole, atol=1e-5)
+            if split != "database":
+                np.testing.assert_allclose(crops.descriptors(f"{split}_crops")[row], middle, atol=1e-5)
+
+
+def test_a_square_has_a_side():
+    with pytest.raises(UserError, match=r"^image_shape square: needs a side"):
+        ExtractionOptions(image_shape="square")
+    assert ON_CPU.resize_to is None and replace(ON_CPU, image_size=48).resize_to == 48
+    assert ON_CPU.resized_to((48, 48)) == replace(ON_CPU, image_size=48, image_shape="square")
+    assert replace(ON_CPU, image_size=48, image_shape="square").resized_to(None) == ON_CPU
 
 
 def test_a_descriptor_that_is_not_finite_stops_the_run_and_names_the_image(museum, tmp_path):

@@ -10,6 +10,7 @@ import safetensors.torch
 import timm
 import torch
 
+from metilr.data.pixels import resized_shape
 from metilr.evaluation.database import load_whitening
 from metilr.models.checkpoints import FORMAT, load_embedder, model_entry, read_checkpoint
 from metilr.models.embedder import Embedder, build_embedder
@@ -106,7 +107,7 @@ def test_changed_entries_of_checkpoints(tmp_path, whole):
         with refusal(file) as said:
             embedder = load_embedder(file)
             assert isinstance(embedder, Embedder) and not embedder.training
-            assert embedder.image_size is None or (type(embedder.image_size) is int and embedder.image_size >= 1)
+            assert all(type(side) is int and side >= 1 for side in resized_shape(1, 1, embedder.image_size))
             assert all(0 < scale < float("inf") for scale in embedder.scales) and embedder.scales
             assert embedder.mean.numel() == embedder.std.numel() == 3 and (embedder.std > 0).all()
         n_read += not said

@@ -10,6 +10,7 @@ import pytest
 
 from metilr.collection.index_schema import Index
 from metilr.data.ground_truth import load_ground_truth
+from metilr.data.pixels import resized_shape
 from metilr.download.archives import MOST_GROWTH, Archive, unpack
 from metilr.metrics import DISTRACTOR
 from tests.fuzz.guard import refusal
@@ -136,7 +137,7 @@ def read_index(folder):
             assert type(path) is type(exhibit) is str and path and exhibit
             assert catalogue.folder.resolve() in truth.image(path).resolve().parents
         assert type(index.knn.k) is int and index.knn.k >= 1 and 0 < index.knn.tau < float("inf")
-        assert index.image_size is None or (type(index.image_size) is int and index.image_size >= 1)
+        assert all(type(side) is int and side >= 1 for side in resized_shape(1, 1, index.image_size))
         assert type(index.whitening) is bool and 0 <= index.model_options.seed < 2**63
         assert method.n_visits >= 0 and method.rows_per_image >= 1 and method.database_views in ("none", "rows")
         assert all(0 < share < 1 for share in method.query_crops)

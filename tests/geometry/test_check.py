@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from metilr.data.decode import load_image
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
+from metilr.data.pixels import ImageSize
 from metilr.demo import MuseumSize, make_demo
 from metilr.errors import UserError
 from metilr.geometry.check import GeometricCheck, LocalFeatureExtractor, cell_centres, count_inliers, geometric_check_of
@@ -178,7 +179,7 @@ def everything(museum: GroundTruth, split: str) -> np.ndarray:
     return np.tile(np.arange(len(museum.paths["database"])), (len(museum.paths[split]), 1))
 
 
-def check_at(folder: Path, extractor: LocalFeatureExtractor, image_size: int | None = None) -> GeometricCheck:
+def check_at(folder: Path, extractor: LocalFeatureExtractor, image_size: ImageSize | None = None) -> GeometricCheck:
     return geometric_check_of(extractor.embedder, image_size, 5, False, folder=folder)
 
 
@@ -192,6 +193,16 @@ def test_counts_are_those_of_a_plain_loop(museum, extractor, tmp_path) -> None:
     if extractor.embedder.backbone.name == "lite0_in":  # random weights recognise nothing
         geometric, expected = museum.labels["database"][inliers.argmax(axis=1)], museum.labels["val"]
         assert (geometric == expected)[expected >= 0].mean() >= 0.6
+
+
+def test_features_of_squares_are_kept_apart(museum, extractor, tmp_path) -> None:
+    file = next(file for file in files(museum, "val") if len({*load_image(file, 64).shape[1:]}) == 2)
+    kept, square = check_at(tmp_path, extractor, 64), check_at(tmp_path, extractor, (64, 64))
+    assert kept.folder != square.folder
+    features = square.features(file)
+    expected = extractor.extract(load_image(file, (64, 64)))
+    np.testing.assert_array_equal(features.positions, expected.positions)
+    assert not np.array_equal(features.positions, kept.features(file).positions)
 
 
 def test_counts_do_not_depend_on_order_company_or_what_is_kept(museum, extractor, tmp_path) -> None:
