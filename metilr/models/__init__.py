@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from metilr.errors import UserError, check_choices
 
-PoolingName = Literal["gem", "mac", "spoc", "rmac", "cls"]
+PoolingName = Literal["gem", "mac", "spoc", "rmac", "cls", "attention"]
 PatchRounding = Literal["nearest", "down", "off"]
 Engine = Literal["torch", "compile", "openvino"]
 
@@ -30,11 +30,11 @@ class ModelOptions:
     Attributes:
         ckpt: Checkpoint of metilr train, or of the reference code, in place of the model options below.
         backbone: One of r18_in, r50_in, r50_swav, r50_sin, r18_swsl, r50_swsl, rx50_32x4d_swsl, rx101_32x4d_swsl,
-            rx101_32x8d_swsl, rx101_32x16d_swsl, lite0_in, or timm/NAME for any timm model.
+            rx101_32x8d_swsl, rx101_32x16d_swsl, r50_sscd, lite0_in, or timm/NAME for any timm model.
         weights: File with weights in the official file's form; "random" for seeded random weights; without it the
             official ones, from their cache or downloaded.
-        pooling: Generalised mean, maximum, mean, regional maxima, or class token (ViTs; spoc there is the mean of patch
-            tokens, and gem ignores their negative values).
+        pooling: Generalised mean, maximum, mean, regional maxima, class token (ViTs; spoc there is the mean of patch
+            tokens, and gem ignores their negative values), or a ViT's own attention pooling (SigLIP, PE).
         p: Exponent of GeM.
         stage: Take the map of an earlier stage (ViT: block), counted from 1; without it the last.
         scales: Relative sizes at which an image is described; the descriptors are summed. Without it 1, 1/√2 and 1/2,

@@ -26,7 +26,7 @@ from metilr.errors import UserError, one_line
 from metilr.files import file_sha256
 from metilr.models import RANDOM, PatchRounding, UnfitSizeError, weights as weight_files
 from metilr.models.weights import Provenance
-from metilr.models.zoo import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
+from metilr.models.zoo import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, first_timm, version
 
 FLOAT32_STAGES = 4  # of an EfficientNet, whatever the precision
 TIMM = "timm/"  # the prefix that asks for one of timm's models
@@ -39,6 +39,7 @@ class Features(NamedTuple):
 
     map: Tensor  # (B, C, h, w)
     cls: Tensor | None  # (B, C); None without a class token
+    attention: Tensor | None = None  # (B, C), what the network's own attention pooling gives; None without one
 
 
 class Backbone(nn.Module):
@@ -64,9 +65,13 @@ class Backbone(nn.Module):
         self.stage, self.patch_rounding = stage, patch_rounding
         self.patch = _patch_of(getattr(self.model, "patch_embed", None))
         self.has_cls = getattr(self.model, "cls_token", None) is not None
+        self.has_attention = stage is None and getattr(self.model, "attn_pool", None) is not None
         self.width: int = self.model.num_features
+        self.head_dim = BACKBONES[name].head_dim if name in BACKBONES else None
         if stage is None:
             return
+        if self.head_dim is not None:
+            raise UserError(f"{stage}: {name} has a layer behind the last one; leave it out", "stage")
         if not hasattr(self.model, "forward_intermediates"):
             raise UserError(f"{stage}: timm gives only the last stage of {name}; leave it out", "stage")
         stages = list(self.model.feature_info)
@@ -101,7 +106,17 @@ class Backbone(nn.Module):
         height, width = last_map.shape[-2:]
         grid = output[:, output.shape[1] - height * width :]
         features = grid.transpose(1, 2).unflatten(2, (height, width))  # BxNxC to BxCxhxw
-        return Features(features, output[:, 0] if self.has_cls else None)
+        attention = self.model.forward_head(output, pre_logits=True) if self.has_attention else None
+        return Features(features, output[:, 0] if self.has_cls else None, attention)
+
+    @property
+    def pooled_dim(self) -> int:
+        """Length of a pooled vector, behind the head."""
+        return self.head_dim or self.width
+
+    def head(self, pooled: Tensor) -> Tensor:
+        """Apply the network's own linear layer behind the pooling, ``(B, width)`` to ``(B, pooled_dim)``, if any."""
+        return pooled if self.head_dim is None else self.model.get_classifier()(pooled)
 
     @property
     def sensitive(self) -> nn.Sequential | None:
@@ -214,6 +229,9 @@ def _timm_config(name: str) -> dict[str, Any]:
     model_name = name.removeprefix(TIMM)
     if model_name == name or not timm.is_model(model_name.partition(".")[0]):
         known = [*BACKBONES, *(TIMM + other for other in timm.list_models())]
+        if (needed := first_timm(model_name)) and version(timm.__version__) < version(needed):
+            remedy = f"pip install 'timm>={needed}'"
+            raise UserError(f"{name}: timm {timm.__version__} has no such model; {remedy}", "backbone")
         near = [TIMM + name] if timm.is_model(name) else difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(BACKBONES)}"
         raise UserError(f"{name}: unknown; {hint} (any timm model is timm/NAME)", "backbone")
@@ -228,7 +246,7 @@ def _timm_config(name: str) -> dict[str, Any]:
 def _create(name: str, pretrained: bool = False) -> Any:
     """Create a network without classifier that takes images of any size."""
     if name in BACKBONES:
-        return timm.create_model(BACKBONES[name].architecture, num_classes=0)
+        return timm.create_model(BACKBONES[name].architecture, num_classes=BACKBONES[name].head_dim or 0)
     model_name = name.removeprefix(TIMM)
     if pretrained and not timm.models.is_model_pretrained(model_name):
         raise UserError(f"{name}: timm has no weights for it; give a file as weights", "backbone")
@@ -258,7 +276,7 @@ def _load_file(model: Any, spec: BackboneSpec | None, file: Path, source: str) -
     ignored = tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
     state_dict = weight_files.read_state_dict(file)
     if spec is not None:
-        ignored += spec.training_only
+        ignored = spec.training_only + (ignored if spec.head_dim is None else ())
         state_dict = {spec.rename(key): value for key, value in state_dict.items()} if spec.rename else state_dict
     elif {key for key in state_dict if not key.startswith(ignored)} != model.state_dict().keys():
         convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)

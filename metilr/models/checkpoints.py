@@ -161,9 +161,9 @@ def _build(model: ModelEntry, weights: StateDict, scales: Sequence[float] | None
     projector = None
     if model.projector_dim is not None:
         shape = weights["projector.linear.weight"].shape
-        if shape != (model.projector_dim, backbone.width):
-            raise ValueError(f"the projector is {tuple(shape)}, not {(model.projector_dim, backbone.width)}")
-        projector = Projector(backbone.width, model.projector_dim)
+        if shape != (model.projector_dim, backbone.pooled_dim):
+            raise ValueError(f"the projector is {tuple(shape)}, not {(model.projector_dim, backbone.pooled_dim)}")
+        projector = Projector(backbone.pooled_dim, model.projector_dim)
     # p as a parameter or as a buffer has the same key; only its shape matters here.
     pooling = Pooling(model.pooling, 3.0 if model.p is None else model.p)
     embedder = Embedder(backbone, pooling, projector, model.scales if scales is None else scales, model.image_size)

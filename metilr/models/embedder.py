@@ -60,7 +60,8 @@ def keep_float32_exact() -> None:
 class Embedder(nn.Module):
     """Images to descriptors: f(x) = L2(projector(L2(pooling(backbone(x))))), summed over scales, L2 again.
 
-    Without a projector the normalisation after it is left out, too; a zero vector stays zero. The backbone runs in the
+    Without a projector the normalisation after it is left out, too; a zero vector stays zero. A backbone's ``head``
+    comes right behind the pooling. The backbone runs in the
     precision of the caller's autocast, by ``engine`` if one is set, but by PyTorch in float32 on the CPU where a scaled
     image has a side below ``BFLOAT16_LEAST_SIDE``; all else runs in float32. ``embed`` resizes images to
     ``image_size``, that of those that it was trained with (see ``load_image``); None: as they are.
@@ -75,7 +76,10 @@ class Embedder(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if pooling.kind == "cls" and not backbone.has_cls:
-            raise UserError(f"cls: {backbone.name} gives no class token here; take gem", "pooling")
+            other = "attention" if backbone.has_attention else "gem"
+            raise UserError(f"cls: {backbone.name} gives no class token here; take {other}", "pooling")
+        if pooling.kind == "attention" and not backbone.has_attention:
+            raise UserError(f"attention: {backbone.name} has no attention pooling here; take cls or gem", "pooling")
         if not 0 < len(scales) <= MAX_SCALES or not all(0 < scale <= MAX_SCALE for scale in scales):
             limits = f"give 1 to {MAX_SCALES} numbers above 0, none above {MAX_SCALE}"
             raise UserError(f"{shown(list(scales))}: {limits}", "scales")
@@ -89,7 +93,7 @@ class Embedder(nn.Module):
     @property
     def dim(self) -> int:
         """Length of an embedding."""
-        return self.backbone.width if self.projector is None else self.projector.linear.out_features
+        return self.backbone.pooled_dim if self.projector is None else self.projector.linear.out_features
 
     @torch.inference_mode()
     def embed(
@@ -174,10 +178,10 @@ class Embedder(nn.Module):
             with torch.autocast("cpu", enabled=False):
                 features = features_of(images, self.backbone, self.backbone)
         with torch.autocast(images.device.type, enabled=False):
-            return self.project(F.normalize(self.pooling(features), dim=1))
+            return self.project(F.normalize(self.backbone.head(self.pooling(features)), dim=1))
 
     def project(self, pooled: Tensor) -> Tensor:
-        """Turn unit-length pooled vectors ``(B, width)`` into embeddings ``(B, dim)``: what follows the pooling."""
+        """Turn unit-length pooled vectors ``(B, backbone.pooled_dim)`` into embeddings ``(B, dim)``."""
         return pooled if self.projector is None else F.normalize(self.projector(pooled), dim=1)
 
     def _resize(self, images: Tensor, scale: float) -> Tensor:
@@ -216,7 +220,7 @@ class Embedder(nn.Module):
         backbone, projector = self.backbone, None
         if self.projector is not None:
             sha256 = tensors_sha256(self.projector.state_dict())
-            projector = {"in_dim": backbone.width, "out_dim": self.dim, "sha256": sha256}
+            projector = {"in_dim": backbone.pooled_dim, "out_dim": self.dim, "sha256": sha256}
         return {
             "backbone": backbone.name, "weights_sha256": tensors_sha256(backbone.model.state_dict()),
             "stage": backbone.stage, "width": backbone.width, "patch": backbone.patch,

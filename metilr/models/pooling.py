@@ -83,7 +83,7 @@ def _full_precision(features: Tensor) -> Tensor:
 
 
 class Pooling(nn.Module):
-    """One vector from a backbone's features, by kind; ``cls`` takes a ViT's class token in the map's place.
+    """One vector from a backbone's features, by kind; ``cls`` and ``attention`` take a ViT's in the map's place.
 
     GeM has an exponent ``p``, ``(1,)``: a parameter if learnable, else a buffer; other kinds ignore it.
     """
@@ -107,9 +107,10 @@ class Pooling(nn.Module):
         """Pool a batch of features to ``(B, C)``."""
         if self.kind == "gem":
             return gem(features.map, self.p)
-        if self.kind == "cls":
-            assert features.cls is not None, "Embedder refuses such a backbone"
-            return _full_precision(features.cls)
+        if self.kind in ("cls", "attention"):
+            token = getattr(features, self.kind)
+            assert token is not None, "Embedder refuses such a backbone"
+            return _full_precision(token)
         return {"mac": mac, "spoc": spoc, "rmac": rmac}[self.kind](features.map)
 
     def settings(self) -> dict[str, Any]:

@@ -13,11 +13,26 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _TORCHVISION = "https://download.pytorch.org/models/"
 _SWAV = "https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar"
 _SWSL = "https://dl.fbaipublicfiles.com/semiweaksupervision/model_files/semi_weakly_supervised_"
+_SSCD = "https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchvision.pt"
 _SIN = (
     "https://bitbucket.org/robert_geirhos/texture-vs-shape-pretrained-models/raw/"
     "60b770e128fffcbd8562a3ab3546c1a735432d03/"
     "resnet50_finetune_60_epochs_lr_decay_after_30_start_resnet50_train_45_epochs_combined_IN_SF-ca06340c.pth.tar"
 )
+
+
+# The first timm that has a model, by part of its name, of those in configs/eval/foundation that the oldest timm lacks.
+_FIRST_TIMM = {"dinov3": "1.0.20", "vit_pe_": "1.0.16", "giantopt": "1.0.15"}
+
+
+def first_timm(model_name: str) -> str | None:
+    """The first version of timm with a model, as far as it matters here."""
+    return next((first for part, first in _FIRST_TIMM.items() if part in model_name), None)
+
+
+def version(text: str) -> list[int]:
+    """A version's three numbers, to compare."""
+    return [int(number) for number in re.findall(r"\d+", text)[:3]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,7 @@ class BackboneSpec:
     std: tuple[float, float, float] = IMAGENET_STD
     training_only: tuple[str, ...] = ()  # prefixes of keys that only the training used, besides the classifier's
     rename: Callable[[str], str] | None = None  # turns a key of the official file into timm's
+    head_dim: int | None = None  # outputs of the classifier's layer, where it follows the pooling as a projector
     package: tuple[str, str, str] | None = None  # in place of a download: module, file in it, what installs it
 
 
@@ -63,6 +79,11 @@ BACKBONES: dict[str, BackboneSpec] = {
     ),
     # The authors' repository licenses its stimuli (CC BY 4.0), and says nothing of the weights.
     "r50_sin": BackboneSpec("resnet50", _SIN, "ca06340c", None),
+    # Copy detection, Pizzi et al., CVPR 2022: GeM with p = 3, a linear layer in the classifier's place, L2. Neither the
+    # file's name nor the repository, whose licence this is, gives a digest.
+    "r50_sscd": BackboneSpec(
+        "resnet50", _SSCD, None, "mit", rename=lambda key: key.removeprefix("backbone."), head_dim=512
+    ),
     **{
         name: _published(architecture, f"{_SWSL}{architecture.removesuffix('d')}", digits, "cc-by-nc-4.0")
         for name, architecture, digits in (

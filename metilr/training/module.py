@@ -57,7 +57,7 @@ class FineTuning(pl.LightningModule):
         pool = Pooling(options.pooling, options.p, learnable=options.learn_p)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            projector = None if options.projector_dim is None else Projector(network.width, options.projector_dim)
+            projector = None if options.projector_dim is None else Projector(network.pooled_dim, options.projector_dim)
         self.embedder = Embedder(network, pool, projector, options.scales)
         self.loss = NTXentLoss(temperature=0.05) if options.loss is None else options.loss
         self.metrics = MetricCollection({"val/gap": GAP(), "val/gap_minus": GAPMinus(), "val/acc": ACC()})

@@ -83,6 +83,18 @@ def test_answers_are_the_evaluation_s_by_openvino(museum, tmp_path):
     assert same_answers(tmp_path / "run", "test", 1e-3).describer.module.embedder.engine is not None
 
 
+def test_answers_are_the_evaluation_s_by_a_network_with_a_layer_of_its_own(museum, run, tmp_path):
+    """And its descriptors stand beside another network's."""
+    options = {"store": tmp_path / "store", "image_size": 40, "image_shape": "square", "scales": [1.0], "report": False}
+    evaluate(museum, output=tmp_path / "run", **{**UNTRAINED, **options, "backbone": "r50_sscd"})
+    same_answers(tmp_path / "run", "test")
+    both = [museum.parent / "store", tmp_path / "store"]
+    evaluate(museum, output=tmp_path / "both", descriptors=both, report=False)
+    widths = [np.load(store / "val.npy", mmap_mode="r").shape[1] for store in both]
+    whitening = np.load(tmp_path / "both" / "whitening.npz")
+    assert widths[1] == 512 and sum(widths) in {n for name in whitening for n in whitening[name].shape}
+
+
 def test_answers_are_the_evaluation_s_with_all_elements(museum, run, tmp_path):
     elements = {"whitening": "learned", "visits": 2, "database_views": "rows", "query_crops": [0.8, 0.5]}
     elements |= {"geometric_check": 4, "geometric_reorder": True, "report": False}

@@ -18,6 +18,7 @@ from metilr.models import UnfitSizeError
 from metilr.models.backbone import build_backbone
 from metilr.models.embedder import BFLOAT16_LEAST_SIDE, Embedder, Projector, build_embedder, features_of
 from metilr.models.pooling import Pooling
+from tests.small_models import make_small
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 HALF = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
@@ -118,6 +119,24 @@ def test_a_vit_equals_a_plain_timm_composition(pooling: str) -> None:
     expected = reference(images, pooled, HALF, scaled)
     assert backbone.mean == (0.5, 0.5, 0.5)
     assert_same(describe(Embedder(backbone, Pooling(pooling)), images), expected)
+
+
+@pytest.mark.parametrize("name", ["vit_giantopt_patch16_siglip_384", "vit_pe_core_gigantic_patch14_448"])
+def test_attention_pooling_is_timms_whole_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    make_small(monkeypatch)
+    embedder = build_embedder(f"timm/{name}", "random", "attention", scales=[1])
+    network = timm.create_model(name, num_classes=0, dynamic_img_size=True).eval()
+    network.load_state_dict(embedder.backbone.model.state_dict())
+    patch = embedder.backbone.patch
+    images = photos(6 * patch, 4 * patch, batch=2)
+    assert_same(describe(embedder, images), reference(images, network, HALF, lambda image: [image]))
+    with pytest.raises(UserError, match="gives no class token here; take attention"):
+        Embedder(embedder.backbone, Pooling("cls"))
+    early = build_backbone(f"timm/{name}", "random", stage=1)
+    with pytest.raises(UserError, match=f"pooling attention: timm/{name} has no attention pooling here"):
+        Embedder(early, Pooling("attention"))
 
 
 @pytest.fixture

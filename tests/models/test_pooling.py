@@ -100,10 +100,10 @@ def test_rmac_sums_unit_length_regional_maxima(features: torch.Tensor) -> None:
 
 
 def test_Pooling_by_name(features: torch.Tensor) -> None:
-    batch = Features(features, torch.rand(2, 5))
+    batch = Features(features, torch.rand(2, 5), torch.rand(2, 5))
     expected = {
         "gem": gem(features, 2.0), "mac": mac(features), "spoc": spoc(features), "rmac": rmac(features),
-        "cls": batch.cls,
+        "cls": batch.cls, "attention": batch.attention,
     }  # fmt: skip
     for name, pooled in expected.items():
         pooling = Pooling(name, p=2.0)

@@ -11,8 +11,11 @@ from torch import nn
 
 from metilr.errors import UserError
 from metilr.models.backbone import backbone_shapes, build_backbone
+from metilr.models.checkpoints import FORMAT, load_embedder, model_entry
+from metilr.models.embedder import Embedder, Projector, build_embedder
+from metilr.models.pooling import Pooling
 from metilr.models.weights import StateDict
-from metilr.models.zoo import BACKBONES
+from metilr.models.zoo import BACKBONES, first_timm, version
 from tests.server import Server
 
 REPORT = [name for name in BACKBONES if name != "lite0_in"]
@@ -50,6 +53,74 @@ def swav(weights: StateDict) -> object:
 def sin(weights: StateDict) -> object:
     prefixed = {f"module.{key}": value for key, value in weights.items()}
     return {"epoch": 60, "arch": "resnet50", "best_prec1": torch.tensor(76.7), "state_dict": prefixed}
+
+
+def sscd() -> nn.Module:
+    """The copy detector as its authors put it together, with statistics of images, so that all layers tell."""
+
+    class GeM(nn.Module):
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return features.clamp(min=1e-6).pow(3).mean(dim=(2, 3)).pow(1 / 3)
+
+    torch.manual_seed(0)
+    network = torchvision.models.resnet50(num_classes=512)
+    network.avgpool = GeM()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        nn.init.normal_(network.fc.bias, std=network(torch.randn(2, 3, 64, 64)).std().item())
+    return network.eval()
+
+
+def test_sscd_is_its_authors_composition_from_their_url(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server
+) -> None:
+    """GeM, the layer in the classifier's place, L2; the order in which metilr has a projector would be another."""
+    network, image = sscd(), torch.rand(1, 3, 75, 100)
+    state = {f"backbone.{key}": value for key, value in network.state_dict().items()}
+    torch.save(state, tmp_path / "sscd.pt")
+    server.files["sscd.pt"] = (tmp_path / "sscd.pt").read_bytes()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    spec = dataclasses.replace(BACKBONES["r50_sscd"], url=f"{server.url}sscd.pt")
+    monkeypatch.setitem(BACKBONES, "r50_sscd", spec)
+    embedder = build_embedder("r50_sscd", scales=[1])
+    provenance = embedder.backbone.provenance
+    assert (provenance.source, provenance.licence) == (spec.url, "mit")
+    assert (tmp_path / "hub" / "checkpoints" / "sscd.pt.sha256").is_file()
+
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
+    with torch.no_grad():
+        raw = network((image - mean) / std)
+    found = torch.from_numpy(embedder.embed([image[0]]))
+    torch.testing.assert_close(found, nn.functional.normalize(raw), atol=1e-5, rtol=1e-4)
+    assert embedder.dim == found.shape[1] == 512
+    length = (raw - network.fc.bias).norm() / raw.norm()
+    assert 0.1 < length < 10  # the bias counts, so that a normalisation before the layer would show
+
+    for key in ("backbone.fc.bias", "backbone.layer4.2.conv3.weight"):
+        torch.save({name: value for name, value in state.items() if name != key}, tmp_path / "part.pt")
+        with pytest.raises(UserError, match=rf"part\.pt for r50_sscd: .*missing: {key.removeprefix('backbone.')}"):
+            build_embedder("r50_sscd", str(tmp_path / "part.pt"))
+    with pytest.raises(UserError, match="stage 2: r50_sscd has a layer behind the last one"):
+        build_embedder("r50_sscd", "random", stage=2)
+
+
+def test_what_comes_behind_sscd_s_own_layer_is_of_its_width(tmp_path: Path) -> None:
+    """A trained projector, and a checkpoint of both."""
+    network = build_backbone("r50_sscd", "random")
+    embedder = Embedder(network, Pooling("gem"), Projector(512, 8), scales=[1]).eval()
+    image = torch.rand(1, 3, 64, 64)
+    entry = {"format": FORMAT, "model": model_entry(embedder, None), "provenance": {"licence": None}}
+    state = {f"embedder.{name}": value for name, value in embedder.state_dict().items()}
+    torch.save({"state_dict": state, "metilr": entry}, tmp_path / "a.ckpt")
+    found = load_embedder(tmp_path / "a.ckpt").embed([image[0]])
+    assert found.shape == (1, 8)
+    with torch.no_grad():
+        pooled = embedder.pooling(network(embedder.normalise(image)))
+        of_sscd = nn.functional.normalize(network.model.fc(pooled))
+        expected = nn.functional.normalize(embedder.projector(of_sscd))
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +188,8 @@ def test_random_weights_are_seeded_and_leave_the_callers_generator_alone() -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["r18_in", "lite0_in", "timm/test_vit", "timm/test_convnext", "timm/test_efficientnet", "timm/test_nfnet"]
+    "name",
+    ["r18_in", "r50_sscd", "lite0_in", *(f"timm/test_{kind}" for kind in ("vit", "convnext", "efficientnet", "nfnet"))],
 )
 def test_shapes_are_those_of_the_built_backbone(name: str) -> None:
     built = build_backbone(name, "random").model.state_dict()
@@ -188,3 +260,25 @@ def test_a_timm_models_weights_are_read_in_their_publishers_form(tmp_path: Path)
 def test_a_model_that_cannot_take_any_size_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"timm/{name}: it gives no feature map"):
         build_backbone(f"timm/{name}", weights="random")
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("timm/vit_7b_patch16_dinov3.lvd1689m", "1.0.20"),
+        ("timm/vit_pe_core_gigantic_patch14_448.fb", "1.0.16"),
+        ("timm/vit_giantopt_patch16_siglip_384.v2_webli", "1.0.15"),
+    ],
+)
+def test_a_model_that_is_younger_than_timm_names_the_timm_it_needs(
+    name: str, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert timm.is_model(name[5:].partition(".")[0]) == (version(timm.__version__) >= version(first))
+    monkeypatch.setattr(timm, "is_model", lambda _: False)
+    monkeypatch.setattr(timm, "__version__", "1.0.12")
+    with pytest.raises(UserError, match=rf"^backbone {name}: timm 1\.0\.12 has no such model; pip.*timm>={first}"):
+        build_backbone(name, "random")
+    monkeypatch.setattr(timm, "__version__", first + ".dev0")
+    with pytest.raises(UserError, match="unknown; "):
+        build_backbone(name, "random")
+    assert first_timm("resnet50") is None
