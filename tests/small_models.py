@@ -3,7 +3,7 @@
 import pytest
 import timm
 
-SMALL = {"depth": 1, "embed_dim": 64, "num_heads": 4}
+SMALL = {"depth": 1, "embed_dim": 96, "num_heads": 4}
 
 
 def make_small(monkeypatch: pytest.MonkeyPatch) -> None:

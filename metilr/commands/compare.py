@@ -173,11 +173,11 @@ def _figures_table(title: str, runs: Mapping[str, Run], known: Mapping[str, Sequ
     for name, run in runs.items():
         knn, splits = run.results.knn, run.results.splits
         rows.append([name, str(knn.k), f"{knn.tau:g}", *(cell for split in splits.values() for cell in _cells(split))])
-        for row in known[name]:
+        for row, label in zip(known[name], _labels(known[name]), strict=True):
             quiet.append(len(rows))
             figures = [cell for split in splits for cell in (_cells(row) if split == row.split else [""] * 3)]
             k_and_tau = ["" if value is None else f"{value:g}" for value in (row.k, row.tau)]
-            rows.append([f"published ({row.split})", *k_and_tau, *figures])
+            rows.append([label, *k_and_tau, *figures])
         confidence = run.results.confidence
         notes = [] if confidence is None else [calibrated(confidence)]
         for note in (f"{chosen(knn, with_values=False)}; test scored once", *notes, *run.results.notes):
@@ -189,16 +189,23 @@ def _figures_table(title: str, runs: Mapping[str, Run], known: Mapping[str, Sequ
         f"test {counts['test_queries']:,} ({counts['test_met']:,} met)"
     ]
     if sources := dict.fromkeys(f"published ({row.split}): {row.source}" for name in runs for row in known[name]):
-        misnamed = "the report's tables say test, but were measured on val"
-        notes.append(f"{'; '.join(sources)}; each under the split that it was measured on; {misnamed}")
+        misnamed = "; the report's tables say test, but were measured on val" if "report" in "".join(sources) else ""
+        notes.append(f"{'; '.join(sources)}; each under the split that it was measured on{misnamed}")
     notes += [f"{note} ({'all runs' if len(of) == len(runs) else ', '.join(of)})" for note, of in true_of.items()]
     spans = [("", 3), *((split, len(METRICS)) for split in QUERY_FILES)]
     header = ["run", "k", "τ", *METRICS.values(), *METRICS.values()]
     return TextTable(title, spans, header, rows, frozenset(quiet), notes)
 
 
+def _labels(rows: Sequence[Published]) -> list[str]:
+    """What tells published rows apart: the split, with the source where several are of one."""
+    splits = [row.split for row in rows]
+    return [f"published ({row.split}{f', {row.source}' * (splits.count(row.split) > 1)})" for row in rows]
+
+
 def _cells(figures: Figures | Published) -> list[str]:
-    return [f"{100 * getattr(figures, metric):.2f}" for metric in METRICS]
+    values = [getattr(figures, metric) for metric in METRICS]
+    return ["" if value is None else f"{100 * value:.2f}" for value in values]
 
 
 def _costs_table(title: str, runs: Mapping[str, Run]) -> TextTable:

@@ -244,8 +244,8 @@ def _draw_bars(axes: Axes, split: str, runs: Runs, published: KnownRows) -> None
             if unit is not None:
                 interval = [100 * end for end in figures.intervals[unit][metric]]
                 axes.plot(interval, [place, place], color=DARK, linewidth=0.9, solid_capstyle="butt")
-            for row in [row for row in published[name] if row.split == split]:
-                mark = 100 * getattr(row, metric)
+            marks = [getattr(row, metric) for row in published[name] if row.split == split]
+            for mark in [100 * mark for mark in marks if mark is not None]:
                 axes.plot(mark, place, "D", markersize=5.5, markerfacecolor="white", markeredgecolor=DARK, zorder=3)
             axes.text(102, place, f"{value:.1f}", va="center", fontsize=7.5, color=DARK)  # a column beside the bars
     axes.set(xlim=(0, 100), ylim=(len(runs) - 0.5, -0.5))

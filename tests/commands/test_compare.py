@@ -22,7 +22,7 @@ from metilr.evaluation.results import PREDICTION_COLUMNS
 from metilr.metrics import acc, gap, gap_minus
 from metilr.metrics.bootstrap import paired_intervals
 from tests.museum import write_ground_truth
-from tests.report.test_published import results_of
+from tests.report.test_published import FROZEN, results_of, results_of_frozen
 
 METRICS = ("gap", "gap_minus", "acc")
 
@@ -254,6 +254,25 @@ def test_the_same_queries_against_another_database_are_compared_and_it_is_said(m
     assert all(pair["left_out"] is None for pair in comparison["differences"])
     assert "of another data set than first" in " ".join(capsys.readouterr().out.split())
     assert len(markdown_tables(Path("out/comparison.md").read_text())) == 4
+
+
+def test_published_figures_of_a_frozen_network_say_whose_they_are(museum, capsys):
+    frozen = next(file for file in FROZEN if file.stem == "dinov2_g")
+    write_run(Path("ours"), museum, 0)
+    of_row = results_of_frozen(frozen)
+    changes = {name: of_row[name] for name in of_row.keys() - {"val", "test"}}
+    Path("ours/results.json").write_text(json.dumps(results("ours") | changes))
+    comparison = compare("ours")
+    rows = markdown_tables(Path("out/comparison.md").read_text())[0][2:]
+    assert rows == [
+        ["published (test, DINOv2 paper, Table 9)", *[""] * 5, "36.80", "73.60", "76.50"],
+        ["published (test, DINOv3 paper, Table 9)", *[""] * 5, "44.60", "", ""],
+    ]
+    assert [row["gap_minus"] for row in comparison["runs"][0]["published"]] == [pytest.approx(0.736), None]
+    printed = capsys.readouterr().out
+    assert "each under the split that it was measured on" in printed and "the report's tables" not in printed
+    with Path("out/comparison.csv").open(newline="") as stream:
+        assert [line["acc"] for line in csv.DictReader(stream) if line["kind"] == "published"][1] == ""
 
 
 def test_published_figures_stand_under_their_own_split(museum, capsys):

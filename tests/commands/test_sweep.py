@@ -32,7 +32,9 @@ def plan(configs=("r18_in",), vary=None, values=(), options=(), root=None, datab
 
 def test_the_report_s_ten_backbones_are_one_glob_away():
     rows = plan([file.stem for file in sorted(CONFIGS.glob("r*.yaml"))], root="DIR", database="mini")
-    assert sorted(row.options["backbone"] for row in rows) == sorted({row.backbone for row in PUBLISHED})
+    assert sorted(row.options["backbone"] for row in rows) == sorted(
+        {row.backbone for row in PUBLISHED if "/" not in row.backbone}
+    )
     assert [row.name for row in rows] == [row.options["backbone"] for row in rows]
     for row in rows:
         assert row.folder == Path("out") / row.name

@@ -2,9 +2,12 @@
 
 import copy
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import yaml
 
 from metilr.evaluation.results import Results
 from metilr.models.zoo import BACKBONES
@@ -12,7 +15,14 @@ from metilr.report.published import PUBLISHED, Published, published
 from tests.commands.test_evaluate import REPOSITORY
 from tests.evaluation.test_results import CONFIDENCE
 
-REPORT_BACKBONES = sorted({row.backbone for row in PUBLISHED})
+REPORT_BACKBONES = sorted({row.backbone for row in PUBLISHED if row.pooling == "gem"})
+FROZEN = sorted((REPOSITORY / "configs" / "eval" / "foundation").glob("*.yaml"))
+
+
+COUNTS_OF_ANOTHER = dict.fromkeys(
+    ("database_images", "exhibits", "val_queries", "test_queries", "val_met", "test_met"), 8
+)
+GEOMETRIC_CHECK = {"candidates": 5, "reorder": False, "boost": 0, "gate": {"weight": 1, "enough": 9}, "features": {}}
 
 
 def results_of(backbone: str = "r18_in", database: str = "full") -> dict:
@@ -69,13 +79,84 @@ def test_val_accuracies_are_multiples_of_a_129th():
     """What betrays that the report's "test" tables were measured on val, whose met queries are 129."""
     on_val = np.array([129 * row.acc for row in PUBLISHED if row.split == "val"])
     assert np.abs(on_val - on_val.round()).max() < 0.013  # 0.01 %, as they cut off rather than round
-    assert len(on_val) == 20 and len(PUBLISHED) == 24
+    assert len(on_val) == 20 and len([row for row in PUBLISHED if row.pooling == "gem"]) == 24
 
 
-COUNTS_OF_ANOTHER = dict.fromkeys(
-    ("database_images", "exhibits", "val_queries", "test_queries", "val_met", "test_met"), 8
+def results_of_frozen(config: Path) -> dict:
+    """What results.json would say of the row of a configuration."""
+    options = yaml.safe_load(config.read_text())
+    results = results_of()
+    source = "hf-hub:" + timm.models.get_pretrained_cfg(options["backbone"][5:]).hf_hub_id
+    results["model"] |= {
+        "backbone": options["backbone"],
+        "pooling": {"kind": options["pooling"]},
+        "image_size": [512, 512] if options.get("image_shape") == "square" else options["image_size"],
+        "scales": options["scales"],
+        "made_with": [{"weights_from": {"source": source}}],
+    }
+    if config.stem == "dinov2_s":
+        results["whitening"]["dim"] = 384
+    return results
+
+
+frozen_rows = pytest.mark.parametrize(
+    "config",
+    [file for file in FROZEN if timm.is_model(yaml.safe_load(file.read_text())["backbone"][5:].partition(".")[0])],
+    ids=lambda file: file.stem,
 )
-GEOMETRIC_CHECK = {"candidates": 5, "reorder": False, "boost": 0, "gate": {"weight": 1, "enough": 9}, "features": {}}
+
+
+@frozen_rows
+def test_the_figures_of_frozen_networks_are_those_of_their_configurations_headers(config):
+    number = r"([\d.]+)"
+    header = re.findall(rf"#   (.*): GAP {number}(?:, GAP- {number}, ACC {number})?\n", config.read_text())
+    stated = {(source, *(float(each) for each in numbers if each)) for source, *numbers in header}
+    rows = known(results_of_frozen(config))
+    assert {(row.source, *(round(100 * each, 2) for each in figures_of(row) if each)) for row in rows} == stated
+    assert stated and all((row.split, row.database) == ("test", "full") for row in rows)
+
+
+def figures_of(row: Published) -> tuple:
+    return row.gap, row.gap_minus, row.acc
+
+
+@frozen_rows
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("model", "scales", [1.0, 0.5]),
+        ("model", "pooling", {"kind": "spoc"}),
+        ("model", "pooling", {"kind": "gem", "p": 3.0}),
+        ("model", "made_with", [{"weights_from": {"source": "random"}}]),
+        ("model", "made_with", [{"weights_from": {"source": "model.safetensors", "file_sha256": "0" * 64}}]),
+        ("model", "backbone", "r18_in"),
+        ("data", "database", "mini"),
+        ("whitening", "source", "learned from pairs"),
+        ("whitening", "dim", 128),
+        ("knn", "tuned_on", None),
+        ("elements", "query_crops", [0.5]),
+        (None, "geometric_check", GEOMETRIC_CHECK),
+    ],
+)
+def test_nothing_is_published_of_another_frozen_row(config, part, key, value):
+    results = results_of_frozen(config)
+    (results if part is None else results[part])[key] = value
+    assert known(results) == ()
+
+
+def test_a_size_that_is_stated_decides_and_so_do_k_and_tau(tmp_path):
+    keep, square, large = (
+        results_of_frozen(next(file for file in FROZEN if file.stem == stem))
+        for stem in ("dinov3_l", "dinov3_l_square", "dinov3_7b")
+    )
+    assert [row.image_size for results in (keep, square) for row in known(results)] == [512, (512, 512)]
+    keep["model"]["image_size"] = 448
+    assert known(keep) == ()
+    large["model"]["image_size"] = 448
+    large["knn"] = {"k": 5, "tau": 20.0, "tuned_on": None, "grid": None}
+    assert [row.source for row in known(large)] == ["public logs"]
+
+
 CHANGES = {
     "synthetic": ("data", "synthetic", True),
     "another collection": ("data", "counts", COUNTS_OF_ANOTHER),
