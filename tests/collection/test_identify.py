@@ -106,12 +106,15 @@ def test_answers_are_the_evaluation_s_with_all_elements(museum, run, tmp_path):
     assert itself.regions is not None and itself.regions.startswith(b"\xff\xd8")
 
 
-def test_answers_are_the_evaluation_s_of_square_images(museum, tmp_path, capsys):
+def test_answers_are_the_evaluation_s_of_square_images(museum, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     options = {"image_size": 40, "image_shape": "square", "query_crops": [0.8], "geometric_check": 2}
     evaluate(museum, store=tmp_path / "store", output=tmp_path / "run", report=False, **UNTRAINED, **options)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["model"]["image_size"] == [40, 40] and results["options"]["image_shape"] == "square"
     collection = same_answers(tmp_path / "run", "test", 1e-4)
+    assert collection.check.image_size == (40, 40)  # and the evaluation has kept features where this one looks
+    assert [*Path("runs/local_features").iterdir()] == [collection.check.folder]
     assert collection.image_size == (40, 40) and collection.answer(collection.image(3)).matches[0].row == 3
     main(["rerun", str(tmp_path / "run"), "--output", str(tmp_path / "again")])
     assert "the figures agree exactly" in capsys.readouterr().out

@@ -41,6 +41,8 @@ def assert_decodes(decoder: Decoder) -> None:
 
 def test_a_photo_or_an_image_is_decoded_or_said_to_be_bad_as_in_this_process(decoder, tmp_path):
     assert_decodes(decoder)
+    image, is_reduced = decoder.photo(jpeg(60, 40), (50, 50), None, PIXELS)
+    assert image.shape == (3, 50, 50) and not is_reduced
     with pytest.raises(BadPhotoError, match="not an image"):
         decoder.photo(b"text", None, None, PIXELS)
     with pytest.raises(TooManyPixelsError, match=r"more than 0\.002 megapixels"):
