@@ -163,7 +163,7 @@ class Collection:
         matches = Matches(self.database.images[matches.rows], matches.similarities)
         features, checked = None, None
         if self.check is not None:
-            features = self.check.extractor.extract(image)
+            features = self.check.query_features(image)
             checked = self._checked(features, matches, self.check)
             predictions = apply_evidence(predictions, checked, self.check.boost, self.check.gate)
         if self.calibration is not None:
@@ -186,14 +186,14 @@ class Collection:
             regions=self._regions(image, features, matches, predictions) if draw and features is not None else None,
         )
 
-    def _checked(self, features: LocalFeatures, matches: Matches, check: GeometricCheck) -> Checked:
+    def _checked(self, features: Sequence[LocalFeatures], matches: Matches, check: GeometricCheck) -> Checked:
         """Count the inliers of each candidate as the evaluation does."""
         files = [self.image(row) for row in matches.rows[0, : check.candidates].tolist()]
-        inliers = np.array([[check.verify(features, check.features(file)).n_inliers for file in files]])
+        inliers = np.array([[check.count(features, file) for file in files]])
         return Checked(matches, inliers, self.ground_truth.labels["database"], len(self.exhibits), self.tau)
 
     def _regions(
-        self, image: Tensor, features: LocalFeatures, matches: Matches, predictions: Predictions
+        self, image: Tensor, features: Sequence[LocalFeatures], matches: Matches, predictions: Predictions
     ) -> bytes | None:
         """Draw what the photo and the answer's nearest image have in common."""
         assert self.check is not None

@@ -167,7 +167,7 @@ def _assemble(made: Recorded) -> Collection:
         database = build_searchable(descriptors, ground_truth, method, made.whitening)
     check = None
     if (recorded := made.check) is not None:
-        chosen = (recorded.candidates, recorded.reorder, recorded.boost, Gate(**recorded.gate))
+        chosen = (recorded.candidates, recorded.reorder, recorded.turns, recorded.boost, Gate(**recorded.gate))
         check = geometric_check_of(embedder.to(options.device), options.resize_to, *chosen)
         _refuse_another_model(made.path, recorded.features, check.extractor.settings())
     return Collection(

@@ -134,7 +134,9 @@ def evaluate(
             assert embedder is not None
             embedder, n = embedder.to(extraction.device), method.geometric_check
             progress.print(f"[bold]geometry[/]     {min(n, ground_truth.n_classes)} candidates a query, in float32")
-            check = geometric_check_of(embedder, extraction.resize_to, n, method.geometric_reorder)
+            check = geometric_check_of(
+                embedder, extraction.resize_to, n, method.geometric_reorder, method.geometric_turns
+            )
             recognition, check = check_recognition(recognition, ground_truth, check, quiet)
         fit = None
         if method.confidence == "calibrated":

@@ -14,6 +14,7 @@ ConfidenceName = Literal["softmax", "calibrated"]
 Metric = Literal["gap", "gap_minus", "acc", "recall@1", "recall@5", "recall@10", "map"]
 WandbMode = Literal["auto", "online", "offline", "off"]
 MAX_VISITS = 1000
+MAX_TURNS = 36  # of a query, 10 degrees apart
 VISITS = 6  # of each database image, where some are needed and nothing is said: two scenes
 PROJECT = "metilr"  # in Weights & Biases
 
@@ -103,6 +104,8 @@ class MethodOptions(ComparisonOptions):
             few agree about one transform, confidence falls, by how much is chosen on val; 0 is off.
         geometric_reorder: With geometric_check: let agreeing local features decide between the exhibits, as far as val
             gains by it.
+        geometric_turns: With geometric_check: look at each query turned, too, in so many steps of a full circle, as
+            8: for photographs at any angle; it takes as many times as long.
         confidence: softmax is that of the classifier; calibrated is the probability that the answer is right, fitted on
             val, which also sees how similar a photo is to val's distractors. It is kept only where cross-validation on
             val sees it rank better.
@@ -112,6 +115,7 @@ class MethodOptions(ComparisonOptions):
 
     geometric_check: int = 0
     geometric_reorder: bool = False
+    geometric_turns: int = 1
     confidence: ConfidenceName = "softmax"
     search_device: SearchDevice | None = None
 
@@ -120,8 +124,11 @@ class MethodOptions(ComparisonOptions):
         super().__post_init__()
         if self.geometric_check < 0:
             raise UserError(f"{self.geometric_check}: choose 0 (off) or more", "geometric_check")
-        if self.geometric_reorder and not self.geometric_check:
-            raise UserError("has no effect without geometric_check, such as 20; leave it out", "geometric_reorder")
+        if not 1 <= self.geometric_turns <= MAX_TURNS:
+            raise UserError(f"{self.geometric_turns}: choose 1 (as it is) to {MAX_TURNS}", "geometric_turns")
+        for name, off in (("geometric_reorder", False), ("geometric_turns", 1)):
+            if getattr(self, name) != off and not self.geometric_check:
+                raise UserError("has no effect without geometric_check, such as 20; leave it out", name)
 
 
 @dataclass(frozen=True)

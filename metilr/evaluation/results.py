@@ -105,6 +105,7 @@ class Check(Part):
 
     candidates: Annotated[Count, Field(ge=1)]
     reorder: bool
+    turns: Annotated[Count, Field(ge=1)] = 1  # of the queries; a metilr of before had none
     boost: Annotated[float, Field(ge=0)]
     gate: Annotated[dict[GateName, Annotated[float, Field(ge=0)]], Field(min_length=2)]
     features: dict[str, Any]

@@ -120,7 +120,7 @@ def summarise(
         "query_crops": [*method.query_crops],
     }
     if check is not None:
-        geometry = {name: getattr(check, name) for name in ("candidates", "reorder", "boost")}
+        geometry = {name: getattr(check, name) for name in ("candidates", "reorder", "turns", "boost")}
         geometry |= {"gate": dataclasses.asdict(check.gate), "tuned_on": "val", "features": check.extractor.settings()}
     return Results.model_validate(
         {

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import InterpolationMode, rotate
 
 from metilr.data.decode import NO_FILE, BadImageError, load_image
 from metilr.data.pixels import ImageSize
@@ -23,7 +24,7 @@ from metilr.distributed import default_workers
 from metilr.extraction.store import settings_fingerprint
 from metilr.files import regular, replaced_file
 from metilr.geometry.evidence import OFF, Gate
-from metilr.geometry.verify import NOTHING_IN_COMMON, LocalFeatures, Verification, matching_picture, verify
+from metilr.geometry.verify import LocalFeatures, Verification, matching_picture, verify
 from metilr.models import SCALES, UnfitSizeError
 from metilr.models.embedder import BFLOAT16_LEAST_SIDE, Embedder, features_of, keep_float32_exact
 from metilr.models.weights import tensors_sha256
@@ -90,6 +91,22 @@ class LocalFeatureExtractor:
         descriptors = (standard[kept] / norms[kept, None]).astype(np.float16)
         return LocalFeatures(positions[kept], descriptors.astype(np.float32))
 
+    def extract_turned(self, image: Tensor, degrees: float) -> LocalFeatures:
+        """Compute the features of an image turned counter-clockwise, at positions in the image as it is.
+
+        The grey beyond a turned image's edges gives none.
+        """
+        if degrees == 0:
+            return self.extract(image)
+        grey = (255 * self.embedder.mean.flatten()).tolist()
+        turned = rotate(image, degrees, InterpolationMode.BILINEAR, expand=True, fill=grey)
+        positions, descriptors = self.extract(turned)
+        here, there = (np.array([each.shape[2], each.shape[1]], np.float32) for each in (image, turned))
+        sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
+        back = (positions - there / 2) @ np.array([[cosine, sine], [-sine, cosine]], np.float32) + here / 2
+        is_inside = ((back >= 0) & (back <= here)).all(axis=1)
+        return LocalFeatures(back[is_inside], descriptors[is_inside])
+
     def settings(self) -> dict[str, Any]:
         """Return everything that determines the features besides the image, as JSON types."""
         backbone, device = self.embedder.backbone, self.embedder.mean.device.type
@@ -140,22 +157,28 @@ class GeometricCheck:
     image_size: ImageSize | None  # of ``load_image``: what the descriptors were made with
     candidates: int  # exhibits that are checked, the nearest image of each
     reorder: bool  # whether inliers may decide between them; else the label stays
+    turns: int = 1  # in so many steps of a full circle the query is turned; early maps differ from some 25 degrees on
     boost: float = 0.0  # of the candidates' similarities, chosen on val; see ``reordered``
     gate: Gate = OFF  # of the confidence, chosen on val
 
-    def features(self, image: Path) -> LocalFeatures | None:
-        """Return an image file's features, kept or computed; None if it cannot be decoded.
+    @property
+    def degrees(self) -> list[float]:
+        """By how much a query is turned: 0, and so on."""
+        return [360 * i / self.turns for i in range(self.turns)]
+
+    def features(self, image: Path, degrees: float = 0) -> LocalFeatures | None:
+        """Return the features of an image file, turned, kept or computed; None if it cannot be decoded.
 
         Of another size or time of change it is another image. What is kept takes 0.1 MB (lite0_in) to 1.2 MB
         (ResNet-50), in float16, to which the extractor rounds: figures do not depend on it.
         """
         try:
             status = image.stat()
-            name = hashlib.sha256(f"{image.resolve()}\n{status.st_size}\n{status.st_mtime_ns}".encode()).hexdigest()
-            file = self.folder / f"{name[:32]}.npz"
+            content = f"{image.resolve()}\n{status.st_size}\n{status.st_mtime_ns}" + (f"\n{degrees}" if degrees else "")
+            file = self.folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz"
             with contextlib.suppress(Exception), np.load(regular(file)) as arrays:  # damage raises many types
                 return LocalFeatures(arrays["positions"], arrays["descriptors"].astype(np.float32))
-            positions, descriptors = self.extractor.extract(load_image(image, self.image_size))
+            positions, descriptors = self.extractor.extract_turned(load_image(image, self.image_size), degrees)
         except BadImageError:
             return None
         except OSError as error:
@@ -167,22 +190,42 @@ class GeometricCheck:
             np.savez(stream, positions=positions, descriptors=descriptors.astype(np.float16))
         return LocalFeatures(positions, descriptors)
 
-    def verify(self, query: LocalFeatures, candidate: LocalFeatures | None) -> Verification:
-        """Say what a query's features have in common with a candidate's."""
-        return NOTHING_IN_COMMON if candidate is None else verify(query, candidate, self.extractor.tolerance)
+    def query_features(self, query: Path | Tensor) -> list[LocalFeatures]:
+        """Return the features of a query, a file or uint8 ``(3, H, W)``, in each turn; none if it cannot be decoded."""
+        if isinstance(query, Tensor):
+            return [self.extractor.extract_turned(query, degrees) for degrees in self.degrees]
+        turned = [self.features(query, degrees) for degrees in self.degrees]
+        return [features for features in turned if features is not None]
 
-    def draw(self, photo: Tensor, features: LocalFeatures, candidate: Path) -> bytes | None:
+    def verify(
+        self, query: Sequence[LocalFeatures], candidate: LocalFeatures | None
+    ) -> tuple[LocalFeatures, Verification] | None:
+        """Say what a query has in common with a candidate, in the turn with the most inliers, of equals the first.
+
+        None if either could not be decoded.
+        """
+        if candidate is None or not query:
+            return None
+        verified = [(turned, verify(turned, candidate, self.extractor.tolerance)) for turned in query]
+        return max(verified, key=lambda each: each[1].n_inliers)
+
+    def count(self, query: Sequence[LocalFeatures], candidate: Path) -> int:
+        """Count the matches of a query with an image that agree about one transform, 0 without such an image."""
+        verified = self.verify(query, self.features(candidate))
+        return 0 if verified is None else verified[1].n_inliers
+
+    def draw(self, photo: Tensor, query: Sequence[LocalFeatures], candidate: Path) -> bytes | None:
         """Draw what a photo, uint8 ``(3, H, W)``, and an image have in common, as a JPEG; None if that is nothing."""
         others = self.features(candidate)
-        verified = self.verify(features, others)
-        if others is None or not verified.n_inliers:
+        verified = self.verify(query, others)
+        if others is None or verified is None or not verified[1].n_inliers:
             return None
-        return matching_picture(photo, load_image(candidate, self.image_size), features, others, verified)
+        return matching_picture(photo, load_image(candidate, self.image_size), verified[0], others, verified[1])
 
 
 def geometric_check_of(
-    embedder: Embedder, image_size: ImageSize | None, candidates: int, reorder: bool, boost: float = 0.0,
-    gate: Gate = OFF, folder: Path = FEATURES,
+    embedder: Embedder, image_size: ImageSize | None, candidates: int, reorder: bool, turns: int = 1,
+    boost: float = 0.0, gate: Gate = OFF, folder: Path = FEATURES,
 ) -> GeometricCheck:  # fmt: skip
     """Put a check together from a model; features are kept in the folder."""
     keep_float32_exact()
@@ -190,7 +233,7 @@ def geometric_check_of(
         embedder.to(memory_format=torch.channels_last)
     extractor = LocalFeatureExtractor(embedder)
     kept = folder / settings_fingerprint({"features": extractor.settings(), "image_size": image_size})
-    return GeometricCheck(extractor, kept, image_size, candidates, reorder, boost, gate)
+    return GeometricCheck(extractor, kept, image_size, candidates, reorder, turns, boost, gate)
 
 
 def count_inliers(
@@ -204,10 +247,9 @@ def count_inliers(
 
     def of_query(i: int) -> np.ndarray:
         counts = np.zeros(candidates.shape[1], dtype=np.int64)
-        query = check.features(queries[i])
-        if query is not None:
-            for j in np.flatnonzero(candidates[i] != NO_ROW):
-                counts[j] = check.verify(query, check.features(database[candidates[i, j]])).n_inliers
+        query = check.query_features(queries[i])
+        for j in np.flatnonzero(candidates[i] != NO_ROW):
+            counts[j] = check.count(query, database[candidates[i, j]])
         return counts
 
     n_threads = torch.get_num_threads()
@@ -223,5 +265,5 @@ def count_inliers(
 
 def draw_matching(check: GeometricCheck, query: Path, candidate: Path) -> bytes | None:
     """Draw what a query and a database image have in common, as a JPEG; None if that is nothing."""
-    features = check.features(query)
-    return None if features is None else check.draw(load_image(query, check.image_size), features, candidate)
+    features = check.query_features(query)
+    return check.draw(load_image(query, check.image_size), features, candidate) if features else None

@@ -97,10 +97,10 @@ def test_answers_are_the_evaluation_s_by_a_network_with_a_layer_of_its_own(museu
 
 def test_answers_are_the_evaluation_s_with_all_elements(museum, run, tmp_path):
     elements = {"whitening": "learned", "visits": 2, "database_views": "rows", "query_crops": [0.8, 0.5]}
-    elements |= {"geometric_check": 4, "geometric_reorder": True, "report": False}
+    elements |= {"geometric_check": 4, "geometric_reorder": True, "geometric_turns": 3, "report": False}
     evaluate(museum, store=museum.parent / "store", output=tmp_path / "run", **UNTRAINED, **elements)
     collection = same_answers(tmp_path / "run", "test")
-    assert collection.check is not None and collection.check.candidates == 4
+    assert collection.check is not None and (collection.check.candidates, collection.check.turns) == (4, 3)
     itself = collection.answer(load_image(collection.image(3)), n_matches=2, draw=True)
     assert itself.matches[0].row == 3 and itself.matches[0].inliers > 20 and len(itself.matches) == 2
     assert itself.regions is not None and itself.regions.startswith(b"\xff\xd8")

@@ -211,6 +211,8 @@ def test_a_saved_whitening_gives_the_same_answers(tmp_path):
         ({"search_device": "gpu"}, "FAISS sees no GPU"),
         ({"search_device": "tpu"}, "search_device tpu: choose one of cpu, gpu"),
         ({"geometric_reorder": True}, "geometric_reorder has no effect without geometric_check"),
+        ({"geometric_turns": 8}, "geometric_turns has no effect without geometric_check"),
+        ({"geometric_turns": 0, "geometric_check": 5}, "geometric_turns 0: choose 1"),
         ({"visits": 3}, "visits has no effect without"),
         ({"visits": 0, "database_views": "rows"}, "database_views rows: choose none, or visits such as 6"),
         ({"query_crops": (0.5, 1.5)}, "query_crops (0.5, 1.5): choose shares between 0 and 1"),

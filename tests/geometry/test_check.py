@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from metilr.data.decode import load_image
@@ -14,7 +15,7 @@ from metilr.data.pixels import ImageSize
 from metilr.demo import MuseumSize, make_demo
 from metilr.errors import UserError
 from metilr.geometry.check import GeometricCheck, LocalFeatureExtractor, cell_centres, count_inliers, geometric_check_of
-from metilr.geometry.verify import LocalFeatures, verify
+from metilr.geometry.verify import LocalFeatures, apply_transform, verify
 from metilr.models.embedder import Embedder, build_embedder
 from metilr.retrieval.knn import NO_ROW
 
@@ -130,6 +131,39 @@ def test_a_vits_map_is_the_one_that_is_pooled() -> None:
     np.testing.assert_allclose(found.positions[:7], [[8 + 16 * i, 8] for i in range(6)] + [[8, 24]])
 
 
+def square_at(x: int, y: int, height: int = 256, width: int = 384) -> torch.Tensor:
+    image = torch.full((3, height, width), 20, dtype=torch.uint8)
+    image[:, y - 16 : y + 16, x - 16 : x + 16] = 230
+    return image
+
+
+@pytest.mark.parametrize("degrees", [0, 45, 90, 135, 180, 200, 270, 315])
+def test_features_of_a_turned_image_lie_where_they_do_in_the_image_as_it_is(embedder: Embedder, degrees: int) -> None:
+    extractor = LocalFeatureExtractor(embedder, scales=(1.0, 0.5), n_features=8)
+    found = extractor.extract_turned(square_at(256, 112), degrees)
+    assert len(found.positions) == 8
+    assert (np.linalg.norm(found.positions - [256, 112], axis=1) <= 16 * 2**0.5 + 16).all()  # half a diagonal, a cell
+
+
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+def test_a_quarter_turn_gives_the_features_of_the_turned_pixels(embedder: Embedder, quarters: int) -> None:
+    image, extractor = noise(96, 160), LocalFeatureExtractor(embedder)
+    found = extractor.extract_turned(image, 90 * quarters)
+    turned = extractor.extract(torch.rot90(image, quarters, (1, 2)).contiguous())  # counter-clockwise
+    np.testing.assert_array_equal(found.descriptors, turned.descriptors)
+    x, y = turned.positions.T  # of the turned image: a pixel of its upper right corner was in the lower right one
+    height, width = image.shape[1:]
+    expected = {1: (width - y, x), 2: (width - x, height - y), 3: (y, height - x)}[quarters]
+    np.testing.assert_allclose(found.positions, np.stack(expected, axis=1), atol=1e-3)
+
+
+def test_what_lies_beyond_a_turned_image_gives_no_features(embedder: Embedder) -> None:
+    found = LocalFeatureExtractor(embedder, n_features=10_000).extract_turned(noise(160, 160), 45)
+    n_cells = 29**2 + 20**2 + 15**2  # of the turned image, 227 px wide, at three scales; half of it is beyond
+    assert 0.4 < len(found.positions) / n_cells < 0.6
+    assert ((found.positions >= 0) & (found.positions <= 160)).all()
+
+
 def test_settings_tell_what_changes_features(embedder: Embedder) -> None:
     settings = LocalFeatureExtractor(embedder).settings()
     assert settings == LocalFeatureExtractor(embedder).settings()
@@ -179,8 +213,10 @@ def everything(museum: GroundTruth, split: str) -> np.ndarray:
     return np.tile(np.arange(len(museum.paths["database"])), (len(museum.paths[split]), 1))
 
 
-def check_at(folder: Path, extractor: LocalFeatureExtractor, image_size: ImageSize | None = None) -> GeometricCheck:
-    return geometric_check_of(extractor.embedder, image_size, 5, False, folder=folder)
+def check_at(
+    folder: Path, extractor: LocalFeatureExtractor, image_size: ImageSize | None = None, turns: int = 1
+) -> GeometricCheck:
+    return geometric_check_of(extractor.embedder, image_size, 5, False, turns, folder=folder)
 
 
 def test_counts_are_those_of_a_plain_loop(museum, extractor, tmp_path) -> None:
@@ -193,6 +229,36 @@ def test_counts_are_those_of_a_plain_loop(museum, extractor, tmp_path) -> None:
     if extractor.embedder.backbone.name == "lite0_in":  # random weights recognise nothing
         geometric, expected = museum.labels["database"][inliers.argmax(axis=1)], museum.labels["val"]
         assert (geometric == expected)[expected >= 0].mean() >= 0.6
+
+
+def test_turned_queries_count_as_in_their_best_turn(museum, extractor, tmp_path) -> None:
+    """A plain loop over turned copies of the files."""
+    queries, database = files(museum, "val")[:3], files(museum, "database")[:4]
+    candidates = np.tile(np.arange(4), (3, 1))
+    counts = count_inliers(check_at(tmp_path / "a", extractor, turns=4), queries, candidates, database)
+    for i, query in enumerate(queries):
+        turned = [extractor.extract(torch.rot90(load_image(query), n, (1, 2)).contiguous()) for n in range(4)]
+        others = [extractor.extract(load_image(file)) for file in database]
+        expected = [max(verify(t, other, extractor.tolerance).n_inliers for t in turned) for other in others]
+        # Positions of a turn are moved by a rotation, under which RANSAC's numbers round differently.
+        np.testing.assert_allclose(counts[i], expected, atol=2, rtol=0.1)
+
+
+def test_an_image_that_lies_on_its_side_is_found_by_turns_alone(museum, tmp_path) -> None:
+    extractor = LocalFeatureExtractor(build_embedder("lite0_in"))
+    image = files(museum, "database")[0]
+    Image.open(image).rotate(90, expand=True).save(tmp_path / "side.png")
+    as_it_is, turned = (check_at(tmp_path / "kept", extractor, turns=turns) for turns in (1, 4))
+    one = np.array([[0]])
+    assert count_inliers(as_it_is, [tmp_path / "side.png"], one, [image])[0, 0] < 30
+    assert count_inliers(turned, [tmp_path / "side.png"], one, [image])[0, 0] > 300
+    photo = load_image(tmp_path / "side.png")
+    features, verified = turned.verify(turned.query_features(photo), turned.features(image))
+    moved = apply_transform(verified.transform, features.positions[verified.matches[:, 0]])
+    height = photo.shape[1]  # turned back clockwise, a point (x, y) comes to (height - y, x)
+    x, y = features.positions[verified.matches[:, 0]].T
+    assert np.abs(moved - np.stack([height - y, x], axis=1)).max() < extractor.tolerance
+    assert turned.draw(photo, turned.query_features(photo), image).startswith(b"\xff\xd8")
 
 
 def test_features_of_squares_are_kept_apart(museum, extractor, tmp_path) -> None:
@@ -223,7 +289,7 @@ class OfKept:
 
     tolerance: float = 1.0
 
-    def extract(self, image: torch.Tensor) -> LocalFeatures:
+    def extract_turned(self, image: torch.Tensor, degrees: float) -> LocalFeatures:
         raise AssertionError("computed again")
 
 
@@ -289,8 +355,8 @@ def test_damaged_features_are_computed_again(image, extractor, tmp_path, damage:
 
 def test_what_two_images_share_is_drawn_where_something_is(image, extractor, tmp_path) -> None:
     check = check_at(tmp_path / "kept", extractor)
-    photo, features = load_image(image), check.features(image)
+    photo, features = load_image(image), check.query_features(image)
     assert check.draw(photo, features, image).startswith(b"\xff\xd8")
     assert check.draw(photo, features, tmp_path / "missing.jpg") is None
-    nothing = LocalFeatures(features.positions[:0], features.descriptors[:0])
-    assert check.draw(photo, nothing, image) is None
+    nothing = LocalFeatures(features[0].positions[:0], features[0].descriptors[:0])
+    assert check.draw(photo, [nothing], image) is None
