@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -18,6 +19,7 @@ MAX_STRETCH = 3.0  # beyond a plane seen at about 70 degrees
 NEAR = 3.0  # tolerances: how far a steep view may bend what one affine map explains
 ITERATIONS = 2000  # find a share of 15 % inliers with 99.9 % certainty
 CERTAINTY = 0.999  # stop earlier at this
+BLOCK = 128  # features whose similarities are made at a time: they stay in the processor's cache
 
 SIDE = 260  # px of each of the two in a picture
 GAP = 6  # px between them
@@ -55,11 +57,18 @@ def mutual_nearest(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """
     if not len(first) or not len(second):
         return NOTHING_IN_COMMON.matches
-    similarity = first @ second.T  # n x m
-    i = np.arange(len(first))
-    j = similarity.argmax(axis=1)
-    mutual = (similarity.argmax(axis=0)[j] == i) & (similarity[i, j] > 0)
-    return np.stack([i, j], axis=1)[mutual]
+    rows, columns = np.empty(len(first), np.float32), np.full(len(second), -np.inf, np.float32)  # each one's largest
+    nearest = np.empty(len(first), np.int64)
+    for block in np.split(np.arange(len(first)), range(BLOCK, len(first), BLOCK)):
+        # By PyTorch, which takes no more threads than the caller allows; NumPy's BLAS takes all cores in each thread.
+        similarity = (torch.from_numpy(first[block]) @ torch.from_numpy(second).T).numpy()  # block x m
+        nearest[block] = similarity.argmax(axis=1)
+        rows[block] = np.take_along_axis(similarity, nearest[block, None], axis=1)[:, 0]
+        np.maximum(columns, similarity.max(axis=0), out=columns)
+    i = np.flatnonzero((rows == columns[nearest]) & (rows > 0))
+    _, first_of_equals = np.unique(nearest[i], return_index=True)
+    i = np.sort(i[first_of_equals])
+    return np.stack([i, nearest[i]], axis=1)
 
 
 def verify(first: LocalFeatures, second: LocalFeatures, tolerance: float) -> Verification:

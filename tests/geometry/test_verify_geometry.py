@@ -105,17 +105,24 @@ def test_features_at_few_places_have_nothing_in_common(places: list[list[int]]) 
         assert verify(*pair, TOLERANCE).n_inliers == 0
 
 
-def test_mutual_nearest_is_its_definition() -> None:
+@pytest.mark.parametrize(("n", "m"), [(40, 30), (300, 20), (20, 300), (257, 1)])
+def test_mutual_nearest_is_its_definition(n: int, m: int) -> None:
     rng = np.random.default_rng(0)
-    first, second = unit_rows(rng, 40, 4), unit_rows(rng, 30, 4)
+    first, second = unit_rows(rng, n, 4), unit_rows(rng, m, 4)
     expected = []
     for i, descriptor in enumerate(first):
-        j = max(range(30), key=lambda other: float(descriptor @ second[other]))
-        back = max(range(40), key=lambda other: float(second[j] @ first[other]))
+        j = max(range(m), key=lambda other: float(descriptor @ second[other]))
+        back = max(range(n), key=lambda other: float(second[j] @ first[other]))
         if back == i and descriptor @ second[j] > 0:
             expected.append([i, j])
     np.testing.assert_array_equal(mutual_nearest(first, second), expected)
     assert mutual_nearest(np.zeros((3, 4), np.float32), np.zeros((2, 4), np.float32)).shape == (0, 2)
+
+
+def test_of_equally_near_features_the_first_are_matched() -> None:
+    a, b = np.eye(2, dtype=np.float32)
+    first = np.stack([a, a, b] * 100)  # of which some are far from the first ones
+    assert mutual_nearest(first, np.stack([a, b, b])).tolist() == [[0, 0], [2, 1]]
 
 
 def test_the_region_is_outlined_in_both_images():
