@@ -189,7 +189,7 @@ class Collection:
     def _checked(self, features: Sequence[LocalFeatures], matches: Matches, check: GeometricCheck) -> Checked:
         """Count the inliers of each candidate as the evaluation does."""
         files = [self.image(row) for row in matches.rows[0, : check.candidates].tolist()]
-        inliers = np.array([[check.count(features, file) for file in files]])
+        inliers = np.array([[max(check.count(features, file)) for file in files]])
         return Checked(matches, inliers, self.ground_truth.labels["database"], len(self.exhibits), self.tau)
 
     def _regions(

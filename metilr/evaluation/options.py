@@ -104,8 +104,8 @@ class MethodOptions(ComparisonOptions):
             few agree about one transform, confidence falls, by how much is chosen on val; 0 is off.
         geometric_reorder: With geometric_check: let agreeing local features decide between the exhibits, as far as val
             gains by it.
-        geometric_turns: With geometric_check: look at each query turned, too, in so many steps of a full circle, as
-            8: for photographs at any angle; it takes as many times as long.
+        geometric_turns: With geometric_check: look at each query turned, too, in so many steps of a full circle, such
+            as 8, where val gains by it: for photographs at any angle; it takes as many times as long.
         confidence: softmax is that of the classifier; calibrated is the probability that the answer is right, fitted on
             val, which also sees how similar a photo is to val's distractors. It is kept only where cross-validation on
             val sees it rank better.

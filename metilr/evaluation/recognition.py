@@ -147,19 +147,29 @@ def check_recognition(
     """Let local features decide how far the answers to val and test are to be believed.
 
     Descriptors say what two images have in common, wherever it lies; the check asks whether it lies alike. The
-    confidences change and, with ``reorder``, labels; the check returned has the boost and gate that val chose.
+    confidences change and, with ``reorder``, labels; the check returned has the turns, boost and gate that val chose.
     """
     from metilr.geometry.check import count_inliers
 
     files = {split: [ground_truth.image(path) for path in paths] for split, paths in ground_truth.paths.items()}
-    labels, evidence = ground_truth.labels, {}
-    for split, matches in recognition.matches.items():
-        candidates = matches.rows[:, : check.candidates]
-        inliers = count_inliers(check, files[split], candidates, files["database"], quiet)
-        evidence[split] = Checked(matches, inliers, labels["database"], ground_truth.n_classes, recognition.tau)
-    boost, gate = tune_evidence(recognition.answers["val"], evidence["val"], labels["val"], check.reorder)
-    answers = {split: apply_evidence(of, evidence[split], boost, gate) for split, of in recognition.answers.items()}
-    return replace(recognition, answers=answers, checked=evidence), replace(check, boost=boost, gate=gate)
+    labels, matches, counts = ground_truth.labels, recognition.matches, {}
+    for split in QUERY_FILES:
+        candidates = matches[split].rows[:, : check.candidates]
+        counts[split] = count_inliers(check, files[split], candidates, files["database"], quiet)
+    chosen, highest = (recognition, check), -1.0
+    for turns in dict.fromkeys((1, check.turns)):  # of equal GAPs on val the first counts
+        seen = {split: of[:, :, :turns].max(axis=2) for split, of in counts.items()}
+        evidence = {
+            split: Checked(matches[split], of, labels["database"], ground_truth.n_classes, recognition.tau)
+            for split, of in seen.items()
+        }
+        boost, gate = tune_evidence(recognition.answers["val"], evidence["val"], labels["val"], check.reorder)
+        answers = {split: apply_evidence(of, evidence[split], boost, gate) for split, of in recognition.answers.items()}
+        reached = gap(answers["val"].log_confidence, answers["val"].labels, labels["val"])
+        if reached > highest:
+            tuned = replace(check, turns=turns, boost=boost, gate=gate)
+            chosen, highest = (replace(recognition, answers=answers, checked=evidence), tuned), reached
+    return chosen
 
 
 def figures_of(recognition: Recognition, ground_truth: GroundTruth) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from metilr.distributed import default_workers
 from metilr.extraction.store import settings_fingerprint
 from metilr.files import regular, replaced_file
 from metilr.geometry.evidence import OFF, Gate
-from metilr.geometry.verify import LocalFeatures, Verification, matching_picture, verify
+from metilr.geometry.verify import LocalFeatures, matching_picture, verify
 from metilr.models import SCALES, UnfitSizeError
 from metilr.models.embedder import BFLOAT16_LEAST_SIDE, Embedder, features_of, keep_float32_exact
 from metilr.models.weights import tensors_sha256
@@ -157,7 +157,7 @@ class GeometricCheck:
     image_size: ImageSize | None  # of ``load_image``: what the descriptors were made with
     candidates: int  # exhibits that are checked, the nearest image of each
     reorder: bool  # whether inliers may decide between them; else the label stays
-    turns: int = 1  # in so many steps of a full circle the query is turned; early maps differ from some 25 degrees on
+    turns: int = 1  # of each query, in steps of a full circle; early maps differ from some 25 degrees on
     boost: float = 0.0  # of the candidates' similarities, chosen on val; see ``reordered``
     gate: Gate = OFF  # of the confidence, chosen on val
 
@@ -197,30 +197,23 @@ class GeometricCheck:
         turned = [self.features(query, degrees) for degrees in self.degrees]
         return [features for features in turned if features is not None]
 
-    def verify(
-        self, query: Sequence[LocalFeatures], candidate: LocalFeatures | None
-    ) -> tuple[LocalFeatures, Verification] | None:
-        """Say what a query has in common with a candidate, in the turn with the most inliers, of equals the first.
-
-        None if either could not be decoded.
-        """
-        if candidate is None or not query:
-            return None
-        verified = [(turned, verify(turned, candidate, self.extractor.tolerance)) for turned in query]
-        return max(verified, key=lambda each: each[1].n_inliers)
-
-    def count(self, query: Sequence[LocalFeatures], candidate: Path) -> int:
-        """Count the matches of a query with an image that agree about one transform, 0 without such an image."""
-        verified = self.verify(query, self.features(candidate))
-        return 0 if verified is None else verified[1].n_inliers
+    def count(self, query: Sequence[LocalFeatures], candidate: Path) -> list[int]:
+        """Count the matches of each turn of a query with an image that agree about one transform; 0 without either."""
+        others = self.features(candidate)
+        if others is None or not query:
+            return [0] * self.turns
+        return [verify(turned, others, self.extractor.tolerance).n_inliers for turned in query]
 
     def draw(self, photo: Tensor, query: Sequence[LocalFeatures], candidate: Path) -> bytes | None:
         """Draw what a photo, uint8 ``(3, H, W)``, and an image have in common, as a JPEG; None if that is nothing."""
         others = self.features(candidate)
-        verified = self.verify(query, others)
-        if others is None or verified is None or not verified[1].n_inliers:
+        if others is None:
             return None
-        return matching_picture(photo, load_image(candidate, self.image_size), verified[0], others, verified[1])
+        turns = [(turned, verify(turned, others, self.extractor.tolerance)) for turned in query]
+        features, verified = max(turns, key=lambda each: each[1].n_inliers)  # of equals the first
+        if not verified.n_inliers:
+            return None
+        return matching_picture(photo, load_image(candidate, self.image_size), features, others, verified)
 
 
 def geometric_check_of(
@@ -239,14 +232,14 @@ def geometric_check_of(
 def count_inliers(
     check: GeometricCheck, queries: Sequence[Path], candidates: np.ndarray, database: Sequence[Path], quiet: bool = True
 ) -> np.ndarray:
-    """Count the matches of each query with each of its candidates that agree about one transform, int64 ``(Q, M)``.
+    """Count the matches of each query with each candidate that agree about one transform, by turn, int64 ``(Q, M, T)``.
 
     ``candidates`` are rows of ``database``, int64 ``(Q, M)``; where there is none, NO_ROW, or an image cannot be
     decoded, the count is 0. Each pair is verified on its own, so neither order nor company changes a count.
     """
 
     def of_query(i: int) -> np.ndarray:
-        counts = np.zeros(candidates.shape[1], dtype=np.int64)
+        counts = np.zeros((candidates.shape[1], check.turns), dtype=np.int64)
         query = check.query_features(queries[i])
         for j in np.flatnonzero(candidates[i] != NO_ROW):
             counts[j] = check.count(query, database[candidates[i, j]])
@@ -260,7 +253,7 @@ def count_inliers(
             counts = [*tracked(done, "checking geometry", len(queries), "queries", quiet)]
     finally:
         torch.set_num_threads(n_threads)
-    return np.array(counts, dtype=np.int64).reshape(candidates.shape)
+    return np.array(counts, dtype=np.int64).reshape(*candidates.shape, check.turns)
 
 
 def draw_matching(check: GeometricCheck, query: Path, candidate: Path) -> bytes | None:

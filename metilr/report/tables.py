@@ -124,7 +124,8 @@ def print_table(console: Console, results: Results, metrics: Sequence[str] = tup
         idle = "" if check.gate["weight"] or check.boost else ": it has no effect"
         gate = f"gate of weight {check.gate['weight']:g}, enough {check.gate['enough']:g}"
         boost = f", boost {check.boost:g}" if check.reorder else ""
-        console.print(f"geometric check: {gate}{boost}, chosen on val{idle}")
+        turns = f", turns {check.turns}" if (results.options or {}).get("geometric_turns", 1) > 1 else ""
+        console.print(f"geometric check: {gate}{boost}{turns}, chosen on val{idle}")
     if results.confidence is not None:
         console.print(calibrated(results.confidence))
     if unit is not None:

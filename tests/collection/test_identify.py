@@ -14,11 +14,12 @@ from PIL import Image
 from metilr.cli import main
 from metilr.collection import Identified, PhotoOptions, Threshold
 from metilr.collection.collection import Answer, Collection, load_photo
-from metilr.collection.open_collection import open_with_threshold
+from metilr.collection.open_collection import open_collection, open_with_threshold
 from metilr.data.decode import load_image
 from metilr.data.ground_truth import load_ground_truth
 from metilr.errors import UserError
 from metilr.evaluation.read_run import read_run
+from metilr.geometry.check import count_inliers
 from metilr.models.checkpoints import FORMAT, model_entry
 from metilr.models.embedder import build_embedder
 from tests.browser import browser as browser  # a fixture
@@ -97,13 +98,28 @@ def test_answers_are_the_evaluation_s_by_a_network_with_a_layer_of_its_own(museu
 
 def test_answers_are_the_evaluation_s_with_all_elements(museum, run, tmp_path):
     elements = {"whitening": "learned", "visits": 2, "database_views": "rows", "query_crops": [0.8, 0.5]}
-    elements |= {"geometric_check": 4, "geometric_reorder": True, "geometric_turns": 3, "report": False}
+    elements |= {"geometric_check": 4, "geometric_reorder": True, "report": False}
     evaluate(museum, store=museum.parent / "store", output=tmp_path / "run", **UNTRAINED, **elements)
     collection = same_answers(tmp_path / "run", "test")
-    assert collection.check is not None and (collection.check.candidates, collection.check.turns) == (4, 3)
+    assert collection.check is not None and collection.check.candidates == 4
     itself = collection.answer(load_image(collection.image(3)), n_matches=2, draw=True)
     assert itself.matches[0].row == 3 and itself.matches[0].inliers > 20 and len(itself.matches) == 2
     assert itself.regions is not None and itself.regions.startswith(b"\xff\xd8")
+
+
+def test_photos_are_turned_as_the_evaluation_s_queries(museum, tmp_path):
+    options = {"geometric_check": 4, "geometric_turns": 3, "report": False}
+    evaluate(museum, store=museum.parent / "store", output=tmp_path / "run", **UNTRAINED, **options)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    results["geometric_check"]["turns"] = 3  # whatever val has chosen with untrained weights
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    collection = open_collection(tmp_path / "run")
+    photo = museum / "images" / collection.ground_truth.paths["test"][0]
+    found = collection.answer(photo, n_matches=4).matches
+    database = [collection.image(row) for row in range(len(collection.ground_truth.paths["database"]))]
+    counts = count_inliers(collection.check, [photo], np.array([[match.row for match in found]]), database)
+    assert [match.inliers for match in found] == counts[0].max(axis=1).tolist()
+    assert counts.shape == (1, 4, 3) and counts[0, :, 1:].any()
 
 
 def test_answers_are_the_evaluation_s_of_square_images(museum, tmp_path, capsys, monkeypatch):

@@ -10,9 +10,11 @@ from sklearn.decomposition import PCA
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.errors import UserError
 from metilr.evaluation.options import MethodOptions
-from metilr.evaluation.recognition import check_method, recognise
+from metilr.evaluation.recognition import Recognition, check_method, check_recognition, recognise
 from metilr.extraction.descriptors import Descriptors
+from metilr.geometry.check import GeometricCheck
 from metilr.metrics import acc, gap
+from metilr.retrieval.knn import Matches, Predictions
 
 GRID_K = (1, 2, 3, 5, 7, 10, 15, 20, 50)  # the Met paper's
 GRID_TAU = (0.01, 0.1, 1, 5, 10, 15, 20, 25, 30, 50, 100, 500)
@@ -255,3 +257,32 @@ def test_published_mini_set_at_its_real_scale(met_root):
         assert len(cases[split][2]) == n_queries and (cases[split][2] >= 0).sum() == n_met
         assert acc(*cases[split]) == pytest.approx(40 / n_met, abs=2 / n_met)  # two more by chance
         assert gap(*cases[split]) == pytest.approx(40 / n_met, abs=2 / n_met)
+
+
+@pytest.mark.parametrize(
+    ("of_wrong", "of_right", "turns", "is_right"),
+    [
+        ((0, 0), (0, 80), 2, True),
+        ((0, 300), (80, 0), 1, True),
+        ((80, 0), (0, 300), 2, True),
+        ((0, 0), (0, 0), 1, False),
+    ],
+)
+def test_turned_queries_count_where_val_gains_by_them(
+    tmp_path, monkeypatch, of_wrong, of_right, turns, is_right
+) -> None:
+    """Two exhibits, of which the wrong one is more similar, and what geometry says of either, by turn."""
+    paths = {"database": ("0.jpg", "1.jpg"), "val": ("v.jpg",), "test": ("t.jpg",)}
+    labels = {"database": np.array([0, 1]), "val": np.array([0]), "test": np.array([0])}
+    museum = GroundTruth(tmp_path, "full", paths, labels, np.array([7, 8]), {split: split for split in labels})
+    matches = Matches(np.array([[1, 0]]), np.array([[0.9, 0.8]]))
+    answer = Predictions(np.array([1]), np.array([-0.1]), np.array([0.9]), np.array([1]))
+    both = ("val", "test")
+    plain = Recognition(dict.fromkeys(both, answer), None, 1, 10.0, None, dict.fromkeys(both, matches), {})
+    monkeypatch.setattr("metilr.geometry.check.count_inliers", lambda *arguments: np.array([[of_wrong, of_right]]))
+    check = GeometricCheck(None, tmp_path, None, candidates=2, reorder=True, turns=2)
+    checked, tuned = check_recognition(plain, museum, check)
+    assert tuned.turns == turns
+    for split in both:
+        assert (checked.answers[split].labels == 0).all() == is_right
+        assert checked.checked[split].inliers.tolist() == [[max(of_wrong[:turns]), max(of_right[:turns])]]
