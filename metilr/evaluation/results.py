@@ -13,6 +13,7 @@ from pydantic_core import from_json
 from metilr.data.ground_truth import DatabaseName
 from metilr.data.pixels import ImageSize
 from metilr.errors import UserError, one_line, shown
+from metilr.evaluation.options import MAX_TURNS
 from metilr.extraction.options import Precision
 from metilr.files import parse_json, regular, write_atomically
 from metilr.models import Engine, PoolingName
@@ -105,7 +106,7 @@ class Check(Part):
 
     candidates: Annotated[Count, Field(ge=1)]
     reorder: bool
-    turns: Annotated[Count, Field(ge=1)] = 1  # of the queries; a metilr of before had none
+    turns: Annotated[Count, Field(ge=1, le=MAX_TURNS)] = 1  # of the queries; a metilr of before had none
     boost: Annotated[float, Field(ge=0)]
     gate: Annotated[dict[GateName, Annotated[float, Field(ge=0)]], Field(min_length=2)]
     features: dict[str, Any]

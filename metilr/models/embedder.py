@@ -79,7 +79,8 @@ class Embedder(nn.Module):
             other = "attention" if backbone.has_attention else "gem"
             raise UserError(f"cls: {backbone.name} gives no class token here; take {other}", "pooling")
         if pooling.kind == "attention" and not backbone.has_attention:
-            raise UserError(f"attention: {backbone.name} has no attention pooling here; take cls or gem", "pooling")
+            other = "cls or gem" if backbone.has_cls else "gem"
+            raise UserError(f"attention: {backbone.name} has no attention pooling here; take {other}", "pooling")
         if not 0 < len(scales) <= MAX_SCALES or not all(0 < scale <= MAX_SCALE for scale in scales):
             limits = f"give 1 to {MAX_SCALES} numbers above 0, none above {MAX_SCALE}"
             raise UserError(f"{shown(list(scales))}: {limits}", "scales")

@@ -58,7 +58,7 @@ class FineTuningOptions:
         weights: File with weights to start from; random for untrained ones; without it the official ones.
         stage: Take the map of an earlier stage, counted from 1; without it the last.
         patch_rounding: How a ViT's input sides are made multiples of its patch: nearest, down or off.
-        pooling: gem, mac, spoc, rmac or cls.
+        pooling: gem, mac, spoc, rmac, cls or attention.
         p: GeM's exponent, its start if learned.
         learn_p: Whether to learn p, between 1 and 10.
         projector_dim: Outputs of a linear projector after the pooling; without it there is none.

@@ -259,30 +259,36 @@ def test_published_mini_set_at_its_real_scale(met_root):
         assert gap(*cases[split]) == pytest.approx(40 / n_met, abs=2 / n_met)
 
 
+PLAIN, TURNED = ((0, 300), (80, 0)), ((0, 0), (0, 80))  # where a turn misleads, and where it is all that helps
+
+
 @pytest.mark.parametrize(
-    ("of_wrong", "of_right", "turns", "is_right"),
+    ("on_val", "on_test", "turns", "right"),
     [
-        ((0, 0), (0, 80), 2, True),
-        ((0, 300), (80, 0), 1, True),
-        ((80, 0), (0, 300), 2, True),
-        ((0, 0), (0, 0), 1, False),
+        (TURNED, TURNED, 2, {"val", "test"}),
+        (PLAIN, PLAIN, 1, {"val", "test"}),
+        (TURNED, PLAIN, 2, {"val"}),
+        (PLAIN, TURNED, 1, {"val"}),
+        (((80, 0), (0, 300)), TURNED, 2, {"val", "test"}),
+        (((0, 0), (0, 0)), TURNED, 1, set()),
     ],
 )
-def test_turned_queries_count_where_val_gains_by_them(
-    tmp_path, monkeypatch, of_wrong, of_right, turns, is_right
-) -> None:
-    """Two exhibits, of which the wrong one is more similar, and what geometry says of either, by turn."""
+def test_turned_queries_count_where_val_gains_by_them(tmp_path, monkeypatch, on_val, on_test, turns, right) -> None:
+    """Two exhibits, of which the wrong one is more similar, and what geometry says of it and the other, by turn."""
     paths = {"database": ("0.jpg", "1.jpg"), "val": ("v.jpg",), "test": ("t.jpg",)}
     labels = {"database": np.array([0, 1]), "val": np.array([0]), "test": np.array([0])}
     museum = GroundTruth(tmp_path, "full", paths, labels, np.array([7, 8]), {split: split for split in labels})
     matches = Matches(np.array([[1, 0]]), np.array([[0.9, 0.8]]))
     answer = Predictions(np.array([1]), np.array([-0.1]), np.array([0.9]), np.array([1]))
-    both = ("val", "test")
-    plain = Recognition(dict.fromkeys(both, answer), None, 1, 10.0, None, dict.fromkeys(both, matches), {})
-    monkeypatch.setattr("metilr.geometry.check.count_inliers", lambda *arguments: np.array([[of_wrong, of_right]]))
+    counts = {"val": on_val, "test": on_test}
+    plain = Recognition(dict.fromkeys(counts, answer), None, 1, 10.0, None, dict.fromkeys(counts, matches), {})
+    of_file = {"v.jpg": on_val, "t.jpg": on_test}
+    monkeypatch.setattr(
+        "metilr.geometry.check.count_inliers", lambda check, queries, *others: np.array([of_file[queries[0].name]])
+    )
     check = GeometricCheck(None, tmp_path, None, candidates=2, reorder=True, turns=2)
     checked, tuned = check_recognition(plain, museum, check)
     assert tuned.turns == turns
-    for split in both:
-        assert (checked.answers[split].labels == 0).all() == is_right
-        assert checked.checked[split].inliers.tolist() == [[max(of_wrong[:turns]), max(of_right[:turns])]]
+    assert {split for split in counts if checked.answers[split].labels[0] == 0} == right
+    for split, of_split in counts.items():
+        assert checked.checked[split].inliers.tolist() == [[max(of[:turns]) for of in of_split]]

@@ -331,3 +331,16 @@ def test_table_of_all_metrics_fits_eighty_columns_with_every_digit():
     [values] = [line for line in printed.splitlines() if line.split()[:1] == ["test"]]
     assert values.split()[-7:] == ["100.00", "100.00", "100.00", "91.00", "92.00", "100.00", "100.00"]
     assert "…" not in printed and ["(100–100)"] * 3 in [line.split()[-3:] for line in printed.splitlines()]
+
+
+@pytest.mark.parametrize("turns", [0, 37, 1.5])
+def test_a_run_s_number_of_turns_is_one_that_the_option_takes(tmp_path, turns):
+    folder = Path(shutil.copytree(Path(__file__).parents[1] / "fixtures" / "first_edition_run", tmp_path / "run"))
+    content = json.loads((folder / "results.json").read_text())
+    check = {"candidates": 5, "reorder": False, "boost": 0, "gate": {"weight": 1, "enough": 9}, "features": {}}
+    for changed in (check, check | {"turns": 36}):
+        (folder / "results.json").write_text(json.dumps(content | {"geometric_check": changed}))
+        assert read_results(folder).geometric_check.turns == changed.get("turns", 1)
+    (folder / "results.json").write_text(json.dumps(content | {"geometric_check": check | {"turns": turns}}))
+    with pytest.raises(UserError, match=r"results\.json: cannot be read .*geometric_check\.turns"):
+        read_results(folder)

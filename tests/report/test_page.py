@@ -10,6 +10,7 @@ from PIL import Image
 from metilr.data.ground_truth import QUERY_FILES, load_ground_truth
 from metilr.evaluation.options import MethodOptions
 from metilr.evaluation.recognition import Recognition
+from metilr.evaluation.results import Results
 from metilr.evaluation.runs import summarise
 from metilr.extraction.descriptors import Descriptors
 from metilr.report.page import FEATURES, OUTCOMES, arrange, write_gallery, write_report
@@ -205,6 +206,21 @@ def test_failures_come_first_and_pictures_go_to_the_first_of_each_outcome(answer
     assert gallery.first(1) == [1, 4, 0, 5] and sorted(gallery.first(9)) == list(range(7))
     no_threshold = arrange(*answered, "val", threshold=None)
     assert "false alarm" not in {OUTCOMES[outcome] for outcome in no_threshold.outcomes}
+
+
+@pytest.mark.parametrize(
+    ("size", "turns", "said"),
+    [(None, 1, "images at their own size"), (40, 1, "longest side 40 px"), ([40, 40], 8, "squares of 40 px")],
+)
+def test_the_page_says_what_became_of_the_images(run, answered, tmp_path, size, turns, said):
+    results = json.loads((run / "results.json").read_text())
+    results["model"]["image_size"] = size
+    gate = {"weight": 1, "enough": 9}
+    results["geometric_check"] = {"candidates": 5, "reorder": False, "boost": 0, "gate": gate, "features": {}}
+    results["geometric_check"]["turns"] = turns
+    page = write_report(tmp_path, Results.model_validate(results), *answered, quiet=True).read_text()
+    assert f"precision 32, {said}</dd>" in page
+    assert ("5 candidates, queries in 8 turns, gate" in page) == (turns == 8)
 
 
 def test_what_is_written(answered, tmp_path):
