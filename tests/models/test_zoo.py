@@ -116,6 +116,8 @@ def test_what_comes_behind_sscd_s_own_layer_is_of_its_width(tmp_path: Path) -> N
     torch.save({"state_dict": state, "metilr": entry}, tmp_path / "a.ckpt")
     found = load_embedder(tmp_path / "a.ckpt").embed([image[0]])
     assert found.shape == (1, 8)
+    projector = embedder.describe_settings()["projector"]
+    assert (projector["in_dim"], projector["out_dim"]) == (512, 8)
     with torch.no_grad():
         pooled = embedder.pooling(network(embedder.normalise(image)))
         of_sscd = nn.functional.normalize(network.model.fc(pooled))

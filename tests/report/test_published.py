@@ -158,6 +158,15 @@ def test_a_size_that_is_stated_decides_and_so_do_k_and_tau(tmp_path):
     large["model"]["image_size"] = 448
     large["knn"] = {"k": 5, "tau": 20.0, "tuned_on": None, "grid": None}
     assert [row.source for row in known(large)] == ["public logs"]
+    for k, tau in ((5, 50.0), (7, 20.0)):
+        assert known(large | {"knn": large["knn"] | {"k": k, "tau": tau}}) == ()
+
+
+@frozen_rows
+def test_the_whitening_is_as_wide_as_the_network_allows(config):
+    results = results_of_frozen(config)
+    results["whitening"]["dim"] = 512 if config.stem == "dinov2_s" else 384
+    assert known(results) == ()
 
 
 CHANGES = {

@@ -59,6 +59,11 @@ def test_bytes_and_floats_up_to_one_are_the_same_images():
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
+def test_a_projector_comes_behind_the_layer_that_a_network_brings_along():
+    embedder = tuning(backbone="r50_sscd", projector_dim=4).embedder
+    assert embedder.describe(embedder.normalise(torch.rand(2, 3, 64, 64))).shape == (2, 4)
+
+
 def test_pairs_of_two_exhibits_are_negatives():
     """Against the loss itself, of the embeddings before the step."""
     module = tuning(loss=ContrastiveLoss(1.0), schedule="constant")
