@@ -108,7 +108,7 @@ class Collection:
 
     @functools.cached_property
     def images(self) -> frozenset[int]:
-        """Rows of the ground truth's database that can be found; some images may have been left out."""
+        """Rows of the ground truth's database that an answer can name; some images may have been left out."""
         return frozenset(self.database.images.tolist())
 
     def path(self, row: int) -> str:
@@ -250,5 +250,6 @@ def digest_of_database(store: DescriptorStore, method: MethodOptions, seed: int,
         "files": hashlib.sha256(store.files("database").tobytes()).hexdigest(),
         "whitening": None if whitening is None else whitening.sha256(),
         "visits": [method.rows_per_image - 1, method.database_views, seed],
+        **({} if method.database_rows == "images" else {"rows": method.database_rows}),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

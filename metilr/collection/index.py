@@ -103,7 +103,7 @@ def index(
     method = replace(method, tau=method.tau or USUAL_TAU)
     check_method(method, n_images, embedder.dim, n_exhibits)
     if approximate:
-        check_size(n_images * method.rows_per_image)
+        check_size(n_images * method.rows_per_image if method.database_rows == "images" else n_exhibits)
     views = [view for view in views_of(method, model.seed) if "visits" in view.of]  # crops are those of photos to come
     store = describe_images(embedder, ground_truth, output / "store", extraction, progress, views)
     if strangers is not None:
@@ -118,7 +118,8 @@ def index(
         raise UserError(f"{folder}: fewer than 2 exhibits have a usable image: {_first(left_out)}; mend the images")
     n_decoded = int(is_valid.sum())
     n_rows = n_decoded * method.rows_per_image
-    k = min(USUAL_K * method.rows_per_image, n_rows) if method.k is None else method.k
+    usual_k = USUAL_K * method.rows_per_image if method.database_rows == "images" else 1
+    k = min(usual_k, n_rows) if method.k is None else method.k
     if k > n_rows:
         raise UserError(f"{k}: {n_decoded:,} images could be decoded; choose k from 1 to {n_rows}", "k")
     whitening = whitening_of(opened, ground_truth, method)

@@ -60,6 +60,7 @@ class Elements(Part):
 
     visits: Count
     database_views: Literal["none", "rows"]
+    database_rows: Literal["images", "prototypes"] = "images"
     query_crops: list[float]
     seed: Count
 
@@ -111,7 +112,7 @@ class Index(Part):
     @property
     def method(self) -> MethodOptions:
         """How photos are compared with the images, which are whitened already; refused if metilr no longer can."""
-        known = {"visits", "database_views", "query_crops", *DELETED}
+        known = {"visits", "database_views", "database_rows", "query_crops", *DELETED}
         return method_of_elements({name: part for name, part in self.elements.model_dump().items() if name in known})
 
 
@@ -144,6 +145,7 @@ def describe_index(
         elements=Elements(
             visits=method.n_visits,
             database_views=method.database_views,
+            database_rows=method.database_rows,
             query_crops=list(method.query_crops),
             seed=model.seed,
         ),

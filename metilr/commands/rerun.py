@@ -176,7 +176,8 @@ def compare_results(recorded: Results, now: Results) -> dict[str, Any]:
 def _part(results: Results, part: str) -> dict[str, Any]:
     """A part of the results without what says only where things lie, with the devices of the descriptors."""
     content = dict(results.recorded().get(part) or {})
-    content = without_deleted(content) if part == "elements" else content
+    if part == "elements" and results.elements:
+        content = without_deleted(results.elements.model_dump())  # with what an older one did not have to say
     if part == "confidence":  # what was fitted differs wherever the descriptors do
         return {"calibrated confidence": content.get("is_used"), "background": content.get("n_background")}
     if part == "model" and (sessions := content.get("made_with")):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from metilr.retrieval.approximate import ApproximateIndex
 
 CHECKPOINT = ".ckpt"
+ROUNDING = 1e-5  # similarities of float32 rows that are nearer than this count as equal
 Parts = Sequence[np.ndarray]  # of descriptors, side by side, each (n, D_i)
 Done = Callable[[int], None]  # told how many more are done
 
@@ -127,7 +128,7 @@ class Searchable:
 
     rows: np.ndarray  # float32 (M, D), unit length
     labels: np.ndarray  # what each shows, int64 (M,)
-    images: np.ndarray  # row of the ground truth's database that each was made from, int64 (M,)
+    images: np.ndarray  # row of the ground truth's database that each was made from, or that shows it, int64 (M,)
     approximate: "ApproximateIndex | None" = None  # searches ``rows`` in place of an exact search
 
     def nearest(
@@ -178,12 +179,46 @@ def build_searchable(
     whitening: PCAWhitening | None,
     quiet: bool = True,
 ) -> Searchable:
-    """Whiten the database's descriptors, and those of its visits where the method searches them too."""
+    """Whiten the database's descriptors, and those of its visits where the method searches them too.
+
+    With ``database_rows`` other than images, these are made from the whitened images, see ``prototypes_of``.
+    """
     images, splits = np.flatnonzero(descriptors.is_valid["database"]), ["database"]
     if method.database_views == "rows":
         images, splits = np.concatenate([images, np.repeat(images, method.n_visits)]), ["database", "visits"]
     rows = _unit_rows(descriptors, splits, whitening, quiet)
-    return Searchable(rows, ground_truth.labels["database"][images], images)
+    of_images = Searchable(rows, ground_truth.labels["database"][images], images)
+    return of_images if method.database_rows == "images" else prototypes_of(of_images)
+
+
+def prototypes_of(images: Searchable) -> Searchable:
+    """Take the mean of each exhibit's images, as they are compared (whitened, of unit length), at unit length again.
+
+    After the whitening, as a classifier behind a whitening projector sees them: its class weights can start there.
+    ``images`` of the result names the image most similar to each prototype, the first of equals: it stands for the
+    exhibit wherever an image is shown or its local features are compared. Exhibits without a row have none.
+    """
+    labels, place = np.unique(images.labels, return_inverse=True)
+    sums = np.zeros((len(labels), images.rows.shape[1]))
+    np.add.at(sums, place, images.rows)
+    rows = as_compared(sums, None)
+    return Searchable(rows, labels, nearest_images(images, rows, labels))
+
+
+def nearest_images(images: Searchable, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The image of its own exhibit that each row ``(M, D)``, of exhibits ``labels``, resembles most: ``(M,)``.
+
+    Each label has an image. Of equally similar ones the first is taken, up to rounding: of two images both are as near
+    to their mean.
+    """
+    by_label = np.argsort(images.labels, kind="stable")
+    starts, ends = (np.searchsorted(images.labels[by_label], labels, side=side) for side in ("left", "right"))
+    spans = [by_label[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    nearest = np.empty(len(rows), dtype=np.int64)
+    for i, (span, row) in enumerate(zip(spans, rows, strict=True)):
+        similarities = images.rows[span] @ row
+        nearest[i] = span[(similarities > similarities.max() - ROUNDING).argmax()]
+    return images.images[nearest]
 
 
 def query_views(

@@ -10,6 +10,7 @@ from metilr.retrieval.search import SearchDevice
 from metilr.retrieval.whitening import PAIR_SHRINKAGE
 
 DatabaseViews = Literal["none", "rows"]
+DatabaseRows = Literal["images", "prototypes"]
 ConfidenceName = Literal["softmax", "calibrated"]
 Metric = Literal["gap", "gap_minus", "acc", "recall@1", "recall@5", "recall@10", "map"]
 WandbMode = Literal["auto", "online", "offline", "off"]
@@ -34,10 +35,11 @@ class ComparisonOptions:
         visits: Simulated visitors' photographs of each database image to describe, which takes as many times as long;
             without it 6 where learned whitening or database_views need them, else none.
         database_views: rows makes the visits further rows of their exhibit.
+        database_rows: What is searched: images; or prototypes, one row an exhibit, the mean of its images.
         query_crops: Search these middle parts of each query too, such as 0.8 0.65 0.5 of its height and width: zooms
             that drop wall and frame; the best counts.
         k: Number of neighbours; without it 10, with database_views rows as many for each row of an image, or as many
-            as there are.
+            as there are; 1 where database_rows has one row an exhibit.
         tau: Inverse temperature of the confidence; without it 50.
     """
 
@@ -47,6 +49,7 @@ class ComparisonOptions:
     pair_shrinkage: float = PAIR_SHRINKAGE
     visits: int | None = None
     database_views: DatabaseViews = "none"
+    database_rows: DatabaseRows = "images"
     query_crops: Sequence[float] = ()
     k: int | None = None
     tau: float | None = None
@@ -89,6 +92,12 @@ class ComparisonOptions:
         ):
             if getattr(self, name) != off and not has_effect:
                 raise UserError(f"has no effect without {needed}; leave it out", name)
+        if self.database_rows != "images":
+            searched = f"database_rows {self.database_rows}"
+            if rows:
+                raise UserError(f"rows: adds rows to images, not to {searched}; leave one out", "database_views")
+            if self.k not in (None, 1):
+                raise UserError(f"{self.k}: {searched} has one row an exhibit; choose 1, or leave it out", "k")
         if self.tau is not None:
             check_tau(self.tau)
 

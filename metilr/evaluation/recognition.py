@@ -105,9 +105,9 @@ def recognise(
             return database.nearest(queries[split], k, device, done)
 
     # k counts rows: where an image has several, the grid reaches as many images as without.
-    k_grid = (
-        [method.k] if method.k is not None else sorted({*knn.K_GRID, *(i * method.rows_per_image for i in knn.K_GRID)})
-    )
+    k_grid = sorted({*knn.K_GRID, *(i * method.rows_per_image for i in knn.K_GRID)})
+    if method.k is not None or method.database_rows != "images":  # one row an exhibit: nobody to vote with it
+        k_grid = [method.k or 1]
     tau_grid = knn.TAU_GRID if method.tau is None else (method.tau,)
     n_rows, n_matches = len(database.rows), max(knn.N_MATCHES, method.geometric_check)
     n_neighbours = min(max(knn.N_NEIGHBOURS, 2 * n_matches) * method.rows_per_image, n_rows)

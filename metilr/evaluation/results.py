@@ -95,6 +95,7 @@ class Elements(Part, extra="forbid"):
 
     visits: Count
     database_views: Literal["none", "rows", "mean"]
+    database_rows: Literal["images", "prototypes"] = "images"  # a metilr of before had no others
     query_crops: list[Annotated[float, Field(gt=0, lt=1)]]
     crop_similarity: Literal["best", "mean"] = "best"
     dba: Count = 0

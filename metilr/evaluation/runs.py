@@ -117,6 +117,7 @@ def summarise(
     elements = {
         "visits": method.n_visits,
         "database_views": method.database_views,
+        "database_rows": method.database_rows,
         "query_crops": [*method.query_crops],
     }
     if check is not None:

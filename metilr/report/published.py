@@ -125,6 +125,7 @@ def published(results: Results) -> tuple[Published, ...]:
         and not results.geometric_check
         and not (results.confidence and results.confidence.is_used)
         and not (elements and (elements.visits or elements.query_crops or elements.dba or elements.hubness))
+        and not (elements and elements.database_rows != "images")
     )
     rows = [row for row in PUBLISHED if (row.backbone, row.database) == (model.backbone, data.database) and is_plain]
     described = [row for row in rows if _is_described_so(model, row)]

@@ -123,6 +123,22 @@ def test_photos_are_turned_as_the_evaluation_s_queries(museum, tmp_path):
     assert counts[0].max() == counts[0, [match.row for match in found].index(3), 3] > 20
 
 
+def test_answers_are_the_evaluation_s_by_prototypes(museum, run, tmp_path, capsys):
+    """With everything that follows a search: geometry, calibration, the page, a rerun, a comparison with images."""
+    options = {"database_rows": "prototypes", "geometric_check": 3, "confidence": "calibrated", "query_crops": [0.8]}
+    evaluate(museum, store=museum.parent / "store", output=tmp_path / "run", **UNTRAINED, **options)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["elements"]["database_rows"] == "prototypes" and results["knn"]["grid"]["k"] == [1]
+    collection = same_answers(tmp_path / "run", "test")
+    assert len(collection.database.rows) == len(collection.exhibits) == len(collection.images) and collection.k == 1
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert "searched: prototypes, one row an exhibit" in page and "searched:" not in (run / "config.yaml").read_text()
+    main(["compare", str(run), str(tmp_path / "run"), "--output", str(tmp_path / "compared")])
+    capsys.readouterr()
+    main(["rerun", str(tmp_path / "run"), "--output", str(tmp_path / "again")])
+    assert "the figures agree exactly" in capsys.readouterr().out
+
+
 def test_answers_are_the_evaluation_s_of_square_images(museum, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = {"image_size": 40, "image_shape": "square", "query_crops": [0.8], "geometric_check": 2}

@@ -56,6 +56,21 @@ def test_an_image_of_the_folder_is_identified_as_itself(folder, tmp_path, option
     assert (given.decide(-1.0), given.decide(-1.1)) == ("exhibit", "not in the collection")
 
 
+def test_an_index_of_prototypes_has_one_row_an_exhibit(folder, tmp_path):
+    options = {"database_rows": "prototypes", "whitening": "none"}
+    index(folder, tmp_path / "index", **INDEXED | options)
+    collection, _ = open_index(tmp_path / "index")
+    assert (collection.k, len(collection.database.rows), len(collection.exhibits)) == (1, 6, 6)
+    names = [collection.path(row).split("/")[0] for row in range(8)]
+    single = [row for row in range(8) if names.count(names[row]) == 1]
+    for row in single:  # the mean of one image
+        answer = collection.answer(load_photo(collection.image(row), collection.image_size).image)
+        assert (answer.exhibit, answer.matches[0].row) == (names[row], row)
+        assert answer.similarity == pytest.approx(1, abs=1e-4)
+    with pytest.raises(UserError, match="with other options"):
+        index(folder, tmp_path / "index", **INDEXED)
+
+
 def test_from_the_command_line_to_an_answer(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (folder / NAME / "phone.heic").touch()

@@ -175,7 +175,9 @@ def test_descriptors_alone_give_the_same_figures_without_images(evaluated, again
 def test_elements_beyond_the_recipe_are_recorded_and_start_from_the_store_alone(museum):
     run("--root", museum, *UNTRAINED, "--store", "store", "--output", "all", "--report", "false", *ALL_ELEMENTS)
     results = read_json(Path("all/results.json"))
-    assert results["elements"] == {"visits": 2, "database_views": "rows", "query_crops": [0.8, 0.5]}
+    assert results["elements"] == {
+        "visits": 2, "database_views": "rows", "database_rows": "images", "query_crops": [0.8, 0.5],
+    }  # fmt: skip
     n_pairs = 8 * 2 + 2  # two exhibits have two images
     assert results["whitening"]["source"] == "learned from pairs" and results["whitening"]["pairs"] == n_pairs
     run("--root", museum, "--descriptors", "store", "--output", "again", "--report", "false", *ALL_ELEMENTS)

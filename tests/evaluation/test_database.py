@@ -72,6 +72,31 @@ def test_visits_as_rows_are_found_as_by_brute_force():
     check_nearest(database.nearest(queries, 7), exact, 7)
 
 
+def prototypes_by_loop(rows, labels, kept):
+    """The unit-length mean of each label's rows, and the row most similar to it, by label."""
+    found = {}
+    for label in sorted(set(labels[kept].tolist())):
+        members = [i for i in kept if labels[i] == label]
+        mean = sum(rows[i].astype(float) / np.linalg.norm(rows[i].astype(float)) for i in members) / len(members)
+        mean /= np.linalg.norm(mean)
+        similar = [float(rows[i] @ mean) / float(np.linalg.norm(rows[i].astype(float))) for i in members]
+        found[label] = mean, next(i for i, s in zip(members, similar, strict=True) if s > max(similar) - 1e-5)
+    return found
+
+
+@pytest.mark.parametrize("whitening", ["none", "pca"])
+def test_prototypes_are_the_means_of_whitened_images(whitening):
+    descriptors, truth, rows = museum(2)
+    method = MethodOptions(whitening, database_rows="prototypes", whitening_dim=None if whitening == "none" else 4)
+    learned = whitening_of(descriptors, truth, method)
+    database = build_searchable(descriptors, truth, method, learned)
+    compared = rows["database"] if learned is None else (rows["database"] - learned.mean) @ learned.projection
+    expected = prototypes_by_loop(compared, truth.labels["database"], MADE)
+    assert database.labels.tolist() == list(expected) and len(expected) < len(MADE)
+    np.testing.assert_allclose(database.rows, [mean for mean, _ in expected.values()], atol=1e-6)
+    assert database.images.tolist() == [image for _, image in expected.values()]
+
+
 @pytest.mark.parametrize("k", [1, 3, 11])
 def test_the_best_crop_counts_as_by_brute_force(k):
     descriptors, truth, rows = museum()

@@ -150,6 +150,28 @@ def test_only_what_is_not_given_is_tuned_and_test_has_no_say():
     assert (again.k, again.tau) == (first.k, first.tau)
 
 
+@pytest.mark.parametrize("options", [{"whitening": "none"}, {"whitening_dim": 5, "k": 1}])
+def test_prototypes_have_one_row_an_exhibit_and_one_neighbour(options):
+    descriptors, truth, rows = synthetic(seed=4)
+    recognition = recognise(descriptors, truth, MethodOptions(database_rows="prototypes", **options))
+    assert recognition.tuning.k_grid == (1,) and recognition.tuning.tau_grid == GRID_TAU
+    if recognition.whitening is not None:
+        pca = PCA(n_components=5, whiten=True, svd_solver="full").fit(rows["database"].astype(np.float64))
+        rows = {split: pca.transform(x.astype(np.float64)) for split, x in rows.items()}
+    database, labels = unit(rows["database"]), truth.labels["database"]
+    prototypes = unit(np.array([database[labels == label].mean(axis=0) for label in range(truth.n_classes)]))
+    for split in ("val", "test"):
+        similarities, answers = unit(rows[split]) @ prototypes.T, recognition.answers[split]
+        best = similarities.max(axis=1)
+        near = best > 0  # else the classes that are no neighbour, of similarity 0, are nearer
+        assert near.sum() > 30 and (answers.nearest[~near] == -1).all()
+        assert answers.labels[near].tolist() == similarities.argmax(axis=1)[near].tolist()
+        np.testing.assert_allclose(answers.similarity[near], best[near], atol=1e-6)
+        odds = (truth.n_classes - 1) * np.exp(-recognition.tau * best[near])
+        np.testing.assert_allclose(answers.log_confidence[near], -np.log1p(odds), rtol=1e-4)
+        assert (labels[answers.nearest[near]] == answers.labels[near]).all()
+
+
 @pytest.mark.parametrize("whitening", ["none", "pca"])
 def test_images_left_out(whitening):
     _, truth, rows = synthetic(seed=3)
@@ -217,6 +239,9 @@ def test_a_saved_whitening_gives_the_same_answers(tmp_path):
         ({"geometric_turns": 0, "geometric_check": 5}, "geometric_turns 0: choose 1"),
         ({"visits": 3}, "visits has no effect without"),
         ({"visits": 0, "database_views": "rows"}, "database_views rows: choose none, or visits such as 6"),
+        ({"database_rows": "prototypes", "k": 2}, "k 2: database_rows prototypes has one row an exhibit; choose 1"),
+        ({"database_rows": "prototypes", "database_views": "rows"}, "database_views rows: adds rows to images, not to"),
+        ({"database_rows": "means"}, "database_rows means: choose one of images, prototypes"),
         ({"query_crops": (0.5, 1.5)}, "query_crops (0.5, 1.5): choose shares between 0 and 1"),
         ({"query_crops": (0.5, 0.5)}, "query_crops (0.5, 0.5): choose shares between 0 and 1, each once"),
     ],

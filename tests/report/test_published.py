@@ -186,6 +186,7 @@ CHANGES = {
     "k and tau given": ("knn", "tuned_on", None),
     "images left out": (None, "skipped_images", [{"path": "x"}]),
     "visits": ("elements", "visits", 3),
+    "prototypes": ("elements", "database_rows", "prototypes"),
     "database-side augmentation": ("elements", "dba", 3),
     "a geometric check": (None, "geometric_check", GEOMETRIC_CHECK),
     "a calibrated confidence": (None, "confidence", CONFIDENCE),
