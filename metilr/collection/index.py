@@ -147,6 +147,9 @@ def _check(folder: Path, output: Path, method: MethodOptions, approximate: bool)
         raise UserError(f"{output / APPROXIMATE}: is there, but approximate is not asked for; ask for it, or delete it")
     if method.geometric_check:
         raise UserError("needs val to be tuned on, which an index has not; evaluate instead", "geometric_check")
+    if method.database_rows == "classifier":
+        reason = "knows the numbers of an evaluation's exhibits, an index has names"
+        raise UserError(f"classifier: {reason}; evaluate instead, or choose prototypes", "database_rows")
     if method.search_device is not None:
         raise UserError("has no effect on an index; leave it out", "search_device")
 

@@ -142,12 +142,14 @@ def describe_index(
         model=Model(**described_by),
         image_size=extraction.resize_to,
         whitening=whitened,
-        elements=Elements(
-            visits=method.n_visits,
-            database_views=method.database_views,
-            database_rows=method.database_rows,
-            query_crops=list(method.query_crops),
-            seed=model.seed,
+        elements=Elements.model_validate(
+            {
+                "visits": method.n_visits,
+                "database_views": method.database_views,
+                "database_rows": method.database_rows,
+                "query_crops": list(method.query_crops),
+                "seed": model.seed,
+            }
         ),
         knn=Vote.model_validate({"k": method.k, "tau": method.tau}),
         background=None if strangers is None else Background(folder=str(strangers.folder), paths=[*strangers.paths]),

@@ -18,7 +18,7 @@ from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.demo import DEMO
 from metilr.errors import UserError
 from metilr.evaluation.calibration import background_of
-from metilr.evaluation.database import build_searchable, views_of
+from metilr.evaluation.database import build_searchable, class_weights_of, views_of
 from metilr.evaluation.options import MethodOptions, method_of_elements
 from metilr.evaluation.read_run import Run, read_run
 from metilr.evaluation.results import Check, Confidence, Vote
@@ -90,6 +90,7 @@ class Recorded:
     described: Mapping[str, Any] | None = None  # what an evaluation says of its model beyond the options
     check: Check | None = None
     confidence: Confidence | None = None
+    classifier: Mapping[str, Any] | None = None
     strangers: Catalogue | None = None  # an index's photos that show no exhibit
 
 
@@ -144,6 +145,7 @@ def _of_run(run: Run, ckpt: Path | None, accelerator: Accelerator) -> Recorded:
         described=model.recorded(),
         check=results.geometric_check,
         confidence=results.confidence,
+        classifier=results.classifier,
     )
 
 
@@ -164,7 +166,11 @@ def _assemble(made: Recorded) -> Collection:
     else:
         visits = [view for view in views_of(method, seed) if method.database_views != "none" and "visits" in view.of]
         descriptors = open_descriptors([store.path], ground_truth, visits)
-        database = build_searchable(descriptors, ground_truth, method, made.whitening)
+        classifier = class_weights_of(method, made.model.ckpt, ground_truth)
+        if classifier is not None and classifier.sha256() != (made.classifier or {}).get("sha256"):
+            reason = "its class weights are not those of the evaluation; give the ckpt that made it"
+            raise UserError(f"{made.model.ckpt}: {reason}, or evaluate again")
+        database = build_searchable(descriptors, ground_truth, method, made.whitening, classifier=classifier)
     check = None
     if (recorded := made.check) is not None:
         chosen = (recorded.candidates, recorded.reorder, recorded.turns, recorded.boost, Gate(**recorded.gate))

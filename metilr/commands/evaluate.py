@@ -17,7 +17,7 @@ from metilr.data.ground_truth import DatabaseName, GroundTruth, load_ground_trut
 from metilr.distributed import PARENT_VARIABLE, end_if_unguarded, end_with_parent, launched_as_first, quieten_lightning
 from metilr.errors import UserError
 from metilr.evaluation.calibration import calibrate_recognition
-from metilr.evaluation.database import views_of
+from metilr.evaluation.database import class_weights_of, views_of
 from metilr.evaluation.options import MethodOptions, ReportOptions, without_deleted
 from metilr.evaluation.read_run import read_run
 from metilr.evaluation.recognition import Recognition, check_method, check_recognition, recognise
@@ -112,6 +112,7 @@ def evaluate(
         console.print(f"finished already: {escape(str(output))}")
         return finished if is_first else None
     progress.print(_data_line(ground_truth, synthetic))
+    classifier = class_weights_of(method, model.ckpt, ground_truth)
     views, embedder, name, n_made = views_of(method, model.seed), None, "descriptors", 0
     if not descriptors:
         embedder = build_model(model)
@@ -129,7 +130,7 @@ def evaluate(
                 return None  # another process goes on
             descriptors, n_made = [made.path], made.n_made
         opened = open_descriptors(descriptors, ground_truth, views)
-        recognition, check = recognise(opened, ground_truth, method, progress.print, quiet), None
+        recognition, check = recognise(opened, ground_truth, method, progress.print, quiet, classifier), None
         if method.geometric_check:
             assert embedder is not None
             embedder, n = embedder.to(extraction.device), method.geometric_check

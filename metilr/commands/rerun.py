@@ -33,7 +33,8 @@ from metilr.report.tables import METRICS, TextTable
 TOLERANCE = 1e-3
 # What may explain a difference; where things lie is none.
 MADE_BY = (
-    "data", "model", "whitening", "elements", "geometric_check", "confidence", "search", "versions", "machine",
+    "data", "model", "whitening", "elements", "geometric_check", "confidence", "classifier", "search", "versions",
+    "machine",
 )  # fmt: skip
 PLACES = ("store", "made_with", "pickle", "views", "concatenated")
 WORDS = (RANDOM, "pca", "learned", "none")  # in place of a file

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from metilr.data.ground_truth import GroundTruth
-from metilr.errors import UserError, one_line
+from metilr.errors import UserError, amount, one_line
 from metilr.evaluation.options import MethodOptions
 from metilr.extraction.store import CHUNK_ROWS, row_chunks
 from metilr.progress import counted
@@ -19,6 +19,7 @@ from metilr.retrieval.whitening import PCAWhitening, fit_learned_whitening, fit_
 if TYPE_CHECKING:
     from metilr.data.views import View
     from metilr.extraction.descriptors import Descriptors
+    from metilr.models.checkpoints import ClassWeights
     from metilr.retrieval.approximate import ApproximateIndex
 
 CHECKPOINT = ".ckpt"
@@ -178,17 +179,20 @@ def build_searchable(
     method: MethodOptions,
     whitening: PCAWhitening | None,
     quiet: bool = True,
+    classifier: "ClassWeights | None" = None,
 ) -> Searchable:
     """Whiten the database's descriptors, and those of its visits where the method searches them too.
 
-    With ``database_rows`` other than images, these are made from the whitened images, see ``prototypes_of``.
+    ``database_rows`` may put ``prototypes_of`` these in their place, or ``class_rows_of`` a ``classifier``.
     """
     images, splits = np.flatnonzero(descriptors.is_valid["database"]), ["database"]
     if method.database_views == "rows":
         images, splits = np.concatenate([images, np.repeat(images, method.n_visits)]), ["database", "visits"]
     rows = _unit_rows(descriptors, splits, whitening, quiet)
     of_images = Searchable(rows, ground_truth.labels["database"][images], images)
-    return of_images if method.database_rows == "images" else prototypes_of(of_images)
+    if classifier is not None:
+        return class_rows_of(of_images, classifier, ground_truth.exhibit_ids)
+    return prototypes_of(of_images) if method.database_rows == "prototypes" else of_images
 
 
 def prototypes_of(images: Searchable) -> Searchable:
@@ -202,6 +206,37 @@ def prototypes_of(images: Searchable) -> Searchable:
     sums = np.zeros((len(labels), images.rows.shape[1]))
     np.add.at(sums, place, images.rows)
     rows = as_compared(sums, None)
+    return Searchable(rows, labels, nearest_images(images, rows, labels))
+
+
+def class_weights_of(method: MethodOptions, ckpt: Path | None, ground_truth: GroundTruth) -> "ClassWeights | None":
+    """Read the class weights if the method searches them; refuses exhibits that they do not know."""
+    if method.database_rows != "classifier":
+        return None
+    if ckpt is None:
+        remedy = "give the ckpt of a training with a classifier, or choose images or prototypes"
+        raise UserError(f"classifier: needs class weights; {remedy}", "database_rows")
+    from metilr.models.checkpoints import load_class_weights  # torch and timm
+
+    weights = load_class_weights(Path(ckpt))
+    unknown = np.setdiff1d(ground_truth.exhibit_ids, weights.exhibit_ids)
+    if len(unknown):
+        which = f"{', '.join(map(str, unknown[:3].tolist()))}{', ...' if len(unknown) > 3 else ''}"
+        what = f"{ckpt} does not know {amount(len(unknown), 'exhibit')} of {ground_truth.root} ({which})"
+        remedy = "train it on this database, or choose images or prototypes"
+        raise UserError(f"classifier: {what}; {remedy}", "database_rows")
+    return weights
+
+
+def class_rows_of(images: Searchable, weights: "ClassWeights", exhibit_ids: np.ndarray) -> Searchable:
+    """Search class weights, of all ``exhibit_ids`` ``(n_classes,)`` and perhaps others, in place of images.
+
+    Left out are those of exhibits that the database does not have, such as the mini one, or that have no image with a
+    descriptor. ``images`` of the result is as of ``prototypes_of``.
+    """
+    labels = np.searchsorted(exhibit_ids, weights.exhibit_ids)
+    is_there = np.isin(weights.exhibit_ids, exhibit_ids[np.unique(images.labels)])
+    rows, labels = as_compared(weights.rows[is_there], None), labels[is_there]
     return Searchable(rows, labels, nearest_images(images, rows, labels))
 
 

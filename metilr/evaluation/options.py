@@ -10,7 +10,7 @@ from metilr.retrieval.search import SearchDevice
 from metilr.retrieval.whitening import PAIR_SHRINKAGE
 
 DatabaseViews = Literal["none", "rows"]
-DatabaseRows = Literal["images", "prototypes"]
+DatabaseRows = Literal["images", "prototypes", "classifier"]
 ConfidenceName = Literal["softmax", "calibrated"]
 Metric = Literal["gap", "gap_minus", "acc", "recall@1", "recall@5", "recall@10", "map"]
 WandbMode = Literal["auto", "online", "offline", "off"]
@@ -35,7 +35,8 @@ class ComparisonOptions:
         visits: Simulated visitors' photographs of each database image to describe, which takes as many times as long;
             without it 6 where learned whitening or database_views need them, else none.
         database_views: rows makes the visits further rows of their exhibit.
-        database_rows: What is searched: images; or prototypes, one row an exhibit, the mean of its images.
+        database_rows: What is searched: images; prototypes, one row an exhibit, the mean of its images; or classifier,
+            the class weights of a checkpoint that was trained with one.
         query_crops: Search these middle parts of each query too, such as 0.8 0.65 0.5 of its height and width: zooms
             that drop wall and frame; the best counts.
         k: Number of neighbours; without it 10, with database_views rows as many for each row of an image, or as many
@@ -98,6 +99,9 @@ class ComparisonOptions:
                 raise UserError(f"rows: adds rows to images, not to {searched}; leave one out", "database_views")
             if self.k not in (None, 1):
                 raise UserError(f"{self.k}: {searched} has one row an exhibit; choose 1, or leave it out", "k")
+            if self.database_rows == "classifier" and self.whitening != "none":
+                reason = "class weights are compared as they were learned; choose none"
+                raise UserError(f"{self.whitening}: {reason} (to train them whitened: projector_dim)", "whitening")
         if self.tau is not None:
             check_tau(self.tau)
 

@@ -27,6 +27,7 @@ from metilr.retrieval.whitening import PCAWhitening
 if TYPE_CHECKING:
     from metilr.extraction.descriptors import Descriptors
     from metilr.geometry.check import GeometricCheck
+    from metilr.models.checkpoints import ClassWeights
 
 SEED = 0  # of the bootstrap
 
@@ -46,6 +47,7 @@ class Recognition:
     most_similar: Mapping[str, np.ndarray] = field(default_factory=dict)
     checked: Mapping[str, Checked] | None = None  # what a geometric check found
     calibration: Calibration | None = None  # what made the confidence a probability
+    classifier: "ClassWeights | None" = None  # what was searched in place of images
 
     def cases(self, ground_truth: GroundTruth) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """What metrics take, by split: log-confidence, answered and true label of each query, ``(Q,)``."""
@@ -82,11 +84,13 @@ def recognise(
     method: MethodOptions | None = None,
     say: Callable[[str], None] = lambda step: None,
     quiet: bool = True,
+    classifier: "ClassWeights | None" = None,
 ) -> Recognition:
     """Whiten, search once per split, choose k and tau by GAP on val, answer and score val and test.
 
     Test takes no part in any choice. ``descriptors`` hold all splits, and the views that the method needs; ``say`` is
-    told what is done, a line a step: at full size some take minutes.
+    told what is done, a line a step: at full size some take minutes. ``classifier`` has the class weights, if these
+    are searched.
     """
     method = method or MethodOptions()
     is_valid, device, n_classes = descriptors.is_valid, method.search_device or "cpu", ground_truth.n_classes
@@ -96,7 +100,7 @@ def recognise(
     check_method(method, n_database, descriptors.width, n_classes)
     say(f"[bold]whitening[/]    {escape(method.whitening)}, database {n_database:,} x {descriptors.width}")
     whitening = whitening_of(descriptors, ground_truth, method, quiet)
-    database = build_searchable(descriptors, ground_truth, method, whitening, quiet)
+    database = build_searchable(descriptors, ground_truth, method, whitening, quiet, classifier)
     queries = {split: query_views(descriptors, split, method, whitening, quiet) for split in QUERY_FILES}
 
     def nearest(split: str, k: int) -> Neighbours:
@@ -137,8 +141,9 @@ def recognise(
         ranks[split][is_valid[split]] = class_ranks(database.rows, queries[split], database.labels, target)
     was_given = method.k is not None and method.tau is not None
     return Recognition(
-        answers, whitening, tuning.k, tuning.tau, None if was_given else tuning, matches, ranks, most_similar
-    )
+        answers, whitening, tuning.k, tuning.tau, None if was_given else tuning, matches, ranks, most_similar,
+        classifier=classifier,
+    )  # fmt: skip
 
 
 def check_recognition(

@@ -95,7 +95,7 @@ class Elements(Part, extra="forbid"):
 
     visits: Count
     database_views: Literal["none", "rows", "mean"]
-    database_rows: Literal["images", "prototypes"] = "images"  # a metilr of before had no others
+    database_rows: Literal["images", "prototypes", "classifier"] = "images"  # a metilr of before had no others
     query_crops: list[Annotated[float, Field(gt=0, lt=1)]]
     crop_similarity: Literal["best", "mean"] = "best"
     dba: Count = 0
@@ -192,6 +192,7 @@ class Results(Part):
     elements: Elements | None = None
     geometric_check: Check | None = None
     confidence: Confidence | None = None
+    classifier: dict[str, Any] | None = None  # the class weights that were searched: sha256, rows
     search: dict[str, Any] = {}
     knn: KNN
     bootstrap: dict[str, Any] = {}  # resamples, level, seed

@@ -113,6 +113,7 @@ def summarise(
     from metilr.evaluation.recognition import figures_of  # FAISS, which making a folder needs not
 
     tuning, geometry, n_rows = recognition.tuning, None, sum(map(len, opened.is_valid.values()))
+    weights = recognition.classifier
     grid = tuning and {"k": [*tuning.k_grid], "tau": [*tuning.tau_grid], "val_gap": tuning.surface.tolist()}
     elements = {
         "visits": method.n_visits,
@@ -146,6 +147,7 @@ def summarise(
             "elements": elements,
             "geometric_check": geometry,
             **_confidence(method, fit, recognition, ground_truth),
+            **({} if weights is None else {"classifier": {"sha256": weights.sha256(), "rows": len(weights.rows)}}),
             "search": {"device": method.search_device or "cpu", "exact": True},
             "knn": {"k": recognition.k, "tau": recognition.tau, "tuned_on": grid and "val", "grid": grid},
             **figures_of(recognition, ground_truth),

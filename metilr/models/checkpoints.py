@@ -4,12 +4,14 @@ A checkpoint of metilr is Lightning's, a dict that ``torch.load(weights_only=Tru
 ``checkpoint["metilr"]``, plain values that say all that is needed to build the model without the run's options.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -34,6 +36,7 @@ from metilr.provenance import commit, library_versions, machine
 
 FORMAT = "metilr.checkpoint/1"
 EMBEDDER = "embedder."  # where the LightningModule keeps the model
+CLASS_WEIGHTS = "loss.W"  # and a classifier's weights, (D, M)
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -82,6 +85,40 @@ def checkpoint_entry(
         "versions": {**library_versions(), "commit": commit()},
         "machine": machine(),
     }
+
+
+class ClassWeights(NamedTuple):
+    """A classifier's weights as rows that can be searched, and which exhibit each stands for."""
+
+    rows: np.ndarray  # float32 (M, D), of any length but 0
+    exhibit_ids: np.ndarray  # the museum's numbers, int64 (M,); an exhibit may have several rows
+
+    def sha256(self) -> str:
+        """A digest of both: two checkpoints of one frozen backbone differ in nothing else."""
+        return hashlib.sha256(self.rows.tobytes() + self.exhibit_ids.tobytes()).hexdigest()
+
+
+def load_class_weights(path: Path) -> ClassWeights:
+    """Read the classifier that a training has put into its checkpoint; UserError if it holds none."""
+    content = read_checkpoint(path)
+    entry = content.get("metilr")
+    classifier = entry.get("classifier") if isinstance(entry, Mapping) else None
+    if classifier is None:
+        raise UserError(f"{path}: holds no classifier; train one, or search images or prototypes", "database_rows")
+    try:
+        ids, weights = classifier["exhibit_ids"], content["state_dict"][CLASS_WEIGHTS]
+        if any(each.nelement() * each.element_size() > each.untyped_storage().nbytes() for each in (ids, weights)):
+            raise ValueError("a tensor claims more numbers than the file has")
+        is_whole = ids.dtype == torch.int64 and ids.ndim == 1 and len(ids) and weights.ndim == 2
+        if not is_whole or weights.shape[1] != len(ids) or not weights.dtype.is_floating_point:
+            raise ValueError("weights and exhibits do not belong together")
+        rows = weights.T.float().contiguous()
+        if not (torch.isfinite(rows).all() and (rows.norm(dim=1) > 0).all()):
+            raise ValueError("a weight is not finite, or all of a class are 0")
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        reason = f"its classifier cannot be read ({one_line(error)})"
+        raise UserError(f"{path}: {reason}; copy it again, or take another one", "database_rows") from None
+    return ClassWeights(rows.numpy(), ids.numpy())
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:

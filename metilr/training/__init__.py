@@ -16,6 +16,7 @@ from metilr.extraction.options import BadImages
 from metilr.models import SCALES, PatchRounding, PoolingName
 from metilr.training import augmentations  # not its classes: options name each by where it is defined
 
+ClassifierName = Literal["none", "cosine", "arcface", "subcenter"]
 Pairing = Literal["syn", "syn+neg", "syn+real+neg", "syn+real-closest+neg"]
 
 
@@ -64,14 +65,20 @@ class FineTuningOptions:
         projector_dim: Outputs of a linear projector after the pooling; without it there is none.
         projector_start: As PCA-whitening of the database, as whitening learned from simulated visits, or at random.
         scales: Written to the checkpoint, for evaluation; training and its validation use the image's own size.
-        freeze_backbone: Train the projector alone.
+        freeze_backbone: Train the projector alone, or the classifier, or both.
         loss: metilr.training.losses.ContrastiveLoss, or any of pytorch_metric_learning.losses by class_path: that gets
             all embeddings of a batch with their exhibits. Without it NTXentLoss, temperature 0.05.
+        classifier: Train a vector an exhibit in place of the loss: cosine, a softmax of similarities; arcface, with a
+            margin; subcenter, ArcFace with three vectors each. metilr evaluate takes them by database_rows classifier.
+        classifier_start: At the mean of each exhibit's images as they are embedded at the start, or at random.
+        classifier_margin: In degrees, of arcface and subcenter.
+        classifier_scale: What similarities are multiplied by in the softmax.
         optimizer: adam or adamw.
         lr: Learning rate of the backbone.
         lr_projector: Of the projector and of a loss's own weights; without it the backbone's.
+        lr_classifier: Of the classifier; without it the projector's.
         lr_p: Of GeM's p, which has no weight decay; without it the backbone's.
-        weight_decay: Of backbone, projector and loss.
+        weight_decay: Of backbone, projector, loss and classifier.
         schedule: constant; step: times 0.1 after each step_epochs; cosine: down to 0 at the end.
         step_epochs: For step.
         warmup_steps: Rise to the learning rate over so many steps.
@@ -90,9 +97,14 @@ class FineTuningOptions:
     scales: Sequence[float] = SCALES
     freeze_backbone: bool = False
     loss: Any = None  # a torch module
+    classifier: ClassifierName = "none"
+    classifier_start: Literal["prototypes", "random"] = "prototypes"
+    classifier_margin: float = 28.6  # half a radian, the ArcFace paper's
+    classifier_scale: float = 20.0  # as NTXentLoss's temperature of 0.05, which small museums are trained with
     optimizer: Literal["adam", "adamw"] = "adamw"
     lr: float = 3e-4
     lr_projector: float | None = None
+    lr_classifier: float | None = None
     lr_p: float | None = None
     weight_decay: float = 1e-2
     schedule: Literal["constant", "step", "cosine"] = "cosine"
@@ -104,8 +116,25 @@ class FineTuningOptions:
         """Refuse what is out of range or leaves nothing to train."""
         check_choices(self)
         _check_least(self, projector_dim=1, step_epochs=1, warmup_steps=0, lr=0, lr_projector=0, lr_p=0)
-        if self.freeze_backbone and self.projector_dim is None:
-            raise UserError("true: nothing is left to train; give projector_dim", "freeze_backbone")
+        _check_least(self, lr_classifier=0)
+        has_classifier = self.classifier != "none"
+        if self.freeze_backbone and self.projector_dim is None and not has_classifier:
+            raise UserError("true: nothing is left to train; give projector_dim, or a classifier", "freeze_backbone")
+        if has_classifier and self.loss is not None:
+            raise UserError("has no effect with a classifier, which is one; leave out one of the two", "loss")
+        for name, off, has_effect in (
+            ("lr_classifier", None, has_classifier),
+            ("classifier_start", "prototypes", has_classifier),
+            ("classifier_scale", 20.0, has_classifier),
+            ("classifier_margin", 28.6, self.classifier in ("arcface", "subcenter")),
+        ):
+            if getattr(self, name) != off and not has_effect:
+                needed = "arcface or subcenter" if name == "classifier_margin" else "such as cosine"
+                raise UserError(f"has no effect without a classifier {needed}; leave it out", name)
+        if not 0 < self.classifier_margin < 180:
+            raise UserError(f"{self.classifier_margin}: choose degrees above 0, below 180", "classifier_margin")
+        if not 0 < self.classifier_scale < math.inf:
+            raise UserError(f"{self.classifier_scale}: choose a finite number above 0", "classifier_scale")
         if self.freeze_backbone and self.learn_p:
             raise UserError("true: p cannot be learned behind a frozen backbone; leave out one of the two", "learn_p")
 

@@ -128,14 +128,22 @@ class PairDataModule(pl.LightningDataModule):
         mine: Any = [positions[self.trainer.global_rank :: self.trainer.world_size]]
         return DataLoader(mine, batch_size=None)
 
-    def classify_val(self, positions: np.ndarray) -> Predictions:
-        """Classify val queries, by position ``(Q,)``, by their nearest neighbour: k = 1, tau = 1, no whitening."""
-        truth, database = self.ground_truth, self.descriptors["database"]
-        rows, is_valid = np.flatnonzero(self.is_valid["database"]), self.is_valid["val"][positions]
-        database = database if len(rows) == len(database) else database[rows]
+    def classify_val(self, positions: np.ndarray, rows: tuple[np.ndarray, np.ndarray] | None = None) -> Predictions:
+        """Classify val queries, by position ``(Q,)``, by the nearest image: k = 1, tau = 1, no whitening.
+
+        Or by the nearest of other ``rows`` ``(M, D)``, with their labels.
+        """
+        is_valid = self.is_valid["val"][positions]
+        database, labels = rows or self.rows()
         neighbours = search(database, self.descriptors["val"][positions[is_valid]], 1)
-        predictions = classify(neighbours, truth.labels["database"][rows], truth.n_classes, k=1, tau=1.0)
+        predictions = classify(neighbours, labels, self.ground_truth.n_classes, k=1, tau=1.0)
         return with_skipped(predictions, ~is_valid)
+
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Descriptors of the database images that have one, and their labels."""
+        database, labels = self.descriptors["database"], self.ground_truth.labels["database"]
+        rows = np.flatnonzero(self.is_valid["database"])
+        return (database, labels) if len(rows) == len(database) else (database[rows], labels[rows])
 
     def check_sizes(self, embedder: Embedder) -> None:
         """Refuse views, and an image size for validation, that are too small for the network."""

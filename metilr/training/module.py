@@ -5,21 +5,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_metric_learning.losses import NTXentLoss
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
 from metilr.errors import UserError
 from metilr.metrics import ACC, GAP, GAPMinus
 from metilr.models.backbone import build_backbone
-from metilr.models.checkpoints import checkpoint_entry, load_embedder, read_checkpoint
+from metilr.models.checkpoints import checkpoint_entry, load_class_weights, load_embedder, read_checkpoint
 from metilr.models.embedder import Embedder, Projector, keep_float32_exact
 from metilr.models.pooling import Pooling
 from metilr.models.weights import load_strictly
 from metilr.training import FineTuningOptions
+from metilr.training.classifier import build_classifier, centres, class_rows, start_at_prototypes
 from metilr.training.datamodule import PairDataModule
 from metilr.training.losses import (
     ContrastiveLoss,
@@ -30,6 +32,7 @@ from metilr.training.losses import (
     record_of,
     recorded_options,
 )
+from metilr.training.optimizers import optimizers_of
 from metilr.training.pairs import PairBatch, as_pairs
 
 P_BOUNDS = (1.0, 10.0)  # 1 is the mean; beyond 10 GeM is next to the maximum and its gradient next to nothing
@@ -60,6 +63,8 @@ class FineTuning(pl.LightningModule):
             projector = None if options.projector_dim is None else Projector(network.pooled_dim, options.projector_dim)
         self.embedder = Embedder(network, pool, projector, options.scales)
         self.loss = NTXentLoss(temperature=0.05) if options.loss is None else options.loss
+        self.seed = seed
+        self.exhibit_ids: np.ndarray | None = None  # of a classifier, which takes the loss's place once they are known
         self.metrics = MetricCollection({"val/gap": GAP(), "val/gap_minus": GAPMinus(), "val/acc": ACC()})
         if options.freeze_backbone:
             network.requires_grad_(False)
@@ -88,6 +93,8 @@ class FineTuning(pl.LightningModule):
         options = recorded_options(content, path, changes)
         embedder = load_embedder(path)  # refuses what does not fit together
         module = cls(options)
+        if options.classifier != "none":
+            module.make_classifier(load_class_weights(path).exhibit_ids)
         backbone, source = module.embedder.backbone, embedder.backbone
         backbone.provenance, backbone.mean, backbone.std = source.provenance, source.mean, source.std
         load_strictly(module, content["state_dict"], (), str(path))
@@ -114,6 +121,10 @@ class FineTuning(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Lay the weights out as convolutions run fastest on a CPU, before DDP looks at their strides."""
         keep_float32_exact()
+        if self.options.classifier != "none":
+            if not self.has_data:
+                raise UserError("needs the exhibits of a PairDataModule; give one to fit", "classifier")
+            self.make_classifier(self.data.ground_truth.exhibit_ids)
         if self.trainer.strategy.root_device.type == "cpu":
             self.embedder.to(memory_format=torch.channels_last)
 
@@ -143,8 +154,22 @@ class FineTuning(pl.LightningModule):
             projector.load_state_dict(data.whitening_start(self.embedder, start == "learned"))
         if data.options.cache_views:
             data.cache_views(self.embedder)
-        if data.options.needs_descriptors:
+        starts = self.has_classifier and self.options.classifier_start == "prototypes" and not self.resumed
+        if data.options.needs_descriptors or starts:
             data.describe(self.embedder)
+        if starts:
+            start_at_prototypes(self.loss, *data.rows())
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether a classifier has taken the loss's place."""
+        return self.exhibit_ids is not None
+
+    def make_classifier(self, exhibit_ids: np.ndarray) -> None:
+        """Put the classifier that the options name, of these exhibits in the order of labels, in the loss's place."""
+        if not np.array_equal(exhibit_ids, [] if self.exhibit_ids is None else self.exhibit_ids):  # else trained
+            self.exhibit_ids = exhibit_ids
+            self.loss = build_classifier(self.options, len(exhibit_ids), self.embedder.dim, self.seed)
 
     def embed(self, images: Tensor) -> Tensor:
         """Embed a batch's images, uint8 ``(B, 3, H, W)``, or pooled vectors ``(B, width)``: unit length, float32."""
@@ -218,7 +243,7 @@ class FineTuning(pl.LightningModule):
             return
         positions: Tensor = batch
         rows = positions.cpu().numpy()
-        predictions = self.data.classify_val(rows)
+        predictions = self.data.classify_val(rows, class_rows(self.loss) if self.has_classifier else None)
         columns = predictions.log_confidence, predictions.labels, self.data.ground_truth.labels["val"][rows]
         self.metrics.update(*map(torch.from_numpy, columns), positions)
 
@@ -238,34 +263,8 @@ class FineTuning(pl.LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         """Give backbone, p and heads a learning rate each, and the schedule, step by step."""
-        options, embedder = self.options, self.embedder
-        lr_projector, lr_p = (options.lr if lr is None else lr for lr in (options.lr_projector, options.lr_p))
-        heads = nn.ModuleList([self.loss] if embedder.projector is None else [embedder.projector, self.loss])
-        groups: list[dict[str, Any]] = [
-            {"name": "backbone", "params": embedder.backbone, "lr": options.lr},
-            {"name": "p", "params": embedder.pooling, "lr": lr_p, "weight_decay": 0.0},
-            {"name": "projector", "params": heads, "lr": lr_projector},
-        ]
-        for group in groups:
-            group["params"] = [each for each in group["params"].parameters() if each.requires_grad]
-        kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
-        used = [group for group in groups if group["params"]]
-        optimizer = kind(used, lr=options.lr, weight_decay=options.weight_decay)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _factor(self, step: int) -> float:
-        """What the learning rates are multiplied by at an optimizer step."""
-        warmup_steps = self.options.warmup_steps
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        if self.options.schedule == "constant":
-            return 1.0
-        steps_per_epoch, total = self._steps()
-        if self.options.schedule == "step":
-            return float(0.1 ** (step // steps_per_epoch // self.options.step_epochs))
-        done = (step - warmup_steps) / max(1, total - warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        steps = self._steps if self.options.schedule != "constant" else None
+        return optimizers_of(self.options, self.embedder, self.loss, self.has_classifier, steps)
 
     def _steps(self) -> tuple[int, int]:
         """Steps of the optimizer in an epoch and in the whole training."""
@@ -287,6 +286,9 @@ class FineTuning(pl.LightningModule):
         options = {**vars(self.options), "scales": [*self.options.scales], "loss": record_of(self.options.loss)}
         image_size, config = self.data.options.image_size if self.has_data else None, self.run_config
         checkpoint["metilr"] = checkpoint_entry(self.embedder, image_size, data, config or {"model": options})
+        if self.exhibit_ids is not None:  # the weights themselves are in the state_dict
+            ids = torch.from_numpy(self.exhibit_ids).repeat_interleave(centres(self.loss))
+            checkpoint["metilr"]["classifier"] = {"exhibit_ids": ids}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -352,6 +352,38 @@ def test_a_checkpoint_that_was_moved_or_exchanged(museum, tmp_path, identify):
     assert "weights_sha256" in identify(photo, "--run", tmp_path / "run")[2]
 
 
+def test_answers_are_the_evaluation_s_by_a_classifier_and_another_one_is_refused(museum, tmp_path, identify, capsys):
+    """Of one frozen network, with class weights drawn at random."""
+    embedder = build_embedder("timm/test_resnet", "random", seed=3)
+    state = {f"embedder.{name}": value for name, value in embedder.state_dict().items()}
+
+    def write(file: Path, seed: int, ids: list[int]) -> None:
+        weights = torch.rand((embedder.dim, len(ids)), generator=torch.Generator().manual_seed(seed))
+        entry = {"format": FORMAT, "model": model_entry(embedder, None), "provenance": {"licence": None}}
+        entry["classifier"] = {"exhibit_ids": torch.tensor(ids)}
+        torch.save({"state_dict": {**state, "loss.W": weights}, "metilr": entry}, file)
+
+    known = [9, 12, 33, 41, 70, 500]
+    write(tmp_path / "a.ckpt", 1, [*known, 7])
+    options = {"whitening": "none", "database_rows": "classifier", "store": tmp_path / "store", **OPTIONS}
+    evaluate(museum, ckpt=tmp_path / "a.ckpt", output=tmp_path / "run", geometric_check=2, **options)
+    collection = same_answers(tmp_path / "run", "test")
+    assert len(collection.database.rows) == 6 and collection.k == 1
+    main(["rerun", str(tmp_path / "run"), "--output", str(tmp_path / "again")])
+    assert "the figures agree exactly" in capsys.readouterr().out
+    assert "searched: classifier" in (tmp_path / "run/report/index.html").read_text()
+    photo = museum / "images/MET/9/2.jpg"
+    assert identify(photo, "--run", tmp_path / "run")[0] == 0
+    write(tmp_path / "b.ckpt", 2, known)
+    said = identify(photo, "--run", tmp_path / "run", "--ckpt", tmp_path / "b.ckpt")[2]
+    assert "b.ckpt: its class weights are not those of the evaluation; give the ckpt that made it" in said
+    write(tmp_path / "c.ckpt", 1, known[:4])
+    with pytest.raises(UserError, match=r"does not know 2 exhibits of .* \(70, 500\); train it on this database"):
+        evaluate(museum, ckpt=tmp_path / "c.ckpt", output=tmp_path / "other", **options)
+    with pytest.raises(UserError, match="needs class weights; give the ckpt"):
+        evaluate(museum, output=tmp_path / "other", **{**UNTRAINED, **options})
+
+
 def test_runs_that_have_no_model_or_lost_their_data(copied_run, museum, tmp_path, identify):
     photo = museum / "images/MET/9/2.jpg"
     other = Path(shutil.copytree(museum, tmp_path / "museum"))

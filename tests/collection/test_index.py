@@ -69,6 +69,8 @@ def test_an_index_of_prototypes_has_one_row_an_exhibit(folder, tmp_path):
         assert answer.similarity == pytest.approx(1, abs=1e-4)
     with pytest.raises(UserError, match="with other options"):
         index(folder, tmp_path / "index", **INDEXED)
+    with pytest.raises(UserError, match="knows the numbers of an evaluation's exhibits"):
+        index(folder, tmp_path / "other", **INDEXED | options | {"database_rows": "classifier"})
 
 
 def test_from_the_command_line_to_an_answer(folder, tmp_path, capsys, monkeypatch):

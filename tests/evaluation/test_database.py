@@ -1,16 +1,20 @@
 """What the method makes of the database and of queries, against loops over rows."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from metilr.data.ground_truth import GroundTruth
+from metilr.errors import UserError
 from metilr.evaluation.database import (
     Searchable,
     as_compared,
     build_searchable,
+    class_weights_of,
     pair_differences,
     query_views,
     whitening_of,
@@ -95,6 +99,37 @@ def test_prototypes_are_the_means_of_whitened_images(whitening):
     assert database.labels.tolist() == list(expected) and len(expected) < len(MADE)
     np.testing.assert_allclose(database.rows, [mean for mean, _ in expected.values()], atol=1e-6)
     assert database.images.tolist() == [image for _, image in expected.values()]
+
+
+def test_class_weights_are_searched_in_place_of_images(tmp_path):
+    """Two rows each of the database's exhibits but one, whose image has no descriptor, and of a strange one."""
+    descriptors, truth, rows = museum()
+    truth = replace(truth, exhibit_ids=10 * np.arange(7), root=Path("museum"))
+    method = MethodOptions("none", database_rows="classifier")
+    rng, ids = np.random.default_rng(1), np.repeat([60, 0, 20, 35, 10, 40, 30, 50], 2)
+    weights = rng.standard_normal((16, 6)).astype(np.float32)
+    shown = {10 * int(truth.labels["database"][i]) for i in MADE}
+    assert 1 < len(shown) < 7
+    save_weights(tmp_path / "a.ckpt", ids, weights)
+    read = class_weights_of(method, tmp_path / "a.ckpt", truth)
+    database = build_searchable(descriptors, truth, method, None, classifier=read)
+    kept = [i for i, exhibit_id in enumerate(ids) if exhibit_id in shown]
+    assert database.labels.tolist() == [ids[i] // 10 for i in kept]
+    np.testing.assert_allclose(database.rows, unit(weights[kept]), atol=1e-6)
+    for i, image in zip(kept, database.images, strict=True):
+        members = [row for row in MADE if 10 * truth.labels["database"][row] == ids[i]]
+        assert image == max(members, key=lambda row: float(rows["database"][row] @ weights[i]))
+
+    unknown = replace(truth, exhibit_ids=np.array([0, 10, 11, 20, 30, 31, 60]))
+    with pytest.raises(UserError, match=r"does not know 2 exhibits of museum \(11, 31\); train it on this database"):
+        class_weights_of(method, tmp_path / "a.ckpt", unknown)
+    with pytest.raises(UserError, match="database_rows classifier: needs class weights; give the ckpt"):
+        class_weights_of(method, None, truth)
+
+
+def save_weights(file, ids, rows):
+    content = {"classifier": {"exhibit_ids": torch.from_numpy(ids)}}
+    torch.save({"state_dict": {"loss.W": torch.from_numpy(rows.T.copy())}, "metilr": content}, file)
 
 
 @pytest.mark.parametrize("k", [1, 3, 11])

@@ -241,7 +241,11 @@ def test_a_saved_whitening_gives_the_same_answers(tmp_path):
         ({"visits": 0, "database_views": "rows"}, "database_views rows: choose none, or visits such as 6"),
         ({"database_rows": "prototypes", "k": 2}, "k 2: database_rows prototypes has one row an exhibit; choose 1"),
         ({"database_rows": "prototypes", "database_views": "rows"}, "database_views rows: adds rows to images, not to"),
-        ({"database_rows": "means"}, "database_rows means: choose one of images, prototypes"),
+        ({"database_rows": "means"}, "database_rows means: choose one of images, prototypes, classifier"),
+        (
+            {"database_rows": "classifier"},
+            "whitening pca: class weights are compared as they were learned; choose none",
+        ),
         ({"query_crops": (0.5, 1.5)}, "query_crops (0.5, 1.5): choose shares between 0 and 1"),
         ({"query_crops": (0.5, 0.5)}, "query_crops (0.5, 0.5): choose shares between 0 and 1, each once"),
     ],

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from metilr.errors import UserError
 from metilr.models import ModelOptions
-from metilr.models.checkpoints import build_model, load, load_embedder, read_checkpoint
+from metilr.models.checkpoints import build_model, load, load_class_weights, load_embedder, read_checkpoint
 from tests.small_runs import evaluate
 
 CHILDREN = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
@@ -183,3 +183,29 @@ def test_another_architecture_and_missing_keys(tmp_path):
     torch.save(content, file)
     with pytest.raises(UserError, match="another version"):
         load_embedder(file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda content: content["metilr"].pop("classifier"), "holds no classifier"),
+        (lambda content: content["state_dict"].pop("loss.W"), "loss.W"),
+        (lambda content: content["metilr"].update(classifier={"exhibit_ids": [1, 2, 3]}), "cannot be read"),
+        (lambda content: content["metilr"].update(classifier={"exhibit_ids": torch.arange(4)}), "do not belong"),
+        (lambda content: content["metilr"].update(classifier={"exhibit_ids": torch.ones(3)}), "do not belong"),
+        (lambda content: content["state_dict"].update({"loss.W": torch.ones(1).expand(2**20, 3)}), "claims more"),
+        (lambda content: content["state_dict"].update({"loss.W": torch.zeros(2, 3)}), "all of a class are 0"),
+        (lambda content: content["state_dict"].update({"loss.W": torch.full((2, 3), torch.nan)}), "not finite"),
+    ],
+)
+def test_class_weights_are_read_or_refused(tmp_path, damage, said):
+    weights, ids = torch.tensor([[1.0, 0.0, 3.0], [0.0, 2.0, 4.0]]), torch.tensor([12, 5, 9])
+    content = {"state_dict": {"loss.W": weights}, "metilr": {"classifier": {"exhibit_ids": ids}}}
+    torch.save(content, tmp_path / "a.ckpt")
+    read = load_class_weights(tmp_path / "a.ckpt")
+    assert read.rows.tolist() == [[1, 0], [0, 2], [3, 4]] and read.exhibit_ids.tolist() == [12, 5, 9]
+    damage(content)
+    torch.save(content, tmp_path / "b.ckpt")
+    with pytest.raises(UserError, match=said) as caught:
+        load_class_weights(tmp_path / "b.ckpt")
+    assert "b.ckpt" in str(caught.value) and len(str(caught.value).splitlines()) == 1

@@ -13,11 +13,13 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from pytorch_lightning import Trainer
 
 from metilr.cli import run_main
 from metilr.data.decode import load_image
 from metilr.data.ground_truth import load_ground_truth
 from metilr.data.visits import derive_seed
+from metilr.errors import UserError
 from metilr.evaluation.options import VISITS
 from metilr.extraction.store import DescriptorStore
 from metilr.models.embedder import build_embedder
@@ -192,6 +194,79 @@ def test_the_fast_path_of_a_frozen_backbone_gives_the_plain_result():
     assert changed(start, plain) == changed(start, fast) == projector
     for name in projector:
         torch.testing.assert_close(fast[name], plain[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "arcface", "subcenter"])
+def test_a_classifier_without_a_step_has_the_figures_of_prototypes(museum, kind):
+    """Behind a projector that whitens; of one image or several an exhibit."""
+    run("--output", "out", *FROZEN, "--model.classifier", kind, "--model.lr", "0", "--trainer.max_epochs", "1")
+    evaluated = {"ckpt": Path("out/last.ckpt"), "whitening": "none", "store": Path("s"), **SINGLE_SCALE}
+    prototypes, classifier = (
+        evaluate(museum, database_rows=rows, output=Path(rows), **evaluated) for rows in ("prototypes", "classifier")
+    )
+    assert classifier.elements.database_rows == "classifier"
+    for split in ("val", "test"):
+        written = (Path(rows, f"predictions/{split}.csv").read_text() for rows in ("prototypes", "classifier"))
+        for first, second in zip(*(csv.DictReader(io.StringIO(text)) for text in written), strict=True):
+            assert first["predicted_id"] == second["predicted_id"] and first["nearest_path"] == second["nearest_path"]
+            assert float(first["log_confidence"]) == pytest.approx(float(second["log_confidence"]), abs=1e-5)
+        for name in ("gap", "gap_minus", "acc"):
+            assert getattr(prototypes.splits[split], name) == getattr(classifier.splits[split], name)
+    assert column("out", "val/gap")[0] == pytest.approx(prototypes.val.gap, abs=1e-6)
+
+
+@pytest.mark.parametrize("options", [[], ["--model.classifier_start", "random"], ["--data.cache_views", "true"]])
+def test_a_classifier_s_weights_alone_are_trained_behind_a_frozen_backbone(museum, options):
+    """Its loss falls, and what validation logs is what an evaluation of its rows gives."""
+    frozen = ["--model.freeze_backbone", "true", "--model.classifier", "cosine", "--data.n_views", "2", *options]
+    options = [*frozen, "--model.lr_classifier", "0.05", "--trainer.max_epochs", "6", "--model.warmup_steps", "0"]
+    run("--output", "out", *options)
+    start = FineTuning(FineTuningOptions(**UNTRAINED)).state_dict()
+    end = checkpoint("out/last.ckpt")["state_dict"]
+    assert end.keys() - start.keys() == {"loss.W"} and end["loss.W"].shape[1] == 6
+    assert not changed(start, end)
+    losses = column("out", "train/epoch_loss")
+    assert losses[-1] < 0.9 * losses[0]
+    options = {"ckpt": Path("out/last.ckpt"), "whitening": "none", "database_rows": "classifier", **SINGLE_SCALE}
+    results = evaluate(museum, output=Path("results"), **options)
+    assert column("out", "val/gap")[-1] == pytest.approx(results.val.gap, abs=1e-6)
+
+
+def test_a_classifier_is_resumed_and_loaded_with_its_weights(monkeypatch):
+    options = ["--model.classifier", "arcface", "--model.lr", "1e-3", "--model.warmup_steps", "0", *FROZEN]
+    run("--output", "whole", *options)
+    with monkeypatch.context() as patch:  # killed after its first epoch
+        patch.setattr(FineTuning, "on_train_epoch_start", lambda self: 1 / (1 - self.current_epoch))
+        with pytest.raises(ZeroDivisionError):
+            run("--output", "again", *options)
+    run("--output", "again", *options)
+    whole, again = (checkpoint(f"{name}/last.ckpt")["state_dict"] for name in ("whole", "again"))
+    assert whole.keys() == again.keys()
+    for name in whole:
+        torch.testing.assert_close(again[name], whole[name], atol=1e-6, rtol=0)
+    loaded = FineTuning.load_from_checkpoint("whole/last.ckpt")
+    assert torch.equal(loaded.loss.W, whole["loss.W"]) and loaded.exhibit_ids.tolist() == [9, 12, 33, 41, 70, 500]
+    module = FineTuning(FineTuningOptions(**UNTRAINED, classifier="cosine"))
+    with pytest.raises(UserError, match="classifier needs the exhibits of a PairDataModule"):
+        Trainer(logger=False, accelerator="cpu").fit(module, [])
+
+
+def test_two_processes_train_the_class_weights_of_one(run_apart):
+    options = ["--model.freeze_backbone", "true", "--model.classifier", "cosine", "--model.warmup_steps", "0"]
+    options += ["--model.lr_classifier", "0.01"]
+    run("--output", "one", *options)
+    assert run_apart("--output", "two", *options, "--trainer.devices", 2).status == 0
+    start = torch.from_numpy(prototypes_of_museum("one"))
+    one, two = (checkpoint(f"{name}/last.ckpt")["state_dict"]["loss.W"] for name in ("one", "two"))
+    assert (one - two).norm() < 0.05 * (one - start).norm()
+
+
+def prototypes_of_museum(folder: str) -> np.ndarray:
+    """Of what a training has described, by a loop: a column an exhibit."""
+    store = DescriptorStore(Path(folder, "descriptors"))
+    labels = load_ground_truth(Path("museum")).labels["database"]
+    means = [store.descriptors("database")[labels == label].mean(axis=0) for label in range(labels.max() + 1)]
+    return np.stack([mean / np.linalg.norm(mean) for mean in means], axis=1)
 
 
 def test_the_projector_starts_as_whitening(museum):
