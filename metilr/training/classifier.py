@@ -30,11 +30,16 @@ def build_classifier(options: FineTuningOptions, n_classes: int, dim: int, seed:
     margin: dict[str, Any] = {"margin": options.classifier_margin, "scale": options.classifier_scale}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
+        classifier: nn.Module
         if options.classifier == "cosine":
-            return losses.NormalizedSoftmaxLoss(**sizes, temperature=1 / options.classifier_scale)
-        if options.classifier == "arcface":
-            return losses.ArcFaceLoss(**sizes, **margin)
-        return losses.SubCenterArcFaceLoss(**sizes, **margin, sub_centers=SUB_CENTRES)
+            classifier = losses.NormalizedSoftmaxLoss(**sizes, temperature=1 / options.classifier_scale)
+        elif options.classifier == "arcface":
+            classifier = losses.ArcFaceLoss(**sizes, **margin)
+        else:
+            classifier = losses.SubCenterArcFaceLoss(**sizes, **margin, sub_centers=SUB_CENTRES)
+    with torch.no_grad():  # as prototypes are: only directions count, and longer weights turn more slowly
+        class_weights(classifier).copy_(F.normalize(class_weights(classifier), dim=0))
+    return classifier
 
 
 def start_at_prototypes(classifier: nn.Module, descriptors: np.ndarray, labels: np.ndarray) -> None:

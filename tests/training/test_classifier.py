@@ -58,6 +58,7 @@ def test_the_nearest_of_a_class_s_three_vectors_counts():
 def test_the_start_is_at_prototypes_and_a_class_without_an_image_keeps_its_own(kind):
     classifier = build_classifier(FineTuningOptions(classifier=kind), 3, 2)
     before, labels = class_rows(classifier)
+    np.testing.assert_allclose(classifier.W.detach().norm(dim=0), 1, atol=1e-6)  # a learning rate fits either start
     start_at_prototypes(classifier, at(10, 50, 200).numpy(), np.array([0, 0, 2]))
     rows, _ = class_rows(classifier)
     np.testing.assert_allclose(rows[labels == 0], at(*[30] * (labels == 0).sum()), atol=1e-6)
