@@ -23,7 +23,7 @@ def size_of(image_size: int | None, image_shape: ImageShape) -> ImageSize | None
     if image_shape == "keep":
         return image_size
     if image_size is None:
-        raise UserError("square: needs a side; give image_size, too, or leave it out", "image_shape")
+        raise UserError("square: needs image_size, such as 512; give both, or leave it out", "image_shape")
     return image_size, image_size
 
 
@@ -34,7 +34,7 @@ class ExtractionOptions:
     Attributes:
         image_size: Resize each image so that its longest side has this many px; without it as the checkpoint was
             trained, else as they are (in an index: 500 px).
-        image_shape: Keep the ratio of an image's sides, or make it square: both sides image_size px long.
+        image_shape: Keep the ratio of an image's sides, or make it square: both sides image_size px, which is needed.
         bad_images: Stop at an image that cannot be decoded or is too small for the model, or skip it: it is left out of
             the database or index, and a query counts as wrong.
         accelerator: Where the backbone runs; auto takes GPUs if there are any, and says so.

@@ -172,5 +172,5 @@ def chosen(knn: KNN, with_values: bool = True) -> str:
     tuned = [text for name, text in values.items() if knn.grid and len(knn.grid.get(name, ())) > 1]
     given = [text for text in values.values() if text not in tuned]
     if not tuned:
-        return f"{', '.join(given)} given"
-    return ", ".join([*(f"{text} given" for text in given), f"{', '.join(tuned)} tuned by GAP on val"])
+        return f"{', '.join(given)} fixed"
+    return ", ".join([*(f"{text} fixed" for text in given), f"{', '.join(tuned)} tuned by GAP on val"])

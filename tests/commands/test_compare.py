@@ -308,7 +308,7 @@ def test_notes_of_the_evaluations_are_kept_with_the_runs_they_are_true_of(museum
     write_run(Path("third"), museum, 2, knn={"k": 1, "tau": 1.0, "tuned_on": None, "grid": None})
     compare("first", "second", "third")
     text = Path("out/comparison.md").read_text()
-    assert "- RANDOM WEIGHTS (first, second)" in text and "- k, τ given; test scored once (third)" in text
+    assert "- RANDOM WEIGHTS (first, second)" in text and "- k, τ fixed; test scored once (third)" in text
 
 
 def test_a_run_with_a_calibrated_confidence_is_told_from_one_without(museum):

@@ -227,7 +227,7 @@ def test_images_that_are_too_small_for_a_model_are_wrong_if_it_is_named(tiny_mus
     assert status == 1 and row(printed, "full") == [8, 0, 0, 0, 8]
     for option, said in (
         (("--image_size", 96), "--image_size has no effect without backbone"),
-        (("--image_shape", "square"), "--image_shape square: needs a side; give image_size"),
+        (("--image_shape", "square"), "--image_shape square: needs image_size, such as 512"),
         (("--scales", 1), "--scales has no effect without backbone"),
         ((*options, "--image_size", 60), "--image_size 60: 60x60 px is too small for timm/convnext_atto"),
         (("--backbone", "convnext_atto"), "--backbone convnext_atto: unknown; did you mean timm/convnext_atto?"),

@@ -186,11 +186,11 @@ def test_table_shows_both_splits_in_percent_and_what_was_tuned():
     printed = table_of(said)
     rows = {line.split()[0]: line for line in printed.splitlines() if line.split()[:1] in (["val"], ["test"])}
     assert "100.00" in rows["val"] and "33.33" in rows["test"]
-    assert "k = 1 given, τ = 5 tuned by GAP on val; test scored once" in printed
+    assert "k = 1 fixed, τ = 5 tuned by GAP on val; test scored once" in printed
     assert "note: see [/this]" in printed and "SYNTHETIC" not in printed
     assert "33.33" in table_of(said, width=80) and "…" not in table_of(said, width=80)
     printed = table_of(results(a_recognition(tuned=False), synthetic=True))
-    assert "k = 1, τ = 5 given; test" in printed and "SYNTHETIC" in printed
+    assert "k = 1, τ = 5 fixed; test" in printed and "SYNTHETIC" in printed
 
 
 @pytest.mark.parametrize(

@@ -355,7 +355,7 @@ def test_square_rows_are_those_of_pictures_that_pillow_made_square(embedder, mus
 
 
 def test_a_square_has_a_side():
-    with pytest.raises(UserError, match=r"^image_shape square: needs a side"):
+    with pytest.raises(UserError, match=r"^image_shape square: needs image_size"):
         ExtractionOptions(image_shape="square")
     assert ON_CPU.resize_to is None and replace(ON_CPU, image_size=48).resize_to == 48
     assert ON_CPU.resized_to((48, 48)) == replace(ON_CPU, image_size=48, image_shape="square")
