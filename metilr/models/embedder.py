@@ -61,10 +61,10 @@ class Embedder(nn.Module):
     """Images to descriptors: f(x) = L2(projector(L2(pooling(backbone(x))))), summed over scales, L2 again.
 
     Without a projector the normalisation after it is left out, too; a zero vector stays zero. A backbone's ``head``
-    comes right behind the pooling. The backbone runs in the
-    precision of the caller's autocast, by ``engine`` if one is set, but by PyTorch in float32 on the CPU where a scaled
-    image has a side below ``BFLOAT16_LEAST_SIDE``; all else runs in float32. ``embed`` resizes images to
-    ``image_size``, that of those that it was trained with (see ``load_image``); None: as they are.
+    comes right behind the pooling. The backbone runs in the precision of the caller's autocast, by ``engine`` if one is
+    set, but by PyTorch in float32 on the CPU where a scaled image has a side below ``BFLOAT16_LEAST_SIDE``; all else
+    runs in float32. ``embed`` resizes images to ``image_size``, that of those that it was trained with (see
+    ``load_image``); None: as they are.
     """
 
     mean: Tensor

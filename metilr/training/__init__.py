@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,8 +69,8 @@ class FineTuningOptions:
         loss: metilr.training.losses.ContrastiveLoss, or any of pytorch_metric_learning.losses by class_path: that gets
             all embeddings of a batch with their exhibits. Without it NTXentLoss, temperature 0.05.
         classifier: Train a vector an exhibit in place of the loss: cosine, a softmax of similarities; arcface, with a
-            margin; subcenter, ArcFace with three vectors each. metilr evaluate takes them by database_rows classifier.
-        classifier_start: At the mean of each exhibit's images as they are embedded at the start, or at random.
+            margin; subcenter, with three vectors each. Evaluate with database_rows classifier.
+        classifier_start: At the mean of each exhibit's images, or at random.
         classifier_margin: In degrees, of arcface and subcenter.
         classifier_scale: What similarities are multiplied by in the softmax.
         optimizer: adam or adamw.
@@ -122,13 +122,14 @@ class FineTuningOptions:
             raise UserError("true: nothing is left to train; give projector_dim, or a classifier", "freeze_backbone")
         if has_classifier and self.loss is not None:
             raise UserError("has no effect with a classifier, which is one; leave out one of the two", "loss")
-        for name, off, has_effect in (
-            ("lr_classifier", None, has_classifier),
-            ("classifier_start", "prototypes", has_classifier),
-            ("classifier_scale", 20.0, has_classifier),
-            ("classifier_margin", 28.6, self.classifier in ("arcface", "subcenter")),
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, has_effect in (
+            ("lr_classifier", has_classifier),
+            ("classifier_start", has_classifier),
+            ("classifier_scale", has_classifier),
+            ("classifier_margin", self.classifier in ("arcface", "subcenter")),
         ):
-            if getattr(self, name) != off and not has_effect:
+            if getattr(self, name) != defaults[name] and not has_effect:
                 needed = "arcface or subcenter" if name == "classifier_margin" else "such as cosine"
                 raise UserError(f"has no effect without a classifier {needed}; leave it out", name)
         if not 0 < self.classifier_margin < 180:
