@@ -36,7 +36,7 @@ from metilr.provenance import commit, library_versions, machine
 
 FORMAT = "metilr.checkpoint/1"
 EMBEDDER = "embedder."  # where the LightningModule keeps the model
-CLASS_WEIGHTS = "loss.W"  # and a classifier's weights, (D, M)
+CLASS_WEIGHTS = "classifier.weight"
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -110,9 +110,9 @@ def load_class_weights(path: Path) -> ClassWeights:
         if any(each.nelement() * each.element_size() > each.untyped_storage().nbytes() for each in (ids, weights)):
             raise ValueError("a tensor claims more numbers than the file has")
         is_whole = ids.dtype == torch.int64 and ids.ndim == 1 and len(ids) and weights.ndim == 2
-        if not is_whole or weights.shape[1] != len(ids) or not weights.dtype.is_floating_point:
+        if not is_whole or weights.shape[0] != len(ids) or not weights.dtype.is_floating_point:
             raise ValueError("weights and exhibits do not belong together")
-        rows = weights.T.float().contiguous()
+        rows = weights.float().contiguous()
         if not (torch.isfinite(rows).all() and (rows.norm(dim=1) > 0).all()):
             raise ValueError("a weight is not finite, or all of a class are 0")
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:

@@ -68,11 +68,13 @@ class FineTuningOptions:
         freeze_backbone: Train the projector alone, or the classifier, or both.
         loss: metilr.training.losses.ContrastiveLoss, or any of pytorch_metric_learning.losses by class_path: that gets
             all embeddings of a batch with their exhibits. Without it NTXentLoss, temperature 0.05.
+        contrastive_weight: Train a classifier with the loss, times so much, beside its own; with 0 alone.
         classifier: Train a vector an exhibit in place of the loss: cosine, a softmax of similarities; arcface, with a
             margin; subcenter, with three vectors each. Evaluate with database_rows classifier.
         classifier_start: At the mean of each exhibit's images, or at random.
         classifier_margin: In degrees, of arcface and subcenter.
         classifier_scale: What similarities are multiplied by in the softmax.
+        classes_per_step: Give so many classes a gradient in a step, which is right on average; without it all.
         optimizer: adam or adamw.
         lr: Learning rate of the backbone.
         lr_projector: Of the projector and of a loss's own weights; without it the backbone's.
@@ -97,10 +99,12 @@ class FineTuningOptions:
     scales: Sequence[float] = SCALES
     freeze_backbone: bool = False
     loss: Any = None  # a torch module
+    contrastive_weight: float = 0.0
     classifier: ClassifierName = "none"
     classifier_start: Literal["prototypes", "random"] = "prototypes"
     classifier_margin: float = 28.6  # half a radian, the ArcFace paper's
     classifier_scale: float = 20.0  # as NTXentLoss's temperature of 0.05, which small museums are trained with
+    classes_per_step: int | None = None
     optimizer: Literal["adam", "adamw"] = "adamw"
     lr: float = 3e-4
     lr_projector: float | None = None
@@ -116,17 +120,19 @@ class FineTuningOptions:
         """Refuse what is out of range or leaves nothing to train."""
         check_choices(self)
         _check_least(self, projector_dim=1, step_epochs=1, warmup_steps=0, lr=0, lr_projector=0, lr_p=0)
-        _check_least(self, lr_classifier=0)
+        _check_least(self, lr_classifier=0, contrastive_weight=0, classes_per_step=2)
         has_classifier = self.classifier != "none"
         if self.freeze_backbone and self.projector_dim is None and not has_classifier:
             raise UserError("true: nothing is left to train; give projector_dim, or a classifier", "freeze_backbone")
-        if has_classifier and self.loss is not None:
-            raise UserError("has no effect with a classifier, which is one; leave out one of the two", "loss")
+        if has_classifier and self.loss is not None and not self.contrastive_weight:
+            raise UserError("has no effect beside a classifier without contrastive_weight; give it a weight", "loss")
         defaults = {field.name: field.default for field in fields(self)}
         for name, has_effect in (
             ("lr_classifier", has_classifier),
             ("classifier_start", has_classifier),
             ("classifier_scale", has_classifier),
+            ("classes_per_step", has_classifier),
+            ("contrastive_weight", has_classifier),
             ("classifier_margin", self.classifier in ("arcface", "subcenter")),
         ):
             if getattr(self, name) != defaults[name] and not has_effect:
@@ -153,6 +159,7 @@ class PairOptions:
         second_view: Augmentation of the second.
         batch_pairs: Pairs in a batch, over all processes together.
         anchors_per_epoch: Anchors in an epoch, in several rounds if need be; without it each image once.
+        balance: Draw anchors by exhibit, each as often, and its images in turn; an epoch has each exhibit once.
         n_views: Draw views from so many fixed ones per image; without it each view of the run is a new one.
         cache_views: Compute the n_views of each image through the frozen backbone once and keep them on disk.
         image_size: Longest side in px of database and val images in mining and validation; without it as they are.
@@ -169,6 +176,7 @@ class PairOptions:
     second_view: augmentations.Augmentation = lazy_instance(augmentations.SimulatedVisit)  # noqa: RUF009
     batch_pairs: int = 24
     anchors_per_epoch: int | None = None
+    balance: bool = False
     n_views: int | None = None
     cache_views: bool = False
     image_size: int | None = None

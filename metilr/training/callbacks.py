@@ -134,8 +134,8 @@ class TrainingLines(Callback):
         command += [] if data.root is None else ["--root", str(data.root)]
         command += [] if data.database == "full" else ["--database", data.database]
         # Whitening would undo a linear projector: it makes the database's covariance the identity, whatever was before.
-        command += ["--database_rows", "classifier"] if pl_module.has_classifier else []
-        command += ["--whitening", "none"] if pl_module.options.freeze_backbone or pl_module.has_classifier else []
+        command += ["--database_rows", "classifier"] if pl_module.classifier else []
+        command += ["--whitening", "none"] if pl_module.options.freeze_backbone or pl_module.classifier else []
         console.print(f"evaluate it with\n  {escape(shlex.join(command))}")
 
 

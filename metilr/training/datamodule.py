@@ -84,7 +84,8 @@ class PairDataModule(pl.LightningDataModule):
             raise UserError(f"{options.pairing}: negatives need at least two exhibits, here is one; use syn", "pairing")
         self.workers = default_workers(self.trainer.num_devices) if options.num_workers is None else options.num_workers
         self.first_views, self.second_views = self._views(options.first_view), self._views(options.second_view)
-        n_anchors = options.anchors_per_epoch or int((self.sizes["database"] > 0).sum())
+        usable = truth.labels["database"][self.sizes["database"] > 0]
+        n_anchors = options.anchors_per_epoch or len(np.unique(usable) if options.balance else usable)
         self.n_pairs = n_anchors * (2 if options.has_negatives else 1)  # fewer where images turn out to be bad
         self.n_batches = len(deal_batches(self.n_pairs, options.batch_pairs, 0, self.trainer.world_size))
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from metilr.errors import UserError, one_line
 from metilr.models import RANDOM
 from metilr.training import FineTuningOptions
+from metilr.training.datamodule import PairDataModule
 
 
 class ContrastiveLoss(nn.Module):
@@ -79,10 +80,18 @@ def recorded_loss(recorded: Mapping[str, Any] | None) -> nn.Module | None:
     raise UserError(f"was trained with {name}: give it, as load_from_checkpoint(PATH, loss={name}(...))", "loss")
 
 
-def check_loss(loss: nn.Module, dim: int, n_classes: int) -> None:
-    """Refuse a loss whose own weights fit neither the embeddings nor the data, by trying a copy of it."""
+def check_loss(loss: nn.Module, dim: int, data: PairDataModule) -> None:
+    """Refuse a loss that some batch leaves no negative, or whose own weights do not fit, by trying a copy of it."""
+    if lacks_negatives(loss, data.n_pairs // data.n_batches):
+        what = f"{data.n_pairs} pairs in {data.n_batches} batches leave one with a single pair"
+        remedy = "choose 2 or more, or one that leaves more"
+        raise UserError(
+            f"{data.options.batch_pairs}: {what}, in which {type(loss).__name__} has no negative; {remedy}",
+            "batch_pairs",
+        )
     if isinstance(loss, ContrastiveLoss):
         return
+    n_classes = data.ground_truth.n_classes
     device = next(iter(loss.parameters()), torch.empty(0)).device
     labels = torch.tensor([0, 0, n_classes - 1, n_classes - 1], device=device)
     try:
@@ -101,7 +110,7 @@ def lacks_negatives(loss: nn.Module, n_pairs: int) -> bool:
 
 
 def pair_figures(
-    loss: nn.Module, first: Tensor, second: Tensor, positive: Tensor, labels: tuple[Tensor, Tensor]
+    loss: nn.Module | None, first: Tensor, second: Tensor, positive: Tensor, labels: tuple[Tensor, Tensor]
 ) -> dict[str, Tensor]:
     """Figures of a batch ``(P, D)`` beside its loss: mean similarities of one exhibit's views and of two exhibits'."""
     figures = {}

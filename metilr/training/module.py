@@ -9,7 +9,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_metric_learning.losses import NTXentLoss
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
@@ -21,7 +21,7 @@ from metilr.models.embedder import Embedder, Projector, keep_float32_exact
 from metilr.models.pooling import Pooling
 from metilr.models.weights import load_strictly
 from metilr.training import FineTuningOptions
-from metilr.training.classifier import build_classifier, centres, class_rows, start_at_prototypes
+from metilr.training.classifier import Classifier, class_rows, start_at_prototypes
 from metilr.training.datamodule import PairDataModule
 from metilr.training.losses import (
     ContrastiveLoss,
@@ -62,9 +62,12 @@ class FineTuning(pl.LightningModule):
             torch.default_generator.manual_seed(seed)
             projector = None if options.projector_dim is None else Projector(network.pooled_dim, options.projector_dim)
         self.embedder = Embedder(network, pool, projector, options.scales)
-        self.loss = NTXentLoss(temperature=0.05) if options.loss is None else options.loss
+        self.loss: nn.Module | None = NTXentLoss(temperature=0.05) if options.loss is None else options.loss
+        if options.classifier != "none" and not options.contrastive_weight:
+            self.loss = None
         self.seed = seed
-        self.exhibit_ids: np.ndarray | None = None  # of a classifier, which takes the loss's place once they are known
+        self.classifier: Classifier | None = None  # of these exhibits, in the order of labels, once they are known
+        self.exhibit_ids: np.ndarray | None = None
         self.metrics = MetricCollection({"val/gap": GAP(), "val/gap_minus": GAPMinus(), "val/acc": ACC()})
         if options.freeze_backbone:
             network.requires_grad_(False)
@@ -139,14 +142,8 @@ class FineTuning(pl.LightningModule):
         data = self.data
         if data.options.cache_views and not self.options.freeze_backbone:
             raise UserError("true: needs a frozen backbone; give freeze_backbone true", "cache_views")
-        check_loss(self.loss, self.embedder.dim, data.ground_truth.n_classes)
-        if lacks_negatives(self.loss, data.n_pairs // data.n_batches):
-            what = f"{data.n_pairs} pairs in {data.n_batches} batches leave one with a single pair"
-            remedy = "choose 2 or more, or one that leaves more"
-            raise UserError(
-                f"{data.options.batch_pairs}: {what}, in which {type(self.loss).__name__} has no negative; {remedy}",
-                "batch_pairs",
-            )
+        if self.loss is not None:
+            check_loss(self.loss, self.embedder.dim, data)
         data.check_sizes(self.embedder)
         if projector is not None and start != "random" and not self.resumed:
             if start == "learned" and data.options.bad_images == "skip":
@@ -154,22 +151,17 @@ class FineTuning(pl.LightningModule):
             projector.load_state_dict(data.whitening_start(self.embedder, start == "learned"))
         if data.options.cache_views:
             data.cache_views(self.embedder)
-        starts = self.has_classifier and self.options.classifier_start == "prototypes" and not self.resumed
-        if data.options.needs_descriptors or starts:
+        starts = self.options.classifier_start == "prototypes" and not self.resumed
+        if data.options.needs_descriptors or (self.classifier is not None and starts):
             data.describe(self.embedder)
-        if starts:
-            start_at_prototypes(self.loss, *data.rows())
-
-    @property
-    def has_classifier(self) -> bool:
-        """Whether a classifier has taken the loss's place."""
-        return self.exhibit_ids is not None
+        if self.classifier is not None and starts:
+            start_at_prototypes(self.classifier, *data.rows())
 
     def make_classifier(self, exhibit_ids: np.ndarray) -> None:
-        """Put the classifier that the options name, of these exhibits in the order of labels, in the loss's place."""
+        """Build the classifier that the options name, of these exhibits in the order of labels."""
         if not np.array_equal(exhibit_ids, [] if self.exhibit_ids is None else self.exhibit_ids):  # else trained
             self.exhibit_ids = exhibit_ids
-            self.loss = build_classifier(self.options, len(exhibit_ids), self.embedder.dim, self.seed)
+            self.classifier = Classifier(self.options, len(exhibit_ids), self.embedder.dim, self.seed)
 
     def embed(self, images: Tensor) -> Tensor:
         """Embed a batch's images, uint8 ``(B, 3, H, W)``, or pooled vectors ``(B, width)``: unit length, float32."""
@@ -203,14 +195,21 @@ class FineTuning(pl.LightningModule):
         first, second = (gather_rows(self, each) for each in views)
         positive = gather_rows(self, batch.positive.int()).bool()
         labels = gather_rows(self, batch.first_labels), gather_rows(self, batch.second_labels)
-        if lacks_negatives(self.loss, len(first)):
+        if self.loss is not None and lacks_negatives(self.loss, len(first)):
             raise UserError(f"a batch of one pair has no negative for {type(self.loss).__name__}; give 2 or more")
+        both, of_both = torch.cat([first, second]), torch.cat(labels)
         with torch.autocast(self.device.type, enabled=False):
-            if isinstance(self.loss, ContrastiveLoss):
-                loss = self.loss(first, second, positive)
-            else:
-                loss = self.loss(torch.cat([first, second]), torch.cat(labels))
             figures = pair_figures(self.loss, first.detach(), second.detach(), positive, labels)
+            terms: list[Tensor] = []
+            if self.loss is not None:
+                is_published = isinstance(self.loss, ContrastiveLoss)
+                terms += [self.loss(first, second, positive) if is_published else self.loss(both, of_both)]
+            if self.classifier is not None:
+                terms += [self.classifier(both, of_both, (self.seed, self.global_step))]
+            loss = terms[-1]
+            if len(terms) == 2:
+                loss = loss + self.options.contrastive_weight * terms[0]
+                figures |= {"contrastive_loss": terms[0].detach(), "classifier_loss": terms[1].detach()}
         are_of_unit_length = all(((each.detach().norm(dim=1) - 1).abs() < 0.1).all() for each in (first, second))
         if not (torch.isfinite(loss) and are_of_unit_length):
             what = "the loss is not finite" if are_of_unit_length else "the embeddings are not finite, or all zero,"
@@ -243,7 +242,7 @@ class FineTuning(pl.LightningModule):
             return
         positions: Tensor = batch
         rows = positions.cpu().numpy()
-        predictions = self.data.classify_val(rows, class_rows(self.loss) if self.has_classifier else None)
+        predictions = self.data.classify_val(rows, class_rows(self.classifier) if self.classifier else None)
         columns = predictions.log_confidence, predictions.labels, self.data.ground_truth.labels["val"][rows]
         self.metrics.update(*map(torch.from_numpy, columns), positions)
 
@@ -264,7 +263,7 @@ class FineTuning(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Give backbone, p and heads a learning rate each, and the schedule, step by step."""
         steps = self._steps if self.options.schedule != "constant" else None
-        return optimizers_of(self.options, self.embedder, self.loss, self.has_classifier, steps)
+        return optimizers_of(self.options, self.embedder, self.loss, self.classifier, steps)
 
     def _steps(self) -> tuple[int, int]:
         """Steps of the optimizer in an epoch and in the whole training."""
@@ -286,8 +285,8 @@ class FineTuning(pl.LightningModule):
         options = {**vars(self.options), "scales": [*self.options.scales], "loss": record_of(self.options.loss)}
         image_size, config = self.data.options.image_size if self.has_data else None, self.run_config
         checkpoint["metilr"] = checkpoint_entry(self.embedder, image_size, data, config or {"model": options})
-        if self.exhibit_ids is not None:  # the weights themselves are in the state_dict
-            ids = torch.from_numpy(self.exhibit_ids).repeat_interleave(centres(self.loss))
+        if self.classifier is not None and self.exhibit_ids is not None:  # the weights are in the state_dict
+            ids = torch.from_numpy(self.exhibit_ids).repeat_interleave(self.classifier.centres)
             checkpoint["metilr"]["classifier"] = {"exhibit_ids": ids}
 
     @override

@@ -15,24 +15,24 @@ Steps = Callable[[], tuple[int, int]]  # of the optimizer, in an epoch and in th
 
 
 def optimizers_of(
-    options: FineTuningOptions, embedder: Embedder, loss: nn.Module, is_classifier: bool, steps: Steps | None
-) -> dict[str, Any]:
+    options: FineTuningOptions, embedder: Embedder, loss: nn.Module | None, classifier: nn.Module | None,
+    steps: Steps | None,
+) -> dict[str, Any]:  # fmt: skip
     """Give backbone, p, projector with the loss, and a classifier a learning rate each, as Lightning takes it.
 
     ``steps`` tells how many there are; None for a constant schedule.
     """
     lr_projector, lr_p = (options.lr if lr is None else lr for lr in (options.lr_projector, options.lr_p))
     lr_classifier = lr_projector if options.lr_classifier is None else options.lr_classifier
-    projector = [] if embedder.projector is None else [embedder.projector]
-    classifier, others = ([loss], []) if is_classifier else ([], [loss])
     groups: list[dict[str, Any]] = [
-        {"name": "backbone", "params": embedder.backbone, "lr": options.lr},
-        {"name": "p", "params": embedder.pooling, "lr": lr_p, "weight_decay": 0.0},
-        {"name": "projector", "params": nn.ModuleList([*projector, *others]), "lr": lr_projector},
-        {"name": "classifier", "params": nn.ModuleList(classifier), "lr": lr_classifier},
+        {"name": "backbone", "params": [embedder.backbone], "lr": options.lr},
+        {"name": "p", "params": [embedder.pooling], "lr": lr_p, "weight_decay": 0.0},
+        {"name": "projector", "params": [embedder.projector, loss], "lr": lr_projector},
+        {"name": "classifier", "params": [classifier], "lr": lr_classifier},
     ]
     for group in groups:
-        group["params"] = [each for each in group["params"].parameters() if each.requires_grad]
+        parameters = [each for part in group["params"] if part is not None for each in part.parameters()]
+        group["params"] = [each for each in parameters if each.requires_grad]
     kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
     used = [group for group in groups if group["params"]]
     optimizer = kind(used, lr=options.lr, weight_decay=options.weight_decay)

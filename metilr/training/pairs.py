@@ -21,10 +21,26 @@ PAIR = np.dtype([  # rows of two images, the same in a synthetic positive; if th
 N_NEGATIVES = 10  # an anchor's negative is drawn from so many most similar images of other classes
 
 
-def choose_anchors(rows: np.ndarray, n_anchors: int | None, rng: np.random.Generator) -> np.ndarray:
-    """Draw an epoch's anchors in random order: every row once, or so many, none again before all have come."""
-    n_anchors = len(rows) if n_anchors is None else n_anchors
-    return np.concatenate([rng.permutation(rows) for _ in range(-(-n_anchors // len(rows)))])[:n_anchors]
+def choose_anchors(
+    rows: np.ndarray, n_anchors: int | None, rng: np.random.Generator, classes: np.ndarray | None = None
+) -> np.ndarray:
+    """Draw an epoch's anchors in random order: every row once, or so many, none again before all have come.
+
+    With the ``classes`` of rows ``(R,)``: every class once, or so many anchors, and of a class its rows in turn.
+    """
+    if classes is None:
+        turns = [rows] * rounds_of(n_anchors, len(rows))
+    else:
+        order = rng.permutation(len(rows))
+        order = order[np.argsort(classes[order], kind="stable")]
+        _, starts, counts = np.unique(classes[order], return_index=True, return_counts=True)
+        turns = [rows[order[starts + turn % counts]] for turn in range(rounds_of(n_anchors, len(starts)))]
+    return np.concatenate([rng.permutation(turn) for turn in turns])[:n_anchors]
+
+
+def rounds_of(n_anchors: int | None, n: int) -> int:
+    """How often so many anchors go around n rows or classes, begun rounds included."""
+    return 1 if n_anchors is None else -(-n_anchors // n)
 
 
 def positives(
@@ -89,7 +105,7 @@ def draw_pairs(
     Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021, section 4.
     """
     rng = np.random.default_rng((seed, epoch))
-    anchors = choose_anchors(rows, options.anchors_per_epoch, rng)
+    anchors = choose_anchors(rows, options.anchors_per_epoch, rng, labels[rows] if options.balance else None)
     first, second = anchors, positives(anchors, rows, labels, options.pairing, descriptors, rng)
     if options.has_negatives:
         assert descriptors is not None

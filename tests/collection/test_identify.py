@@ -358,10 +358,10 @@ def test_answers_are_the_evaluation_s_by_a_classifier_and_another_one_is_refused
     state = {f"embedder.{name}": value for name, value in embedder.state_dict().items()}
 
     def write(file: Path, seed: int, ids: list[int]) -> None:
-        weights = torch.rand((embedder.dim, len(ids)), generator=torch.Generator().manual_seed(seed))
+        weights = torch.rand((len(ids), embedder.dim), generator=torch.Generator().manual_seed(seed))
         entry = {"format": FORMAT, "model": model_entry(embedder, None), "provenance": {"licence": None}}
         entry["classifier"] = {"exhibit_ids": torch.tensor(ids)}
-        torch.save({"state_dict": {**state, "loss.W": weights}, "metilr": entry}, file)
+        torch.save({"state_dict": {**state, "classifier.weight": weights}, "metilr": entry}, file)
 
     known = [9, 12, 33, 41, 70, 500]
     write(tmp_path / "a.ckpt", 1, [*known, 7])

@@ -129,7 +129,7 @@ def test_class_weights_are_searched_in_place_of_images(tmp_path):
 
 def save_weights(file, ids, rows):
     content = {"classifier": {"exhibit_ids": torch.from_numpy(ids)}}
-    torch.save({"state_dict": {"loss.W": torch.from_numpy(rows.T.copy())}, "metilr": content}, file)
+    torch.save({"state_dict": {"classifier.weight": torch.from_numpy(rows)}, "metilr": content}, file)
 
 
 @pytest.mark.parametrize("k", [1, 3, 11])

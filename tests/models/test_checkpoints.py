@@ -14,7 +14,14 @@ from torch.nn import functional as F
 
 from metilr.errors import UserError
 from metilr.models import ModelOptions
-from metilr.models.checkpoints import build_model, load, load_class_weights, load_embedder, read_checkpoint
+from metilr.models.checkpoints import (
+    CLASS_WEIGHTS,
+    build_model,
+    load,
+    load_class_weights,
+    load_embedder,
+    read_checkpoint,
+)
 from tests.small_runs import evaluate
 
 CHILDREN = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
@@ -189,18 +196,18 @@ def test_another_architecture_and_missing_keys(tmp_path):
     ("damage", "said"),
     [
         (lambda content: content["metilr"].pop("classifier"), "holds no classifier"),
-        (lambda content: content["state_dict"].pop("loss.W"), "loss.W"),
+        (lambda content: content["state_dict"].pop(CLASS_WEIGHTS), CLASS_WEIGHTS),
         (lambda content: content["metilr"].update(classifier={"exhibit_ids": [1, 2, 3]}), "cannot be read"),
         (lambda content: content["metilr"].update(classifier={"exhibit_ids": torch.arange(4)}), "do not belong"),
         (lambda content: content["metilr"].update(classifier={"exhibit_ids": torch.ones(3)}), "do not belong"),
-        (lambda content: content["state_dict"].update({"loss.W": torch.ones(1).expand(2**20, 3)}), "claims more"),
-        (lambda content: content["state_dict"].update({"loss.W": torch.zeros(2, 3)}), "all of a class are 0"),
-        (lambda content: content["state_dict"].update({"loss.W": torch.full((2, 3), torch.nan)}), "not finite"),
+        (lambda content: content["state_dict"].update({CLASS_WEIGHTS: torch.ones(1).expand(3, 2**20)}), "claims more"),
+        (lambda content: content["state_dict"].update({CLASS_WEIGHTS: torch.zeros(3, 2)}), "all of a class are 0"),
+        (lambda content: content["state_dict"].update({CLASS_WEIGHTS: torch.full((3, 2), torch.nan)}), "not finite"),
     ],
 )
 def test_class_weights_are_read_or_refused(tmp_path, damage, said):
-    weights, ids = torch.tensor([[1.0, 0.0, 3.0], [0.0, 2.0, 4.0]]), torch.tensor([12, 5, 9])
-    content = {"state_dict": {"loss.W": weights}, "metilr": {"classifier": {"exhibit_ids": ids}}}
+    weights, ids = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]), torch.tensor([12, 5, 9])
+    content = {"state_dict": {CLASS_WEIGHTS: weights}, "metilr": {"classifier": {"exhibit_ids": ids}}}
     torch.save(content, tmp_path / "a.ckpt")
     read = load_class_weights(tmp_path / "a.ckpt")
     assert read.rows.tolist() == [[1, 0], [0, 2], [3, 4]] and read.exhibit_ids.tolist() == [12, 5, 9]

@@ -99,6 +99,22 @@ def test_anchors_come_round_evenly():
     assert len(set(choose_anchors(ROWS, 7, np.random.default_rng(0)))) == 7
 
 
+def test_balanced_anchors_have_each_exhibit_as_often_and_its_images_in_turn():
+    rows, labels = np.array([2, 3, 5, 7, 8, 9, 10, 11]), np.array([9, 9, 0, 4, 9, 4, 9, 4, 4, 9, 9, 7])
+    options = PairOptions(anchors_per_epoch=14, balance=True)
+    epochs = [draw_pairs(rows, labels, None, options, epoch, 0).first for epoch in range(30)]
+    for anchors in epochs:
+        times = np.bincount(labels[anchors], minlength=10)
+        assert set(times[[0, 4, 7, 9]]) == {3, 4} and times.sum() == 14
+        for label in (4, 9):
+            images = np.bincount(anchors, minlength=12)[rows[labels[rows] == label]]
+            assert images.max() - images.min() <= 1
+    assert {row for anchors in epochs for row in anchors.tolist()} == {*rows.tolist()}
+    once = draw_pairs(rows, labels, None, PairOptions(balance=True), 0, 0).first
+    assert sorted(labels[once]) == [0, 4, 7, 9]
+    assert len({tuple(sorted(anchors)) for anchors in epochs}) > 1  # other images in other epochs
+
+
 @pytest.mark.parametrize(("n", "size", "world"), [(20, 8, 1), (20, 8, 3), (7, 64, 2), (64, 64, 5), (129, 64, 8)])
 def test_each_pair_once_over_all_processes(n, size, world):
     parts = [deal_batches(n, size, rank, world) for rank in range(world)]

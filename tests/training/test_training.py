@@ -223,7 +223,7 @@ def test_a_classifier_s_weights_alone_are_trained_behind_a_frozen_backbone(museu
     run("--output", "out", *options)
     start = FineTuning(FineTuningOptions(**UNTRAINED)).state_dict()
     end = checkpoint("out/last.ckpt")["state_dict"]
-    assert end.keys() - start.keys() == {"loss.W"} and end["loss.W"].shape[1] == 6
+    assert end.keys() - start.keys() == {"classifier.weight"} and len(end["classifier.weight"]) == 6
     assert not changed(start, end)
     losses = column("out", "train/epoch_loss")
     assert losses[-1] < 0.9 * losses[0]
@@ -232,8 +232,9 @@ def test_a_classifier_s_weights_alone_are_trained_behind_a_frozen_backbone(museu
     assert column("out", "val/gap")[-1] == pytest.approx(results.val.gap, abs=1e-6)
 
 
-def test_a_classifier_is_resumed_and_loaded_with_its_weights(monkeypatch):
-    options = ["--model.classifier", "arcface", "--model.lr", "1e-3", "--model.warmup_steps", "0", *FROZEN]
+@pytest.mark.parametrize("more", [[], ["--model.classes_per_step", 4, "--model.contrastive_weight", 0.5, *NTXENT]])
+def test_a_classifier_is_resumed_and_loaded_with_its_weights(monkeypatch, more):
+    options = ["--model.classifier", "arcface", "--model.lr", "1e-3", "--model.warmup_steps", "0", *FROZEN, *more]
     run("--output", "whole", *options)
     with monkeypatch.context() as patch:  # killed after its first epoch
         patch.setattr(FineTuning, "on_train_epoch_start", lambda self: 1 / (1 - self.current_epoch))
@@ -245,20 +246,39 @@ def test_a_classifier_is_resumed_and_loaded_with_its_weights(monkeypatch):
     for name in whole:
         torch.testing.assert_close(again[name], whole[name], atol=1e-6, rtol=0)
     loaded = FineTuning.load_from_checkpoint("whole/last.ckpt")
-    assert torch.equal(loaded.loss.W, whole["loss.W"]) and loaded.exhibit_ids.tolist() == [9, 12, 33, 41, 70, 500]
+    assert torch.equal(loaded.classifier.weight, whole["classifier.weight"])
+    assert loaded.exhibit_ids.tolist() == [9, 12, 33, 41, 70, 500]
     module = FineTuning(FineTuningOptions(**UNTRAINED, classifier="cosine"))
     with pytest.raises(UserError, match="classifier needs the exhibits of a PairDataModule"):
         Trainer(logger=False, accelerator="cpu").fit(module, [])
 
 
-def test_two_processes_train_the_class_weights_of_one(run_apart):
-    options = ["--model.freeze_backbone", "true", "--model.classifier", "cosine", "--model.warmup_steps", "0"]
-    options += ["--model.lr_classifier", "0.01"]
+@pytest.mark.parametrize("more", [[], ["--model.classes_per_step", 5, "--model.contrastive_weight", 0.5]])
+def test_two_processes_have_the_gradients_of_one(run_apart, more):
+    """Of class weights and projector, as the optimizer's first moment has them after one step: a tenth of each."""
+    options = ["--model.classifier", "cosine", *FROZEN, "--model.lr", "1e-3", "--model.warmup_steps", "0", *more]
+    options += ["--trainer.max_epochs", "1", "--data.batch_pairs", 8]  # all in one step
     run("--output", "one", *options)
     assert run_apart("--output", "two", *options, "--trainer.devices", 2).status == 0
-    start = torch.from_numpy(prototypes_of_museum("one"))
-    one, two = (checkpoint(f"{name}/last.ckpt")["state_dict"]["loss.W"] for name in ("one", "two"))
-    assert (one - two).norm() < 0.05 * (one - start).norm()
+    of_one, of_two = (checkpoint(f"{name}/last.ckpt")["optimizer_states"][0]["state"] for name in ("one", "two"))
+    assert len(of_one) == 3  # the projector's weight and bias, the class weights
+    for name, state in of_one.items():
+        assert state["exp_avg"].norm() > 1e-4
+        torch.testing.assert_close(of_two[name]["exp_avg"], state["exp_avg"], atol=1e-6, rtol=1e-4)
+
+
+def test_two_terms_add_up_and_are_logged():
+    """On the starting weights, of which the first step's loss is: that of a classifier alone, and that of the loss."""
+    options = ["--model.classifier", "cosine", *FROZEN, "--trainer.max_epochs", "1", "--trainer.log_every_n_steps", "1"]
+    run("--output", "both", *options, "--model.contrastive_weight", 0.25, *NTXENT)
+    run("--output", "classifier", *options)
+    run("--output", "contrastive", *FROZEN, *options[-4:], *NTXENT)
+    total, of_classes, of_pairs = (
+        column("both", f"train/{name}") for name in ("loss", "classifier_loss", "contrastive_loss")
+    )
+    np.testing.assert_allclose(total, np.array(of_classes) + 0.25 * np.array(of_pairs), rtol=1e-6)
+    assert of_classes[0] == pytest.approx(column("classifier", "train/loss")[0], rel=1e-6)
+    assert of_pairs[0] == pytest.approx(column("contrastive", "train/loss")[0], rel=1e-6)
 
 
 def prototypes_of_museum(folder: str) -> np.ndarray:
