@@ -272,7 +272,7 @@ def test_the_help_of_train_teaches_and_begins_with_the_data(capsys, monkeypatch)
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 165
+    assert len(lines) <= 172
     places = [next(i for i, line in enumerate(lines) if f"--{name}" in line) for name in ("data.", "model.", "output")]
     assert places == sorted(places) and "nn.Module" not in " ".join(lines)
 

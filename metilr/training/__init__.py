@@ -68,13 +68,13 @@ class FineTuningOptions:
         freeze_backbone: Train the projector alone, or the classifier, or both.
         loss: metilr.training.losses.ContrastiveLoss, or any of pytorch_metric_learning.losses by class_path: that gets
             all embeddings of a batch with their exhibits. Without it NTXentLoss, temperature 0.05.
-        contrastive_weight: Train a classifier with the loss, times so much, beside its own; with 0 alone.
+        contrastive_weight: Of the loss, beside a classifier's own.
         classifier: Train a vector an exhibit in place of the loss: cosine, a softmax of similarities; arcface, with a
             margin; subcenter, with three vectors each. Evaluate with database_rows classifier.
         classifier_start: At the mean of each exhibit's images, or at random.
         classifier_margin: In degrees, of arcface and subcenter.
         classifier_scale: What similarities are multiplied by in the softmax.
-        classes_per_step: Give so many classes a gradient in a step, which is right on average; without it all.
+        classes_per_step: So many get a gradient, right on average; else all.
         optimizer: adam or adamw.
         lr: Learning rate of the backbone.
         lr_projector: Of the projector and of a loss's own weights; without it the backbone's.
@@ -159,7 +159,7 @@ class PairOptions:
         second_view: Augmentation of the second.
         batch_pairs: Pairs in a batch, over all processes together.
         anchors_per_epoch: Anchors in an epoch, in several rounds if need be; without it each image once.
-        balance: Draw anchors by exhibit, each as often, and its images in turn; an epoch has each exhibit once.
+        balance: Take exhibits, not images, as often as each other.
         n_views: Draw views from so many fixed ones per image; without it each view of the run is a new one.
         cache_views: Compute the n_views of each image through the frozen backbone once and keep them on disk.
         image_size: Longest side in px of database and val images in mining and validation; without it as they are.
