@@ -253,6 +253,16 @@ def test_a_classifier_is_resumed_and_loaded_with_its_weights(monkeypatch, more):
         Trainer(logger=False, accelerator="cpu").fit(module, [])
 
 
+def test_a_classifier_behind_a_fine_tuned_backbone(trained, capsys):
+    options = ["--model.weights", trained / "best.ckpt", *FROZEN, "--model.classifier", "cosine"]
+    run("--output", "out", *options, "--trainer.max_epochs", 1)
+    before, after = (checkpoint(Path(folder, "best.ckpt"))["state_dict"] for folder in (trained, "out"))
+    network = [name for name in before if name.startswith("embedder.backbone.")]
+    assert network and all(torch.equal(before[name], after[name]) for name in network)
+    line = error_of(capsys, *options, "--model.backbone", "timm/test_vit", "--output", "other")
+    assert "weights" in line and "best.ckpt" in line
+
+
 @pytest.mark.parametrize("more", [[], ["--model.classes_per_step", 5, "--model.contrastive_weight", 0.5]])
 def test_two_processes_have_the_gradients_of_one(run_apart, more):
     """Of class weights and projector, as the optimizer's first moment has them after one step: a tenth of each."""
