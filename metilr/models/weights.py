@@ -23,7 +23,6 @@ from metilr.models.zoo import BackboneSpec
 from metilr.progress import byte_progress
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which timm looks for them
-TRAINED = "embedder.backbone.model."  # where a checkpoint of metilr's has the network
 StateDict = dict[str, torch.Tensor]
 
 # BatchNorm's step counter: no part of the forward pass in eval mode, absent from files older than torch 0.4.1.
@@ -111,10 +110,7 @@ def read_file(path: Path, remedy: str) -> Any:
 
 
 def read_state_dict(path: Path) -> StateDict:
-    """Read a state dict from a file, which may hold it under ``state_dict``; DataParallel's ``module.`` is dropped.
-
-    Of a checkpoint of metilr's it is the network's.
-    """
+    """Read a state dict from a file, which may hold it under ``state_dict``; DataParallel's ``module.`` is dropped."""
     remedy = "get the file again, or save the state dict alone with torch.save(model.state_dict(), FILE)"
     content = read_file(path, remedy)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
@@ -122,8 +118,7 @@ def read_state_dict(path: Path) -> StateDict:
     if not (isinstance(content, Mapping) and content and is_state_dict(content)):
         raise UserError(f"{path}: holds no state dict, a mapping of names to tensors; get the file again")
     prefix = "module." if all(key.startswith("module.") for key in content) else ""
-    prefix = TRAINED if any(key.startswith(TRAINED) for key in content) else prefix
-    return {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
+    return {key.removeprefix(prefix): value for key, value in content.items()}
 
 
 def is_state_dict(content: Mapping[Any, Any]) -> bool:

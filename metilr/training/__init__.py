@@ -56,7 +56,7 @@ class FineTuningOptions:
 
     Attributes:
         backbone: As in metilr evaluate: r18_in, ..., lite0_in, or timm/NAME.
-        weights: File to start from, a checkpoint too; random for untrained ones; without it the official ones.
+        weights: File with weights to start from; random for untrained ones; without it the official ones.
         stage: Take the map of an earlier stage, counted from 1; without it the last.
         patch_rounding: How a ViT's input sides are made multiples of its patch: nearest, down or off.
         pooling: gem, mac, spoc, rmac, cls or attention.
@@ -68,13 +68,13 @@ class FineTuningOptions:
         freeze_backbone: Train the projector alone, or the classifier, or both.
         loss: metilr.training.losses.ContrastiveLoss, or any of pytorch_metric_learning.losses by class_path: that gets
             all embeddings of a batch with their exhibits. Without it NTXentLoss, temperature 0.05.
-        contrastive_weight: Of the loss, beside a classifier's own.
+        contrastive_weight: Weight of the loss that is added to a classifier's.
         classifier: Train a vector an exhibit in place of the loss: cosine, a softmax of similarities; arcface, with a
             margin; subcenter, with three vectors each. Evaluate with database_rows classifier.
         classifier_start: At the mean of each exhibit's images, or at random.
         classifier_margin: In degrees, of arcface and subcenter.
         classifier_scale: What similarities are multiplied by in the softmax.
-        classes_per_step: So many get a gradient, right on average; else all.
+        classes_per_step: Classes that get a gradient in a step; without it all.
         optimizer: adam or adamw.
         lr: Learning rate of the backbone.
         lr_projector: Of the projector and of a loss's own weights; without it the backbone's.
@@ -124,6 +124,9 @@ class FineTuningOptions:
         has_classifier = self.classifier != "none"
         if self.freeze_backbone and self.projector_dim is None and not has_classifier:
             raise UserError("true: nothing is left to train; give projector_dim, or a classifier", "freeze_backbone")
+        if self.freeze_backbone and self.projector_dim is None and self.contrastive_weight:
+            what = "behind a frozen backbone the loss has nothing to train; give projector_dim, or leave it out"
+            raise UserError(f"{self.contrastive_weight:g}: {what}", "contrastive_weight")
         if has_classifier and self.loss is not None and not self.contrastive_weight:
             raise UserError("has no effect beside a classifier without contrastive_weight; give it a weight", "loss")
         defaults = {field.name: field.default for field in fields(self)}
@@ -159,7 +162,7 @@ class PairOptions:
         second_view: Augmentation of the second.
         batch_pairs: Pairs in a batch, over all processes together.
         anchors_per_epoch: Anchors in an epoch, in several rounds if need be; without it each image once.
-        balance: Take exhibits, not images, as often as each other.
+        balance: Make each exhibit as often an anchor as any other.
         n_views: Draw views from so many fixed ones per image; without it each view of the run is a new one.
         cache_views: Compute the n_views of each image through the frozen backbone once and keep them on disk.
         image_size: Longest side in px of database and val images in mining and validation; without it as they are.

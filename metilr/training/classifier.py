@@ -27,7 +27,7 @@ class Classifier(nn.Module):
     takes for each class the nearest of three vectors. The mean over the batch.
 
     With ``classes_per_step`` the loss is the same, and so is its gradient in expectation, but only so many classes get
-    one in a step: the batch's own, then half the most similar to any embedding of the batch, half at random, whose
+    one in a step: the batch's own, then half those most similar to one of its embeddings, half at random, whose
     gradients count for the classes that are left out.
 
     Source: Wang et al., NormFace, 2017; Deng et al., ArcFace, CVPR 2019; Deng et al., Sub-center ArcFace, ECCV 2020.
@@ -104,7 +104,7 @@ class Classifier(nn.Module):
 def cosines(embeddings: Tensor, by_class: Tensor) -> Tensor:
     """Cosines ``(B, C)`` of embeddings of unit length and the nearest vector of each class, of ``(C, centres, D)``."""
     similarities = embeddings @ F.normalize(by_class, dim=2).flatten(0, 1).T
-    return similarities.unflatten(1, by_class.shape[:2]).amax(dim=2)
+    return similarities.unflatten(1, by_class.shape[:2]).max(dim=2).values  # of equal ones the first alone
 
 
 def start_at_prototypes(classifier: Classifier, descriptors: np.ndarray, labels: np.ndarray) -> None:

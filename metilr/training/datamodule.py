@@ -132,10 +132,11 @@ class PairDataModule(pl.LightningDataModule):
     def classify_val(self, positions: np.ndarray, rows: tuple[np.ndarray, np.ndarray] | None = None) -> Predictions:
         """Classify val queries, by position ``(Q,)``, by the nearest image: k = 1, tau = 1, no whitening.
 
-        Or by the nearest of other ``rows`` ``(M, D)``, with their labels.
+        Or by the nearest of other ``rows`` ``(M, D)``, with their labels, of exhibits that have an image.
         """
-        is_valid = self.is_valid["val"][positions]
-        database, labels = rows or self.rows()
+        is_valid, (database, labels) = self.is_valid["val"][positions], self.rows()
+        if rows is not None:
+            database, labels = (each[np.isin(rows[1], labels)] for each in rows)
         neighbours = search(database, self.descriptors["val"][positions[is_valid]], 1)
         predictions = classify(neighbours, labels, self.ground_truth.n_classes, k=1, tau=1.0)
         return with_skipped(predictions, ~is_valid)

@@ -109,6 +109,15 @@ def lacks_negatives(loss: nn.Module, n_pairs: int) -> bool:
     return n_pairs < 2 and not has_classes and not isinstance(loss, ContrastiveLoss)
 
 
+def loss_of_pairs(
+    loss: nn.Module, first: Tensor, second: Tensor, positive: Tensor, labels: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Loss of pairs ``(P, D)``: the published one takes them as they are, others all embeddings with their classes."""
+    if isinstance(loss, ContrastiveLoss):
+        return loss(first, second, positive)
+    return loss(torch.cat([first, second]), torch.cat(labels))
+
+
 def pair_figures(
     loss: nn.Module | None, first: Tensor, second: Tensor, positive: Tensor, labels: tuple[Tensor, Tensor]
 ) -> dict[str, Tensor]:

@@ -24,10 +24,10 @@ from metilr.training import FineTuningOptions
 from metilr.training.classifier import Classifier, class_rows, start_at_prototypes
 from metilr.training.datamodule import PairDataModule
 from metilr.training.losses import (
-    ContrastiveLoss,
     check_loss,
     gather_rows,
     lacks_negatives,
+    loss_of_pairs,
     pair_figures,
     record_of,
     recorded_options,
@@ -97,10 +97,11 @@ class FineTuning(pl.LightningModule):
         embedder = load_embedder(path)  # refuses what does not fit together
         module = cls(options)
         if options.classifier != "none":
-            module.make_classifier(load_class_weights(path).exhibit_ids)
+            module.make_classifier(np.array([*dict.fromkeys(load_class_weights(path).exhibit_ids.tolist())]))
         backbone, source = module.embedder.backbone, embedder.backbone
         backbone.provenance, backbone.mean, backbone.std = source.provenance, source.mean, source.std
         load_strictly(module, content["state_dict"], (), str(path))
+        module.resumed = True  # projector and class weights begin as they are
         return module if map_location is None else module.to(map_location)
 
     @property
@@ -144,6 +145,10 @@ class FineTuning(pl.LightningModule):
             raise UserError("true: needs a frozen backbone; give freeze_backbone true", "cache_views")
         if self.loss is not None:
             check_loss(self.loss, self.embedder.dim, data)
+        n_some, n_views = self.options.classes_per_step, 2 * data.options.batch_pairs
+        if n_some is not None and n_some <= min(n_views, data.ground_truth.n_classes - 1):
+            what = f"a batch has up to {n_views} views, and each may show another exhibit"
+            raise UserError(f"{n_some}: {what}; choose more, or smaller batches", "classes_per_step")
         data.check_sizes(self.embedder)
         if projector is not None and start != "random" and not self.resumed:
             if start == "learned" and data.options.bad_images == "skip":
@@ -177,7 +182,7 @@ class FineTuning(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of the whole batch, this process's pairs and the others', float32."""
         pairs = as_pairs(batch)
-        loss, figures, n_pairs = self._loss_of(pairs)
+        loss, figures, n_pairs = self._loss_of(pairs, batch_idx)
         self.last_batch = pairs
         figures = {"loss": loss.detach(), **figures}
         if self.embedder.pooling.kind == "gem":
@@ -186,7 +191,7 @@ class FineTuning(pl.LightningModule):
         self.log("train/epoch_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=n_pairs, prog_bar=True)
         return loss
 
-    def _loss_of(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor], int]:
+    def _loss_of(self, batch: PairBatch, batch_idx: int = 0) -> tuple[Tensor, dict[str, Tensor], int]:
         """The loss, figures beside it and the number of pairs; UserError if the weights make neither any more."""
         if batch.first.shape[1:] == batch.second.shape[1:]:
             views = self.embed(torch.cat([batch.first, batch.second])).chunk(2)
@@ -197,15 +202,12 @@ class FineTuning(pl.LightningModule):
         labels = gather_rows(self, batch.first_labels), gather_rows(self, batch.second_labels)
         if self.loss is not None and lacks_negatives(self.loss, len(first)):
             raise UserError(f"a batch of one pair has no negative for {type(self.loss).__name__}; give 2 or more")
-        both, of_both = torch.cat([first, second]), torch.cat(labels)
         with torch.autocast(self.device.type, enabled=False):
             figures = pair_figures(self.loss, first.detach(), second.detach(), positive, labels)
-            terms: list[Tensor] = []
-            if self.loss is not None:
-                is_published = isinstance(self.loss, ContrastiveLoss)
-                terms += [self.loss(first, second, positive) if is_published else self.loss(both, of_both)]
+            terms = [] if self.loss is None else [loss_of_pairs(self.loss, first, second, positive, labels)]
             if self.classifier is not None:
-                terms += [self.classifier(both, of_both, (self.seed, self.global_step))]
+                seed = self.seed, self.global_step, batch_idx
+                terms += [self.classifier(torch.cat([first, second]), torch.cat(labels), seed)]
             loss = terms[-1]
             if len(terms) == 2:
                 loss = loss + self.options.contrastive_weight * terms[0]

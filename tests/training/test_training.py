@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 from pytorch_lightning import Trainer
 
+import metilr
 from metilr.cli import run_main
 from metilr.data.decode import load_image
 from metilr.data.ground_truth import load_ground_truth
@@ -24,8 +25,10 @@ from metilr.evaluation.options import VISITS
 from metilr.extraction.store import DescriptorStore
 from metilr.models.embedder import build_embedder
 from metilr.retrieval.whitening import fit_learned_whitening
-from metilr.training import FineTuningOptions
-from metilr.training.augmentations import SimulatedVisit
+from metilr.training import FineTuningOptions, PairOptions
+from metilr.training.augmentations import RandomCrop, SimulatedVisit
+from metilr.training.classifier import Classifier
+from metilr.training.datamodule import PairDataModule
 from metilr.training.module import P_BOUNDS, FineTuning
 from tests.forks import Outcome
 from tests.museum import write_ground_truth, write_museum
@@ -44,6 +47,7 @@ TINY = [
 ]  # fmt: skip
 TRAINED = ["--data.pairing", "syn+neg", "--model.lr", "1e-3", "--model.warmup_steps", "0", *CONTRASTIVE]
 FROZEN = ["--model.freeze_backbone", "true", "--model.projector_dim", "4"]
+SOME = ["--model.classes_per_step", 5, "--data.batch_pairs", 2]  # of 6 exhibits; a batch has 2 at most
 SINGLE_SCALE = {"scales": [1], "k": 1, "tau": 1, "accelerator": "cpu", "num_workers": 0, "report": False}
 
 
@@ -232,7 +236,9 @@ def test_a_classifier_s_weights_alone_are_trained_behind_a_frozen_backbone(museu
     assert column("out", "val/gap")[-1] == pytest.approx(results.val.gap, abs=1e-6)
 
 
-@pytest.mark.parametrize("more", [[], ["--model.classes_per_step", 4, "--model.contrastive_weight", 0.5, *NTXENT]])
+@pytest.mark.parametrize(
+    "more", [[], ["--model.contrastive_weight", 0.5, *NTXENT, *SOME], ["--model.classifier", "subcenter"]]
+)
 def test_a_classifier_is_resumed_and_loaded_with_its_weights(monkeypatch, more):
     options = ["--model.classifier", "arcface", "--model.lr", "1e-3", "--model.warmup_steps", "0", *FROZEN, *more]
     run("--output", "whole", *options)
@@ -245,7 +251,11 @@ def test_a_classifier_is_resumed_and_loaded_with_its_weights(monkeypatch, more):
     assert whole.keys() == again.keys()
     for name in whole:
         torch.testing.assert_close(again[name], whole[name], atol=1e-6, rtol=0)
-    loaded = FineTuning.load_from_checkpoint("whole/last.ckpt")
+    loaded = FineTuning.load_from_checkpoint("whole/last.ckpt", lr=0.0, weight_decay=0.0)
+    views = {"first_view": RandomCrop(40), "second_view": SimulatedVisit(40)}
+    data = PairDataModule(PairOptions(Path("museum"), num_workers=0, batch_pairs=2, **views), 0, Path("data"))
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer.fit(loaded, datamodule=data)  # from these weights, not from prototypes anew
     assert torch.equal(loaded.classifier.weight, whole["classifier.weight"])
     assert loaded.exhibit_ids.tolist() == [9, 12, 33, 41, 70, 500]
     module = FineTuning(FineTuningOptions(**UNTRAINED, classifier="cosine"))
@@ -253,21 +263,35 @@ def test_a_classifier_is_resumed_and_loaded_with_its_weights(monkeypatch, more):
         Trainer(logger=False, accelerator="cpu").fit(module, [])
 
 
-def test_a_classifier_behind_a_fine_tuned_backbone(trained, capsys):
-    options = ["--model.weights", trained / "best.ckpt", *FROZEN, "--model.classifier", "cosine"]
-    run("--output", "out", *options, "--trainer.max_epochs", 1)
+def test_each_batch_draws_classes_of_its_own(monkeypatch):
+    """Those that a step of the optimizer accumulates, too; and what a batch would leave no class to draw is refused."""
+    seeds, forward = set(), Classifier.forward
+
+    def noted(self, embeddings, labels, seed):
+        seeds.add(seed)
+        return forward(self, embeddings, labels, seed)
+
+    monkeypatch.setattr(Classifier, "forward", noted)
+    options = ["--model.classifier", "cosine", *FROZEN, *SOME, "--trainer.accumulate_grad_batches", 2]
+    run("--output", "out", *options)
+    assert len(seeds) >= 2 * 4  # epochs, batches
+    with pytest.raises(SystemExit):
+        run("--output", "other", *options, "--data.batch_pairs", 3)
+
+
+def test_a_classifier_behind_a_fine_tuned_backbone(trained):
+    torch.save(metilr.load(trained / "best.ckpt").backbone.model.state_dict(), "network.pth")
+    run("--output", "out", "--model.weights", "network.pth", *FROZEN, "--model.classifier", "cosine")
     before, after = (checkpoint(Path(folder, "best.ckpt"))["state_dict"] for folder in (trained, "out"))
     network = [name for name in before if name.startswith("embedder.backbone.")]
     assert network and all(torch.equal(before[name], after[name]) for name in network)
-    line = error_of(capsys, *options, "--model.backbone", "timm/test_vit", "--output", "other")
-    assert "weights" in line and "best.ckpt" in line
 
 
-@pytest.mark.parametrize("more", [[], ["--model.classes_per_step", 5, "--model.contrastive_weight", 0.5]])
+@pytest.mark.parametrize("more", [[], ["--model.contrastive_weight", 0.5], SOME], ids=["all", "both", "some"])
 def test_two_processes_have_the_gradients_of_one(run_apart, more):
-    """Of class weights and projector, as the optimizer's first moment has them after one step: a tenth of each."""
-    options = ["--model.classifier", "cosine", *FROZEN, "--model.lr", "1e-3", "--model.warmup_steps", "0", *more]
-    options += ["--trainer.max_epochs", "1", "--data.batch_pairs", 8]  # all in one step
+    """Of class weights and projector, as the optimizer's mean of them is after an epoch that hardly moves either."""
+    options = ["--model.classifier", "cosine", *FROZEN, "--model.lr", "1e-7", "--model.warmup_steps", "0"]
+    options += ["--trainer.max_epochs", "1", "--data.batch_pairs", 8, *more]
     run("--output", "one", *options)
     assert run_apart("--output", "two", *options, "--trainer.devices", 2).status == 0
     of_one, of_two = (checkpoint(f"{name}/last.ckpt")["optimizer_states"][0]["state"] for name in ("one", "two"))
