@@ -1,10 +1,11 @@
-"""Training class weights at the Met's full size: time of a step and of an epoch, and memory, all classes or some a step.
+"""Training class weights at the Met's full size: time of a step and an epoch, and memory, of all classes or some a step.
 
-    python benchmarks/classifier.py [--classes 224408] [--images 397121] [--batch_pairs 64] [--steps 5]
+    python benchmarks/classifier.py [--classes 224408] [--anchors 224408] [--batch_pairs 256] [--steps 3]
 
-Made-up features of width 512, as a frozen backbone's are from the cache, through a projector of 512 x 512, and AdamW. The
-same ArcFace three times: pytorch-metric-learning's, metilr's, and metilr's with --classes_per_step. An epoch, in which
-each image is an anchor, is not run: it is so many times the median step. Memory is beyond that of the process before.
+Made-up features of width 512, as a frozen backbone's are from the cache, through a projector of 512 x 512, and AdamW.
+The same ArcFace three times: pytorch-metric-learning's, metilr's, and metilr's with --classes_per_step. An epoch of
+--anchors pairs, as many as exhibits with `--data.balance true`, is not run: it is so many times the median step. Memory
+is beyond that of the process before.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import statistics
 
 import torch
 from measuring import Clock, PeakMemory, show
-from met_sizes import ROWS
 from pytorch_metric_learning.losses import ArcFaceLoss
 from torch import nn
 from torch.nn import functional as F
@@ -28,15 +28,15 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", type=int, default=224_408)
-    parser.add_argument("--images", type=int, default=ROWS)
-    parser.add_argument("--batch_pairs", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--anchors", type=int, default=224_408)
+    parser.add_argument("--batch_pairs", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--classes_per_step", type=int, default=8192)
     given = parser.parse_args()
     options = FineTuningOptions(classifier="arcface")
     some = FineTuningOptions(classifier="arcface", classes_per_step=given.classes_per_step)
     margin, scale = options.classifier_margin, options.classifier_scale
-    steps_per_epoch = -(-given.images // given.batch_pairs)
+    steps_per_epoch = -(-given.anchors // given.batch_pairs)
     figures = {}
     for name, build in (
         ("pytorch-metric-learning", lambda: ArcFaceLoss(given.classes, WIDTH, margin=margin, scale=scale)),

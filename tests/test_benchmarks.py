@@ -129,6 +129,6 @@ def test_peak_memory_counts_children_if_asked():
 
 
 def test_classifier(run):
-    [record] = run("classifier", "--classes", 300, "--images", 640, "--batch_pairs", 8, "--classes_per_step", 40)
+    [record] = run("classifier", "--classes", 300, "--anchors", 640, "--batch_pairs", 8, "--classes_per_step", 40)
     assert record["steps_per_epoch"] == 80
     assert all(record[name]["seconds_a_step"] > 0 for name in ("all classes", "some classes a step"))

@@ -26,7 +26,8 @@ def choose_anchors(
 ) -> np.ndarray:
     """Draw an epoch's anchors in random order: every row once, or so many, none again before all have come.
 
-    With the ``classes`` of rows ``(R,)``: every class once, or so many anchors, and of a class its rows in turn.
+    With the ``classes`` of rows ``(R,)``: every class once, or so many anchors, and no row of a class again before its
+    others have come.
     """
     if classes is None:
         turns = [rows] * rounds_of(n_anchors, len(rows))
