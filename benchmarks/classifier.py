@@ -1,4 +1,4 @@
-"""Training class weights at the Met's full size: time of a step and an epoch, and memory, of all classes or some a step.
+"""Training class weights at the Met's full size: seconds a step, hours an epoch, memory; all classes, or some a step.
 
     python benchmarks/classifier.py [--classes 224408] [--anchors 224408] [--batch_pairs 256] [--steps 3]
 
