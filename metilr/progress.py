@@ -70,7 +70,8 @@ class MinuteLines:
         self.said, rate = now, self.completed / (now - self.started)
         left = timedelta(seconds=round(max(0, self.total - self.completed) / rate))
         done = f"{self.completed:,} of {self.total:,} {self.unit}"
-        print(f"{self.description}: {done}, {rate:,.1f} a second, {left} left", flush=True)
+        speed = f"{rate:,.1f} a second" if rate >= 0.1 else f"{1 / rate:,.0f} s each"
+        print(f"{self.description}: {done}, {speed}, {left} left", flush=True)
 
 
 def byte_progress(quiet: bool = False, console: Console | None = None) -> Progress:

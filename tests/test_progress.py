@@ -28,6 +28,11 @@ def test_a_log_has_a_line_a_minute_with_rate_and_time_left_and_none_of_short_wor
             done(100)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and lines[0] == "describing images: 600 of 9,000 images, 10.0 a second, 0:14:00 left"
+    with counted("training", 30, "batches") as done:
+        for _ in range(4):
+            clock.now += 40
+            done(1)
+    assert capsys.readouterr().out.startswith("training: 2 of 30 batches, 40 s each, 0:18:40 left\n")
     assert list(tracked([1, 2], "short work", 2, "files")) == [1, 2]
     with counted("quiet work", 10, "files", quiet=True) as done:
         clock.now += 1000
