@@ -147,8 +147,8 @@ class FineTuning(pl.LightningModule):
             check_loss(self.loss, self.embedder.dim, data)
         n_some, n_views = self.options.classes_per_step, 2 * data.options.batch_pairs
         if n_some is not None and n_some <= min(n_views, data.ground_truth.n_classes - 1):
-            what = f"a batch has up to {n_views} views, and each may show another exhibit"
-            raise UserError(f"{n_some}: {what}; choose more, or smaller batches", "classes_per_step")
+            remedy = f"a batch has {n_views} views; choose more than that, or smaller batches"
+            raise UserError(f"{n_some}: {remedy}", "classes_per_step")
         data.check_sizes(self.embedder)
         if projector is not None and start != "random" and not self.resumed:
             if start == "learned" and data.options.bad_images == "skip":
