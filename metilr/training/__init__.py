@@ -68,7 +68,7 @@ class FineTuningOptions:
         freeze_backbone: Train the projector alone, or the classifier, or both.
         loss: metilr.training.losses.ContrastiveLoss, or any of pytorch_metric_learning.losses by class_path: that gets
             all embeddings of a batch with their exhibits. Without it NTXentLoss, temperature 0.05.
-        contrastive_weight: Weight of the loss that is added to a classifier's.
+        contrastive_weight: Weight of the loss beside a classifier.
         classifier: Train a vector an exhibit in place of the loss: cosine, a softmax of similarities; arcface, with a
             margin; subcenter, with three vectors each. Evaluate with database_rows classifier.
         classifier_start: At the mean of each exhibit's images, or at random.
