@@ -165,7 +165,7 @@ class FineTuning(pl.LightningModule):
     def make_classifier(self, exhibit_ids: np.ndarray) -> None:
         """Build the classifier that the options name, of these exhibits in the order of labels."""
         if not np.array_equal(exhibit_ids, [] if self.exhibit_ids is None else self.exhibit_ids):  # else trained
-            self.exhibit_ids = exhibit_ids
+            self.exhibit_ids, self.resumed = exhibit_ids, False  # of other exhibits than a loaded one's: begin anew
             self.classifier = Classifier(self.options, len(exhibit_ids), self.embedder.dim, self.seed)
 
     def embed(self, images: Tensor) -> Tensor:
