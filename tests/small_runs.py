@@ -33,7 +33,7 @@ TRAIN = [
 
 def index(folder: Path, output: Path, **options: Any) -> Path | None:
     """Index a folder with flat options, as the command takes them."""
-    return call(index_command, {"folder": folder, "output": output, **options})
+    return call(index_command, {"source": folder, "output": output, **options})
 
 
 def evaluate(root: Path | None = None, **options: Any) -> Results | None:

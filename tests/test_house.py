@@ -10,8 +10,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "metilr"
 ORDER = (
-    "", "metrics", "data", "download", "demo", "models", "extraction", "retrieval", "geometry", "evaluation", "report",
-    "training", "collection", "commands",
+    "", "metrics", "data", "sources", "download", "demo", "models", "extraction", "retrieval", "geometry", "evaluation",
+    "report", "training", "collection", "commands",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = ("pytorch_lightning", "timm", "torchvision", "torchmetrics", "wandb", "matplotlib")

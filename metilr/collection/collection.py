@@ -4,7 +4,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -14,8 +14,10 @@ from typing import IO
 import numpy as np
 from torch import Tensor
 
+from metilr.collection.index_schema import Labels
 from metilr.collection.photos import MAX_PIXELS, BadPhotoError, Photo, load_photo
 from metilr.data import decode
+from metilr.data.exhibit import Exhibit
 from metilr.data.ground_truth import GroundTruth
 from metilr.data.pixels import ImageSize
 from metilr.data.views import CentreCrops
@@ -99,6 +101,7 @@ class Collection:
     tau: float
     check: GeometricCheck | None = None
     calibration: Calibration | None = None
+    labels: Labels | None = None  # what an index says of its exhibits
     background: np.ndarray = field(default_factory=lambda: np.empty((0, 1)))  # photos of no exhibit, (C, D) as compared
 
     @property
@@ -110,6 +113,16 @@ class Collection:
     def images(self) -> frozenset[int]:
         """Rows of the ground truth's database that an answer can name; some images may have been left out."""
         return frozenset(self.database.images.tolist())
+
+    @functools.cached_property
+    def label_of(self) -> Mapping[str, int]:
+        """The label of each exhibit's name."""
+        return {name: label for label, name in enumerate(self.exhibits)}
+
+    def about(self, exhibit: str) -> Exhibit:
+        """What is said of an exhibit, of an evaluation's nothing; KeyError if there is none."""
+        label = self.label_of[exhibit]
+        return Exhibit() if self.labels is None else self.labels[label]
 
     def path(self, row: int) -> str:
         """Where a database image lies, relative to the museum's images."""

@@ -1,5 +1,6 @@
 """``metilr index``: a museum's own images, made ready for ``metilr identify`` and ``metilr serve``."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,52 +12,71 @@ import numpy as np
 from rich.markup import escape
 
 from metilr.cli import flat, flat_defaults
-from metilr.collection.index_schema import Index, describe_index
+from metilr.collection.index_schema import Background, Index, Labels, describe_index
+from metilr.data.csv_files import as_csv
 from metilr.data.decode import file_size, limit_images
-from metilr.data.folder import Catalogue, find_images, read_catalogue
-from metilr.distributed import launched_as_first, quieten_lightning
+from metilr.data.exhibit import is_address
+from metilr.data.folder import find_images
+from metilr.distributed import has_launcher, launched_as_first, quieten_lightning
 from metilr.errors import UserError, amount
 from metilr.evaluation.options import ComparisonOptions, MethodOptions
 from metilr.evaluation.runs import plain_options, refuse_other_options, skipped_images
 from metilr.extraction.options import ExtractionOptions
 from metilr.extraction.store import DescriptorStore
-from metilr.files import write_atomically
+from metilr.files import alone_in, replaced_file, write_atomically
 from metilr.models import RANDOM, ModelOptions
 from metilr.progress import make_console
 from metilr.retrieval.knn import USUAL_TAU
+from metilr.sources.catalogue import Catalogue, read_catalogue
+from metilr.sources.fetch import DownloadOptions
+from metilr.sources.remote import read_source
 
 if TYPE_CHECKING:
     from metilr.models.embedder import Embedder
     from metilr.retrieval.whitening import PCAWhitening
 
-APPROXIMATE, BACKGROUND = "approximate", "background"  # folders of an index
+APPROXIMATE, STORE, BACKGROUND = "approximate", "store", "background"  # folders of an index, or how they begin
+FAILED = "failed.csv"
 LEAST_BACKGROUND = 5  # photos, of whose similarities a mean is taken
 IMAGE_SIZE = 500  # px, as the Met's own images
 USUAL_K = 10  # with k = 1 every photo is answered with a confidence near 100%, whatever it shows
 
 
 def index(
-    folder: Path,
+    source: str | Path,
     output: Path,
     csv: Path | None = None,
+    language: str = "en",
+    relearn: bool = False,
     model: ModelOptions | None = None,
     extraction: ExtractionOptions | None = None,
     method: ComparisonOptions | None = None,
+    downloads: DownloadOptions | None = None,
     approximate: bool = False,
     background: Path | None = None,
 ) -> Path | None:
-    """Describe a folder of a museum's own images, to identify photos.
+    """Describe a museum's own images, to identify photos.
 
-    A sub-folder is an exhibit, with all images below it; an image beside the sub-folders is an exhibit of its own,
-    named as the file without its ending. Interrupted, the same command continues. Photos are resized as the images.
+    In a folder, a sub-folder is an exhibit, with all images below it; an image beside the sub-folders is an exhibit of
+    its own, named as the file without its ending. A CSV or Parquet file has a row an image, with columns path (or
+    image_url) and exhibit (or object_id), and others, such as title and artist, that answers show. A IIIF collection
+    has a manifest an exhibit, a manifest alone a canvas an exhibit. What is at web addresses is downloaded first.
+
+    Photos are resized as the images. Interrupted, the same command continues. Of a finished index it describes what has
+    been added or changed since and drops what is gone.
 
     Args:
-        folder: Folder with the images.
+        source: A folder of images, or a table (CSV, Parquet) or a IIIF manifest or collection, as a file or at an
+            address.
         output: Folder for the index, to be given to metilr identify and metilr serve as --store.
-        csv: Names images and exhibits instead of the sub-folders: columns path (relative to the folder) and exhibit.
+        csv: A table beside a folder. With a column path, relative to the folder, it names images and exhibits instead
+            of the sub-folders; without, it has a row an exhibit, with what answers show.
+        language: Of texts in IIIF that come in several.
+        relearn: Learn the whitening anew from all images, when an index is brought up to date.
         model: What describes the images.
         extraction: How images are read and where the model runs.
         method: How photos are compared with the images.
+        downloads: How images at web addresses are downloaded.
         approximate: Also make an approximate search of 100,000 images or more, which identify and serve then use.
         background: Folder of photos that show none of the exhibits, 5 or more: answers then tell how much more similar
             than to these a photo is to an exhibit.
@@ -67,82 +87,138 @@ def index(
     Raises:
         UserError: If an option, a file or the data is not usable; says which and what to do.
     """
-    folder, output, csv = Path(folder), Path(output), None if csv is None else Path(csv)
-    console = make_console(quiet=not launched_as_first())
+    source, output = source if is_address(str(source)) else Path(source), Path(output)
+    csv, is_first = None if csv is None else Path(csv), launched_as_first()
     model, extraction, given = model or ModelOptions(), extraction or ExtractionOptions(), method or ComparisonOptions()
-    options = plain_options(flat({"folder": folder, "csv": csv, "model": model, "extraction": extraction,
-                                  "method": given, "approximate": approximate, "background": background}))  # fmt: skip
-    _check(folder, output, method := MethodOptions(**vars(given)), approximate)
-    catalogue, strangers = read_catalogue(folder, csv), None if background is None else read_background(background)
-    if (output / "index.json").exists():
-        _refuse_another(output, catalogue, strangers, options)
-        console.print(f"finished already: {escape(str(output))}")
-        return output if launched_as_first() else None
-
-    from metilr.evaluation.database import build_searchable, views_of, whitening_of
-    from metilr.evaluation.recognition import check_method
-    from metilr.extraction.describe import describe_images
-    from metilr.extraction.descriptors import open_descriptors
-    from metilr.models.checkpoints import build_model
-    from metilr.retrieval.approximate import check_size
-
+    downloads = downloads or DownloadOptions()
+    options = plain_options(flat({"source": source, "csv": csv, "language": language, "model": model,
+                                  "extraction": extraction, "method": given, "downloads": downloads,
+                                  "approximate": approximate, "background": background}))  # fmt: skip
+    _check(source, output, method := MethodOptions(**vars(given)), approximate)
     limit_images(extraction.max_megapixels)
     quieten_lightning()
+    output.mkdir(parents=True, exist_ok=True)
+    with alone_in(output, "another metilr index", "stop it") if is_first else contextlib.nullcontext():
+        before = _read_before(output, options)
+        strangers = None if background is None else read_background(background)
+        catalogue = read_catalogue(Path(source), csv) if _is_folder(source, csv) else None  # before the model: quick
+        if catalogue is None or not _is_current(output, before, catalogue, strangers):
+            from metilr.models.checkpoints import build_model
+
+            embedder = build_model(_from_anywhere(model))
+            extraction = extraction.resized_to(extraction.resize_to or embedder.image_size or IMAGE_SIZE)
+            if catalogue is None:
+                side = max(resized) if isinstance(resized := extraction.resize_to, tuple) else resized
+                where, quiet = downloads.cache or output / "images", extraction.quiet or not is_first
+                catalogue = read_source(source, where, downloads, side, language, before is not None, quiet)
+        if _is_current(output, before, catalogue, strangers):
+            make_console(quiet=not is_first).print(f"finished already: {escape(str(output))}")
+        else:
+            keeps = None if relearn or before is None or not before.whitening else output / "whitening.npz"
+            _make(output, catalogue, strangers, embedder, model, extraction, method, approximate, options, keeps)
+    return output if is_first else None
+
+
+def _make(
+    output: Path, catalogue: Catalogue, strangers: Catalogue | None, embedder: "Embedder", model: ModelOptions,
+    extraction: ExtractionOptions, method: MethodOptions, approximate: bool, options: Mapping[str, Any],
+    keeps: Path | None,
+) -> None:  # fmt: skip
+    """Describe what is new, and write the index; with the whitening that it ``keeps``."""
+    from metilr.collection.collection import digest_of_database, save_searchable
+    from metilr.collection.update import describe_catalogue, remove_other_stores, store_of
+    from metilr.evaluation.database import build_searchable, views_of, whitening_of
+    from metilr.evaluation.recognition import check_method
+    from metilr.extraction.descriptors import open_descriptors
+    from metilr.retrieval.approximate import check_size
+    from metilr.retrieval.whitening import PCAWhitening
+
+    is_first, progress = launched_as_first(), make_console(quiet=extraction.quiet)
+    console = make_console(quiet=not is_first)
     ground_truth, n_images, n_exhibits = catalogue.ground_truth(), len(catalogue.paths), len(catalogue.names)
     what = f"{amount(n_images, 'image')} of {amount(n_exhibits, 'exhibit')}"
-    progress = make_console(quiet=extraction.quiet)
     progress.print(f"[bold]data[/]         {escape(str(catalogue.folder))}: {what}")
-    if catalogue.left_aside:
-        console.print(f"[bold yellow]note:[/] left aside: {catalogue.left_aside}")
-    if model.ckpt is not None:  # absolute: an index may be used from any folder
-        model = replace(model, ckpt=Path(model.ckpt).absolute())
-    if model.weights not in (None, RANDOM):
-        model = replace(model, weights=str(Path(model.weights).absolute()))
-    embedder = build_model(model)
-    extraction = extraction.resized_to(extraction.resize_to or embedder.image_size or IMAGE_SIZE)
     method = replace(method, tau=method.tau or USUAL_TAU)
     check_method(method, n_images, embedder.dim, n_exhibits)
     if approximate:
         check_size(n_images * method.rows_per_image if method.database_rows == "images" else n_exhibits)
     views = [view for view in views_of(method, model.seed) if "visits" in view.of]  # crops are those of photos to come
-    store = describe_images(embedder, ground_truth, output / "store", extraction, progress, views)
+    digests = catalogue.digests(extraction.quiet)
+    place = store_of(output, STORE, catalogue, digests)
+    store = describe_catalogue(embedder, catalogue, digests, place, extraction, progress, views)
+    background = None
     if strangers is not None:
-        described = describe_images(embedder, strangers.ground_truth(), output / BACKGROUND, extraction, progress)
+        of_strangers = strangers.digests(extraction.quiet)
+        place = store_of(output, BACKGROUND, strangers, of_strangers)
+        described = describe_catalogue(embedder, strangers, of_strangers, place, extraction, progress)
         if int(described.is_valid("database").sum()) < LEAST_BACKGROUND:
-            raise UserError(f"{background}: fewer than {LEAST_BACKGROUND} photos can be described", "background")
-    if not launched_as_first():
-        return None
+            reason = f"fewer than {LEAST_BACKGROUND} photos can be described"
+            raise UserError(f"{strangers.folder}: {reason}", "background")
+        where, paths = str(strangers.folder), [*strangers.paths]
+        background = Background(folder=where, paths=paths, sha256=of_strangers, store=place.name)
+    if not is_first:
+        return
     opened = open_descriptors([store.path], ground_truth, views)
     is_valid, left_out = opened.is_valid["database"], skipped_images(opened, ground_truth)
     if len(set(ground_truth.labels["database"][is_valid].tolist())) < 2:
-        raise UserError(f"{folder}: fewer than 2 exhibits have a usable image: {_first(left_out)}; mend the images")
-    n_decoded = int(is_valid.sum())
-    n_rows = n_decoded * method.rows_per_image
-    usual_k = USUAL_K * method.rows_per_image if method.database_rows == "images" else 1
-    k = min(usual_k, n_rows) if method.k is None else method.k
-    if k > n_rows:
-        raise UserError(f"{k}: {n_decoded:,} images could be decoded; choose k from 1 to {n_rows}", "k")
-    whitening = whitening_of(opened, ground_truth, method)
-    if whitening is not None:
+        reason = f"fewer than 2 exhibits have a usable image: {_first(left_out)}; mend the images"
+        raise UserError(f"{catalogue.folder}: {reason}")
+    method = replace(method, k=_k(method, int(is_valid.sum())))
+    whitening = PCAWhitening.load(keeps) if keeps else whitening_of(opened, ground_truth, method)
+    if whitening is not None and keeps is None:
         whitening.save(output / "whitening.npz")
     if approximate:
-        from metilr.collection.collection import digest_of_database, save_searchable
-
         made_from = digest_of_database(store, method, model.seed, whitening)
         save_searchable(build_searchable(opened, ground_truth, method, whitening), output / APPROXIMATE, made_from)
-    made = describe_index(catalogue, model, extraction, replace(method, k=k), whitening is not None, options, strangers)
+    with replaced_file(output / "exhibits.jsonl") as stream:
+        stream.write(Labels.content(catalogue))
+    (output / FAILED).unlink(missing_ok=True)
+    if catalogue.failed:
+        write_atomically(output / FAILED, as_csv([("address", "reason"), *catalogue.failed.items()]))
+    made = describe_index(
+        output, catalogue, digests, model, extraction, method, whitening is not None, options, background,
+        store.path.name,
+    )  # fmt: skip
     write_atomically(output / "index.json", json.dumps(made.model_dump(by_alias=True), indent=1) + "\n")  # the last
-    for note in _notes(embedder, method, whitening, left_out):
+    remove_other_stores(output, {STORE: store.path.name, BACKGROUND: background.store if background else ""})
+    for note in _notes(output, catalogue, embedder, method, whitening, left_out):
         console.print(f"[bold yellow]note:[/] {escape(note)}")
     where = escape(str(output))
     console.print(f"wrote {where}; now: metilr identify PHOTO --store {where}")
-    return output
 
 
-def _check(folder: Path, output: Path, method: MethodOptions, approximate: bool) -> None:
+def _k(method: MethodOptions, n_decoded: int) -> int:
+    """Neighbours that vote: as was asked for, or the usual number if there are so many."""
+    n_rows = n_decoded * method.rows_per_image
+    usual_k = USUAL_K * method.rows_per_image if method.database_rows == "images" else 1
+    if (k := min(usual_k, n_rows) if method.k is None else method.k) > n_rows:
+        raise UserError(f"{k}: {n_decoded:,} images could be decoded; choose k from 1 to {n_rows}", "k")
+    return k
+
+
+def _from_anywhere(model: ModelOptions) -> ModelOptions:
+    """The model with absolute paths: an index may be used from any folder."""
+    if model.ckpt is not None:
+        model = replace(model, ckpt=Path(model.ckpt).absolute())
+    if model.weights not in (None, RANDOM):
+        model = replace(model, weights=str(Path(model.weights).absolute()))
+    return model
+
+
+def _is_folder(source: str | Path, csv: Path | None) -> bool:
+    """Whether a source is a folder of images, and nothing is to be downloaded."""
+    is_folder = isinstance(source, Path) and (source.is_dir() or csv is not None)
+    if not is_folder and csv is not None:
+        raise UserError(f"{csv}: has no effect beside {source}, which is no folder; leave it out", "csv")
+    if not is_folder and has_launcher():
+        raise UserError(f"{source}: is downloaded by one process; run without a launcher first", "source")
+    return is_folder
+
+
+def _check(source: str | Path, output: Path, method: MethodOptions, approximate: bool) -> None:
     place = Path(os.path.realpath(output))  # which takes links in a circle, too
-    if Path(os.path.realpath(folder)) in (place, *place.parents):
-        raise UserError(f"{output}: lies among the images of {folder}; name a folder elsewhere", "output")
+    if isinstance(source, Path) and Path(os.path.realpath(source)) in (place, *place.parents):
+        raise UserError(f"{output}: lies among the images of {source}; name a folder elsewhere", "output")
     if (output / APPROXIMATE).exists() and not approximate:
         raise UserError(f"{output / APPROXIMATE}: is there, but approximate is not asked for; ask for it, or delete it")
     if method.geometric_check:
@@ -163,21 +239,35 @@ def read_background(folder: Path) -> Catalogue:
     return Catalogue(folder.absolute(), paths, ("",) * len(paths))
 
 
-def _refuse_another(
-    output: Path, catalogue: Catalogue, strangers: Catalogue | None, options: Mapping[str, Any]
-) -> None:
-    """Refuse a finished index that the same command would now make otherwise."""
-    made = Index.load(output)
-    defaults = plain_options(flat_defaults(index)) if made.options else {}  # of options that it is too old to have
-    refuse_other_options(output, {**defaults, **made.options}, options)
-    for store, before, now in (("store", made.catalogue, catalogue), (BACKGROUND, made.strangers, strangers)):
-        if before is None or now is None:  # both, as the options are the same
-            continue
-        sizes = np.array([file_size(now.folder / path) or 0 for path in now.paths], np.int64)
-        are_same = (before.paths, before.exhibits) == (now.paths, now.exhibits)
-        if not are_same or DescriptorStore(output / store).pending("database", sizes, retry_bad=False).any():
-            changed = f"holds an index of {now.folder} as it was before images changed there"
-            raise UserError(f"{output}: {changed}; name another folder, or delete it", "output")
+def _read_before(output: Path, options: Mapping[str, Any]) -> Index | None:
+    """What a finished index says; UserError if it was made with other options."""
+    if not (output / "index.json").exists():
+        return None
+    before = Index.load(output)
+    defaults = plain_options(flat_defaults(index)) if before.options else {}  # of options that it is too old to have
+    defaults.pop("source", None)
+    recorded = {"source" if name == "folder" else name: value for name, value in before.options.items()}
+    refuse_other_options(output, {**defaults, **recorded}, options)
+    return before
+
+
+def _is_current(output: Path, before: Index | None, catalogue: Catalogue, strangers: Catalogue | None) -> bool:
+    """Whether an index is of just these images and what is said of them, and undamaged."""
+    labels = output / "exhibits.jsonl"
+    if before is None or not labels.exists() or labels.read_bytes() != Labels.content(catalogue):
+        return False
+    is_current = _is_of(output / before.store, before.catalogue, [image.sha256 for image in before.images], catalogue)
+    if before.background is None or before.strangers is None or strangers is None:  # all, as the options are the same
+        return is_current
+    of_background = output / before.background.store, before.strangers, before.background.sha256
+    return is_current and _is_of(*of_background, strangers)
+
+
+def _is_of(store: Path, before: Catalogue, digests: Sequence[str], now: Catalogue) -> bool:
+    if (before.paths, before.exhibits) != (now.paths, now.exhibits) or digests != now.digests():
+        return False
+    sizes = np.array([file_size(now.folder / path) or 0 for path in now.paths], np.int64)
+    return not DescriptorStore(store).pending("database", sizes, retry_bad=False).any()
 
 
 def _first(left_out: Sequence[Mapping[str, str]]) -> str:
@@ -185,8 +275,9 @@ def _first(left_out: Sequence[Mapping[str, str]]) -> str:
 
 
 def _notes(
-    embedder: "Embedder", method: MethodOptions, whitening: "PCAWhitening | None", left_out: Sequence[Mapping[str, str]]
-) -> list[str]:
+    output: Path, catalogue: Catalogue, embedder: "Embedder", method: MethodOptions,
+    whitening: "PCAWhitening | None", left_out: Sequence[Mapping[str, str]],
+) -> list[str]:  # fmt: skip
     from metilr.retrieval.whitening import DEFAULT_DIM
 
     notes = []
@@ -201,4 +292,10 @@ def _notes(
         )
     if left_out:
         notes.append(f"left out: {amount(len(left_out), 'image')}: {_first(left_out)}")
+    if catalogue.left_aside:
+        notes.append(f"left aside: {catalogue.left_aside}")
+    if catalogue.failed:
+        where, why = next(iter(catalogue.failed.items()))
+        n = amount(len(catalogue.failed), "address", "es")
+        notes.append(f"{n} gave nothing, or nothing new ({output / FAILED} lists why); the first: {where}: {why}")
     return notes

@@ -1,6 +1,7 @@
 """What ``index.json`` says of an index, written and read by one model."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +9,7 @@ from typing import Any, Literal
 import pydantic
 
 from metilr.collection import index_file
-from metilr.data.folder import Catalogue
+from metilr.data.exhibit import Exhibit
 from metilr.data.ground_truth import is_place_below
 from metilr.data.pixels import ImageSize
 from metilr.errors import UserError
@@ -16,6 +17,7 @@ from metilr.evaluation.options import DELETED, MethodOptions, method_of_elements
 from metilr.evaluation.results import Count, Part, Positive, Text, Vote, read_json, why
 from metilr.extraction.options import ExtractionOptions, Precision
 from metilr.models import Engine, ModelOptions, PatchRounding, PoolingName
+from metilr.sources.catalogue import Catalogue
 
 
 class Image(Part):
@@ -23,6 +25,7 @@ class Image(Part):
 
     path: Text
     exhibit: str = pydantic.Field(min_length=1)
+    sha256: str = ""  # of its content; an index of before does not say it
 
     @pydantic.field_validator("path")
     @classmethod
@@ -38,6 +41,8 @@ class Background(Part):
 
     folder: Text
     paths: list[Text] = pydantic.Field(min_length=1)
+    sha256: list[str] = pydantic.Field(default_factory=list)
+    store: Text = pydantic.Field(default="background", pattern=r"^background(-[0-9a-f]{12})?$")
 
 
 class Model(Part):
@@ -69,7 +74,9 @@ class Index(Part):
     """What ``index.json`` says."""
 
     schema_: Literal["metilr.index/2"] = pydantic.Field(alias="schema")
-    folder: Text
+    folder: Text  # of images that were downloaded within the index, and then relative to it
+    name: str = ""  # of the collection, for people
+    store: Text = pydantic.Field(default="store", pattern=r"^store(-[0-9a-f]{12})?$")  # within the index
     images: list[Image] = pydantic.Field(min_length=1)
     model: Model
     image_size: ImageSize | None
@@ -87,7 +94,7 @@ class Index(Part):
         try:
             index = cls.model_validate(read_json(file))
             _ = index.method, index.model_options  # what they refuse is refused here
-            return index
+            return index.model_copy(update={"folder": str(Path(path).absolute() / index.folder)})
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: cannot be read ({why(error)}); delete {path} and make the index again") from None
 
@@ -125,20 +132,54 @@ def recorded_model(recorded: Mapping[str, Any], ckpt: Path | None = None) -> Mod
     return ModelOptions(**{name: recorded[name] for name in names})
 
 
+class Labels:
+    """What is said of an index's exhibits, read when it is asked for: ``exhibits.jsonl``, a line each."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self.file, self.names = path / "exhibits.jsonl", names
+        self._lines = self.file.read_bytes().splitlines() if self.file.exists() else None
+
+    def __getitem__(self, label: int) -> Exhibit:
+        """What is said of a label's exhibit; UserError if the file is not of this index."""
+        if self._lines is None:
+            return Exhibit()
+        try:
+            said = json.loads(self._lines[label])
+            if said.pop("exhibit") == self.names[label]:
+                return Exhibit.model_validate(said)
+        except (ValueError, LookupError, AttributeError):
+            pass
+        raise UserError(f"{self.file}: is not of this index; run the metilr index that made it again")
+
+    @staticmethod
+    def content(catalogue: Catalogue) -> bytes:
+        """What the file of a catalogue holds."""
+        about = ({"exhibit": name, **_said(catalogue.about.get(name))} for name in catalogue.names)
+        return b"".join(json.dumps(each, ensure_ascii=False).encode() + b"\n" for each in about)
+
+
+def _said(about: Exhibit | None) -> dict[str, Any]:
+    return {} if about is None else about.model_dump(exclude_defaults=True)
+
+
 def describe_index(
-    catalogue: Catalogue, model: ModelOptions, extraction: ExtractionOptions, method: MethodOptions, whitened: bool,
-    options: Mapping[str, Any], strangers: Catalogue | None = None,
+    output: Path, catalogue: Catalogue, digests: Sequence[str], model: ModelOptions, extraction: ExtractionOptions,
+    method: MethodOptions, whitened: bool, options: Mapping[str, Any], strangers: Background | None, store: str,
 ) -> Index:  # fmt: skip
-    """What ``index.json`` is to say; ``options`` are the command's, plain."""
+    """What ``index.json`` in ``output`` is to say; ``options`` are the command's, plain."""
     from metilr.provenance import library_versions
 
     described_by = {**asdict(model), "precision": str(extraction.precision), "engine": extraction.engine}
     described_by["ckpt"] = None if model.ckpt is None else str(model.ckpt)
     described_by["scales"] = None if model.scales is None else list(model.scales)
+    is_inside = catalogue.folder.is_relative_to(output.absolute())  # so that an index may move with its images
+    images = zip(catalogue.paths, catalogue.exhibits, digests, strict=True)
     return Index(
         schema="metilr.index/2",
-        folder=str(catalogue.folder),
-        images=[Image(path=path, exhibit=name) for path, name in zip(catalogue.paths, catalogue.exhibits, strict=True)],
+        folder=str(catalogue.folder.relative_to(output.absolute()) if is_inside else catalogue.folder),
+        name=catalogue.name or catalogue.folder.name,
+        store=store,
+        images=[Image(path=path, exhibit=name, sha256=digest) for path, name, digest in images],
         model=Model(**described_by),
         image_size=extraction.resize_to,
         whitening=whitened,
@@ -152,7 +193,7 @@ def describe_index(
             }
         ),
         knn=Vote.model_validate({"k": method.k, "tau": method.tau}),
-        background=None if strangers is None else Background(folder=str(strangers.folder), paths=[*strangers.paths]),
+        background=strangers,
         versions=dict(library_versions()),
         options=dict(options),
     )

@@ -10,10 +10,9 @@ from typing import Any
 
 from metilr.collection import PhotoOptions, Threshold, choose_threshold
 from metilr.collection.collection import Collection, Describer, digest_of_database, load_searchable
-from metilr.collection.index import APPROXIMATE, BACKGROUND, index
-from metilr.collection.index_schema import Index, recorded_model
+from metilr.collection.index import APPROXIMATE, index
+from metilr.collection.index_schema import Index, Labels, recorded_model
 from metilr.data.decode import MAX_MEGAPIXELS, file_size, limit_images
-from metilr.data.folder import Catalogue, read_catalogue
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.demo import DEMO
 from metilr.errors import UserError
@@ -34,6 +33,7 @@ from metilr.models.checkpoints import build_model
 from metilr.models.embedder import Embedder
 from metilr.retrieval.confidence import Calibration, feature_names
 from metilr.retrieval.whitening import PCAWhitening
+from metilr.sources.catalogue import Catalogue, read_catalogue
 
 
 def open_with_threshold(options: PhotoOptions) -> tuple[Collection, Threshold]:
@@ -92,6 +92,8 @@ class Recorded:
     confidence: Confidence | None = None
     classifier: Mapping[str, Any] | None = None
     strangers: Catalogue | None = None  # an index's photos that show no exhibit
+    background: Path | None = None  # where they are described
+    labels: Labels | None = None  # what an index says of its exhibits
 
 
 def _of_index(path: Path, ckpt: Path | None, accelerator: Accelerator) -> Recorded:
@@ -100,10 +102,10 @@ def _of_index(path: Path, ckpt: Path | None, accelerator: Accelerator) -> Record
     catalogue, model = index.catalogue, index.model
     return Recorded(
         path=path,
-        name=catalogue.folder.name,
+        name=index.name or catalogue.folder.name,
         ground_truth=catalogue.ground_truth(),
         exhibits=catalogue.names,
-        store=DescriptorStore(path / "store"),
+        store=DescriptorStore(path / index.store),
         model=recorded_model(asdict(index.model_options), ckpt),
         extraction=ExtractionOptions(
             accelerator=accelerator, precision=model.precision, engine=model.engine
@@ -112,6 +114,8 @@ def _of_index(path: Path, ckpt: Path | None, accelerator: Accelerator) -> Record
         whitening=PCAWhitening.load(path / "whitening.npz") if index.whitening else None,
         vote=index.knn,
         strangers=index.strangers,
+        background=None if index.background is None else path / index.background.store,
+        labels=Labels(path, catalogue.names),
     )
 
 
@@ -188,6 +192,7 @@ def _assemble(made: Recorded) -> Collection:
         k=made.vote.k,
         tau=made.vote.tau,
         check=check,
+        labels=made.labels,
         **_calibration(made),
     )
 
@@ -195,7 +200,8 @@ def _assemble(made: Recorded) -> Collection:
 def _calibration(made: Recorded) -> dict[str, Any]:
     """What makes the confidence a probability, with the background from the store, if the evaluation had that."""
     if made.strangers is not None:
-        described = open_descriptors([made.path / BACKGROUND], strangers := made.strangers.ground_truth())
+        assert made.background is not None
+        described = open_descriptors([made.background], strangers := made.strangers.ground_truth())
         return {"background": build_searchable(described, strangers, MethodOptions(), made.whitening).rows}
     if made.confidence is None or made.confidence.calibration is None:
         return {}

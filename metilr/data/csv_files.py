@@ -52,6 +52,8 @@ def read_csv(file: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, st
     header = rows[0][1] if rows else []
     if any(header.count(column) != 1 for column in columns):
         raise ValueError(f"its first line must be {','.join(columns)}, each once, with commas between")
+    if repeated := [name for name in header if name and header.count(name) > 1]:
+        raise ValueError(f"line 1: names {shown(repeated[0])} twice; remove one")
     for line, cells in rows[1:]:
         if len(cells) != len(header):
             said = f"{len(cells)} fields where the first line has {len(header)}"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from metilr.data.folder import read_catalogue
 from metilr.errors import UserError
+from metilr.sources.catalogue import read_catalogue
 
 
 @pytest.fixture
@@ -59,12 +59,13 @@ def test_another_list_has_another_digest(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path;exhibit\na.jpg;x\n", "its first line must be path,exhibit"),
-        ("", "its first line must be path,exhibit"),
+        ("path;exhibit\na.jpg;x\n", "its first line must be like path,exhibit"),
+        ("", "lists no images"),
+        ("path,title\na.jpg,Vase\n", "has no column of exhibits"),
         ("path,exhibit\n", "lists no images"),
         ("path,exhibit\nbust/a.JPG\n", "line 2: has 1 fields where the first line has 2"),
         ("path,exhibit\na.jpg,Madonna, with child\nb.jpg,Vase\n", "line 2: has 3 fields where the first line has 2"),
-        ("path,exhibit,exhibit\na.jpg,a,b\n", "its first line must be path,exhibit, each once"),
+        ("path,exhibit,exhibit\na.jpg,a,b\n", "line 1: names 'exhibit' twice; remove one"),
         ('path,exhibit\na.jpg,a\nb.jpg,"Vase\nc.jpg,Bust\n', "line 3: is no CSV (unexpected end of data): a quote"),
         ('path,exhibit\na.jpg,"Vase\nb.jpg,"Bust"\n', "line 2: is no CSV"),
         ('path,exhibit\na.jpg,"Vase\nb.jpg,Bust"\nc.jpg,Urn\n', "line 2: 'Vase\\nb.jpg,Bust' has a line break within"),
