@@ -13,8 +13,8 @@ import pytest
 
 from metilr import files
 from metilr.commands.download import Records
-from metilr.data.csv_files import read_csv
 from metilr.data.ground_truth import load_ground_truth
+from metilr.data.tables import read_csv
 from metilr.errors import UserError
 from metilr.evaluation.read_run import read_run
 from metilr.extraction.reference_pickle import read_reference_descriptors

@@ -13,7 +13,7 @@ from metilr.extraction.options import Accelerator
 from metilr.metrics.open_set import decision_point
 
 if TYPE_CHECKING:
-    from metilr.collection.collection import Answer, Collection
+    from metilr.collection.collection import Answer, Collection, Match
 
 Decision = Literal["exhibit", "not in the collection", "undecided"]
 
@@ -136,6 +136,16 @@ def choose_threshold(run: Run | None, options: PhotoOptions) -> Threshold:
     )
 
 
+def named(answer: "Answer | Match") -> str:
+    """An exhibit in words: by title, artist and date, or else by its name."""
+    return answer.about.caption or f"exhibit {answer.exhibit}"
+
+
+def _about(answer: "Answer | Match") -> dict[str, Any]:
+    about = answer.about.model_dump(exclude_defaults=True)
+    return {"about": about} if about else {}
+
+
 @dataclass(frozen=True)
 class Identified:
     """One photo's answer with what it comes to, or the ``error`` why there is none."""
@@ -153,7 +163,7 @@ class Identified:
         """The decision in words, or why there is none."""
         if self.answer is None or self.decision == "not in the collection":
             return self.error or str(self.decision)
-        return f"{'' if self.decision == 'exhibit' else 'undecided, most likely '}exhibit {self.answer.exhibit}"
+        return f"{'' if self.decision == 'exhibit' else 'undecided, most likely '}{named(self.answer)}"
 
     @property
     def detail(self) -> str:
@@ -165,8 +175,7 @@ class Identified:
             shown += f", {self.answer.above_background:.3f} above the background"
         if self.has_val:
             shown += f", confidence {in_percent(self.answer.log_confidence)}"
-        named = self.decision != "not in the collection"
-        return shown if named else f"nearest: exhibit {self.answer.exhibit}, {shown}"
+        return shown if self.decision != "not in the collection" else f"nearest: {named(self.answer)}, {shown}"
 
     def as_json(self, collection: "Collection") -> dict[str, Any]:
         """The answer as JSON types, or why there is none."""
@@ -177,10 +186,12 @@ class Identified:
         for match in answer.matches:
             inliers = {} if match.inliers is None else {"inliers": match.inliers}
             path = collection.path(match.row)
-            matches.append({"exhibit": match.exhibit, "similarity": match.similarity, **inliers, "path": path})
+            said = {"exhibit": match.exhibit, "similarity": match.similarity, **inliers, "path": path}
+            matches.append({**said, **_about(match)})
         return {
             "decision": self.decision,
             "exhibit": answer.exhibit,
+            **_about(answer),
             "log_confidence": answer.log_confidence,
             **({"confidence": math.exp(answer.log_confidence)} if self.has_val else {}),
             "similarity": answer.similarity,

@@ -14,7 +14,7 @@ from typing import IO
 import numpy as np
 from torch import Tensor
 
-from metilr.collection.index_schema import Labels
+from metilr.collection.labels import Labels
 from metilr.collection.photos import MAX_PIXELS, BadPhotoError, Photo, load_photo
 from metilr.data import decode
 from metilr.data.exhibit import Exhibit
@@ -51,6 +51,7 @@ class Match:
     exhibit: str
     similarity: float
     inliers: int | None = None
+    about: Exhibit = field(default_factory=Exhibit)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Answer:
     similarity: float  # of the nearest image of that exhibit; 0 if none of the neighbours shows it
     matches: tuple[Match, ...]  # the nearest image of each of the nearest exhibits, most similar first
     above_background: float | None = None  # of similarity, see there; where an index has a background
+    about: Exhibit = field(default_factory=Exhibit)  # what an index says of the exhibit
     regions: bytes | None = None  # what photo and answer have in common, a JPEG, where it is found and asked for
 
 
@@ -189,13 +191,18 @@ class Collection:
             [above] = above_background(predictions.similarity, background_similarities(query, self.background)).tolist()
         labels = self.ground_truth.labels["database"]
         inliers = [] if checked is None else checked.inliers[0].tolist()
-        listed = zip_longest(matches.rows[0].tolist(), matches.similarities[0].tolist(), inliers)
+        listed = [*zip_longest(matches.rows[0].tolist(), matches.similarities[0].tolist(), inliers)][:n_matches]
+        exhibit = self.exhibits[int(predictions.labels[0])]
+        names = [self.exhibits[labels[row]] for row, _, _ in listed]
+        described = [Match(row, name, similarity, n_inliers, self.about(name))
+                     for (row, similarity, n_inliers), name in zip(listed, names, strict=True)]  # fmt: skip
         return Answer(
-            exhibit=self.exhibits[int(predictions.labels[0])],
+            exhibit=exhibit,
             log_confidence=float(predictions.log_confidence[0]),
             similarity=float(predictions.similarity[0]),
-            matches=tuple(Match(row, self.exhibits[labels[row]], *found) for row, *found in listed)[:n_matches],
+            matches=tuple(described),
             above_background=above,
+            about=self.about(exhibit),
             regions=self._regions(image, features, matches, predictions) if draw and features is not None else None,
         )
 

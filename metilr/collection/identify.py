@@ -5,15 +5,17 @@ import contextlib
 import importlib.resources
 from collections.abc import Iterator, Sequence
 from json import dumps
+from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from metilr.collection import Identified, PhotoOptions, Threshold, collection_document
+from metilr.collection import Identified, PhotoOptions, Threshold, collection_document, named
 from metilr.collection.photos import BadPhotoError, TooManyPixelsError
 from metilr.data.decode import BadImageError
 from metilr.data.folder import find_images
+from metilr.data.tables import as_csv
 from metilr.errors import UserError
 from metilr.files import write_atomically
 from metilr.progress import make_console, printable
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from metilr.collection.collection import Collection
 
 SCHEMA = "metilr.identify/1"
+COLUMNS = (
+    "photo", "decision", "exhibit", "title", "artist", "date", "link", "rights", "thumbnail", "similarity",
+    "log_confidence", "confidence", "error",
+)  # fmt: skip
 
 
 def identify(
@@ -31,6 +37,7 @@ def identify(
     matches: int = N_MATCHES,
     json: bool = False,
     page: Path | None = None,
+    csv: Path | None = None,
 ) -> list[Identified]:
     """Say which exhibit each photo shows, or that it shows none.
 
@@ -42,6 +49,7 @@ def identify(
         matches: Exhibits listed for each photo, with their nearest images.
         json: Print a JSON document and nothing else.
         page: Also write this .html file, one page with the pictures in it.
+        csv: Also write this .csv file, a row a photo.
 
     Returns:
         What was printed: of each photo its answer and the decision, or why there is none.
@@ -54,6 +62,8 @@ def identify(
         raise UserError(f"{matches}: must be at least 1", "matches")
     if page is not None and Path(page).suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{page}: name a file that ends in .html", "page")
+    if csv is not None and Path(csv).suffix.lower() != ".csv":
+        raise UserError(f"{csv}: name a file that ends in .csv", "csv")
     photos = [photos] if isinstance(photos, (str, Path)) else photos
     if not photos:
         raise UserError("name one or more photos, or folders of photos")
@@ -79,6 +89,10 @@ def identify(
     if page is not None:
         write_page(Path(page), collection, chosen, answered)
         console.print(f"wrote {escape(str(page))}")
+    if csv is not None:
+        Path(csv).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(csv), as_csv([COLUMNS, *map(_cells, answered)]))
+        console.print(f"wrote {escape(str(csv))}")
     _refuse_none([photo for photo in answered if photo.answer is None], len(answered))
     return answered
 
@@ -86,18 +100,18 @@ def identify(
 def _listed(photos: Sequence[Path]) -> list[Path | Identified]:
     """The files of photos and folders, and in the place of what gives none why it does not."""
     listed: list[Path | Identified] = []
-    for named in map(Path, photos):
-        if not named.exists():
-            listed.append(Identified(str(named), error="no such file or folder; name a photo, or a folder of photos"))
+    for given in map(Path, photos):
+        if not given.exists():
+            listed.append(Identified(str(given), error="no such file or folder; name a photo, or a folder of photos"))
             continue
         try:
-            files, left_aside = find_images(named) if named.is_dir() else ([named], "")
+            files, left_aside = find_images(given) if given.is_dir() else ([given], "")
         except UserError as error:
-            listed.append(Identified(str(named), error=str(error)))
+            listed.append(Identified(str(given), error=str(error)))
             continue
         if left_aside:
             remedy = "convert images among them to JPEG, name linked folders"
-            listed.append(Identified(str(named), error=f"left aside: {left_aside}; {remedy}"))
+            listed.append(Identified(str(given), error=f"left aside: {left_aside}; {remedy}"))
         listed += files
     return listed
 
@@ -153,13 +167,28 @@ def _lines(photo: Identified, collection: "Collection") -> str:
     if photo.reduced:
         side = collection.largest_side
         lines.append(f"  reduced to {side} px, the longest side that the collection was described at")
+    about = answer.about
+    told = [("exhibit", answer.exhibit), ("rights", about.rights), ("link", about.link)]
+    told = told if about.caption and photo.decision != "not in the collection" else []
+    lines += [f"  {name:<8} {escape(printable(value))}" for name, value in told if value]
     width = max(len(match.exhibit) for match in answer.matches)
     for place, match in enumerate(answer.matches, start=1):
         exhibit, path = printable(match.exhibit), printable(collection.path(match.row))
         inliers = "" if match.inliers is None else f"  inliers {match.inliers:4}"
         similarity = f"similarity {match.similarity:6.3f}{inliers}"
-        lines.append(f"  {place}  {similarity}  exhibit {escape(exhibit):<{width}}  {escape(path)}")
+        title = f"  {escape(printable(match.about.caption))}" if match.about.caption else ""
+        lines.append(f"  {place}  {similarity}  exhibit {escape(exhibit):<{width}}  {escape(path)}{title}")
     return "\n".join(lines)
+
+
+def _cells(photo: Identified) -> list[object]:
+    """A photo's row of the CSV file: what the JSON document says of it but for the matches."""
+    said: dict[str, object] = {"photo": photo.name, "error": photo.error}
+    if (answer := photo.answer) is not None:
+        confidence = exp(answer.log_confidence) if photo.has_val else None
+        said |= {"decision": photo.decision, "exhibit": answer.exhibit, **answer.about.model_dump(exclude={"more"})}
+        said |= {"similarity": answer.similarity, "log_confidence": answer.log_confidence, "confidence": confidence}
+    return ["" if said.get(name) is None else said[name] for name in COLUMNS]
 
 
 def write_page(file: Path, collection: "Collection", threshold: Threshold, photos: Sequence[Identified]) -> None:
@@ -174,7 +203,7 @@ def write_page(file: Path, collection: "Collection", threshold: Threshold, photo
         with contextlib.suppress(BadImageError):  # gone since it was described: the page says so in its place
             pictures[row] = jpeg_thumbnail(collection.image(row))
     templates = jinja2.Environment(loader=jinja2.PackageLoader("metilr.collection"), autoescape=True)
-    templates.filters |= {"shown": printable, "data_uri": data_uri}
+    templates.filters |= {"shown": printable, "data_uri": data_uri, "named": named}
     style = (importlib.resources.files("metilr.collection") / "static" / "style.css").read_text(encoding="utf-8")
     page = templates.get_template("answers.html").render(
         collection=collection, threshold=threshold, photos=photos, pictures=pictures, style=Markup(style)

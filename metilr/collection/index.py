@@ -1,10 +1,9 @@
 """``metilr index``: a museum's own images, made ready for ``metilr identify`` and ``metilr serve``."""
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,8 @@ import numpy as np
 from rich.markup import escape
 
 from metilr.cli import flat, flat_defaults
-from metilr.collection.index_schema import Background, Index, Labels, describe_index
-from metilr.data.csv_files import as_csv
+from metilr.collection.index_schema import FAILED, Background, Index, describe_index
+from metilr.collection.labels import LABELS, Labels
 from metilr.data.decode import file_size, limit_images
 from metilr.data.exhibit import is_address
 from metilr.data.folder import find_images
@@ -23,7 +22,7 @@ from metilr.evaluation.options import ComparisonOptions, MethodOptions
 from metilr.evaluation.runs import plain_options, refuse_other_options, skipped_images
 from metilr.extraction.options import ExtractionOptions
 from metilr.extraction.store import DescriptorStore
-from metilr.files import alone_in, replaced_file, write_atomically
+from metilr.files import alone_in
 from metilr.models import RANDOM, ModelOptions
 from metilr.progress import make_console
 from metilr.retrieval.knn import USUAL_TAU
@@ -36,7 +35,10 @@ if TYPE_CHECKING:
     from metilr.retrieval.whitening import PCAWhitening
 
 APPROXIMATE, STORE, BACKGROUND = "approximate", "store", "background"  # folders of an index, or how they begin
-FAILED = "failed.csv"
+NO_DIFFERENCE = {  # options that another time may be others
+    "accelerator", "devices", "num_nodes", "batch_size", "num_workers", "quiet", "profile", "language", "relearn",
+    *(field.name for field in fields(DownloadOptions)),
+}  # fmt: skip
 LEAST_BACKGROUND = 5  # photos, of whose similarities a mean is taken
 IMAGE_SIZE = 500  # px, as the Met's own images
 USUAL_K = 10  # with k = 1 every photo is answered with a confidence near 100%, whatever it shows
@@ -91,17 +93,18 @@ def index(
     csv, is_first = None if csv is None else Path(csv), launched_as_first()
     model, extraction, given = model or ModelOptions(), extraction or ExtractionOptions(), method or ComparisonOptions()
     downloads = downloads or DownloadOptions()
-    options = plain_options(flat({"source": source, "csv": csv, "language": language, "model": model,
-                                  "extraction": extraction, "method": given, "downloads": downloads,
-                                  "approximate": approximate, "background": background}))  # fmt: skip
+    options = plain_options(flat({"source": source, "csv": csv, "model": model, "extraction": extraction,
+                                  "method": given, "approximate": approximate, "background": background}))  # fmt: skip
     _check(source, output, method := MethodOptions(**vars(given)), approximate)
     limit_images(extraction.max_megapixels)
     quieten_lightning()
     output.mkdir(parents=True, exist_ok=True)
     with alone_in(output, "another metilr index", "stop it") if is_first else contextlib.nullcontext():
         before = _read_before(output, options)
-        strangers = None if background is None else read_background(background)
-        catalogue = read_catalogue(Path(source), csv) if _is_folder(source, csv) else None  # before the model: quick
+        strangers = None if background is None else read_background(background).with_digests(extraction.quiet)
+        catalogue = None
+        if _is_folder(source, csv):  # which is listed faster than a model is loaded
+            catalogue = read_catalogue(Path(source), csv).with_digests(extraction.quiet)
         if catalogue is None or not _is_current(output, before, catalogue, strangers):
             from metilr.models.checkpoints import build_model
 
@@ -109,8 +112,9 @@ def index(
             extraction = extraction.resized_to(extraction.resize_to or embedder.image_size or IMAGE_SIZE)
             if catalogue is None:
                 side = max(resized) if isinstance(resized := extraction.resize_to, tuple) else resized
-                where, quiet = downloads.cache or output / "images", extraction.quiet or not is_first
-                catalogue = read_source(source, where, downloads, side, language, before is not None, quiet)
+                place = downloads.cache or output / "images"
+                catalogue = read_source(source, place, downloads, side, language, before is not None, extraction.quiet)
+                catalogue = catalogue.with_digests(extraction.quiet)
         if _is_current(output, before, catalogue, strangers):
             make_console(quiet=not is_first).print(f"finished already: {escape(str(output))}")
         else:
@@ -126,15 +130,14 @@ def _make(
 ) -> None:  # fmt: skip
     """Describe what is new, and write the index; with the whitening that it ``keeps``."""
     from metilr.collection.collection import digest_of_database, save_searchable
-    from metilr.collection.update import describe_catalogue, remove_other_stores, store_of
+    from metilr.collection.update import describe_catalogue, remove_other_stores
     from metilr.evaluation.database import build_searchable, views_of, whitening_of
     from metilr.evaluation.recognition import check_method
     from metilr.extraction.descriptors import open_descriptors
     from metilr.retrieval.approximate import check_size
     from metilr.retrieval.whitening import PCAWhitening
 
-    is_first, progress = launched_as_first(), make_console(quiet=extraction.quiet)
-    console = make_console(quiet=not is_first)
+    progress, console = make_console(quiet=extraction.quiet), make_console(quiet=not launched_as_first())
     ground_truth, n_images, n_exhibits = catalogue.ground_truth(), len(catalogue.paths), len(catalogue.names)
     what = f"{amount(n_images, 'image')} of {amount(n_exhibits, 'exhibit')}"
     progress.print(f"[bold]data[/]         {escape(str(catalogue.folder))}: {what}")
@@ -143,20 +146,15 @@ def _make(
     if approximate:
         check_size(n_images * method.rows_per_image if method.database_rows == "images" else n_exhibits)
     views = [view for view in views_of(method, model.seed) if "visits" in view.of]  # crops are those of photos to come
-    digests = catalogue.digests(extraction.quiet)
-    place = store_of(output, STORE, catalogue, digests)
-    store = describe_catalogue(embedder, catalogue, digests, place, extraction, progress, views)
+    store = describe_catalogue(embedder, catalogue, output, STORE, extraction, progress, views)
     background = None
     if strangers is not None:
-        of_strangers = strangers.digests(extraction.quiet)
-        place = store_of(output, BACKGROUND, strangers, of_strangers)
-        described = describe_catalogue(embedder, strangers, of_strangers, place, extraction, progress)
+        described = describe_catalogue(embedder, strangers, output, BACKGROUND, extraction, progress)
+        background = Background.of(strangers, described.path.name)
         if int(described.is_valid("database").sum()) < LEAST_BACKGROUND:
             reason = f"fewer than {LEAST_BACKGROUND} photos can be described"
             raise UserError(f"{strangers.folder}: {reason}", "background")
-        where, paths = str(strangers.folder), [*strangers.paths]
-        background = Background(folder=where, paths=paths, sha256=of_strangers, store=place.name)
-    if not is_first:
+    if not launched_as_first():
         return
     opened = open_descriptors([store.path], ground_truth, views)
     is_valid, left_out = opened.is_valid["database"], skipped_images(opened, ground_truth)
@@ -170,17 +168,10 @@ def _make(
     if approximate:
         made_from = digest_of_database(store, method, model.seed, whitening)
         save_searchable(build_searchable(opened, ground_truth, method, whitening), output / APPROXIMATE, made_from)
-    with replaced_file(output / "exhibits.jsonl") as stream:
-        stream.write(Labels.content(catalogue))
-    (output / FAILED).unlink(missing_ok=True)
-    if catalogue.failed:
-        write_atomically(output / FAILED, as_csv([("address", "reason"), *catalogue.failed.items()]))
-    made = describe_index(
-        output, catalogue, digests, model, extraction, method, whitening is not None, options, background,
-        store.path.name,
-    )  # fmt: skip
-    write_atomically(output / "index.json", json.dumps(made.model_dump(by_alias=True), indent=1) + "\n")  # the last
-    remove_other_stores(output, {STORE: store.path.name, BACKGROUND: background.store if background else ""})
+    is_whitened = whitening is not None
+    made = describe_index(output, catalogue, model, extraction, method, is_whitened, options, background, store)
+    made.save(output, catalogue)
+    remove_other_stores(output, {STORE: made.store, BACKGROUND: made.background.store if made.background else ""})
     for note in _notes(output, catalogue, embedder, method, whitening, left_out):
         console.print(f"[bold yellow]note:[/] {escape(note)}")
     where = escape(str(output))
@@ -247,24 +238,25 @@ def _read_before(output: Path, options: Mapping[str, Any]) -> Index | None:
     defaults = plain_options(flat_defaults(index)) if before.options else {}  # of options that it is too old to have
     defaults.pop("source", None)
     recorded = {"source" if name == "folder" else name: value for name, value in before.options.items()}
-    refuse_other_options(output, {**defaults, **recorded}, options)
+    was, now = ({name: value for name, value in each.items() if name not in NO_DIFFERENCE}
+                for each in ({**defaults, **recorded}, options))  # fmt: skip
+    refuse_other_options(output, was, now)
     return before
 
 
 def _is_current(output: Path, before: Index | None, catalogue: Catalogue, strangers: Catalogue | None) -> bool:
     """Whether an index is of just these images and what is said of them, and undamaged."""
-    labels = output / "exhibits.jsonl"
+    labels = output / LABELS
     if before is None or not labels.exists() or labels.read_bytes() != Labels.content(catalogue):
         return False
-    is_current = _is_of(output / before.store, before.catalogue, [image.sha256 for image in before.images], catalogue)
+    is_current = _is_of(output / before.store, before.catalogue, catalogue)
     if before.background is None or before.strangers is None or strangers is None:  # all, as the options are the same
         return is_current
-    of_background = output / before.background.store, before.strangers, before.background.sha256
-    return is_current and _is_of(*of_background, strangers)
+    return is_current and _is_of(output / before.background.store, before.strangers, strangers)
 
 
-def _is_of(store: Path, before: Catalogue, digests: Sequence[str], now: Catalogue) -> bool:
-    if (before.paths, before.exhibits) != (now.paths, now.exhibits) or digests != now.digests():
+def _is_of(store: Path, before: Catalogue, now: Catalogue) -> bool:
+    if (before.paths, before.exhibits, before.sha256) != (now.paths, now.exhibits, now.sha256):
         return False
     sizes = np.array([file_size(now.folder / path) or 0 for path in now.paths], np.int64)
     return not DescriptorStore(store).pending("database", sizes, retry_bad=False).any()

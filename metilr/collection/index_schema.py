@@ -1,7 +1,7 @@
 """What ``index.json`` says of an index, written and read by one model."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -9,15 +9,20 @@ from typing import Any, Literal
 import pydantic
 
 from metilr.collection import index_file
-from metilr.data.exhibit import Exhibit
+from metilr.collection.labels import LABELS, Labels
 from metilr.data.ground_truth import is_place_below
 from metilr.data.pixels import ImageSize
+from metilr.data.tables import as_csv
 from metilr.errors import UserError
 from metilr.evaluation.options import DELETED, MethodOptions, method_of_elements
 from metilr.evaluation.results import Count, Part, Positive, Text, Vote, read_json, why
 from metilr.extraction.options import ExtractionOptions, Precision
+from metilr.extraction.store import DescriptorStore
+from metilr.files import replaced_file, write_atomically
 from metilr.models import Engine, ModelOptions, PatchRounding, PoolingName
 from metilr.sources.catalogue import Catalogue
+
+FAILED = "failed.csv"  # in an index
 
 
 class Image(Part):
@@ -43,6 +48,11 @@ class Background(Part):
     paths: list[Text] = pydantic.Field(min_length=1)
     sha256: list[str] = pydantic.Field(default_factory=list)
     store: Text = pydantic.Field(default="background", pattern=r"^background(-[0-9a-f]{12})?$")
+
+    @classmethod
+    def of(cls, strangers: Catalogue, store: str) -> "Background":
+        """What is said of photos that a store describes."""
+        return cls(folder=str(strangers.folder), paths=[*strangers.paths], sha256=[*strangers.sha256], store=store)
 
 
 class Model(Part):
@@ -98,18 +108,28 @@ class Index(Part):
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: cannot be read ({why(error)}); delete {path} and make the index again") from None
 
+    def save(self, path: Path, catalogue: Catalogue) -> None:
+        """Write ``index.json`` into a folder, and before it what is said of the exhibits and what is missing."""
+        with replaced_file(path / LABELS) as stream:
+            stream.write(Labels.content(catalogue))
+        (path / FAILED).unlink(missing_ok=True)
+        if catalogue.failed:
+            write_atomically(path / FAILED, as_csv([("address", "reason"), *catalogue.failed.items()]))
+        write_atomically(path / "index.json", json.dumps(self.model_dump(by_alias=True), indent=1) + "\n")
+
     @property
     def catalogue(self) -> Catalogue:
         """Which images show which exhibit."""
-        images = self.images
-        return Catalogue(Path(self.folder), tuple(i.path for i in images), tuple(i.exhibit for i in images))
+        paths, exhibits, digests = zip(*((i.path, i.exhibit, i.sha256) for i in self.images), strict=True)
+        return Catalogue(Path(self.folder), paths, exhibits, sha256=digests)
 
     @property
     def strangers(self) -> Catalogue | None:
         """Photos that show no exhibit, if there are some."""
         if self.background is None:
             return None
-        return Catalogue(Path(self.background.folder), tuple(self.background.paths), ("",) * len(self.background.paths))
+        paths, digests = tuple(self.background.paths), tuple(self.background.sha256)
+        return Catalogue(Path(self.background.folder), paths, ("",) * len(paths), sha256=digests)
 
     @property
     def model_options(self) -> ModelOptions:
@@ -132,39 +152,9 @@ def recorded_model(recorded: Mapping[str, Any], ckpt: Path | None = None) -> Mod
     return ModelOptions(**{name: recorded[name] for name in names})
 
 
-class Labels:
-    """What is said of an index's exhibits, read when it is asked for: ``exhibits.jsonl``, a line each."""
-
-    def __init__(self, path: Path, names: Sequence[str]) -> None:
-        self.file, self.names = path / "exhibits.jsonl", names
-        self._lines = self.file.read_bytes().splitlines() if self.file.exists() else None
-
-    def __getitem__(self, label: int) -> Exhibit:
-        """What is said of a label's exhibit; UserError if the file is not of this index."""
-        if self._lines is None:
-            return Exhibit()
-        try:
-            said = json.loads(self._lines[label])
-            if said.pop("exhibit") == self.names[label]:
-                return Exhibit.model_validate(said)
-        except (ValueError, LookupError, AttributeError):
-            pass
-        raise UserError(f"{self.file}: is not of this index; run the metilr index that made it again")
-
-    @staticmethod
-    def content(catalogue: Catalogue) -> bytes:
-        """What the file of a catalogue holds."""
-        about = ({"exhibit": name, **_said(catalogue.about.get(name))} for name in catalogue.names)
-        return b"".join(json.dumps(each, ensure_ascii=False).encode() + b"\n" for each in about)
-
-
-def _said(about: Exhibit | None) -> dict[str, Any]:
-    return {} if about is None else about.model_dump(exclude_defaults=True)
-
-
 def describe_index(
-    output: Path, catalogue: Catalogue, digests: Sequence[str], model: ModelOptions, extraction: ExtractionOptions,
-    method: MethodOptions, whitened: bool, options: Mapping[str, Any], strangers: Background | None, store: str,
+    output: Path, catalogue: Catalogue, model: ModelOptions, extraction: ExtractionOptions, method: MethodOptions,
+    whitened: bool, options: Mapping[str, Any], strangers: Background | None, store: DescriptorStore,
 ) -> Index:  # fmt: skip
     """What ``index.json`` in ``output`` is to say; ``options`` are the command's, plain."""
     from metilr.provenance import library_versions
@@ -173,12 +163,12 @@ def describe_index(
     described_by["ckpt"] = None if model.ckpt is None else str(model.ckpt)
     described_by["scales"] = None if model.scales is None else list(model.scales)
     is_inside = catalogue.folder.is_relative_to(output.absolute())  # so that an index may move with its images
-    images = zip(catalogue.paths, catalogue.exhibits, digests, strict=True)
+    images = zip(catalogue.paths, catalogue.exhibits, catalogue.sha256, strict=True)
     return Index(
         schema="metilr.index/2",
         folder=str(catalogue.folder.relative_to(output.absolute()) if is_inside else catalogue.folder),
         name=catalogue.name or catalogue.folder.name,
-        store=store,
+        store=store.path.name,
         images=[Image(path=path, exhibit=name, sha256=digest) for path, name, digest in images],
         model=Model(**described_by),
         image_size=extraction.resize_to,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from metilr.collection import Identified, PhotoOptions, Threshold, collection_document
+from metilr.collection import Identified, PhotoOptions, Threshold, collection_document, named
 from metilr.collection.identify import data_uri
 from metilr.collection.photos import BadPhotoError, Decoder, TooManyPixelsError
 from metilr.data.decode import HEIF, BadImageError, formats
@@ -187,6 +187,7 @@ def build_app(
         document = said.as_json(collection)
         for match, listed in zip(answer.matches, document["matches"], strict=True):
             listed["picture"] = f"/images/{match.row}" if collection.image(match.row).is_file() else None
+            listed["named"] = printable(named(match))
         return {
             "headline": printable(said.headline),
             "detail": printable(said.detail),

@@ -24,35 +24,32 @@ from metilr.sources.catalogue import Catalogue
 KEYS = "images.json"  # in a store: path and digest of each row's image
 
 
-def store_of(output: Path, name: str, catalogue: Catalogue, digests: Sequence[str]) -> Path:
-    """Where the descriptors of such images are: another place for each state of the images."""
-    state = json.dumps([catalogue.paths, catalogue.exhibits, digests])
-    return output / f"{name}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
-
-
 def describe_catalogue(
-    embedder: Embedder, catalogue: Catalogue, digests: Sequence[str], path: Path, extraction: ExtractionOptions,
+    embedder: Embedder, catalogue: Catalogue, output: Path, kind: str, extraction: ExtractionOptions,
     console: Console, views: Sequence[View] = (),
 ) -> DescriptorStore:  # fmt: skip
     """Describe images, and views of them, but for those that another store in the index has.
 
     Args:
         embedder: What describes them.
-        catalogue: The images.
-        digests: Of their content.
-        path: The store's folder, see ``store_of``.
+        catalogue: The images, with the digests of their content.
+        output: The index.
+        kind: What the store's name begins with; it ends in a digest of all images, so that another state of them has
+            another store, and the index stays as it is until that is finished.
         extraction: How they are described.
         console: Is told what is done.
         views: Of each image.
     """
+    state = json.dumps([catalogue.paths, catalogue.exhibits, catalogue.sha256])
+    path = output / f"{kind}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
     truth, store = catalogue.ground_truth(), DescriptorStore(path)
     if launched_as_first() and not (store.exists and store.is_complete):
         settings = store_settings(embedder, truth, extraction.resize_to, extraction.precision, extraction.engine)
         sizes = image_sizes(truth)["database"]
         store.prepare(settings, {"database": len(sizes)}, embedder.dim)
-        write_atomically(path / KEYS, json.dumps([*zip(catalogue.paths, digests, strict=True)]) + "\n")
-        keys, kind = _keys(path), path.name.rpartition("-")[0]
-        for other in (DescriptorStore(each) for each in _stores(path.parent, kind) if each != path):
+        write_atomically(path / KEYS, json.dumps([*zip(catalogue.paths, catalogue.sha256, strict=True)]) + "\n")
+        keys = _keys(path)
+        for other in (DescriptorStore(each) for each in _stores(output, kind) if each != path):
             known = _keys(other.path)
             _take_over(store, other, "database", keys, known, sizes, 1)
             for view in views:

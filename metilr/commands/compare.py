@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.markup import escape
 
-from metilr.data.csv_files import as_csv
 from metilr.data.ground_truth import NOT_NAMED, QUERY_FILES, load_ground_truth, nfc
+from metilr.data.tables import as_csv
 from metilr.errors import UserError
 from metilr.evaluation.read_run import Run, read_run
 from metilr.evaluation.results import FIGURES, LEVEL, UNITS, Figures

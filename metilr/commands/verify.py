@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from metilr.data.csv_files import as_csv
 from metilr.data.decode import MAX_MEGAPIXELS, BadImageError, file_size, image_shape, limit_images, load_image
 from metilr.data.ground_truth import DATABASE_FILES, QUERY_FILES, DatabaseName, file_below, load_ground_truth, nfc
 from metilr.data.pixels import ImageSize
+from metilr.data.tables import as_csv
 from metilr.distributed import default_workers
 from metilr.errors import UserError, amount_is
 from metilr.extraction.options import ImageShape, size_of

@@ -7,8 +7,8 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from metilr.data.csv_files import original, read_csv
 from metilr.data.ground_truth import QUERY_FILES
+from metilr.data.tables import original, read_csv
 from metilr.evaluation.results import (
     PREDICTION_COLUMNS,
     Count,

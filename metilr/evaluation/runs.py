@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from metilr.data.csv_files import as_csv
 from metilr.data.decode import BadImageError, load_image
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
+from metilr.data.tables import as_csv
 from metilr.errors import UserError, amount
 from metilr.evaluation.results import PREDICTION_COLUMNS, SCHEMA_VERSION, SIZES, Results
 from metilr.extraction.store import differing_settings

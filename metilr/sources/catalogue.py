@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -12,10 +12,10 @@ import numpy as np
 from metilr.data.exhibit import Exhibit, exhibit_of
 from metilr.data.folder import ending_of, find_images
 from metilr.data.ground_truth import GroundTruth, as_name, is_place_below, is_text, nfc
+from metilr.data.tables import EXHIBIT_NAMES, IMAGE_NAMES, column_of, read_table
 from metilr.errors import UserError, amount_is, shown
 from metilr.files import file_sha256
 from metilr.progress import tracked
-from metilr.sources.tables import EXHIBIT_NAMES, IMAGE_NAMES, column_of, read_table
 
 READERS = 4  # threads that read images for their digests
 
@@ -29,6 +29,7 @@ class Catalogue:
         name: Of the whole, where it has a better one than the folder's.
         left_aside: What else the source holds, in words.
         failed: Why images are missing, by their addresses.
+        sha256: Of each image's content, in order; empty where there is no file, or none were made.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class Catalogue:
     name: str = ""
     left_aside: str = ""
     failed: Mapping[str, str] = field(default_factory=dict)
+    sha256: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -58,8 +60,8 @@ class Catalogue:
             folder=".",
         )
 
-    def digests(self, quiet: bool = False) -> list[str]:
-        """The sha256 of each image's content, in order; empty where there is no file."""
+    def with_digests(self, quiet: bool = False) -> "Catalogue":
+        """The same with ``sha256``: reads all images."""
         truth = self.ground_truth()
 
         def digest(path: str) -> str:
@@ -70,7 +72,7 @@ class Catalogue:
 
         with ThreadPoolExecutor(READERS) as pool:
             digests = pool.map(digest, self.paths)
-            return list(tracked(digests, "reading images", len(self.paths), "images", quiet))
+            return replace(self, sha256=(*tracked(digests, "reading images", len(self.paths), "images", quiet),))
 
 
 def read_catalogue(folder: Path, table: Path | None = None) -> Catalogue:

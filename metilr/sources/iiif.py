@@ -1,13 +1,12 @@
 """IIIF: the images of a Presentation manifest or collection (2 and 3), each by its Image API service (2 and 3).
 
-Written after the specifications at https://iiif.io/api/: a collection leads to manifests, a manifest to canvases, a
-canvas to an image, an image to the service that makes it in any size. Form 2 says ``@id``, ``sequences`` and ``images``
-where form 3 says ``id``, ``items`` and ``items``; texts are strings, lists or maps by language in either.
+After https://iiif.io/api/: a collection leads to manifests, a manifest to canvases, a canvas to an image, an image to
+its service. Form 2 says ``@id``, ``sequences`` and ``images`` where form 3 says ``id``, ``items`` and ``items``.
 """
 
 import asyncio
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,7 @@ RIGHTS_NAMES = ("rights", "license", "requiredStatement", "attribution")
 
 @dataclass(frozen=True)
 class Place:
-    """Where an image is to be had: an address, or that of its Image API service; which exhibit it shows."""
+    """Where an image of an exhibit is to be had: its address, or that of its Image API service."""
 
     address: str
     exhibit: str
@@ -38,9 +37,9 @@ class Found:
 
     def add(self, other: "Found") -> None:
         """Append what another part of the source names."""
-        self.places += other.places
-        self.exhibits |= other.exhibits
-        self.failed |= other.failed
+        self.places.extend(other.places)
+        self.exhibits.update(other.exhibits)
+        self.failed.update(other.failed)
 
 
 class Malformed(DownloadError):
@@ -86,7 +85,8 @@ class _Crawl:
                 raise Malformed("is neither a manifest nor a collection")
             members = [member for member in dict.fromkeys(_members(page)) if member not in self.seen]
             self.seen.update(members)
-            for some in _in_steps(members, self.downloads.options.connections):
+            for start in range(0, len(members), n := self.downloads.options.connections):
+                some = members[start : start + n]
                 if len(self.found.places) >= self.limit:
                     return
                 for address, document in zip(some, await self._read(some), strict=True):
@@ -249,9 +249,9 @@ def text_of(value: Any, language: str) -> str:
     """A text of IIIF: a string, a list of them, or by language; in the language, or else in none, or else the first."""
     if isinstance(value, str):
         return plain_text(value)
-    if isinstance(value, dict) and "@value" in value:
-        return text_of(value["@value"], language)
     if isinstance(value, dict):
+        if "@value" in value:
+            return text_of(value["@value"], language)
         own = [each for tag, each in value.items() if tag.split("-")[0] == language]
         return text_of((own + _list(value.get("none") or list(value.values())[:1]))[:1], language)
     if isinstance(value, list):
@@ -300,8 +300,3 @@ def _dicts(value: Any) -> list[Any]:
 
 def _words(thing: Mapping[str, Any], *names: str) -> str:
     return " ".join(str(each) for name in names for each in _list(thing.get(name)))
-
-
-def _in_steps(items: Sequence[Any], n: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), n):
-        yield items[start : start + n]

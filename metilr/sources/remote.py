@@ -70,17 +70,17 @@ async def _downloaded(
         found.failed.update(dict.fromkeys((place.address for place in found.places[options.max_images :]), NOT_ASKED))
         places = found.places[: options.max_images]
         with counted("downloading images", len(places), "images", quiet) as done:
-            files = await _images(places, downloads, side, found, done)
+            files = await _images(places, downloads, side, done)
     for address in dict.fromkeys(downloads.kept):
         found.failed[address] = "gave no answer; what it gave before is kept"
     return _catalogue(folder, source, places, files, found)
 
 
 async def _images(
-    places: Sequence[Place], downloads: Downloads, side: int | None, found: Found, done: Callable[[int], None]
-) -> list[Path | None]:
-    """Download each image, some at a time; in the place of one that cannot be had None, and why in ``failed``."""
-    files: list[Path | None] = [None] * len(places)
+    places: Sequence[Place], downloads: Downloads, side: int | None, done: Callable[[int], None]
+) -> list[Path | str]:
+    """Download each image, some at a time; in the place of one that cannot be had why."""
+    files: list[Path | str] = [""] * len(places)
     left = iter(enumerate(places))
 
     async def work() -> None:
@@ -91,7 +91,7 @@ async def _images(
                     address = image_request(await downloads.document(f"{address}/info.json"), side)
                 files[i] = await downloads.file(address, _check_image)
             except DownloadError as error:
-                found.failed[place.address] = str(error)
+                files[i] = str(error)
             done(1)
 
     await asyncio.gather(*(work() for _ in range(downloads.options.connections)))
@@ -99,12 +99,14 @@ async def _images(
 
 
 def _catalogue(
-    folder: Path, source: str, places: Sequence[Place], files: Sequence[Path | None], found: Found
+    folder: Path, source: str, places: Sequence[Place], files: Sequence[Path | str], found: Found
 ) -> Catalogue:
     shown_by: dict[str, str] = {}
     for place, file in zip(places, files, strict=True):
         exhibit = as_name(place.exhibit)
-        if file is not None and (other := shown_by.setdefault(file.name, exhibit)) != exhibit:
+        if isinstance(file, str):
+            found.failed[place.address] = file
+        elif (other := shown_by.setdefault(file.name, exhibit)) != exhibit:
             found.failed[place.address] = f"is of exhibit {exhibit} and of {other}; taken for the latter's"
     if not shown_by:
         where, why = next(iter(found.failed.items()))

@@ -103,7 +103,7 @@ def test_a_csv_gives_the_rows_of_the_folder(indexed, tmp_path):
     )
 
 
-def test_a_finished_index_is_kept_and_says_so_until_options_or_images_change(folder, tmp_path, capsys, failure):
+def test_a_finished_index_is_kept_and_says_so_until_options_change(folder, tmp_path, capsys, failure):
     index(folder, tmp_path / "index", **INDEXED)
     command, file = ["index", folder, tmp_path / "index", *AS_OPTIONS], tmp_path / "index" / "index.json"
     before = json.loads(file.read_text())
@@ -115,13 +115,9 @@ def test_a_finished_index_is_kept_and_says_so_until_options_or_images_change(fol
     assert "".join(capsys.readouterr().out.split("\n")) == f"finished already: {tmp_path / 'index'}"
     assert "is finished, with other options (k: null there, 5 now)" in failure(*command, "--k", "5")
     assert 'image_shape: "keep" there, "square" now' in failure(*command, "--image_shape", "square")
-    exchanged = (folder / "9" / "2.jpg").read_bytes()
-    shutil.copy(folder / "9" / "3.jpg", folder / "9" / "2.jpg")
-    assert "before images changed there" in failure(*command)
-    (folder / "9" / "2.jpg").write_bytes(exchanged)
-    shutil.copy(folder / "9" / "3.jpg", folder / "9" / "4.jpg")
-    assert "before images changed there" in failure(*command)
     assert (tmp_path / "index/index.json").read_bytes() == written
+    main([str(part) for part in [*command, "--quiet", "true", "--num_workers", "1"]])  # which make no difference
+    assert "finished already" in capsys.readouterr().out
 
 
 def test_an_interrupted_index_is_continued(folder, tmp_path, capsys, failure):
@@ -130,9 +126,6 @@ def test_an_interrupted_index_is_continued(folder, tmp_path, capsys, failure):
     assert "not an index" in failure("identify", folder, "--store", tmp_path / "index")
     index(folder, tmp_path / "index", **INDEXED)
     assert "reusing 8 rows" in capsys.readouterr().out
-    (tmp_path / "index" / "index.json").unlink()
-    shutil.copy(folder / "9" / "2.jpg", folder / "9" / "4.jpg")
-    assert "was made with other settings" in failure("index", folder, tmp_path / "index", *AS_OPTIONS)
 
 
 def test_bad_images_stop_or_are_skipped(folder, tmp_path, capsys, failure):
@@ -277,7 +270,8 @@ def test_a_background_is_a_folder_of_five_photos_or_more_and_belongs_to_the_inde
     main([str(part) for part in command])
     assert "finished already" in capsys.readouterr().out
     shutil.copy(strangers / "1.png", strangers / "8.png")
-    assert f"holds an index of {strangers} as it was before images changed there" in failure(*command)
+    main([str(part) for part in command])
+    assert len(open_index(tmp_path / "index")[0].background) == 8
     for name in ("1", "2", "3", "8"):
         (strangers / f"{name}.png").unlink()
     command[2] = tmp_path / "another"

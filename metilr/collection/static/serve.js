@@ -52,13 +52,14 @@ async function ask(file) {
 
 function showAnswer(file, answer) {
   const parts = [element("p", "", answer.detail)];
+  if (answer.about && answer.decision !== "not in the collection") parts.push(label(answer));
   if (answer.reduced) parts.push(element("p", "soft", "the photo was reduced to the collection's size"));
   const matches = element("ol", "matches");
   for (const match of answer.matches) {
     const item = element("li", "");
     item.append(
-      match.picture ? picture(match.picture, `database image of exhibit ${match.exhibit}`) : element("span", "none", "no picture"),
-      element("span", "name", `exhibit ${match.exhibit}`),
+      match.picture ? picture(match.picture, `database image of ${match.named}`) : element("span", "none", "no picture"),
+      element("span", "name", match.named),
       element("span", "soft", `similarity ${match.similarity.toFixed(3)}` + ("inliers" in match ? `, ${match.inliers} inliers` : "")),
     );
     matches.append(item);
@@ -70,6 +71,21 @@ function showAnswer(file, answer) {
     regions.push(figure);
   }
   show(answer.decision.replaceAll(" ", "-"), file, answer.headline, [...parts, matches, ...regions]);
+}
+
+// What is said of an exhibit, as on the label beside it; its title is the headline.
+function label(answer) {
+  const about = answer.about;
+  const place = element("div", "label soft");
+  const lines = Object.entries(about.more || {}).slice(0, 8).map(([name, value]) => `${name}: ${value}`);
+  for (const line of [`exhibit ${answer.exhibit}`, ...lines, about.rights]) if (line) place.append(element("p", "", line));
+  if (about.link) {
+    const link = element("a", "", about.link);
+    link.href = about.link; // the server lets https and http through alone
+    link.rel = "noopener noreferrer";
+    place.append(link);
+  }
+  return place;
 }
 
 function show(kind, file, headline, parts) {

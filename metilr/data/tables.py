@@ -1,16 +1,23 @@
-"""Tables in CSV files: read strictly, and written so that no spreadsheet takes a name for a formula."""
+"""Tables in CSV and Parquet files: read strictly, and written so that no spreadsheet takes a name for a formula."""
 
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from metilr.errors import one_line, shown
+from metilr.data.exhibit import squeezed
+from metilr.errors import UserError, one_line, shown
 from metilr.files import regular
 
 # Text that spreadsheets run, or that may begin a line of its own; after apostrophes too, so that one can be taken off.
 _RISKY = re.compile(r"'*[=+\-@\uff1d\uff0b\uff0d\uff20]|.*[\x00-\x1f\x7f-\x9f\u2028\u2029]", re.DOTALL)
+
+PARQUET = b"PAR1"
+# Under which names a table keeps them, in small letters without blanks and signs; of several the first counts.
+IMAGE_NAMES = ("path", "imagepath", "file", "filename", "image", "imageurl", "primaryimage", "url")
+EXHIBIT_NAMES = ("exhibit", "exhibitid", "objectid", "id", "accessionnumber", "inventorynumber", "objectnumber")
 
 
 def as_csv(rows: Iterable[Iterable[object]]) -> str:
@@ -61,3 +68,43 @@ def read_csv(file: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, st
         if odd := [cell for cell in cells if cell[:1].isspace() and cell.lstrip().startswith('"')]:
             raise ValueError(f"line {line}: {shown(odd[0])} has a blank before its quote; remove the blank")
     return [(line, dict(zip(header, cells, strict=True))) for line, cells in rows[1:]]
+
+
+def read_table(file: Path) -> list[tuple[int, dict[str, str]]]:
+    """Read a CSV file in UTF-8 or a Parquet file: its rows, each with its line or number, all values as text.
+
+    Raises:
+        UserError: If it is neither, or damaged; says where.
+    """
+    try:
+        with regular(file).open("rb") as stream:
+            is_parquet = stream.read(len(PARQUET)) == PARQUET
+        return _read_parquet(file) if is_parquet else read_csv(file, ())
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except ValueError as error:
+        raise UserError(str(error) if isinstance(error, UserError) else f"{file}: {error}") from None
+
+
+def _read_parquet(file: Path) -> list[tuple[int, dict[str, str]]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ModuleNotFoundError:
+        raise UserError(f"{file}: is a Parquet file, which needs pyarrow: pip install 'metilr[parquet]'") from None
+    try:
+        rows = parquet.ParquetFile(file).read().to_pylist()
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"cannot be read as Parquet ({one_line(error)})") from None
+    return [(number, {name: _text(value) for name, value in row.items()}) for number, row in enumerate(rows, start=1)]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():  # what pandas makes of numbers beside a missing one
+        value = int(value)
+    return "" if value is None else str(value)
+
+
+def column_of(row: Mapping[str, str], names: tuple[str, ...]) -> str | None:
+    """The column of a table that has the first of such names; None if it has none of them."""
+    by_name = {squeezed(column): column for column in reversed(list(row))}
+    return next((by_name[name] for name in names if name in by_name), None)

@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from metilr.data.csv_files import as_csv, original, read_csv
+from metilr.data.tables import as_csv, original, read_csv
 
 FORMULAS = [
     "=cmd|' /C calc'!A0", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "'=1", "''=1", "a\n=1", "a\r\n@b",
