@@ -1,17 +1,15 @@
 """What identification needs: the database as it is searched, and the very model that described it."""
 
-import contextlib
 import functools
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from metilr.collection.labels import Labels
@@ -27,19 +25,18 @@ from metilr.evaluation.database import Searchable, as_compared
 from metilr.evaluation.options import MethodOptions
 from metilr.extraction.module import DescriptorModule
 from metilr.extraction.options import ExtractionOptions
-from metilr.extraction.store import DescriptorStore, has_unit_length
-from metilr.files import map_array, replaced_file
+from metilr.extraction.store import has_unit_length
 from metilr.geometry.check import GeometricCheck
 from metilr.geometry.evidence import Checked, apply_evidence
 from metilr.geometry.verify import LocalFeatures
 from metilr.models import UnfitSizeError
 from metilr.models.embedder import Embedder
-from metilr.retrieval.approximate import ApproximateIndex, build_approximate, check_size
 from metilr.retrieval.confidence import NEAREST, Calibration, above_background, background_similarities
-from metilr.retrieval.knn import N_MATCHES, N_NEIGHBOURS, Matches, Predictions, classify
+from metilr.retrieval.knn import N_MATCHES, N_NEIGHBOURS, Matches, classify
 from metilr.retrieval.whitening import PCAWhitening
 
 SIDE_OF_LOST_IMAGES = 1024  # px, where the images that tell are gone
+MOST_AT_ONCE = 8  # photos of one shape in the network; beyond, a CPU gains nothing and memory grows
 MAX_HEADERS = 5000  # of images, read for the largest size: about a second
 
 
@@ -68,23 +65,42 @@ class Answer:
 
 
 class Describer:
-    """Describes one photo at a time as the extraction describes images."""
+    """Describes photos as the extraction describes images."""
 
     def __init__(self, embedder: Embedder, options: ExtractionOptions) -> None:
         # Compiling takes a minute, a photo in plain PyTorch less than a second, with the same rows up to rounding.
         engine = "torch" if options.engine == "compile" else options.engine
+        self.most_at_once = 1 if engine == "openvino" else MOST_AT_ONCE
         self.module = DescriptorModule(embedder, engine, options.precision).to(options.device).eval()
         self.module.on_predict_start()
 
-    def describe(self, image: Tensor) -> np.ndarray:
-        """Describe an image, uint8 ``(3, H, W)``: float32 ``(1, D)`` of unit length; BadPhotoError if it is not."""
+    def describe(self, images: Sequence[Tensor]) -> list[np.ndarray | BadPhotoError]:
+        """Describe images, uint8 ``(3, H, W)``, those of one shape together.
+
+        Returns:
+            For each a descriptor, float32 ``(D,)`` of unit length, or why there is none.
+        """
+        described: list[np.ndarray | BadPhotoError] = [BadPhotoError("")] * len(images)
+        by_shape: dict[torch.Size, list[int]] = {}
+        for i, image in enumerate(images):
+            by_shape.setdefault(image.shape, []).append(i)
+        for alike in by_shape.values():
+            for start in range(0, len(alike), self.most_at_once):
+                some = alike[start : start + self.most_at_once]
+                batch = torch.stack([images[i] for i in some]).to(self.module.device)
+                for i, made in zip(some, self._describe(batch), strict=True):
+                    described[i] = made
+        return described
+
+    def _describe(self, batch: Tensor) -> list[np.ndarray | BadPhotoError]:
         try:
-            descriptor = self.module.describe(image[None].to(self.module.device)).float().cpu().numpy()
+            descriptors = self.module.describe(batch).float().cpu().numpy()
         except UnfitSizeError as error:
-            raise BadPhotoError(f"cannot be described ({error}); take a larger one") from None
-        if not has_unit_length(descriptor).all():
-            raise BadPhotoError("gives a descriptor that is not finite or all zero; take another photo")
-        return descriptor
+            return [BadPhotoError(f"cannot be described ({error}); take a larger one")] * len(batch)
+        nothing = BadPhotoError("gives a descriptor that is not finite or all zero; take another photo")
+        return [
+            row if is_good else nothing for row, is_good in zip(descriptors, has_unit_length(descriptors), strict=True)
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,66 +185,96 @@ class Collection:
                 return self.answer_file(Path(image), n_matches=n_matches, draw=draw)[1]
             except BadPhotoError as error:
                 raise UserError(f"{image}: {error}") from None
-        query = self._compared(image)
+        [answer] = self.answers([image], n_matches, draw)
+        if isinstance(answer, BadPhotoError):
+            raise answer
+        return answer
+
+    def answers(
+        self, images: Sequence[Tensor], n_matches: int = N_MATCHES, draw: bool = False
+    ) -> list[Answer | BadPhotoError]:
+        """Recognise what several photos show, as ``answer`` does one: they go through the network together."""
+        described = [self._compared(image) for image in self._described(images)]
+        good = [i for i, each in enumerate(described) if not isinstance(each, BadPhotoError)]
+        if not good:
+            return cast(list[Answer | BadPhotoError], described)
+        queries = np.stack([cast(np.ndarray, described[i]) for i in good])
         n_wanted = max(n_matches, self.check.candidates if self.check else 0)
         n_neighbours = max(self.k, N_NEIGHBOURS * self.method.rows_per_image)
-        neighbours = self.database.nearest(query, min(len(self.database.rows), n_neighbours))
-        matches = self.database.matches(query, neighbours, n_wanted)
+        neighbours = self.database.nearest(queries, min(len(self.database.rows), n_neighbours))
+        matches = self.database.matches(queries, neighbours, n_wanted)
         predictions = classify(neighbours, self.database.labels, len(self.exhibits), self.k, self.tau)
         matches = Matches(self.database.images[matches.rows], matches.similarities)
-        features, checked = None, None
+        features, checked = [], None
         if self.check is not None:
-            features = self.check.query_features(image)
+            features = [self.check.query_features(images[i]) for i in good]
             checked = self._checked(features, matches, self.check)
             predictions = apply_evidence(predictions, checked, self.check.boost, self.check.gate)
         if self.calibration is not None:
             labels, most_similar = self.ground_truth.labels["database"], neighbours.similarities[:, :NEAREST]
-            similarities = background_similarities(query, self.background)
+            similarities = background_similarities(queries, self.background)
             evidence = gather_evidence(predictions, matches, labels, most_similar, checked, similarities)
             predictions = self.calibration.apply(predictions, evidence)
-        above = None
+        above: list[float | None] = [None] * len(good)
         if self.calibration is None and len(self.background):
-            [above] = above_background(predictions.similarity, background_similarities(query, self.background)).tolist()
+            above = above_background(predictions.similarity, background_similarities(queries, self.background)).tolist()
+        answers = cast(list[Answer | BadPhotoError], described)
+        for q, i in enumerate(good):
+            label = int(predictions.labels[q])
+            exhibit = self.exhibits[label]
+            answers[i] = Answer(
+                exhibit=exhibit,
+                log_confidence=float(predictions.log_confidence[q]),
+                similarity=float(predictions.similarity[q]),
+                matches=self._listed(matches, checked, q)[:n_matches],
+                above_background=above[q],
+                about=self.about(exhibit),
+                regions=self._regions(images[i], features[q], matches.rows[q], label) if draw and features else None,
+            )
+        return answers
+
+    def _described(self, images: Sequence[Tensor]) -> Iterator[list[np.ndarray | BadPhotoError]]:
+        """Descriptors of each photo and of its crops."""
+        view = CentreCrops(tuple(self.method.query_crops)) if self.method.query_crops else None
+        n = 1 if view is None else 1 + view.n
+        views = [image if i == 0 or view is None else view(image, "", i - 1) for image in images for i in range(n)]
+        described = self.describer.describe(views)
+        return (described[start : start + n] for start in range(0, len(views), n))
+
+    def _compared(self, described: Sequence[np.ndarray | BadPhotoError]) -> np.ndarray | BadPhotoError:
+        """The descriptors that a photo is searched by, ``(V, D)``, or why there are none."""
+        rows = []
+        for each in described:
+            if isinstance(each, BadPhotoError):
+                return each
+            rows.append(each)
+        return as_compared(np.stack(rows), self.whitening)
+
+    def _listed(self, matches: Matches, checked: Checked | None, q: int) -> tuple[Match, ...]:
         labels = self.ground_truth.labels["database"]
-        inliers = [] if checked is None else checked.inliers[0].tolist()
-        listed = [*zip_longest(matches.rows[0].tolist(), matches.similarities[0].tolist(), inliers)][:n_matches]
-        exhibit = self.exhibits[int(predictions.labels[0])]
-        names = [self.exhibits[labels[row]] for row, _, _ in listed]
-        described = [Match(row, name, similarity, n_inliers, self.about(name))
-                     for (row, similarity, n_inliers), name in zip(listed, names, strict=True)]  # fmt: skip
-        return Answer(
-            exhibit=exhibit,
-            log_confidence=float(predictions.log_confidence[0]),
-            similarity=float(predictions.similarity[0]),
-            matches=tuple(described),
-            above_background=above,
-            about=self.about(exhibit),
-            regions=self._regions(image, features, matches, predictions) if draw and features is not None else None,
+        inliers = [] if checked is None else checked.inliers[q].tolist()
+        names = [self.exhibits[label] for label in labels[matches.rows[q]]]
+        listed = zip(matches.rows[q].tolist(), names, matches.similarities[q].tolist(), strict=True)
+        return tuple(
+            Match(row, name, similarity, n_inliers, self.about(name))
+            for (row, name, similarity), n_inliers in zip_longest(listed, inliers)
         )
 
-    def _checked(self, features: Sequence[LocalFeatures], matches: Matches, check: GeometricCheck) -> Checked:
+    def _checked(self, features: Sequence[Sequence[LocalFeatures]], matches: Matches, check: GeometricCheck) -> Checked:
         """Count the inliers of each candidate as the evaluation does."""
-        files = [self.image(row) for row in matches.rows[0, : check.candidates].tolist()]
-        inliers = np.array([[max(check.count(features, file)) for file in files]])
-        return Checked(matches, inliers, self.ground_truth.labels["database"], len(self.exhibits), self.tau)
+        inliers = [
+            [max(check.count(of_photo, self.image(row))) for row in rows[: check.candidates].tolist()]
+            for of_photo, rows in zip(features, matches.rows, strict=True)
+        ]
+        labels = self.ground_truth.labels["database"]
+        return Checked(matches, np.array(inliers), labels, len(self.exhibits), self.tau)
 
-    def _regions(
-        self, image: Tensor, features: Sequence[LocalFeatures], matches: Matches, predictions: Predictions
-    ) -> bytes | None:
+    def _regions(self, image: Tensor, features: Sequence[LocalFeatures], rows: np.ndarray, label: int) -> bytes | None:
         """Draw what the photo and the answer's nearest image have in common."""
         assert self.check is not None
-        rows = matches.rows[0, : self.check.candidates]
-        answered = rows[self.ground_truth.labels["database"][rows] == predictions.labels[0]]
+        candidates = rows[: self.check.candidates]
+        answered = candidates[self.ground_truth.labels["database"][candidates] == label]
         return self.check.draw(image, features, self.image(int(answered[0]))) if len(answered) else None
-
-    def _compared(self, image: Tensor) -> np.ndarray:
-        """The descriptors that a photo is searched by, ``(1, V, D)``."""
-        whole = as_compared(self.describer.describe(image), self.whitening)[:, None]
-        if not self.method.query_crops:
-            return whole
-        view = CentreCrops(tuple(self.method.query_crops))
-        crops = [self.describer.describe(view(image, "", i)) for i in range(view.n)]
-        return np.concatenate([whole, as_compared(np.concatenate(crops), self.whitening)[None]], axis=1)
 
 
 def _longest_side(file: Path) -> int:
@@ -237,39 +283,3 @@ def _longest_side(file: Path) -> int:
             return max(image.size)
     except Exception:  # as in load_image
         return 0
-
-
-def save_searchable(database: Searchable, folder: Path, made_from: str) -> None:
-    """Write the searched rows, what each shows, and an approximate index; what is there already is kept."""
-    check_size(len(database.rows))
-    with contextlib.suppress(UserError):
-        load_searchable(folder, made_from)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, values in (("rows", database.rows), ("columns", np.stack([database.labels, database.images]))):
-        with replaced_file(folder / f"{name}.npy") as stream:
-            np.save(stream, values)
-    build_approximate(database.rows).save(folder, made_from)
-
-
-def load_searchable(folder: Path, made_from: str) -> Searchable:
-    """Open what ``save_searchable`` wrote, reading no row; UserError if it is damaged or made from something else."""
-    index = ApproximateIndex.load(folder, folder / "rows.npy", made_from)
-    again = f"delete {folder}, or make the index again"
-    columns = map_array(folder / "columns.npy", again)
-    if columns.shape != (2, len(index.rows)) or columns.dtype != np.int64:
-        raise UserError(f"{folder / 'columns.npy'}: does not belong to {len(index.rows):,} rows; {again}")
-    labels, images = np.array(columns)
-    return Searchable(index.rows, labels, images, index)
-
-
-def digest_of_database(store: DescriptorStore, method: MethodOptions, seed: int, whitening: PCAWhitening | None) -> str:
-    """A digest of all that decides the searched rows: the store, its images, the visits, the whitening."""
-    settings = {
-        "store": store.manifest().settings,
-        "files": hashlib.sha256(store.files("database").tobytes()).hexdigest(),
-        "whitening": None if whitening is None else whitening.sha256(),
-        "visits": [method.rows_per_image - 1, method.database_views, seed],
-        **({} if method.database_rows == "images" else {"rows": method.database_rows}),
-    }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

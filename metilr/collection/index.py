@@ -129,7 +129,7 @@ def _make(
     keeps: Path | None,
 ) -> None:  # fmt: skip
     """Describe what is new, and write the index; with the whitening that it ``keeps``."""
-    from metilr.collection.collection import digest_of_database, save_searchable
+    from metilr.collection.searchable import digest_of_database, save_searchable
     from metilr.collection.update import describe_catalogue, remove_other_stores
     from metilr.evaluation.database import build_searchable, views_of, whitening_of
     from metilr.evaluation.recognition import check_method

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from metilr.collection import PhotoOptions, Threshold, choose_threshold
-from metilr.collection.collection import Collection, Describer, digest_of_database, load_searchable
+from metilr.collection.collection import Collection, Describer
 from metilr.collection.index import APPROXIMATE, index
 from metilr.collection.index_schema import Index, recorded_model
 from metilr.collection.labels import Labels
+from metilr.collection.searchable import digest_of_database, load_searchable
 from metilr.data.decode import MAX_MEGAPIXELS, file_size, limit_images
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.demo import DEMO

@@ -1,8 +1,9 @@
 """What stands around the served page: bounded connections, uploads and times, and no other site's questions."""
 
 import asyncio
+import hmac
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import uvicorn
 from starlette.datastructures import Headers, MutableHeaders
@@ -28,10 +29,10 @@ HEADERS = {
 
 
 class Walls:
-    """Refuses what other sites' pages ask, and bodies too long or too slow; each answer gets ``HEADERS``."""
+    """Refuses what other sites' pages ask, who lacks the key, bodies too long or slow; answers get ``HEADERS``."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app, self.max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int, key: str | None = None, origins: Sequence[str] = ()) -> None:
+        self.app, self.max_bytes, self.key, self.origins = app, max_bytes, key, origins
         self.too_long = f"The upload has more than {max_bytes / 10**6:g} MB; send a smaller photo."
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,7 +51,10 @@ class Walls:
 
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "0")
-        if scope["path"] != "/" and is_foreign(headers):
+        if self.key is not None and scope["path"] != "/health" and not has_key(headers, self.key):
+            said = {"error": "Send the key of this server, as the header X-API-Key."}
+            await JSONResponse(said, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send_on)
+        elif scope["path"] != "/" and is_foreign(headers) and headers.get("origin") not in self.origins:
             await JSONResponse({"error": "Pages of other sites may not ask this server."}, 403)(scope, receive, send_on)
         elif declared.isdigit() and int(declared) > self.max_bytes:
             await JSONResponse({"error": self.too_long}, 413)(scope, receive, send_on)
@@ -80,6 +84,12 @@ class Walls:
             return message
 
         return receive_some
+
+
+def has_key(headers: Mapping[str, str], key: str) -> bool:
+    """Whether a request brings a key, in one of its two headers."""
+    brought = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+    return hmac.compare_digest(brought.encode(), key.encode())
 
 
 def is_foreign(headers: Mapping[str, str]) -> bool:
