@@ -1,0 +1,85 @@
+"""The walk through docs/own_systems.md, from a IIIF collection to answers that say a title, against a local server."""
+
+import contextlib
+import csv
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from metilr.cli import main
+from metilr.collection import PhotoOptions
+from metilr.collection.index_schema import Index
+from metilr.collection.open_collection import open_with_threshold
+from metilr.collection.photos import Decoder
+from tests.iiif import Institution, picture
+from tests.server import Server
+
+DOCUMENT = (Path(__file__).parents[1] / "docs" / "own_systems.md").read_text()
+MODEL = ["--backbone", "timm/test_resnet", "--weights", "random", "--accelerator", "cpu", "--num_workers", "0"]
+LOCAL = ["--allow_private", "true", "--requests_per_second", "1000"]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def museum(request):
+    server = Server()
+    yield Institution(server, {f"o{i}": [i] for i in range(40)}, request.param)
+    server.stop()
+
+
+def commands(museum: Institution) -> list[list[str]]:
+    """The first block of the document, for the local museum."""
+    [block] = re.findall(r"```\n(metilr index https.*?)```", DOCUMENT, re.DOTALL)
+    lines = block.replace("https://museum.example/iiif/collection", museum.address).splitlines()
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def test_from_a_collection_to_answers_and_back_to_date(museum, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_index, identify, serve = commands(museum)
+    make_index += [*MODEL, *LOCAL, "--image_size", "96"]
+    main(make_index)
+    assert "40 images of 40 exhibits" in " ".join(capsys.readouterr().out.split())
+    assert set(museum.asked) == {f"{i}/full/96,/0/default.jpg" for i in range(40)}
+
+    picture(7, 300, 225).save("photo.jpg")
+    main([*identify, "--accelerator", "cpu"])
+    printed = capsys.readouterr().out
+    assert "most likely Object o7, Ann Painter, 1888" in printed and "https://museum.example/o7" in printed
+    with Path("answers.csv").open(newline="") as stream:
+        [row] = csv.DictReader(stream)
+    assert (row["exhibit"], row["title"]) == (f"{museum.server.url}object/o7", "Object o7")
+    assert "Object o7" in Path("answers.html").read_text()
+
+    assert serve == ["serve", "--store", "INDEX"]
+    assert ask("photo.jpg")["about"]["title"] == "Object o7"
+
+    for name in ("o3", "o7"):
+        del museum.pictures[name]
+    museum.pictures |= {f"new{i}": [i] for i in range(50, 55)}
+    museum.asked.clear()
+    main(make_index)
+    assert "40 images of 40 exhibits" not in capsys.readouterr().out
+    made = Index.load(Path("INDEX"))
+    assert len(made.images) == 43 and not any(image.exhibit.endswith("/o7") for image in made.images)
+    picture(52, 300, 225).save("photo.jpg")
+    assert ask("photo.jpg")["about"]["title"] == "Object new52"
+    main(make_index)
+    assert "finished already" in capsys.readouterr().out
+
+
+def ask(photo: str) -> dict:
+    """What the server of the index answers."""
+    testclient = pytest.importorskip("fastapi.testclient", reason="needs metilr[serve] and httpx")
+    from metilr.collection.app import Limits, build_app
+
+    opened = open_with_threshold(PhotoOptions(store=Path("INDEX"), accelerator="cpu"))
+    with contextlib.closing(Decoder()) as decoder:
+        client = testclient.TestClient(
+            build_app(*opened, Limits(10**6, 10**7, ["127.0.0.1"]), decoder), base_url="http://127.0.0.1"
+        )
+        answer = client.post("/identify", files={"photo": Path(photo).read_bytes()}).json()
+        exhibit = client.get(f"/exhibits/{answer['exhibit']}").json()
+    assert exhibit["about"]["title"] == answer["about"]["title"]
+    return answer
