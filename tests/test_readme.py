@@ -87,9 +87,12 @@ def test_the_readme_shows_the_commands():
 
 
 @pytest.mark.parametrize("line", EVALUATE)
-def test_evaluate_command(workplace, line, capsys):
+def test_evaluate_command(workplace, line, capsys, hub):
     arguments = shlex.split(line)[2:]
-    if "--ckpt" in arguments:
+    if "hf://OWNER/NAME" in arguments:
+        main(["pack", "RUN", "model.safetensors"])
+        hub.put("OWNER/NAME", {"model.safetensors": Path("model.safetensors").read_bytes()})
+    elif "--ckpt" in arguments:
         shutil.rmtree("RUN")
         run_main("metilr.training.cli:train", ["--data.root", "DIR", "--output", "RUN", *UNTRAINED], prog="train.py")
     elif "--descriptors" in arguments:

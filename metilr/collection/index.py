@@ -21,7 +21,7 @@ from metilr.evaluation.runs import plain_options, refuse_other_options, skipped_
 from metilr.extraction.options import ExtractionOptions
 from metilr.extraction.store import DescriptorStore
 from metilr.files import write_atomically
-from metilr.models import RANDOM, ModelOptions
+from metilr.models import RANDOM, ModelOptions, is_on_hub
 from metilr.progress import make_console
 from metilr.retrieval.knn import USUAL_TAU
 
@@ -70,10 +70,15 @@ def index(
     folder, output, csv = Path(folder), Path(output), None if csv is None else Path(csv)
     console = make_console(quiet=not launched_as_first())
     model, extraction, given = model or ModelOptions(), extraction or ExtractionOptions(), method or ComparisonOptions()
+    _check(folder, output, MethodOptions(**vars(given)), approximate)
+    catalogue, strangers = read_catalogue(folder, csv), None if background is None else read_background(background)
+    if any(map(is_on_hub, (model.ckpt, model.weights, given.whitening))):
+        from metilr.models.hub import pin
+
+        model, given = pin(model), pin(given)
+    method = MethodOptions(**vars(given))
     options = plain_options(flat({"folder": folder, "csv": csv, "model": model, "extraction": extraction,
                                   "method": given, "approximate": approximate, "background": background}))  # fmt: skip
-    _check(folder, output, method := MethodOptions(**vars(given)), approximate)
-    catalogue, strangers = read_catalogue(folder, csv), None if background is None else read_background(background)
     if (output / "index.json").exists():
         _refuse_another(output, catalogue, strangers, options)
         console.print(f"finished already: {escape(str(output))}")
@@ -94,9 +99,9 @@ def index(
     progress.print(f"[bold]data[/]         {escape(str(catalogue.folder))}: {what}")
     if catalogue.left_aside:
         console.print(f"[bold yellow]note:[/] left aside: {catalogue.left_aside}")
-    if model.ckpt is not None:  # absolute: an index may be used from any folder
+    if model.ckpt is not None and not is_on_hub(model.ckpt):  # absolute: an index may be used from any folder
         model = replace(model, ckpt=Path(model.ckpt).absolute())
-    if model.weights not in (None, RANDOM):
+    if model.weights not in (None, RANDOM) and not is_on_hub(model.weights):
         model = replace(model, weights=str(Path(model.weights).absolute()))
     embedder = build_model(model)
     extraction = extraction.resized_to(extraction.resize_to or embedder.image_size or IMAGE_SIZE)

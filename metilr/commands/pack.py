@@ -6,7 +6,7 @@ from typing import Any
 from rich.markup import escape
 
 from metilr.errors import UserError
-from metilr.evaluation.database import CHECKPOINT
+from metilr.evaluation.database import CHECKPOINTS
 from metilr.evaluation.read_run import read_run
 from metilr.progress import make_console
 
@@ -19,11 +19,11 @@ def pack(run: Path, output: Path) -> None:
 
     Args:
         run: Folder that metilr evaluate wrote.
-        output: File to write, ending in .ckpt.
+        output: File to write, ending in .ckpt or .safetensors.
     """
     output = Path(output)
-    if output.suffix != CHECKPOINT:
-        raise UserError(f"{output}: name a file that ends in {CHECKPOINT}", "output")
+    if output.suffix not in CHECKPOINTS:
+        raise UserError(f"{output}: name a file that ends in {' or '.join(CHECKPOINTS)}", "output")
     if output.exists():
         raise UserError(f"{output}: is there already; name another file, or delete it", "output")
     finished = read_run(Path(run))

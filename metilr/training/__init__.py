@@ -56,7 +56,7 @@ class FineTuningOptions:
 
     Attributes:
         backbone: As in metilr evaluate: r18_in, ..., lite0_in, or timm/NAME.
-        weights: File with weights to start from; random for untrained ones; without it the official ones.
+        weights: File to start from, or hf://OWNER/NAME; random for untrained weights; without it the official ones.
         stage: Take the map of an earlier stage, counted from 1; without it the last.
         patch_rounding: How a ViT's input sides are made multiples of its patch: nearest, down or off.
         pooling: gem, mac, spoc, rmac, cls or attention.

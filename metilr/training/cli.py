@@ -14,6 +14,7 @@ from metilr.cli import Parser, refuse_unknown
 from metilr.distributed import end_with_parent, has_launcher, is_first_process, process_as_before, quieten_lightning
 from metilr.errors import UserError
 from metilr.files import check_config
+from metilr.models import is_on_hub
 from metilr.training import FineTuningOptions, PairOptions, RunOptions
 
 TRAINER = (
@@ -98,6 +99,10 @@ def _train(parser: Any, args: Sequence[str]) -> None:
         for built in named if isinstance(named, list) else [named]:
             _refuse_paths(built, f"trainer.{name}")
     options = RunOptions(**{field.name: config[field.name] for field in fields(RunOptions)})
+    if is_on_hub(config.model.weights):
+        from metilr.models.hub import WEIGHTS, locate
+
+        config.model.weights = locate(config.model.weights, WEIGHTS, "weights")[1]
     recorded = yaml.safe_load(parser.dump(config, skip_unset=False))
     recorded = {name: value for name, value in recorded.items() if name not in ("config", "output")}
     seed_everything(options.seed_everything, workers=True, verbose=False)
