@@ -9,8 +9,8 @@ import threading
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
-import huggingface_hub
 import pytest
+from huggingface_hub import constants, hf_api
 
 TOKEN = "hf_local"
 LARGE = (".safetensors", ".bin", ".ckpt", ".pth")  # kept beside git, as .gitattributes of the Hub has it
@@ -55,7 +55,6 @@ class Hub:
 
     def use(self, monkeypatch: pytest.MonkeyPatch, cache: object) -> None:
         """Let huggingface_hub, which is imported, ask this Hub, with an empty cache and without a token."""
-        constants = huggingface_hub.constants
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -63,7 +62,7 @@ class Hub:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", f"{cache}/token")
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", self.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", self.url)
         monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
         monkeypatch.delenv("HF_TOKEN", raising=False)
 

@@ -15,6 +15,7 @@ from metilr.commands import evaluate as evaluation
 from metilr.demo import MuseumSize, make_demo, museum as demo_museum
 from metilr.training import datamodule as pair_datamodule
 from tests import small_runs
+from tests.hub import TOKEN
 from tests.mirror import UNKNOWN, serve
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +126,8 @@ def test_train_command(workplace, line):
 
 
 @pytest.mark.parametrize("line", METILR)
-def test_metilr_command(workplace, line, monkeypatch, capsys, server):
+def test_metilr_command(workplace, line, monkeypatch, capsys, server, hub):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     arguments = shlex.split(line)[1:]
     arguments = ["DIR/images/MET" if argument == "FOLDER" else argument for argument in arguments]
     if arguments[0] == "evaluate":
@@ -150,9 +152,11 @@ def test_metilr_command(workplace, line, monkeypatch, capsys, server):
     monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
     before = set(Path.cwd().rglob("*"))
     main(arguments)
-    answered = arguments[0] in ("identify", "serve", "verify")
+    answered = arguments[0] in ("identify", "serve", "verify", "push")
     printed = capsys.readouterr().out
-    assert ("metilr evaluate --ckpt" in printed) == (arguments[0] in ("train", "pack"))  # where no evaluate.py lies
+    assert ("metilr evaluate --ckpt" in printed) == (
+        arguments[0] in ("train", "pack", "push")
+    )  # where no evaluate.py lies
     assert printed and (answered or set(Path.cwd().rglob("*")) - before)
 
 

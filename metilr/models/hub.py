@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -98,7 +99,7 @@ def _reason(error: Exception, repository: str, names: Sequence[str]) -> str:
     if isinstance(error, RevisionNotFoundError):
         return "no such revision; name a branch, a tag or a commit"
     if isinstance(error, LocalEntryNotFoundError):
-        offline = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
         return f"is not in the cache, and {offline}; fetch it once with a network, or name a file on this disk"
     if isinstance(error, EntryNotFoundError):
         return f"holds no {' or '.join(names)}; name its file, as hf://{repository}/FILE"

@@ -73,9 +73,17 @@ def test_without_a_network_the_cache_is_taken(hub: Hub, fault: str, monkeypatch:
     else:
         hub.stop()
     assert locate("hf://anna/net", CHECKPOINTS) == found
+    asked, download = [], huggingface_hub.hf_hub_download
+
+    def noted(*args: object, **options: object) -> str:
+        asked.append(options["local_files_only"])
+        return download(*args, **options)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", noted)
     reason = "HF_HUB_OFFLINE is set" if fault == "offline" else "the Hub cannot be reached"
     with pytest.raises(UserError, match=rf"ckpt hf://anna/other: is not in the cache, and {reason}; .*on this disk"):
         locate("hf://anna/other", CHECKPOINTS, "ckpt")
+    assert asked == [False, True, True]  # the network once, and not for each of the usual files
     assert fault != "offline" or hub.requests == []
 
 
