@@ -81,7 +81,7 @@ install = $(BIN)/python -m pip install -q -e '.[$(1)]'
 else
 define install
 $(BIN)/python -m pip install -q $(CPU_BUILDS)
-$(BIN)/python .ci/cpu-requirements $(1) > $(VENV)/.cpu-requirements
+$(BIN)/python .ci/requirements cpu $(1) > $(VENV)/.cpu-requirements
 $(BIN)/python -m pip install -q -r $(VENV)/.cpu-requirements
 $(BIN)/python -m pip install -q --no-deps -e .
 endef
