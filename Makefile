@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo,serve,openvino,heic
-DEV := $(DEMO),dev
+DEV := $(DEMO),tensorboard,dev
 
 # CPU=1 takes the builds of PyTorch and FAISS without GPU, 2 GB in place of 8; the environment stays so.
 CPU ?= $(wildcard $(VENV)/.cpu)

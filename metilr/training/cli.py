@@ -38,7 +38,7 @@ def make_parser(prog: str, for_help: bool = False) -> Any:
     if for_help:
         parser.add_class_arguments(PairOptions, "data")
         parser.add_class_arguments(FineTuningOptions, "model")
-        parser.add_class_arguments(RunOptions, None)
+        _add_run(parser)
         parser.add_argument_group("Lightning's trainer", TRAINER)
         return parser
     from pytorch_lightning import Trainer
@@ -50,11 +50,18 @@ def make_parser(prog: str, for_help: bool = False) -> Any:
 
     parser.add_class_arguments(PairOptions, "data")
     parser.add_class_arguments(WithLoss, "model", fail_untyped=False)
-    parser.add_class_arguments(RunOptions, None)
+    _add_run(parser)
     parser.add_class_arguments(Trainer, "trainer", fail_untyped=False, instantiate=False)
     defaults = {"max_epochs": 2, "log_every_n_steps": 1}
     parser.set_defaults({f"trainer.{name}": value for name, value in defaults.items()})
     return parser
+
+
+def _add_run(parser: Any) -> None:
+    parser.add_class_arguments(RunOptions, None)
+    [logger] = [action for action in parser._actions if action.dest == "logger"]
+    logger.nargs, logger._typehint, logger.metavar = "+", str, "LOGGER"  # --logger wandb tensorboard
+    logger.default = list(logger.default)
 
 
 def train(args: Sequence[str] | None = None, prog: str = "metilr train") -> None:
