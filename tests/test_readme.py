@@ -188,10 +188,11 @@ def test_the_readme_is_short():
 
 DOCS = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 PLACEHOLDERS = {"--trainer.x", "--model.x", "--data.x", "--model.loss.temperature"}  # the last is a loss's own
-OTHERS_COMMANDS = {  # of pip, torchrun, srun, docker and benchmarks
+OTHERS_COMMANDS = {  # of pip, uv, torchrun, srun, docker and benchmarks
     "--index", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint", "--nodes", "--ntasks-per-node",
     "--gpus-per-node", "--index-url", "--views", "--node_rank", "--master_addr", "--master_port", "--backbones",
     "--share", "--plain_share", "--growth", "--plot", "--rows", "--width", "--rm", "--build-arg", "--target", "--gpus",
+    "--from",
 }  # fmt: skip
 
 
