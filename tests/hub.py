@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from huggingface_hub import constants, hf_api
+from huggingface_hub import constants, file_download, hf_api, utils
 
 TOKEN = "hf_local"
 LARGE = (".safetensors", ".bin", ".ckpt", ".pth")  # kept beside git, as .gitattributes of the Hub has it
@@ -56,15 +56,21 @@ class Hub:
     def use(self, monkeypatch: pytest.MonkeyPatch, cache: object) -> None:
         """Let huggingface_hub, which is imported, ask this Hub, with an empty cache and without a token."""
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
+        for module in (constants, file_download):  # an older one has the address there, too
+            form = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", form, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", f"{cache}/token")
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # an older one has none
         monkeypatch.setattr(hf_api.api, "endpoint", self.url)
         monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
         monkeypatch.delenv("HF_TOKEN", raising=False)
+        self.set_offline(monkeypatch, False)
+
+    def set_offline(self, monkeypatch: pytest.MonkeyPatch, is_offline: bool = True) -> None:
+        """Let huggingface_hub ask nobody, as with HF_HUB_OFFLINE=1; an older one asks by sessions that it keeps."""
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
+        getattr(utils, "reset_sessions", lambda: None)()
 
     def put(self, repository: str, files: dict[str, bytes], ref: str = "main") -> str:
         """Make a commit of these files alone; returns its name."""

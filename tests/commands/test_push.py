@@ -7,7 +7,6 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import yaml
-from huggingface_hub import constants
 
 from metilr.cli import main
 from metilr.commands.push import push
@@ -98,6 +97,6 @@ def test_what_cannot_be_published_is_refused_in_one_line(hub: Hub, museum, monke
     assert "anna/net: cannot be published (" in failure(capsys, "push", "run", "anna/net")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert "made from descriptors" in failure(capsys, "push", "descriptors", "anna/net")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.set_offline(monkeypatch)
     assert "anna/net: cannot be published (" in failure(capsys, "push", "run", "anna/net")
     assert hub.repositories == {}

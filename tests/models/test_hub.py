@@ -68,7 +68,7 @@ def test_without_a_network_the_cache_is_taken(hub: Hub, fault: str, monkeypatch:
     hub.put("anna/net", {"best.ckpt": b"first"})
     found = locate("hf://anna/net", CHECKPOINTS)
     if fault == "offline":
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        hub.set_offline(monkeypatch)
         hub.requests.clear()
     else:
         hub.stop()
