@@ -24,8 +24,7 @@ from metilr.distributed import CONTINUE, is_lack_of_memory, sigterm_as_interrupt
 from metilr.errors import UserError, did_you_mean, one_line, shown, unknown_option
 from metilr.files import check_config
 
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # as shells have it
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130  # as shells have it
 SUBCOMMANDS = {  # where each is within metilr, and its summary, which --help prints without importing it
     "evaluate": ("commands.evaluate:evaluate", "Measure how well a model recognises exhibits: GAP, GAP⁻ and ACC."),
     "train": ("training.cli:train", "Fine-tune a model, also on a museum's own catalogue images alone."),
@@ -39,6 +38,7 @@ SUBCOMMANDS = {  # where each is within metilr, and its summary, which --help pr
     "download": ("commands.download:download", "Download the Met dataset, check it and unpack it."),
     "verify": ("commands.verify:verify", "Check that every image of a ground truth is there and readable."),
     "pack": ("commands.pack:pack", "Write a run's model and whitening into one checkpoint, to pass on."),
+    "push": ("commands.push:push", "Publish a run's model on the Hugging Face Hub, with a card of its figures."),
     "export-descriptors": ("extraction.reference_pickle:export_descriptors", "Write a store as a descriptors.pkl."),
     "visits": ("commands.dataset:write_contact_sheet", "Draw simulated visits to a folder's images on one sheet."),
     "demo": ("demo:draw_demo", "Draw the synthetic museum of the demo, in the Met's layout."),

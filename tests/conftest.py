@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.forks import Forks
+from tests.hub import Hub
 from tests.museum import write_museum
 from tests.server import Server
 from tests.small_runs import Place
@@ -41,6 +42,15 @@ def server() -> Iterator[Server]:
     server = Server()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hugging Face Hub on this machine, that huggingface_hub asks, and an empty cache."""
+    hub = Hub()
+    hub.use(monkeypatch, tmp_path / "hub_cache")
+    yield hub
+    hub.stop()
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from metilr.commands import evaluate as evaluation
 from metilr.demo import MuseumSize, make_demo, museum as demo_museum
 from metilr.training import datamodule as pair_datamodule
 from tests import small_runs
+from tests.hub import TOKEN
 from tests.mirror import UNKNOWN, serve
 
 ROOT = Path(__file__).parents[1]
@@ -87,9 +88,12 @@ def test_the_readme_shows_the_commands():
 
 
 @pytest.mark.parametrize("line", EVALUATE)
-def test_evaluate_command(workplace, line, capsys):
+def test_evaluate_command(workplace, line, capsys, hub):
     arguments = shlex.split(line)[2:]
-    if "--ckpt" in arguments:
+    if "hf://OWNER/NAME" in arguments:
+        main(["pack", "RUN", "model.safetensors"])
+        hub.put("OWNER/NAME", {"model.safetensors": Path("model.safetensors").read_bytes()})
+    elif "--ckpt" in arguments:
         shutil.rmtree("RUN")
         run_main("metilr.training.cli:train", ["--data.root", "DIR", "--output", "RUN", *UNTRAINED], prog="train.py")
     elif "--descriptors" in arguments:
@@ -122,7 +126,8 @@ def test_train_command(workplace, line):
 
 
 @pytest.mark.parametrize("line", METILR)
-def test_metilr_command(workplace, line, monkeypatch, capsys, server):
+def test_metilr_command(workplace, line, monkeypatch, capsys, server, hub):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     arguments = shlex.split(line)[1:]
     arguments = ["DIR/images/MET" if argument == "FOLDER" else argument for argument in arguments]
     if arguments[0] == "evaluate":
@@ -147,9 +152,11 @@ def test_metilr_command(workplace, line, monkeypatch, capsys, server):
     monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
     before = set(Path.cwd().rglob("*"))
     main(arguments)
-    answered = arguments[0] in ("identify", "serve", "verify")
+    answered = arguments[0] in ("identify", "serve", "verify", "push")
     printed = capsys.readouterr().out
-    assert ("metilr evaluate --ckpt" in printed) == (arguments[0] in ("train", "pack"))  # where no evaluate.py lies
+    assert ("metilr evaluate --ckpt" in printed) == (
+        arguments[0] in ("train", "pack", "push")
+    )  # where no evaluate.py lies
     assert printed and (answered or set(Path.cwd().rglob("*")) - before)
 
 
@@ -181,10 +188,11 @@ def test_the_readme_is_short():
 
 DOCS = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 PLACEHOLDERS = {"--trainer.x", "--model.x", "--data.x", "--model.loss.temperature"}  # the last is a loss's own
-OTHERS_COMMANDS = {  # of pip, torchrun, srun and benchmarks
+OTHERS_COMMANDS = {  # of pip, uv, torchrun, srun, docker and benchmarks
     "--index", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint", "--nodes", "--ntasks-per-node",
     "--gpus-per-node", "--index-url", "--views", "--node_rank", "--master_addr", "--master_port", "--backbones",
-    "--share", "--plain_share", "--growth", "--plot", "--rows", "--width",
+    "--share", "--plain_share", "--growth", "--plot", "--rows", "--width", "--rm", "--build-arg", "--target", "--gpus",
+    "--from",
 }  # fmt: skip
 
 

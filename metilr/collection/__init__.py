@@ -11,6 +11,7 @@ from metilr.evaluation.read_run import Run
 from metilr.evaluation.results import FEW_ACCEPTED, MIN_PRECISION, read_results
 from metilr.extraction.options import Accelerator
 from metilr.metrics.open_set import decision_point
+from metilr.models import is_on_hub
 
 if TYPE_CHECKING:
     from metilr.collection.collection import Answer, Collection, Match
@@ -34,7 +35,7 @@ class PhotoOptions:
     Attributes:
         run: Folder that metilr evaluate wrote: its database, its model, its k and tau, and its val for the threshold.
         store: Folder that metilr index wrote, in place of a run.
-        ckpt: The checkpoint that made the run or the index, if it was moved. Another one is refused.
+        ckpt: The checkpoint that made the run or the index, if it was moved, here or to the Hub. No other is taken.
         min_precision: An exhibit is named where at least this share of such answers was right on val of the run.
         threshold: An exhibit is named from this log-confidence on, in place of one chosen on val.
         max_megapixels: A photo of more is not decoded.
@@ -43,7 +44,7 @@ class PhotoOptions:
 
     run: Path | None = None
     store: Path | None = None
-    ckpt: Path | None = None
+    ckpt: str | Path | None = None
     min_precision: float = MIN_PRECISION
     threshold: float | None = None
     max_megapixels: float = MAX_PHOTO_MEGAPIXELS
@@ -65,7 +66,7 @@ class PhotoOptions:
             read_results(self.run)  # which says why it cannot
         if self.store is not None:
             index_file(self.store)
-        if self.ckpt is not None and not Path(self.ckpt).is_file():
+        if self.ckpt is not None and not is_on_hub(self.ckpt) and not Path(self.ckpt).is_file():
             raise UserError(f"{self.ckpt}: no such file", "ckpt")
 
     @property

@@ -23,7 +23,7 @@ from metilr.evaluation.runs import plain_options, refuse_other_options, skipped_
 from metilr.extraction.options import ExtractionOptions
 from metilr.extraction.store import DescriptorStore
 from metilr.files import alone_in
-from metilr.models import RANDOM, ModelOptions
+from metilr.models import RANDOM, ModelOptions, is_on_hub
 from metilr.progress import make_console
 from metilr.retrieval.knn import USUAL_TAU
 from metilr.sources.catalogue import Catalogue, read_catalogue
@@ -93,9 +93,14 @@ def index(
     csv, is_first = None if csv is None else Path(csv), launched_as_first()
     model, extraction, given = model or ModelOptions(), extraction or ExtractionOptions(), method or ComparisonOptions()
     downloads = downloads or DownloadOptions()
+    _check(source, output, MethodOptions(**vars(given)), approximate)
+    if any(map(is_on_hub, (model.ckpt, model.weights, given.whitening))):
+        from metilr.models.hub import pin
+
+        model, given = pin(model), pin(given)
+    method = MethodOptions(**vars(given))
     options = plain_options(flat({"source": source, "csv": csv, "model": model, "extraction": extraction,
                                   "method": given, "approximate": approximate, "background": background}))  # fmt: skip
-    _check(source, output, method := MethodOptions(**vars(given)), approximate)
     limit_images(extraction.max_megapixels)
     quieten_lightning()
     output.mkdir(parents=True, exist_ok=True)
@@ -108,7 +113,8 @@ def index(
         if catalogue is None or not _is_current(output, before, catalogue, strangers):
             from metilr.models.checkpoints import build_model
 
-            embedder = build_model(_from_anywhere(model))
+            model = _from_anywhere(model)
+            embedder = build_model(model)
             extraction = extraction.resized_to(extraction.resize_to or embedder.image_size or IMAGE_SIZE)
             if catalogue is None:
                 side = max(resized) if isinstance(resized := extraction.resize_to, tuple) else resized
@@ -189,9 +195,9 @@ def _k(method: MethodOptions, n_decoded: int) -> int:
 
 def _from_anywhere(model: ModelOptions) -> ModelOptions:
     """The model with absolute paths: an index may be used from any folder."""
-    if model.ckpt is not None:
+    if model.ckpt is not None and not is_on_hub(model.ckpt):
         model = replace(model, ckpt=Path(model.ckpt).absolute())
-    if model.weights not in (None, RANDOM):
+    if model.weights not in (None, RANDOM) and not is_on_hub(model.weights):
         model = replace(model, weights=str(Path(model.weights).absolute()))
     return model
 

@@ -143,11 +143,11 @@ class Index(Part):
         return method_of_elements({name: part for name, part in self.elements.model_dump().items() if name in known})
 
 
-def recorded_model(recorded: Mapping[str, Any], ckpt: Path | None = None) -> ModelOptions:
+def recorded_model(recorded: Mapping[str, Any], ckpt: str | Path | None = None) -> ModelOptions:
     """The model of recorded options, as far as they are there; ``ckpt`` in place of a recorded checkpoint."""
     ckpt = recorded["ckpt"] if ckpt is None else ckpt
     if ckpt is not None:  # it carries the rest
-        return ModelOptions(Path(ckpt), scales=recorded["scales"], seed=recorded["seed"])
+        return ModelOptions(ckpt, scales=recorded["scales"], seed=recorded["seed"])
     names = [field.name for field in fields(ModelOptions) if field.name in recorded]
     return ModelOptions(**{name: recorded[name] for name in names})
 

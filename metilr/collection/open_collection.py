@@ -30,7 +30,7 @@ from metilr.extraction.options import Accelerator, ExtractionOptions
 from metilr.extraction.store import DescriptorStore, differing_settings
 from metilr.geometry.check import geometric_check_of
 from metilr.geometry.evidence import Gate
-from metilr.models import RANDOM, ModelOptions
+from metilr.models import RANDOM, ModelOptions, is_on_hub
 from metilr.models.checkpoints import build_model
 from metilr.models.embedder import Embedder
 from metilr.retrieval.confidence import Calibration, feature_names
@@ -61,7 +61,7 @@ def open_collection(path: str | Path, ckpt: str | Path | None = None, accelerato
     Raises:
         UserError: If something is missing or changed, or the folder holds nothing of the kind.
     """
-    path, ckpt = Path(path), None if ckpt is None else Path(ckpt)
+    path = Path(path)
     if (path / "results.json").exists():
         return _assemble(_of_run(read_run(path), ckpt, accelerator))
     if not (path / "index.json").exists():
@@ -98,7 +98,7 @@ class Recorded:
     labels: Labels | None = None  # what an index says of its exhibits
 
 
-def _of_index(path: Path, ckpt: Path | None, accelerator: Accelerator) -> Recorded:
+def _of_index(path: Path, ckpt: str | Path | None, accelerator: Accelerator) -> Recorded:
     index = Index.load(path)
     limit_images(MAX_MEGAPIXELS)
     catalogue, model = index.catalogue, index.model
@@ -121,7 +121,7 @@ def _of_index(path: Path, ckpt: Path | None, accelerator: Accelerator) -> Record
     )
 
 
-def _of_run(run: Run, ckpt: Path | None, accelerator: Accelerator) -> Recorded:
+def _of_run(run: Run, ckpt: str | Path | None, accelerator: Accelerator) -> Recorded:
     """Paths that were relative are so to the folder that the evaluation was started in, or else to the current one."""
     results, config, model = run.results, run.config, run.results.model
     if config.get("descriptors") or model.store is None:
@@ -232,16 +232,16 @@ def embedder_of_run(run: Run) -> Embedder:
         return build_model(model)
 
 
-def _model_of_run(run: Run, ckpt: Path | None = None) -> ModelOptions:
+def _model_of_run(run: Run, ckpt: str | Path | None = None) -> ModelOptions:
     """The model that described a run's images; ``ckpt`` in place of the checkpoint's own place."""
     config = dict(run.config)
     missing = {field.name for field in fields(ModelOptions)} - config.keys()
     if missing:
         raise UserError(f"{run.path / 'config.yaml'}: lacks {', '.join(sorted(missing))}; evaluate again")
-    if ckpt is None and config["ckpt"] is not None:
-        ckpt = _found(run, "ckpt", Path(config["ckpt"]))
-    if ckpt is None and config["weights"] not in (None, RANDOM):
-        config["weights"] = str(_found(run, "weights", Path(config["weights"])))
+    for option in ("ckpt", "weights") if ckpt is None else ():
+        place = config[option]
+        if place not in (None, RANDOM) and not is_on_hub(place):
+            config[option] = str(_found(run, option, Path(place)))
     with _named(f"{run.path}: was described with"):
         return recorded_model(config, ckpt)
 

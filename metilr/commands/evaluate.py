@@ -80,6 +80,7 @@ def evaluate(
     from metilr.extraction.describe import describe_images
     from metilr.geometry.check import geometric_check_of
     from metilr.models.checkpoints import build_model
+    from metilr.models.hub import LOOKED_FOR, pin
 
     started = time.perf_counter()
     end_if_unguarded()
@@ -107,6 +108,8 @@ def evaluate(
     root = make_demo(DEMO, progress=not quiet) if root is None else root
     synthetic = (root / "demo.json").exists()
     ground_truth = load_ground_truth(root, database)
+    model, method = pin(model), pin(method)
+    options |= {name: place for name, place in (vars(model) | vars(method)).items() if name in LOOKED_FOR}
     if output is not None and (output / "results.json").exists():
         finished = _finished(output, ground_truth, options)
         console.print(f"finished already: {escape(str(output))}")

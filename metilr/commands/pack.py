@@ -6,8 +6,8 @@ from typing import Any
 from rich.markup import escape
 
 from metilr.errors import UserError
-from metilr.evaluation.database import CHECKPOINT
-from metilr.evaluation.read_run import read_run
+from metilr.evaluation.database import CHECKPOINTS
+from metilr.evaluation.read_run import Run, read_run
 from metilr.progress import make_console
 
 
@@ -19,44 +19,52 @@ def pack(run: Path, output: Path) -> None:
 
     Args:
         run: Folder that metilr evaluate wrote.
-        output: File to write, ending in .ckpt.
+        output: File to write, ending in .ckpt or .safetensors.
     """
     output = Path(output)
-    if output.suffix != CHECKPOINT:
-        raise UserError(f"{output}: name a file that ends in {CHECKPOINT}", "output")
+    if output.suffix not in CHECKPOINTS:
+        raise UserError(f"{output}: name a file that ends in {' or '.join(CHECKPOINTS)}", "output")
     if output.exists():
         raise UserError(f"{output}: is there already; name another file, or delete it", "output")
     finished = read_run(Path(run))
-    import numpy as np  # these take seconds
-    import torch
-
-    from metilr.collection.open_collection import embedder_of_run, whitening_of_run
-    from metilr.models.checkpoints import EMBEDDER, FORMAT, model_entry, write_checkpoint
-    from metilr.retrieval.whitening import parts_of_whitening
-
-    model = finished.results.model
-    if finished.config.get("descriptors") or model.store is None:
-        raise UserError(f"{run}: was made from descriptors, so it has no model; evaluate from a root")
-    whitening = whitening_of_run(finished)
-    if whitening is None:
+    content = packed(finished)
+    if "whitening" not in content["metilr"]:
         raise UserError(f"{run}: was evaluated without whitening; there is none to pack")
-    embedder = embedder_of_run(finished)
-    provenance = embedder.backbone.provenance
-    parts = {name: torch.from_numpy(np.array(part)) for name, part in parts_of_whitening(whitening).items()}
-    content: dict[str, Any] = {
-        "state_dict": {f"{EMBEDDER}{name}": tensor for name, tensor in embedder.state_dict().items()},
-        "metilr": {
-            "format": FORMAT,
-            "model": model_entry(embedder, model.image_size),
-            "provenance": {"source": provenance.source, "licence": provenance.licence},
-            "data": finished.results.data.model_dump(include={"root", "database", "counts", "fingerprint"}),
-            "config": dict(finished.config),
-            "whitening": {"kind": whitening.format, **parts},
-        },
-    }
+    from metilr.models.checkpoints import write_checkpoint
+
     write_checkpoint(output, content)
     name = escape(str(output))
     make_console().print(
         f"wrote {name}, model and whitening; now: metilr evaluate --ckpt {name} --whitening {name} --root DIR, with "
         "the run's options for crops, visits and geometry, if it had some"
     )
+
+
+def packed(run: Run) -> dict[str, Any]:
+    """What a checkpoint of a run's model holds, with its whitening if it had one; UserError if it has no model."""
+    import numpy as np  # these take seconds
+    import torch
+
+    from metilr.collection.open_collection import embedder_of_run, whitening_of_run
+    from metilr.models.checkpoints import EMBEDDER, FORMAT, model_entry
+    from metilr.retrieval.whitening import parts_of_whitening
+
+    model, entry = run.results.model, dict[str, Any]()
+    if run.config.get("descriptors") or model.store is None:
+        raise UserError(f"{run.path}: was made from descriptors, so it has no model; evaluate from a root")
+    if (whitening := whitening_of_run(run)) is not None:
+        parts = {name: torch.from_numpy(np.array(part)) for name, part in parts_of_whitening(whitening).items()}
+        entry = {"whitening": {"kind": whitening.format, **parts}}
+    embedder = embedder_of_run(run)
+    provenance = embedder.backbone.provenance
+    return {
+        "state_dict": {f"{EMBEDDER}{name}": tensor for name, tensor in embedder.state_dict().items()},
+        "metilr": {
+            "format": FORMAT,
+            "model": model_entry(embedder, model.image_size),
+            "provenance": {"source": provenance.source, "licence": provenance.licence},
+            "data": run.results.data.model_dump(include={"root", "database", "counts", "fingerprint"}),
+            "config": dict(run.config),
+            **entry,
+        },
+    }

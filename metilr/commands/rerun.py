@@ -45,9 +45,9 @@ def rerun(
     results: Path,
     output: Path | None = None,
     root: Path | None = None,
-    ckpt: Path | None = None,
-    weights: Path | None = None,
-    whitening: Path | None = None,
+    ckpt: str | Path | None = None,
+    weights: str | Path | None = None,
+    whitening: str | Path | None = None,
     accelerator: Accelerator | None = None,
     devices: int | Literal["auto"] | None = None,
     describe_again: bool = False,
@@ -81,7 +81,7 @@ def rerun(
         if file is not None:
             if options[name] in (None, *WORDS):
                 raise UserError(f"{file}: the recorded run read no such file ({options[name]}); leave it out", name)
-            options[name] = file if name == "ckpt" else str(file)
+            options[name] = str(file)
     given = {"root": root, "accelerator": accelerator, "devices": devices}
     options |= {name: value for name, value in given.items() if value is not None}
     folder = make_output(output, "rerun")

@@ -11,6 +11,7 @@ from metilr.data.ground_truth import GroundTruth
 from metilr.errors import UserError, amount, one_line
 from metilr.evaluation.options import MethodOptions
 from metilr.extraction.store import CHUNK_ROWS, row_chunks
+from metilr.models import is_on_hub
 from metilr.progress import counted
 from metilr.retrieval.knn import NO_ROW, Matches, top_matches
 from metilr.retrieval.search import Neighbours, SearchDevice, device_for, search
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from metilr.models.checkpoints import ClassWeights
     from metilr.retrieval.approximate import ApproximateIndex
 
-CHECKPOINT = ".ckpt"
+CHECKPOINTS = (".ckpt", ".safetensors")
 ROUNDING = 1e-5  # similarities of float32 rows that are nearer than this count as equal
 Parts = Sequence[np.ndarray]  # of descriptors, side by side, each (n, D_i)
 Done = Callable[[int], None]  # told how many more are done
@@ -57,14 +58,14 @@ def whitening_of(
 
 def load_whitening(path: str | Path) -> PCAWhitening:
     """Read a whitening that was saved, or the one in a checkpoint that ``metilr pack`` wrote."""
-    path = Path(path)
-    if path.suffix != CHECKPOINT:
+    if not is_on_hub(path) and Path(path).suffix not in CHECKPOINTS:
         return PCAWhitening.load(path)
     import torch  # and timm: a saved whitening does without
 
-    from metilr.models.checkpoints import read_checkpoint
+    from metilr.models import checkpoints, hub
 
-    content = read_checkpoint(path).get("metilr")
+    path, _ = hub.locate(path, hub.CHECKPOINTS, "whitening")
+    content = checkpoints.read_checkpoint(path).get("metilr")
     entry = content.get("whitening") if isinstance(content, Mapping) else None
     if entry is None:
         raise UserError(f"{path}: this checkpoint holds no whitening; metilr pack writes one that does", "whitening")
@@ -209,7 +210,9 @@ def prototypes_of(images: Searchable) -> Searchable:
     return Searchable(rows, labels, nearest_images(images, rows, labels))
 
 
-def class_weights_of(method: MethodOptions, ckpt: Path | None, ground_truth: GroundTruth) -> "ClassWeights | None":
+def class_weights_of(
+    method: MethodOptions, ckpt: str | Path | None, ground_truth: GroundTruth
+) -> "ClassWeights | None":
     """Read the class weights if the method searches them; refuses exhibits that they do not know."""
     if method.database_rows != "classifier":
         return None
@@ -218,7 +221,7 @@ def class_weights_of(method: MethodOptions, ckpt: Path | None, ground_truth: Gro
         raise UserError(f"classifier: needs class weights; {remedy}", "database_rows")
     from metilr.models.checkpoints import load_class_weights  # torch and timm
 
-    weights = load_class_weights(Path(ckpt))
+    weights = load_class_weights(ckpt)
     unknown = np.setdiff1d(ground_truth.exhibit_ids, weights.exhibit_ids)
     if len(unknown):
         which = f"{', '.join(map(str, unknown[:3].tolist()))}{', ...' if len(unknown) > 3 else ''}"

@@ -27,7 +27,7 @@ class ComparisonOptions:
     Attributes:
         whitening: pca learns it on the database; learned from pairs of a database image and its simulated visits (and
             of images of one exhibit); none goes without; else a whitening.npz of another run, or a checkpoint that
-            metilr pack wrote.
+            metilr pack or push wrote, here or on the Hub as of ckpt.
         whitening_dim: Dimensions after whitening; without it 512 (pca) or all (learned), or as many as the database
             supports.
         whitening_shrinkage: Of pca: 1 is whitening, 0 is plain PCA.

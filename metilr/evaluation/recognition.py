@@ -18,6 +18,7 @@ from metilr.metrics import DISTRACTOR, acc, gap, gap_minus
 from metilr.metrics.bootstrap import N_RESAMPLES, intervals, resampling_units
 from metilr.metrics.functional import gap_bounds, mean_average_precision, recall_at
 from metilr.metrics.open_set import decision_point, open_set_figures
+from metilr.models import is_on_hub
 from metilr.progress import counted
 from metilr.retrieval import knn
 from metilr.retrieval.confidence import NEAREST, Calibration
@@ -65,7 +66,7 @@ def check_method(method: MethodOptions, n_database: int, width: int, n_classes: 
         raise UserError(f"{dim}: {supported}; choose one of these, or leave it out for the default", "whitening_dim")
     file = method.whitening
     if file not in ("pca", "learned", "none"):
-        if not Path(file).is_file():
+        if not is_on_hub(file) and not Path(file).is_file():
             raise UserError(f"{file}: no such file; choose pca, learned, none or a saved whitening", "whitening")
         if (learned_on := len(load_whitening(file).mean)) != width:
             raise UserError(f"{file}: is for descriptors of width {learned_on}, these have {width}", "whitening")

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from metilr.errors import UserError, check_choices
 
@@ -19,6 +19,11 @@ SCALES = (1.0, 2**-0.5, 0.5)  # the Met paper's
 RANDOM = "random"  # the weights that ask for none
 
 
+def is_on_hub(place: Any) -> bool:
+    """Whether a place is an address on the Hugging Face Hub, see `metilr.models.hub`."""
+    return str(place).startswith("hf://")
+
+
 class UnfitSizeError(UserError):
     """An image of a size that a model cannot take; the message says why, and leaves the name to the caller."""
 
@@ -28,11 +33,12 @@ class ModelOptions:
     """The model that describes images: a checkpoint's, or one of named parts.
 
     Attributes:
-        ckpt: Checkpoint of metilr train, or of the reference code, in place of the model options below.
+        ckpt: Checkpoint of metilr train, or of the reference code, in place of the model options below: a file, or
+            hf://OWNER/NAME[@REVISION][/FILE] on the Hugging Face Hub.
         backbone: One of r18_in, r50_in, r50_swav, r50_sin, r18_swsl, r50_swsl, rx50_32x4d_swsl, rx101_32x4d_swsl,
             rx101_32x8d_swsl, rx101_32x16d_swsl, r50_sscd, lite0_in, or timm/NAME for any timm model.
-        weights: File with weights in the official file's form; "random" for seeded random weights; without it the
-            official ones, from their cache or downloaded.
+        weights: File with weights in the official file's form, here or on the Hub as above; "random" for seeded random
+            weights; without it the official ones, from their cache or downloaded.
         pooling: Generalised mean, maximum, mean, regional maxima, class token (ViTs; spoc there is the mean of patch
             tokens, and gem ignores their negative values), or a ViT's own attention pooling (SigLIP, PE).
         p: Exponent of GeM.
@@ -44,7 +50,7 @@ class ModelOptions:
         seed: Seeds random weights and simulated visits.
     """
 
-    ckpt: Path | None = None
+    ckpt: str | Path | None = None
     backbone: str = "lite0_in"
     weights: str | None = None
     pooling: PoolingName = "gem"
@@ -58,6 +64,8 @@ class ModelOptions:
         """Refuse what is out of range, and what would be ignored: recorded all the same, it would lie."""
         if isinstance(self.scales, (int, float)):
             object.__setattr__(self, "scales", (self.scales,))
+        if self.ckpt is not None and not is_on_hub(self.ckpt):  # an address is no path: // would become /
+            object.__setattr__(self, "ckpt", Path(self.ckpt))
         changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
         idle = [name for name in changed if name not in ("ckpt", "scales", "seed")] if self.ckpt is not None else []
         if idle:

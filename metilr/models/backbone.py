@@ -25,6 +25,7 @@ from metilr.distributed import is_lack_of_memory
 from metilr.errors import UserError, one_line
 from metilr.files import file_sha256
 from metilr.models import RANDOM, PatchRounding, UnfitSizeError, weights as weight_files
+from metilr.models.hub import WEIGHTS, locate, verify_hub_file
 from metilr.models.weights import Provenance
 from metilr.models.zoo import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, first_timm, version
 
@@ -195,13 +196,12 @@ def build_backbone(
     if of_timm:
         hub_id, licence = config.get("hf_hub_id"), config.get("license")
         source = f"hf-hub:{hub_id}" if hub_id else config["url"]
-        digest = weight_files.verify_hub_file(hub_id, config.get("hf_hub_filename")) if hub_id else None
+        digest = verify_hub_file(hub_id, config.get("hf_hub_filename")) if hub_id else None
     elif weights != RANDOM:
         if spec is not None and weights is None:
             file, source, licence = weight_files.official_file(spec), spec.url, spec.licence
         else:
-            file = Path(str(weights))
-            source = file.name
+            file, source = locate(str(weights), WEIGHTS, "weights")
         _load_file(model, spec, file, f"{file} for {name}")
         digest = file_sha256(file)
     weights_sha256 = weight_files.tensors_sha256(model.state_dict())

@@ -18,13 +18,17 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from metilr.data.pixels import ImageSize
 from metilr.errors import UserError, one_line
 from metilr.files import file_sha256, replaced_file
-from metilr.models import RANDOM, SCALES, ModelOptions, PatchRounding, PoolingName
+from metilr.models import RANDOM, SCALES, ModelOptions, PatchRounding, PoolingName, is_on_hub
 from metilr.models.backbone import TIMM, backbone_shapes, build_backbone
 from metilr.models.embedder import Embedder, Projector, build_embedder
+from metilr.models.hub import CHECKPOINTS, locate
 from metilr.models.pooling import Pooling
 from metilr.models.weights import (
+    SAFETENSORS,
     Provenance,
     StateDict,
+    as_safetensors,
+    from_safetensors,
     is_state_dict,
     load_strictly,
     read_file,
@@ -98,8 +102,9 @@ class ClassWeights(NamedTuple):
         return hashlib.sha256(self.rows.tobytes() + self.exhibit_ids.tobytes()).hexdigest()
 
 
-def load_class_weights(path: Path) -> ClassWeights:
+def load_class_weights(ckpt: str | Path) -> ClassWeights:
     """Read the classifier that a training has put into its checkpoint; UserError if it holds none."""
+    path, _ = locate(ckpt, CHECKPOINTS, "ckpt")
     content = read_checkpoint(path)
     entry = content.get("metilr")
     classifier = entry.get("classifier") if isinstance(entry, Mapping) else None
@@ -122,9 +127,12 @@ def load_class_weights(path: Path) -> ClassWeights:
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint whole or not at all."""
+    """Write a checkpoint whole or not at all; ``.safetensors`` take what `load_embedder` needs, and no optimizer."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(path) as stream:
+        if path.suffix == SAFETENSORS:
+            stream.write(as_safetensors(content))
+            return
         try:
             torch.save(content, stream)
         except RuntimeError as error:  # into which torch's writer turns a full disk
@@ -135,32 +143,41 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     """Read a checkpoint to the CPU without executing pickle code."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file in it, such as {path / 'best.ckpt'}")
-    content = read_file(path, "copy it again, or take another one")
+    content = read_file(path, remedy := "copy it again, or take another one")
+    if path.suffix == SAFETENSORS:
+        try:
+            content = from_safetensors(path, content)
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{path}: what it says of its model cannot be read ({one_line(error)}); {remedy}") from None
     if not isinstance(content, Mapping) or not isinstance(content.get("state_dict"), Mapping):
         raise UserError(f"{path}: holds no 'state_dict', so it is no checkpoint; files of weights are given as weights")
     return content
 
 
 def load(model: str | Path) -> Embedder:
-    """Open a backbone by name, such as ``r18_swsl`` or ``timm/NAME``, or a checkpoint, for `Embedder.embed`."""
+    """Open a backbone by name, such as ``r18_swsl`` or ``timm/NAME``, or a checkpoint, for `Embedder.embed`.
+
+    A checkpoint is a file, or an address on the Hugging Face Hub: ``hf://OWNER/NAME[@REVISION][/FILE]``.
+    """
     name, path = str(model), Path(model)
-    is_name = name in BACKBONES or name.startswith(TIMM)
-    return load_embedder(path) if not is_name and (path.suffix or path.exists()) else build_embedder(name)
+    is_file = is_on_hub(model) or path.suffix or path.exists()
+    is_name = name in BACKBONES or name.startswith(TIMM) or not is_file
+    return build_embedder(name) if is_name else load_embedder(model)
 
 
 def build_model(options: ModelOptions) -> Embedder:
     """Build the model that options name, in eval mode."""
     parts = {field.name: getattr(options, field.name) for field in fields(options)}
     ckpt = parts.pop("ckpt")
-    return build_embedder(**parts) if ckpt is None else load_embedder(Path(ckpt), options.scales)
+    return build_embedder(**parts) if ckpt is None else load_embedder(ckpt, options.scales)
 
 
-def load_embedder(path: str | Path, scales: Sequence[float] | None = None) -> Embedder:
-    """Build the model that a checkpoint holds, in eval mode: metilr's own, or the reference code's.
+def load_embedder(ckpt: str | Path, scales: Sequence[float] | None = None) -> Embedder:
+    """Build the model that a checkpoint holds, here or on the Hub, in eval mode: metilr's own, or the reference code's.
 
     Unless scales are given, they are the checkpoint's or, since the reference's have none, the paper's.
     """
-    path = Path(path)
+    path, name = locate(ckpt, CHECKPOINTS, "ckpt")
     content = read_checkpoint(path)
     state_dict = content["state_dict"]
     if not is_state_dict(state_dict):
@@ -186,7 +203,7 @@ def load_embedder(path: str | Path, scales: Sequence[float] | None = None) -> Em
             error = ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
         raise UserError(f"{path}: makes no model ({one_line(error)}); copy it again, or take another one") from None
     digest = tensors_sha256(embedder.backbone.model.state_dict())
-    embedder.backbone.provenance = Provenance(f"checkpoint {path.name}", licence, file_sha256(path), None, digest)
+    embedder.backbone.provenance = Provenance(f"checkpoint {name}", licence, file_sha256(path), None, digest)
     return embedder.eval()
 
 

@@ -3,13 +3,12 @@
 import contextlib
 import hashlib
 import importlib.util
-import re
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import safetensors.torch
 import torch
@@ -18,11 +17,12 @@ from torch import nn
 
 from metilr.download import fetch
 from metilr.errors import UserError
-from metilr.files import file_sha256, refuse_compressed
+from metilr.files import file_sha256, parse_json, refuse_compressed
 from metilr.models.zoo import BackboneSpec
 from metilr.progress import byte_progress
 
-HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which timm looks for them
+SAFETENSORS = ".safetensors"
+TENSOR = "tensor in this file"  # in the JSON of a checkpoint, before its name
 StateDict = dict[str, torch.Tensor]
 
 # BatchNorm's step counter: no part of the forward pass in eval mode, absent from files older than torch 0.4.1.
@@ -72,31 +72,13 @@ def official_file(spec: BackboneSpec) -> Path:
     return path
 
 
-def verify_hub_file(hub_id: str, filename: str | None = None) -> str | None:
-    """Check a weights file in Hugging Face's cache against the sha256 that the hub names it by, and return that.
-
-    The hub's own client compares sizes only. The id is timm's, ``owner/name`` or ``owner/name@revision``. Returns None
-    if the file, by default one of the names that timm looks for, is not in that cache.
-    """
-    repository, _, revision = hub_id.partition("@")
-    for name in HUB_FILES if filename is None else (filename,):
-        cached = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision or None)
-        if isinstance(cached, str):
-            stored = Path(cached).resolve()  # large files lie under their sha256, small ones under another digest
-            digest = file_sha256(stored)
-            if re.fullmatch("[0-9a-f]{64}", stored.name) and stored.name != digest:
-                raise UserError(f"{stored}: is damaged (its sha256 is {digest}); delete it to have it downloaded again")
-            return digest
-    return None
-
-
 def read_file(path: Path, remedy: str) -> Any:
     """Read a PyTorch or safetensors file to the CPU: tensors, plain values, NumPy scalars, and no pickle code."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
         refuse_compressed(path)
-        if path.suffix == ".safetensors":
+        if path.suffix == SAFETENSORS:
             return safetensors.torch.load_file(path)
         # What a pickled NumPy number consists of, under its name of NumPy 1 and of NumPy 2; none of it runs code.
         scalar = np.float64(0).__reduce__()[0]
@@ -107,6 +89,43 @@ def read_file(path: Path, remedy: str) -> Any:
     except Exception as error:  # a damaged file fails in as many ways as its format has parts
         reason = f"({type(error).__name__}): it is damaged, or holds more than tensors and plain values"
         raise UserError(f"{path}: cannot be read {reason}; {remedy}") from error
+
+
+def as_safetensors(content: Mapping[str, Any]) -> bytes:
+    """A checkpoint in the form of safetensors: ``state_dict`` and the tensors of ``metilr``, the rest of it as JSON."""
+    tensors = dict(content["state_dict"])
+
+    def plain(part: Any, name: str) -> Any:
+        if isinstance(part, torch.Tensor):
+            tensors[name] = part
+            return {TENSOR: name}
+        if isinstance(part, Mapping):
+            return {key: plain(value, f"{name}.{key}") for key, value in part.items()}
+        return (
+            [plain(value, f"{name}.{i}") for i, value in enumerate(part)] if isinstance(part, (list, tuple)) else part
+        )
+
+    entry = json.dumps(plain(content["metilr"], "metilr"), allow_nan=False)
+    alone = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}  # none shares memory
+    return safetensors.torch.save(alone, {"metilr": entry})
+
+
+def from_safetensors(path: Path, tensors: StateDict) -> dict[str, Any]:
+    """What ``as_safetensors`` was given, of a file's tensors; without ``metilr`` where the file says nothing of it.
+
+    Raises:
+        ValueError, LookupError, TypeError: If what it says is of another form.
+    """
+    with safetensors.safe_open(path, "pt") as file:
+        written = (file.metadata() or {}).get("metilr")
+
+    def whole(part: Any) -> Any:
+        if isinstance(part, dict):
+            return tensors.pop(part[TENSOR]) if TENSOR in part else {key: whole(value) for key, value in part.items()}
+        return [whole(value) for value in part] if isinstance(part, list) else part
+
+    entry = {} if written is None else {"metilr": whole(parse_json(written.encode()))}
+    return {"state_dict": tensors, **entry}
 
 
 def read_state_dict(path: Path) -> StateDict:

@@ -1,5 +1,6 @@
 """Contrastive fine-tuning, and its options, which import no heavy library, so that help is quick."""
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -16,6 +17,7 @@ from metilr.extraction.options import BadImages
 from metilr.models import SCALES, PatchRounding, PoolingName
 from metilr.training import augmentations  # not its classes: options name each by where it is defined
 
+LoggerName = Literal["wandb", "tensorboard", "csv"]
 ClassifierName = Literal["none", "cosine", "arcface", "subcenter"]
 Pairing = Literal["syn", "syn+neg", "syn+real+neg", "syn+real-closest+neg"]
 
@@ -29,15 +31,17 @@ class RunOptions:
         output: Folder of the run, in which an unfinished run of the same options is continued; without it a dated one
             under runs/. Needed under torchrun and SLURM.
         validate_first: Validate the starting weights too, before training.
-        wandb: Log to Weights & Biases: auto is online if there is a key (WANDB_API_KEY or netrc), else offline.
-        wandb_project: Project in Weights & Biases.
-        wandb_checkpoint: Store the best checkpoint as an artifact there.
-        pictures_every: Epochs between tables of pairs as pictures in W&B.
+        logger: wandb, tensorboard, or both; csv for neither: that file is always there.
+        wandb: W&B: auto is online with a key (WANDB_API_KEY or netrc), else offline.
+        wandb_project: Project in W&B.
+        wandb_checkpoint: Store the best checkpoint there.
+        pictures_every: Epochs between pictures of pairs in W&B.
     """
 
     seed_everything: int = 0
     output: Path | None = None
     validate_first: bool = True
+    logger: Sequence[LoggerName] = ("wandb",)
     wandb: WandbMode = "auto"
     wandb_project: str = PROJECT
     wandb_checkpoint: bool = False
@@ -48,6 +52,13 @@ class RunOptions:
         if not 0 <= self.seed_everything < 2**32:
             raise UserError(f"{self.seed_everything}: give a number from 0 to 2**32 - 1", "seed_everything")
         _check_least(self, pictures_every=1)
+        if isinstance(self.logger, str):
+            object.__setattr__(self, "logger", (self.logger,))
+        check_choices(self)
+        if "wandb" not in self.logger and self.wandb in ("online", "offline"):
+            raise UserError(f"{self.wandb}: has no effect without wandb as logger; leave one of the two out", "wandb")
+        if "tensorboard" in self.logger and not any(map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))):
+            raise UserError("tensorboard: is not installed; pip install 'metilr[tensorboard]'", "logger")
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class FineTuningOptions:
 
     Attributes:
         backbone: As in metilr evaluate: r18_in, ..., lite0_in, or timm/NAME.
-        weights: File with weights to start from; random for untrained ones; without it the official ones.
+        weights: File to start from, or hf://OWNER/NAME; random for untrained weights; without it the official ones.
         stage: Take the map of an earlier stage, counted from 1; without it the last.
         patch_rounding: How a ViT's input sides are made multiples of its patch: nearest, down or off.
         pooling: gem, mac, spoc, rmac, cls or attention.

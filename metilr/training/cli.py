@@ -14,6 +14,7 @@ from metilr.cli import Parser, refuse_unknown
 from metilr.distributed import end_with_parent, has_launcher, is_first_process, process_as_before, quieten_lightning
 from metilr.errors import UserError
 from metilr.files import check_config
+from metilr.models import is_on_hub
 from metilr.training import FineTuningOptions, PairOptions, RunOptions
 
 TRAINER = (
@@ -37,7 +38,7 @@ def make_parser(prog: str, for_help: bool = False) -> Any:
     if for_help:
         parser.add_class_arguments(PairOptions, "data")
         parser.add_class_arguments(FineTuningOptions, "model")
-        parser.add_class_arguments(RunOptions, None)
+        _add_run(parser)
         parser.add_argument_group("Lightning's trainer", TRAINER)
         return parser
     from pytorch_lightning import Trainer
@@ -49,11 +50,18 @@ def make_parser(prog: str, for_help: bool = False) -> Any:
 
     parser.add_class_arguments(PairOptions, "data")
     parser.add_class_arguments(WithLoss, "model", fail_untyped=False)
-    parser.add_class_arguments(RunOptions, None)
+    _add_run(parser)
     parser.add_class_arguments(Trainer, "trainer", fail_untyped=False, instantiate=False)
     defaults = {"max_epochs": 2, "log_every_n_steps": 1}
     parser.set_defaults({f"trainer.{name}": value for name, value in defaults.items()})
     return parser
+
+
+def _add_run(parser: Any) -> None:
+    parser.add_class_arguments(RunOptions, None)
+    [logger] = [action for action in parser._actions if action.dest == "logger"]
+    logger.nargs, logger._typehint, logger.metavar = "+", str, "LOGGER"  # --logger wandb tensorboard
+    logger.default = list(logger.default)
 
 
 def train(args: Sequence[str] | None = None, prog: str = "metilr train") -> None:
@@ -98,6 +106,10 @@ def _train(parser: Any, args: Sequence[str]) -> None:
         for built in named if isinstance(named, list) else [named]:
             _refuse_paths(built, f"trainer.{name}")
     options = RunOptions(**{field.name: config[field.name] for field in fields(RunOptions)})
+    if is_on_hub(config.model.weights):
+        from metilr.models.hub import WEIGHTS, locate
+
+        config.model.weights = locate(config.model.weights, WEIGHTS, "weights")[1]
     recorded = yaml.safe_load(parser.dump(config, skip_unset=False))
     recorded = {name: value for name, value in recorded.items() if name not in ("config", "output")}
     seed_everything(options.seed_everything, workers=True, verbose=False)

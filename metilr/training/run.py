@@ -16,7 +16,7 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor
-from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import DDPStrategy
 from rich.markup import escape
 
@@ -86,9 +86,11 @@ def run(
         try:
             data = PairDataModule(pair_options, options.seed_everything, output)
             model = FineTuning(model_options, options.seed_everything, recorded)
-            if is_first_process():
+            if is_first_process() and "wandb" in options.logger:
                 wandb_run = open_wandb(options.wandb, options.wandb_project, output, recorded)
-            loggers = [] if wandb_run is None else [WandbLogger(experiment=wandb_run)]
+            loggers: list[Logger] = [] if wandb_run is None else [WandbLogger(experiment=wandb_run)]
+            if "tensorboard" in options.logger:  # a continued run adds a file to the folder
+                loggers.append(TensorBoardLogger(str(output), name="", version="tensorboard"))
             trainer = make_trainer(options, trainer_options, output, resume_from is not None, loggers, evaluate)
             device = f"{trainer.world_size} x {trainer.strategy.root_device.type.upper()}"
             doing = f"continuing after {resume_from}" if resume_from else "training"

@@ -12,7 +12,7 @@ import torch
 
 from metilr.data.pixels import resized_shape
 from metilr.evaluation.database import load_whitening
-from metilr.models.checkpoints import FORMAT, load_embedder, model_entry, read_checkpoint
+from metilr.models.checkpoints import FORMAT, load_embedder, model_entry, read_checkpoint, write_checkpoint
 from metilr.models.embedder import Embedder, build_embedder
 from metilr.models.weights import read_state_dict
 from metilr.retrieval.whitening import PCAWhitening
@@ -82,6 +82,21 @@ def test_changed_safetensors(tmp_path):
         file.write_bytes(mutated(whole[:head], rng, SAFE_TOKENS) + whole[head:])
         n_read += not read_weights(file)
     assert n_read > 10
+
+
+def test_changed_safetensors_checkpoints(tmp_path):
+    """Also of what they say of their model, which is JSON beside the tensors."""
+    file, n_read = tmp_path / "a.safetensors", 0
+    write_checkpoint(file, {"state_dict": STATE, "metilr": {"format": FORMAT, "rows": [1, {"x": torch.ones(3)}]}})
+    whole = file.read_bytes()
+    for rng in cases(250):
+        head = int.from_bytes(whole[:8], "little") + 8
+        file.write_bytes(mutated(whole[:head], rng, SAFE_TOKENS) + whole[head:])
+        with refusal(file) as said:
+            content = read_checkpoint(file)
+            assert all(isinstance(tensor, torch.Tensor) for tensor in content["state_dict"].values())
+        n_read += not said
+    assert n_read > 5
 
 
 def why_refused(file, load=load_embedder):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from metilr.errors import UserError
-from metilr.models.weights import load_strictly, official_file, read_state_dict, tensors_sha256, verify_hub_file
+from metilr.models.weights import load_strictly, official_file, read_state_dict, tensors_sha256
 from metilr.models.zoo import BACKBONES, BackboneSpec
 from tests.server import Server
 
@@ -160,28 +160,3 @@ def test_the_digest_of_tensors_depends_on_everything_but_order_and_counters() ->
     ]
     assert len({digest, *(tensors_sha256(other) for other in others)}) == 6
     assert tensors_sha256({"a": torch.ones(3, dtype=torch.bfloat16)})  # NumPy has no bfloat16
-
-
-def hub_cache(folder: Path, name: str, content: bytes) -> Path:
-    """The layout of Hugging Face's cache: a link from the snapshot to the file under its digest."""
-    repository = folder / "models--timm--net.tag"
-    stored = repository / "blobs" / hashlib.sha256(content).hexdigest()
-    link = repository / "snapshots" / "abc" / name
-    for file in (stored, link, repository / "refs" / "main"):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    stored.write_bytes(content)
-    link.symlink_to(stored)
-    (repository / "refs" / "main").write_text("abc")
-    return stored
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_a_hub_file_is_checked_against_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert verify_hub_file("timm/net.tag") is None
-    stored = hub_cache(tmp_path, name, b"weights")
-    assert verify_hub_file("timm/net.tag") == hashlib.sha256(b"weights").hexdigest()
-    stored.write_bytes(b"weighty")  # as long as before, so that a check of the size passes
-    with pytest.raises(UserError, match="is damaged") as error:
-        verify_hub_file("timm/net.tag")
-    assert str(stored) in str(error.value)
