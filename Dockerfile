@@ -31,6 +31,6 @@ CMD ["--help"]
 FROM evaluate AS serve
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=10s --start-period=2m \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/', timeout=9)"]
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=9)"]
 ENTRYPOINT ["metilr", "serve", "--host", "0.0.0.0", "--port", "8000"]
 CMD ["--help"]

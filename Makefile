@@ -101,8 +101,8 @@ endif
 
 # Some systems ship venv without ensurepip; then the system's pip puts one in.
 %/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "metilr needs Python 3.10 or newer; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "metilr needs Python 3.11 or newer; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $* || { \
 		$(PYTHON) -m venv --without-pip --clear $* && \
 		$(PYTHON) -m pip install -q pip --target \

@@ -3,18 +3,13 @@
 import os
 import shutil
 import subprocess
-import sys
+import tomllib  # pytest needs it there too
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pytest needs it there too
 
 REPOSITORY = Path(__file__).parents[1]
 LINUX = {"sys_platform": "linux", "platform_machine": "x86_64"}

@@ -2,7 +2,7 @@
 
 import json
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -53,6 +53,6 @@ class Measured:
             self.meters.requests.labels(path, str(status)).inc()
             self.meters.seconds.labels(path).observe(seconds)
             if self.log:
-                now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+                now = datetime.now(UTC).isoformat(timespec="milliseconds")
                 line = {"time": now, "method": scope["method"], "path": path, "status": status}
                 print(json.dumps({**line, "seconds": round(seconds, 4)}), flush=True)

@@ -75,7 +75,7 @@ class Walls:
             left = min(SECONDS_TO_ASK, started + SECONDS_TO_SEND - time.monotonic())
             try:
                 message = await asyncio.wait_for(receive(), left)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise HTTPException(408, "The upload is too slow; send it again, or a smaller photo.") from None
             n_received += len(message.get("body", b""))
             is_whole = not message.get("more_body", False)

@@ -160,7 +160,7 @@ def _checked(archive: Archive, path: Path, url: str, digest: str, records: Recor
             f"download it again, or, if the publisher has changed it, its entry in {records.file}"
         )
     if record is None or record.sha256 != digest:
-        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record = Record(url=url, bytes=path.stat().st_size, sha256=digest, date=date)
         records.put(archive.name, record)
     return record

@@ -171,7 +171,7 @@ class Downloads:
             except (aiohttp.InvalidURL, aiohttp.TooManyRedirects, aiohttp.NonHttpUrlClientError) as error:
                 why = "redirects in a circle" if isinstance(error, aiohttp.TooManyRedirects) else "is no web address"
                 raise DownloadError(why) from None
-            except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+            except (TimeoutError, aiohttp.ClientError) as error:
                 cause = getattr(error, "os_error", None)
                 if isinstance(cause, PrivateAddressError):
                     raise DownloadError(cause.strerror or "") from None
