@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO := demo,serve,openvino,heic
+DEMO := demo,serve,openvino,onnx,heic
 DEV := $(DEMO),dev
 
 # CPU=1 takes the builds of PyTorch and FAISS without GPU, 2 GB in place of 8; the environment stays so.
