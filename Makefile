@@ -3,8 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO := demo,serve,openvino,heic
-DEV := $(DEMO),tensorboard,dev
+DEMO := demo,serve,openvino,onnx,heic
+DEV := $(DEMO),parquet,tensorboard,dev
 
 # CPU=1 takes the builds of PyTorch and FAISS without GPU, 2 GB in place of 8; the environment stays so.
 CPU ?= $(wildcard $(VENV)/.cpu)

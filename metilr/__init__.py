@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from metilr.collection.index import index as index
     from metilr.collection.open_collection import open_collection as open_collection
     from metilr.commands.evaluate import evaluate as evaluate
+    from metilr.commands.export import export as export
     from metilr.data.ground_truth import GroundTruth as GroundTruth, load_ground_truth as load_ground_truth
     from metilr.errors import UserError as UserError
     from metilr.evaluation.options import (
@@ -54,6 +55,7 @@ _HOMES = {
     "collection.index": ("index",),
     "collection.open_collection": ("open_collection",),
     "commands.evaluate": ("evaluate",),
+    "commands.export": ("export",),
     "data.ground_truth": ("GroundTruth", "load_ground_truth"),
     "errors": ("UserError",),
     "evaluation.options": ("ComparisonOptions", "MethodOptions", "ReportOptions"),

@@ -37,6 +37,7 @@ SUBCOMMANDS = {  # where each is within metilr, and its summary, which --help pr
     "dataset": ("commands.dataset:dataset", "Show what a data root holds: counts, class sizes, sample images."),
     "download": ("commands.download:download", "Download the Met dataset, check it and unpack it."),
     "verify": ("commands.verify:verify", "Check that every image of a ground truth is there and readable."),
+    "export": ("commands.export:export", "Write a model as one ONNX file: an image in, its descriptor out."),
     "pack": ("commands.pack:pack", "Write a run's model and whitening into one checkpoint, to pass on."),
     "push": ("commands.push:push", "Publish a run's model on the Hugging Face Hub, with a card of its figures."),
     "export-descriptors": ("extraction.reference_pickle:export_descriptors", "Write a store as a descriptors.pkl."),
@@ -196,8 +197,7 @@ def _parser(function: Callable[..., Any], prog: str | None = None) -> Any:
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=set(groups))
     for options in groups.values():
         parser.add_class_arguments(options, None)
-    actions: list[Any] = [action for action in parser._actions if hasattr(action, "_typehint")]
-    for action in actions:
+    for action in (each for each in parser._actions if hasattr(each, "_typehint")):
         kind = action._typehint
         lists = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) in (list, tuple, Sequence)]
         if lists:  # --scales 1 0.5, as argparse has it

@@ -319,7 +319,8 @@ GONE = (  # commands, each with a path that is not there
     "identify nosuch.jpg nosuch --store INDEX", "identify nosuch --run RUN", "identify photos --store INDEX",
     "identify nosuch.jpg --store nosuch", "identify nosuch.jpg --run nosuch", "serve --store nosuch",
     "serve --run nosuch", "serve --store INDEX --ckpt nosuch", "export-descriptors nosuch out.pkl",
-    "pack nosuch out.ckpt", "push nosuch anna/net", "rerun nosuch", "compare nosuch", "index nosuch out",
+    "pack nosuch out.ckpt", "push nosuch anna/net", "export nosuch out.onnx", "rerun nosuch", "compare nosuch",
+    "index nosuch out",
 )  # fmt: skip
 
 

@@ -142,6 +142,13 @@ def test_metilr_command(workplace, line, monkeypatch, capsys, server, hub):
     elif arguments[0] == "index":
         shutil.rmtree("INDEX")
         arguments += UNTRAINED_BACKBONE
+    if arguments[0] == "export":  # of images of any shape, which average pooling that rounds up is not for
+        pytest.importorskip("onnxscript", reason="needs metilr[onnx]")
+        pytest.importorskip("onnxruntime", reason="needs metilr[onnx]")
+        shutil.rmtree("INDEX")
+        vit = ["--backbone", "timm/test_vit", "--pooling", "cls", "--weights", "random", "--scales", "1", *CHEAP]
+        main(["index", "collection", "INDEX", "--image_size", "160", *vit])
+        capsys.readouterr()
     if arguments[0] == "sweep":
         arguments.remove("3")  # a row is a process
         arguments += ["--root", "DIR", "--options", "backbone=timm/test_resnet", "weights=random", "accelerator=cpu"]

@@ -56,7 +56,7 @@ def compiled(backbone: Backbone) -> Callable[[Tensor], Features]:
             stack.enter_context(compiler_config.patch(recompile_limit=MOST_GRAPHS))
             # Or a first image that is square makes a graph of squares.
             stack.enter_context(shape_config.patch(use_duck_shape=False))  # type: ignore[attr-defined]
-            stack.enter_context(mock.patch.object(padding, "get_same_padding", _same_padding))
+            stack.enter_context(mock.patch.object(padding, "get_same_padding", added_padding))
             if backbone.patch > 1:  # timm checks the sides, with a message that makes them constants of the graph
                 stack.enter_context(mock.patch.object(backbone.model.patch_embed, "img_size", None))
             try:
@@ -72,7 +72,7 @@ def compiled(backbone: Backbone) -> Callable[[Tensor], Features]:
     return compute
 
 
-def _same_padding(side: Any, kernel_size: int, stride: int, dilation: int) -> Any:
+def added_padding(side: Any, kernel_size: int, stride: int, dilation: int) -> Any:
     """What timm's ``get_same_padding`` adds to a side, a whole number or a tensor of one.
 
     timm's own rounding and maximum would nest from layer to layer: minutes of compilation. And it divides
@@ -156,7 +156,7 @@ def _converted(module: nn.Module, example: Tensor, name: str) -> Any:
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     def same_padding(side: int | Tensor, *window: int) -> Any:
-        return _same_padding(torch.as_tensor(side), *window)
+        return added_padding(torch.as_tensor(side), *window)
 
     module = copy.deepcopy(module)
     try:

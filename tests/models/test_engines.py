@@ -342,4 +342,4 @@ def test_a_compiled_backbone_never_goes_on_uncompiled(graphs, monkeypatch):
 def test_the_padding_of_compiled_layers_is_timms(kernel_size):
     for side, stride, dilation in itertools.product(range(1, 40), range(1, 5), range(1, 4)):
         expected = padding.get_same_padding(side, kernel_size, stride, dilation)
-        assert engines._same_padding(side, kernel_size, stride, dilation) == expected
+        assert engines.added_padding(side, kernel_size, stride, dilation) == expected

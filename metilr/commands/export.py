@@ -1,0 +1,126 @@
+"""``metilr export``: a model in one file for programs without PyTorch, with an index's descriptors beside it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from metilr.collection import index_file
+from metilr.data.pixels import ImageSize
+from metilr.errors import UserError
+from metilr.extraction.options import ImageShape, size_of
+from metilr.models import ModelOptions
+from metilr.models.zoo import BACKBONES
+from metilr.progress import make_console
+
+if TYPE_CHECKING:
+    from metilr.collection.collection import Collection
+    from metilr.models.embedder import Embedder
+    from metilr.retrieval.whitening import PCAWhitening
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What is written: a model with its whitening, and the index that it is of, if it is one's."""
+
+    embedder: "Embedder"
+    image_size: ImageSize | None
+    whitening: "PCAWhitening | None"
+    index: "Collection | None" = None
+
+
+def export(
+    model: str, output: Path, parts: ModelOptions | None = None, image_size: int | None = None,
+    image_shape: ImageShape = "keep",
+) -> None:  # fmt: skip
+    """Write a model as one ONNX file: an image in, its descriptor out.
+
+    Scales, pooling, projector and whitening are inside; metilr.onnx_embedder reads it without PyTorch. Of an index the
+    descriptors are written, too, beside it: model.onnx, model.npz. This takes a minute or two.
+
+    Args:
+        model: Name of a backbone, file of a checkpoint, or folder that metilr index wrote.
+        output: File to write, ending in .onnx.
+        parts: Of a backbone; of a checkpoint the scales, of an index the place of the ckpt that made it.
+        image_size: Longest side in px that photos are resized to; without it as the checkpoint was trained, else as
+            they are. An index has its own.
+        image_shape: Keep the ratio of a photo's sides, or make it square: the file then takes this size alone, as some
+            networks need.
+    """
+    output, folder = Path(output), Path(model)
+    if output.suffix != ".onnx":
+        raise UserError(f"{output}: name a file that ends in .onnx", "output")
+    files = [output, output.with_suffix(".npz")][: 1 + folder.is_dir()]
+    for file in files:
+        if file.exists():
+            raise UserError(f"{file}: is there already; name another file, or delete it", "output")
+    if not output.parent.is_dir():
+        raise UserError(f"{output.parent}: no such folder; make it, or name another one", "output")
+    size = size_of(image_size, image_shape)
+    parts = ModelOptions() if parts is None else parts
+    exported = _of_index(folder, parts, size) if folder.is_dir() else _of_model(model, parts, size)
+    from metilr.models.onnx import export_onnx
+
+    whitening = exported.whitening
+    arrays = None if whitening is None else (whitening.mean, whitening.projection)
+    notes = export_onnx(exported.embedder, output, exported.image_size, arrays)
+    if exported.index is not None:
+        _write_descriptors(exported.index, output)
+    written = " and ".join(escape(str(file)) for file in files)
+    sides = f"{notes['least_side']} to {notes['most_side']:,} px"
+    make_console().print(
+        f"wrote {written}: {notes['model']['backbone']}, descriptors of width {notes['dim']}, of images with sides of "
+        f"{sides}; licence of the weights: {notes['model']['provenance']['licence'] or 'unknown'}"
+    )
+
+
+def _of_model(model: str, parts: ModelOptions, size: ImageSize | None) -> Exported:
+    """A backbone by its name, or a checkpoint with the whitening that metilr pack put into it."""
+    path, is_name = Path(model), model in BACKBONES or model.startswith("timm/")
+    for name, default in (("ckpt", None), ("backbone", ModelOptions.backbone)):
+        if getattr(parts, name) != default:
+            raise UserError(f"{getattr(parts, name)}: is said by the model {model}; leave it out", name)
+    if not is_name and not path.is_file():
+        raise UserError(f"{model}: is no backbone's name, checkpoint or index", "model")
+    options = replace(parts, backbone=model) if is_name else replace(parts, ckpt=path)
+    from metilr.evaluation.database import load_whitening  # these take seconds
+    from metilr.models.checkpoints import build_model, read_checkpoint
+
+    whitening = None
+    if not is_name:
+        entry = read_checkpoint(path).get("metilr")
+        is_packed = isinstance(entry, Mapping) and entry.get("whitening") is not None
+        whitening = load_whitening(path) if is_packed else None
+    embedder = build_model(options)
+    return Exported(embedder, embedder.image_size if size is None else size, whitening)
+
+
+def _of_index(folder: Path, parts: ModelOptions, size: ImageSize | None) -> Exported:
+    """An index, if a photo's one float32 descriptor is what it compares."""
+    index_file(folder)
+    given = [field.name for field in fields(parts) if getattr(parts, field.name) != field.default]
+    given = [*(name for name in given if name != "ckpt"), *(["image_size"] if size is not None else [])]
+    if given:
+        raise UserError(f"has no effect on the index {folder}, which carries its own; leave it out", given[0])
+    from metilr.collection.open_collection import open_collection  # takes seconds
+
+    index = open_collection(folder, parts.ckpt, accelerator="cpu")
+    if index.method.query_crops:
+        raise UserError(f"{folder}: compares crops of photos, too, which the file does not; index without query_crops")
+    module = index.describer.module
+    if module.precision != "32":
+        raise UserError(f"{folder}: was described in {module.precision}, the file computes in float32; index in 32")
+    return Exported(module.embedder, index.image_size, index.whitening, index)
+
+
+def _write_descriptors(index: "Collection", output: Path) -> None:
+    """Write what photos are compared with, as ``metilr.onnx_embedder`` reads it."""
+    import numpy as np
+
+    from metilr.files import file_sha256, replaced_file
+
+    names = np.array([index.exhibits[label] for label in index.database.labels.tolist()])
+    with replaced_file(output.with_suffix(".npz")) as stream:
+        np.savez(stream, descriptors=index.database.rows, names=names, model=np.array(file_sha256(output)))
