@@ -118,18 +118,18 @@ def test_nothing_that_is_downloaded_stays():
 
 
 @pytest.mark.parametrize("is_well", [True, False])
-def test_the_health_check_asks_the_page(server: Server, is_well):
+def test_the_health_check_asks_the_server(server: Server, is_well):
     stage = stages()["serve"]
     program, *arguments = json.loads(re.search(r"CMD (\[.*\])", last(stage, "HEALTHCHECK"))[1])
     entry = json.loads(last(stage, "ENTRYPOINT"))
     port = entry[entry.index("--port") + 1]
     assert program == "python" and last(stage, "EXPOSE") == port
     if is_well:
-        server.files[""] = b"page"
+        server.files["health"] = b"{}"
     asked = [argument.replace(f"http://127.0.0.1:{port}/", server.url) for argument in arguments]
     assert asked != arguments
     assert (subprocess.run([sys.executable, *asked], capture_output=True).returncode == 0) == is_well
-    assert server.gets() == [""]
+    assert server.gets() == ["health"]
 
 
 def test_the_service_is_the_image_s():

@@ -92,10 +92,9 @@ class _Crawl:
                 for address, document in zip(some, await self._read(some), strict=True):
                     if document is not None:
                         await self._add(address, document, deep)
-            following = _first_id(page.get("next")) or (None if members else _first_id(page.get("first")))
-            is_new = following is not None and following not in self.seen
-            self.seen.add(following or "")
-            [page] = await self._read([following or ""]) if is_new else [None]
+            following = _first_id(page.get("next")) or (None if members else _first_id(page.get("first"))) or ""
+            [page] = await self._read([following]) if {following} - self.seen - {""} else [None]
+            self.seen.add(following)
 
     async def _add(self, address: str, document: Any, deep: int) -> None:
         try:
@@ -211,8 +210,6 @@ def image_request(info: Any, side: int | None) -> str:
     if level is not None and "0" in level.groups():
         fitting = [each for each in _dicts(info.get("sizes")) if side and max(_sides(each)) >= side]
         size = ",".join(map(str, _sides(min(fitting, key=lambda each: max(_sides(each)))))) if fitting else whole
-        if size == f"{width},{height}":
-            size = whole
     elif largest >= max(width, height):
         size = whole
     else:
