@@ -37,7 +37,7 @@ SUBCOMMANDS = {  # where each is within metilr, and its summary, which --help pr
     "dataset": ("commands.dataset:dataset", "Show what a data root holds: counts, class sizes, sample images."),
     "download": ("commands.download:download", "Download the Met dataset, check it and unpack it."),
     "verify": ("commands.verify:verify", "Check that every image of a ground truth is there and readable."),
-    "export": ("commands.export:export", "Write a model as one ONNX file: an image in, its descriptor out."),
+    "export": ("commands.export:export", "Write a model as one ONNX file, or an index's descriptors as a table."),
     "pack": ("commands.pack:pack", "Write a run's model and whitening into one checkpoint, to pass on."),
     "push": ("commands.push:push", "Publish a run's model on the Hugging Face Hub, with a card of its figures."),
     "export-descriptors": ("extraction.reference_pickle:export_descriptors", "Write a store as a descriptors.pkl."),

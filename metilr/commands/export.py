@@ -1,15 +1,19 @@
 """``metilr export``: a model in one file for programs without PyTorch, with an index's descriptors beside it."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.markup import escape
 
+from metilr import __version__
 from metilr.collection import index_file
+from metilr.data.exhibit import Exhibit
 from metilr.data.pixels import ImageSize
-from metilr.errors import UserError
+from metilr.errors import UserError, amount
 from metilr.extraction.options import ImageShape, size_of
 from metilr.models import ModelOptions
 from metilr.models.zoo import BACKBONES
@@ -35,14 +39,15 @@ def export(
     model: str, output: Path, parts: ModelOptions | None = None, image_size: int | None = None,
     image_shape: ImageShape = "keep",
 ) -> None:  # fmt: skip
-    """Write a model as one ONNX file: an image in, its descriptor out.
+    """Write a model as one ONNX file, or an index's descriptors as a table.
 
-    Scales, pooling, projector and whitening are inside; metilr.onnx_embedder reads it without PyTorch. Of an index the
-    descriptors are written, too, beside it: model.onnx, model.npz. This takes a minute or two.
+    In an ONNX file are scales, pooling, projector and whitening: an image in, its descriptor out; metilr.onnx_embedder
+    reads it without PyTorch. Of an index the descriptors are written, too, beside it: model.onnx, model.npz. This takes
+    a minute or two. A Parquet file has a row for each row that is searched: path, exhibit, title and so on, vector.
 
     Args:
         model: Name of a backbone, file of a checkpoint, or folder that metilr index wrote.
-        output: File to write, ending in .onnx.
+        output: File to write, ending in .onnx, or, of an index, in .parquet.
         parts: Of a backbone; of a checkpoint the scales, of an index the place of the ckpt that made it.
         image_size: Longest side in px that photos are resized to; without it as the checkpoint was trained, else as
             they are. An index has its own.
@@ -50,9 +55,10 @@ def export(
             networks need.
     """
     output, folder = Path(output), Path(model)
-    if output.suffix != ".onnx":
-        raise UserError(f"{output}: name a file that ends in .onnx", "output")
-    files = [output, output.with_suffix(".npz")][: 1 + folder.is_dir()]
+    is_table = output.suffix == ".parquet" and folder.is_dir()
+    if output.suffix != ".onnx" and not is_table:
+        raise UserError(f"{output}: name a file that ends in .onnx, or in .parquet of an index", "output")
+    files = [output, output.with_suffix(".npz")][: 1 if is_table or not folder.is_dir() else 2]
     for file in files:
         if file.exists():
             raise UserError(f"{file}: is there already; name another file, or delete it", "output")
@@ -60,6 +66,10 @@ def export(
         raise UserError(f"{output.parent}: no such folder; make it, or name another one", "output")
     size = size_of(image_size, image_shape)
     parts = ModelOptions() if parts is None else parts
+    if is_table:
+        n_rows = write_table(_of_index(folder, parts, size), output)
+        make_console().print(f"wrote {escape(str(output))}: {amount(n_rows, 'row')}")
+        return
     exported = _of_index(folder, parts, size) if folder.is_dir() else _of_model(model, parts, size)
     from metilr.models.onnx import export_onnx
 
@@ -74,6 +84,37 @@ def export(
         f"wrote {written}: {notes['model']['backbone']}, descriptors of width {notes['dim']}, of images with sides of "
         f"{sides}; licence of the weights: {notes['model']['provenance']['licence'] or 'unknown'}"
     )
+
+
+def write_table(exported: Exported, output: Path) -> int:
+    """Write an index as a Parquet file, a row for each that is searched; return how many.
+
+    ``vector`` is float32 of unit length, as photos are compared with it; what made it stands in the file's metadata.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise UserError(f"{output}: needs pyarrow: pip install 'metilr[parquet]'", "output") from None
+    from metilr.files import replaced_file
+
+    index = exported.index
+    assert index is not None
+    exhibits = [index.exhibits[label] for label in index.database.labels.tolist()]
+    about = [index.about(exhibit) for exhibit in exhibits]
+    parts = [name for name in Exhibit.model_fields if name != "more"]
+    rows = np.ascontiguousarray(index.database.rows, np.float32)
+    table = pyarrow.table({
+        "path": [index.path(image) for image in index.database.images.tolist()],
+        "exhibit": exhibits,
+        **{part: pyarrow.array([getattr(each, part) for each in about], pyarrow.string()) for part in parts},
+        "more": [json.dumps(each.more, ensure_ascii=False) for each in about],
+        "vector": pyarrow.FixedSizeListArray.from_arrays(rows.reshape(-1), rows.shape[1]),
+    })  # fmt: skip
+    notes = {"metilr": __version__, "model": json.dumps(exported.embedder.describe_settings())}
+    with replaced_file(output) as stream:
+        parquet.write_table(table.replace_schema_metadata(notes), stream)
+    return len(rows)
 
 
 def _of_model(model: str, parts: ModelOptions, size: ImageSize | None) -> Exported:
@@ -117,8 +158,6 @@ def _of_index(folder: Path, parts: ModelOptions, size: ImageSize | None) -> Expo
 
 def _write_descriptors(index: "Collection", output: Path) -> None:
     """Write what photos are compared with, as ``metilr.onnx_embedder`` reads it."""
-    import numpy as np
-
     from metilr.files import file_sha256, replaced_file
 
     names = np.array([index.exhibits[label] for label in index.database.labels.tolist()])

@@ -247,10 +247,10 @@ def test_with_a_background_an_answer_tells_how_far_above_it_the_exhibit_is(folde
     photo = load_photo(folder / "9" / "2.jpg", collection.image_size).image
     height, width = photo.shape[1:]
     crop = photo[:, height // 4 : height // 4 + height // 2, width // 4 : width // 4 + width // 2]
-    views = [plain.describer.describe(view)[0] for view in (photo, crop)]
-    described = [
-        plain.describer.describe(load_photo(file, collection.image_size).image)[0] for file in strangers.iterdir()
-    ]
+    views = plain.describer.describe([photo, crop])
+    described = plain.describer.describe(
+        [load_photo(each, collection.image_size).image for each in strangers.iterdir()]
+    )
     nearest = sorted((max(float(view @ stranger) for view in views) for stranger in described), reverse=True)
     answer, without = collection.answer(photo), plain.answer(photo)
     assert answer.above_background == pytest.approx(answer.similarity - 0.5 * np.mean(nearest[:5]), abs=1e-5)

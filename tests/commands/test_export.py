@@ -53,7 +53,7 @@ def test_a_photo_is_described_and_found_as_by_the_index(exported):
     expected = []
     for photo in photos(exported):
         image = load_photo(photo, collection.image_size).image
-        expected.append(as_compared(collection.describer.describe(image), collection.whitening)[0])
+        expected.append(as_compared(np.stack(collection.describer.describe([image])), collection.whitening)[0])
         found = embedder.describe(photo)
         assert found.shape == (embedder.notes["dim"],) and found @ expected[-1] >= 0.99999
         np.testing.assert_allclose(found, expected[-1], atol=1e-3)
@@ -119,7 +119,7 @@ def test_a_packed_checkpoint_keeps_its_whitening_and_size(tmp_path, monkeypatch,
     assert embedder.notes["image_size"] == [64, 64] and embedder.notes["whitened"]
     for photo in find_images(root / "images/test_met").files[:3]:
         image = load_photo(photo, collection.image_size).image
-        [expected] = as_compared(collection.describer.describe(image), collection.whitening)
+        [expected] = as_compared(np.stack(collection.describer.describe([image])), collection.whitening)
         assert embedder.describe(photo) @ expected >= 0.99999
 
 
@@ -177,3 +177,27 @@ def test_options_make_the_model(tmp_path, monkeypatch):
 STAND_IN = {
     "least_side": 1, "most_side": 2, "dim": 3, "model": {"backbone": "x", "provenance": {"licence": None}},
 }  # fmt: skip
+
+
+def test_an_index_as_a_table_has_what_is_searched(exported, tmp_path, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs metilr[parquet]")
+    (tmp_path / "labels.csv").write_text("id,title,medium\n9,Vase,Clay\n")
+    metilr.index(exported / "museum", tmp_path / "index", tmp_path / "labels.csv", model=VIT, extraction=SILENT)
+    main(["export", str(tmp_path / "index"), str(tmp_path / "rows.parquet")])
+    assert "8 rows" in capsys.readouterr().out
+    collection = metilr.open_collection(tmp_path / "index", accelerator="cpu")
+    rows = parquet.read_table(tmp_path / "rows.parquet").to_pylist()
+    for row, path in zip(rows, collection.ground_truth.paths["database"], strict=True):
+        expected = collection.describer.describe([load_photo(exported / "museum" / path, 160).image])[0]
+        [compared] = as_compared(expected[None], collection.whitening)
+        np.testing.assert_allclose(row["vector"], compared, atol=1e-4)
+        assert (row["path"], row["exhibit"]) == (path, path.split("/")[0])
+        assert (row["title"], row["more"]) == (
+            ("Vase", '{"medium": "Clay"}') if row["exhibit"] == "9" else (None, "{}")
+        )
+    notes = parquet.read_schema(tmp_path / "rows.parquet").metadata
+    assert notes[b"metilr"].decode() == metilr.__version__ and b"test_vit" in notes[b"model"]
+    with pytest.raises(UserError, match="is there already"):
+        metilr.export(str(tmp_path / "index"), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"ends in \.onnx, or in \.parquet of an index"):
+        metilr.export("lite0_in", tmp_path / "model.parquet")
