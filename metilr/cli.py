@@ -30,7 +30,7 @@ SUBCOMMANDS = {  # where each is within metilr, and its summary, which --help pr
     "train": ("training.cli:train", "Fine-tune a model, also on a museum's own catalogue images alone."),
     "identify": ("collection.identify:identify", "Say which exhibit each photo shows, or that it shows none."),
     "index": ("collection.index:index", "Describe a museum's own images, to identify photos."),
-    "serve": ("collection.serve:serve", "Serve a page that says which exhibit a photo shows."),
+    "serve": ("collection.serve:serve", "Serve a page and an API that say which exhibit a photo shows."),
     "compare": ("commands.compare:compare", "Compare evaluations with each other and with published figures."),
     "rerun": ("commands.rerun:rerun", "Repeat an evaluation and say whether its figures come out again."),
     "sweep": ("commands.sweep:sweep", "Evaluate many configurations, or one option over several values."),
