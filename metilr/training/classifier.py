@@ -40,8 +40,8 @@ class Classifier(nn.Module):
         self.centres = SUB_CENTRES if options.classifier == "subcenter" else 1
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(n_classes * self.centres, dim, generator=generator)
-        # As prototypes are: only directions count, and longer weights turn more slowly.
-        self.weight = nn.Parameter(F.normalize(weight, dim=1))
+        # Short: only directions count, and shorter weights turn sooner; of unit length the network turned instead.
+        self.weight = nn.Parameter(0.01 * weight)
 
     def forward(self, embeddings: Tensor, labels: Tensor, seed: Sequence[int] = (0,)) -> Tensor:
         """Return the loss of embeddings ``(B, D)``; ``seed`` decides which classes are drawn at random."""
