@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from metilr.progress import printable
 
 MOST_WAITING = 32  # requests that wait for their turn; a page asks for five pictures at once
 MOST_PHOTOS = 16  # in a request
+SECONDS_FOR_ALL = 30.0  # of decoding, for the photos of a request
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,11 @@ class Service:
         """The documents of some photos, or why there is none; they go through the network together."""
         largest = await run_in_threadpool(lambda: self.collection.largest_side)
         photos: list[Photo | BadPhotoError] = []
+        until = time.monotonic() + SECONDS_FOR_ALL
         for content in contents:
             try:
+                if time.monotonic() > until:
+                    raise BadPhotoError("comes after others that took too long to decode; send it by itself")
                 size = self.collection.image_size
                 photos.append(await run_in_threadpool(self.decoder.photo, content, size, largest, self.max_pixels))
             except BadPhotoError as error:
@@ -158,7 +163,10 @@ def build_app(
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"))
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(limits.hosts), www_redirect=False)
     if limits.origins:
-        app.add_middleware(CORSMiddleware, allow_origins=limits.origins, allow_headers=["X-API-Key", "Authorization"])
+        headers = ["X-API-Key", "Authorization"]
+        app.add_middleware(
+            CORSMiddleware, allow_origins=limits.origins, allow_methods=["GET", "POST"], allow_headers=headers
+        )
     return Measured(Walls(app, limits.max_bytes, limits.key, limits.origins), meters, log_requests)
 
 

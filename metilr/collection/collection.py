@@ -37,6 +37,7 @@ from metilr.retrieval.whitening import PCAWhitening
 
 SIDE_OF_LOST_IMAGES = 1024  # px, where the images that tell are gone
 MOST_AT_ONCE = 8  # photos of one shape in the network; beyond, a CPU gains nothing and memory grows
+PIXELS_AT_ONCE = MOST_AT_ONCE * 500 * 500  # of larger photos fewer
 MAX_HEADERS = 5000  # of images, read for the largest size: about a second
 
 
@@ -85,8 +86,10 @@ class Describer:
         for i, image in enumerate(images):
             by_shape.setdefault(image.shape, []).append(i)
         for alike in by_shape.values():
-            for start in range(0, len(alike), self.most_at_once):
-                some = alike[start : start + self.most_at_once]
+            height, width = images[alike[0]].shape[1:]
+            n = max(1, min(self.most_at_once, PIXELS_AT_ONCE // max(1, height * width)))
+            for start in range(0, len(alike), n):
+                some = alike[start : start + n]
                 batch = torch.stack([images[i] for i in some]).to(self.module.device)
                 for i, made in zip(some, self._describe(batch), strict=True):
                     described[i] = made

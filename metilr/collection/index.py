@@ -3,28 +3,26 @@
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.markup import escape
 
 from metilr.cli import flat, flat_defaults
-from metilr.collection.index_schema import FAILED, Background, Index, describe_index
-from metilr.collection.labels import LABELS, Labels
-from metilr.data.decode import file_size, limit_images
+from metilr.collection.index_schema import FAILED, Background, describe_index, write_failed
+from metilr.collection.state import digests_of, is_current, read_before
+from metilr.data.decode import limit_images
 from metilr.data.exhibit import is_address
 from metilr.data.folder import find_images
 from metilr.distributed import has_launcher, launched_as_first, quieten_lightning
 from metilr.errors import UserError, amount
 from metilr.evaluation.options import ComparisonOptions, MethodOptions
-from metilr.evaluation.runs import plain_options, refuse_other_options, skipped_images
+from metilr.evaluation.runs import plain_options, skipped_images
 from metilr.extraction.options import ExtractionOptions
-from metilr.extraction.store import DescriptorStore
 from metilr.files import alone_in
 from metilr.models import RANDOM, ModelOptions, is_on_hub
-from metilr.progress import make_console
+from metilr.progress import make_console, printable
 from metilr.retrieval.knn import USUAL_TAU
 from metilr.sources.catalogue import Catalogue, read_catalogue
 from metilr.sources.fetch import DownloadOptions
@@ -35,10 +33,6 @@ if TYPE_CHECKING:
     from metilr.retrieval.whitening import PCAWhitening
 
 APPROXIMATE, STORE, BACKGROUND = "approximate", "store", "background"  # folders of an index, or how they begin
-NO_DIFFERENCE = {  # options that another time may be others
-    "accelerator", "devices", "num_nodes", "batch_size", "num_workers", "quiet", "profile", "language", "relearn",
-    *(field.name for field in fields(DownloadOptions)),
-}  # fmt: skip
 LEAST_BACKGROUND = 5  # photos, of whose similarities a mean is taken
 IMAGE_SIZE = 500  # px, as the Met's own images
 USUAL_K = 10  # with k = 1 every photo is answered with a confidence near 100%, whatever it shows
@@ -93,6 +87,10 @@ def index(
     csv, is_first = None if csv is None else Path(csv), launched_as_first()
     model, extraction, given = model or ModelOptions(), extraction or ExtractionOptions(), method or ComparisonOptions()
     downloads = downloads or DownloadOptions()
+    if isinstance(source, str) and "@" in source.split("/")[2]:
+        raise UserError(
+            f"{source.split('@')[-1]}: its address has a password in it, which an index would keep", "source"
+        )
     _check(source, output, MethodOptions(**vars(given)), approximate)
     if any(map(is_on_hub, (model.ckpt, model.weights, given.whitening))):
         from metilr.models.hub import pin
@@ -101,16 +99,20 @@ def index(
     method = MethodOptions(**vars(given))
     options = plain_options(flat({"source": source, "csv": csv, "model": model, "extraction": extraction,
                                   "method": given, "approximate": approximate, "background": background}))  # fmt: skip
+    options["model_files"] = digests_of(model)
     limit_images(extraction.max_megapixels)
     quieten_lightning()
     output.mkdir(parents=True, exist_ok=True)
     with alone_in(output, "another metilr index", "stop it") if is_first else contextlib.nullcontext():
-        before = _read_before(output, options)
+        defaults = plain_options(flat_defaults(index))
+        del defaults["source"]
+        before = read_before(output, options, defaults)
         strangers = None if background is None else read_background(background).with_digests(extraction.quiet)
         catalogue = None
         if _is_folder(source, csv):  # which is listed faster than a model is loaded
             catalogue = read_catalogue(Path(source), csv).with_digests(extraction.quiet)
-        if catalogue is None or not _is_current(output, before, catalogue, strangers):
+        comparable = None if relearn else before
+        if catalogue is None or not is_current(output, comparable, catalogue, strangers):
             from metilr.models.checkpoints import build_model
 
             model = _from_anywhere(model)
@@ -121,8 +123,12 @@ def index(
                 place = downloads.cache or output / "images"
                 catalogue = read_source(source, place, downloads, side, language, before is not None, extraction.quiet)
                 catalogue = catalogue.with_digests(extraction.quiet)
-        if _is_current(output, before, catalogue, strangers):
-            make_console(quiet=not is_first).print(f"finished already: {escape(str(output))}")
+        if is_current(output, comparable, catalogue, strangers):
+            write_failed(output, catalogue)
+            console = make_console(quiet=not is_first)
+            for note in _notes_of_source(output, catalogue):
+                console.print(f"[bold yellow]note:[/] {escape(printable(note))}")
+            console.print(f"finished already: {escape(str(output))}")
         else:
             keeps = None if relearn or before is None or not before.whitening else output / "whitening.npz"
             _make(output, catalogue, strangers, embedder, model, extraction, method, approximate, options, keeps)
@@ -178,8 +184,8 @@ def _make(
     made = describe_index(output, catalogue, model, extraction, method, is_whitened, options, background, store)
     made.save(output, catalogue)
     remove_other_stores(output, {STORE: made.store, BACKGROUND: made.background.store if made.background else ""})
-    for note in _notes(output, catalogue, embedder, method, whitening, left_out):
-        console.print(f"[bold yellow]note:[/] {escape(note)}")
+    for note in [*_notes(embedder, method, whitening, left_out), *_notes_of_source(output, catalogue)]:
+        console.print(f"[bold yellow]note:[/] {escape(printable(note))}")
     where = escape(str(output))
     console.print(f"wrote {where}; now: metilr identify PHOTO --store {where}")
 
@@ -236,46 +242,13 @@ def read_background(folder: Path) -> Catalogue:
     return Catalogue(folder.absolute(), paths, ("",) * len(paths))
 
 
-def _read_before(output: Path, options: Mapping[str, Any]) -> Index | None:
-    """What a finished index says; UserError if it was made with other options."""
-    if not (output / "index.json").exists():
-        return None
-    before = Index.load(output)
-    defaults = plain_options(flat_defaults(index)) if before.options else {}  # of options that it is too old to have
-    defaults.pop("source", None)
-    recorded = {"source" if name == "folder" else name: value for name, value in before.options.items()}
-    was, now = ({name: value for name, value in each.items() if name not in NO_DIFFERENCE}
-                for each in ({**defaults, **recorded}, options))  # fmt: skip
-    refuse_other_options(output, was, now)
-    return before
-
-
-def _is_current(output: Path, before: Index | None, catalogue: Catalogue, strangers: Catalogue | None) -> bool:
-    """Whether an index is of just these images and what is said of them, and undamaged."""
-    labels = output / LABELS
-    if before is None or not labels.exists() or labels.read_bytes() != Labels.content(catalogue):
-        return False
-    is_current = _is_of(output / before.store, before.catalogue, catalogue)
-    if before.background is None or before.strangers is None or strangers is None:  # all, as the options are the same
-        return is_current
-    return is_current and _is_of(output / before.background.store, before.strangers, strangers)
-
-
-def _is_of(store: Path, before: Catalogue, now: Catalogue) -> bool:
-    if (before.paths, before.exhibits, before.sha256) != (now.paths, now.exhibits, now.sha256):
-        return False
-    sizes = np.array([file_size(now.folder / path) or 0 for path in now.paths], np.int64)
-    return not DescriptorStore(store).pending("database", sizes, retry_bad=False).any()
-
-
 def _first(left_out: Sequence[Mapping[str, str]]) -> str:
     return "; ".join([*(image["reason"] for image in left_out[:3]), *(["..."] if len(left_out) > 3 else [])])
 
 
 def _notes(
-    output: Path, catalogue: Catalogue, embedder: "Embedder", method: MethodOptions,
-    whitening: "PCAWhitening | None", left_out: Sequence[Mapping[str, str]],
-) -> list[str]:  # fmt: skip
+    embedder: "Embedder", method: MethodOptions, whitening: "PCAWhitening | None", left_out: Sequence[Mapping[str, str]]
+) -> list[str]:
     from metilr.retrieval.whitening import DEFAULT_DIM
 
     notes = []
@@ -290,8 +263,11 @@ def _notes(
         )
     if left_out:
         notes.append(f"left out: {amount(len(left_out), 'image')}: {_first(left_out)}")
-    if catalogue.left_aside:
-        notes.append(f"left aside: {catalogue.left_aside}")
+    return notes
+
+
+def _notes_of_source(output: Path, catalogue: Catalogue) -> list[str]:
+    notes = [f"left aside: {catalogue.left_aside}"] if catalogue.left_aside else []
     if catalogue.failed:
         where, why = next(iter(catalogue.failed.items()))
         n = amount(len(catalogue.failed), "address", "es")

@@ -1,5 +1,6 @@
 """What ``index.json`` says of an index, written and read by one model."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import pydantic
 
 from metilr.collection import index_file
-from metilr.collection.labels import LABELS, Labels
+from metilr.collection.labels import Labels
 from metilr.data.ground_truth import is_place_below
 from metilr.data.pixels import ImageSize
 from metilr.data.tables import as_csv
@@ -86,6 +87,7 @@ class Index(Part):
     schema_: Literal["metilr.index/2"] = pydantic.Field(alias="schema")
     folder: Text  # of images that were downloaded within the index, and then relative to it
     name: str = ""  # of the collection, for people
+    labels: Text = pydantic.Field(default="exhibits.jsonl", pattern=r"^exhibits(-[0-9a-f]{12})?\.jsonl$")  # see there
     store: Text = pydantic.Field(default="store", pattern=r"^store(-[0-9a-f]{12})?$")  # within the index
     images: list[Image] = pydantic.Field(min_length=1)
     model: Model
@@ -110,12 +112,13 @@ class Index(Part):
 
     def save(self, path: Path, catalogue: Catalogue) -> None:
         """Write ``index.json`` into a folder, and before it what is said of the exhibits and what is missing."""
-        with replaced_file(path / LABELS) as stream:
+        with replaced_file(path / self.labels) as stream:
             stream.write(Labels.content(catalogue))
-        (path / FAILED).unlink(missing_ok=True)
-        if catalogue.failed:
-            write_atomically(path / FAILED, as_csv([("address", "reason"), *catalogue.failed.items()]))
+        write_failed(path, catalogue)
         write_atomically(path / "index.json", json.dumps(self.model_dump(by_alias=True), indent=1) + "\n")
+        for other in path.glob("exhibits*.jsonl"):
+            if other.name != self.labels:
+                other.unlink()
 
     @property
     def catalogue(self) -> Catalogue:
@@ -143,6 +146,13 @@ class Index(Part):
         return method_of_elements({name: part for name, part in self.elements.model_dump().items() if name in known})
 
 
+def write_failed(path: Path, catalogue: Catalogue) -> None:
+    """List, in an index, which addresses gave nothing, and why; without any there is no list."""
+    (path / FAILED).unlink(missing_ok=True)
+    if catalogue.failed:
+        write_atomically(path / FAILED, as_csv([("address", "reason"), *catalogue.failed.items()]))
+
+
 def recorded_model(recorded: Mapping[str, Any], ckpt: str | Path | None = None) -> ModelOptions:
     """The model of recorded options, as far as they are there; ``ckpt`` in place of a recorded checkpoint."""
     ckpt = recorded["ckpt"] if ckpt is None else ckpt
@@ -168,6 +178,7 @@ def describe_index(
         schema="metilr.index/2",
         folder=str(catalogue.folder.relative_to(output.absolute()) if is_inside else catalogue.folder),
         name=catalogue.name or catalogue.folder.name,
+        labels=f"exhibits-{hashlib.sha256(Labels.content(catalogue)).hexdigest()[:12]}.jsonl",
         store=store.path.name,
         images=[Image(path=path, exhibit=name, sha256=digest) for path, name, digest in images],
         model=Model(**described_by),

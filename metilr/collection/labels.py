@@ -1,4 +1,4 @@
-"""What is said of an index's exhibits: ``exhibits.jsonl``, a line each, in the order of their names."""
+"""What is said of an index's exhibits: a file of JSON lines, one each, in the order of their names."""
 
 import json
 from collections.abc import Sequence
@@ -9,14 +9,12 @@ from metilr.data.exhibit import Exhibit
 from metilr.errors import UserError
 from metilr.sources.catalogue import Catalogue
 
-LABELS = "exhibits.jsonl"
-
 
 class Labels:
-    """What is said of an index's exhibits, each read when it is asked for; a folder without the file says nothing."""
+    """What is said of an index's exhibits, each read when it is asked for; without the file nothing is."""
 
-    def __init__(self, path: Path, names: Sequence[str]) -> None:
-        self.file, self.names = path / LABELS, names
+    def __init__(self, file: Path, names: Sequence[str]) -> None:
+        self.file, self.names = file, names
         self._lines = self.file.read_bytes().splitlines() if self.file.exists() else None
 
     def __getitem__(self, label: int) -> Exhibit:
@@ -27,7 +25,7 @@ class Labels:
             said = json.loads(self._lines[label])
             if said.pop("exhibit") == self.names[label]:
                 return Exhibit.model_validate(said)
-        except (ValueError, LookupError, AttributeError):
+        except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
             pass
         raise UserError(f"{self.file}: is not of this index; run the metilr index that made it again")
 

@@ -117,7 +117,7 @@ def _of_index(path: Path, ckpt: str | Path | None, accelerator: Accelerator) -> 
         vote=index.knn,
         strangers=index.strangers,
         background=None if index.background is None else path / index.background.store,
-        labels=Labels(path, catalogue.names),
+        labels=Labels(path / index.labels, catalogue.names),
     )
 
 

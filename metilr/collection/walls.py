@@ -51,10 +51,12 @@ class Walls:
 
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "0")
-        if self.key is not None and scope["path"] != "/health" and not has_key(headers, self.key):
+        is_allowed = headers.get("origin") in self.origins
+        asks_first = is_allowed and scope["method"] == "OPTIONS"  # a browser, before it sends a key
+        if self.key is not None and scope["path"] != "/health" and not asks_first and not has_key(headers, self.key):
             said = {"error": "Send the key of this server, as the header X-API-Key."}
             await JSONResponse(said, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send_on)
-        elif scope["path"] != "/" and is_foreign(headers) and headers.get("origin") not in self.origins:
+        elif scope["path"] != "/" and is_foreign(headers) and not is_allowed:
             await JSONResponse({"error": "Pages of other sites may not ask this server."}, 403)(scope, receive, send_on)
         elif declared.isdigit() and int(declared) > self.max_bytes:
             await JSONResponse({"error": self.too_long}, 413)(scope, receive, send_on)

@@ -1,6 +1,8 @@
 """What a museum says of an exhibit: the label beside it."""
 
+import itertools
 import re
+import unicodedata
 from collections.abc import Mapping
 from html.parser import HTMLParser
 
@@ -16,7 +18,10 @@ NAMES = {
     "thumbnail": ("thumbnail", "thumbnailurl", "primaryimagesmall"),
 }
 ADDRESSES = ("link", "thumbnail")
-MOST_LETTERS = 2000  # of a part; pages and terminals show labels, not essays
+MOST_LETTERS, MOST_PARTS = 2000, 100  # of a part; of one: pages and terminals show labels, not essays
+ADDRESS = re.compile(  # without what would steer a terminal, or no file can hold
+    r"https?://[^\s/?#\x00-\x1f\x7f-\x9f\ud800-\udfff][^\x00-\x1f\x7f-\x9f\ud800-\udfff]*", re.IGNORECASE
+)
 
 
 class Exhibit(pydantic.BaseModel):
@@ -48,8 +53,8 @@ class Exhibit(pydantic.BaseModel):
 
 def exhibit_of(values: Mapping[str, str]) -> Exhibit:
     """Sort named values of a catalogue into an exhibit; what has no part of its own is ``more``, empty ones nothing."""
-    left = {name: plain_text(value)[:MOST_LETTERS] for name, value in values.items()}
-    left = {name: value for name, value in left.items() if name and value}
+    texts = ((plain_text(name)[:200], plain_text(value)[:MOST_LETTERS]) for name, value in values.items())
+    left = dict(itertools.islice(((name, value) for name, value in texts if name and value), MOST_PARTS))
     by_name = {squeezed(name): name for name in reversed(left)}
     parts = {}
     for part, names in NAMES.items():
@@ -62,17 +67,18 @@ def exhibit_of(values: Mapping[str, str]) -> Exhibit:
 
 
 def squeezed(name: str) -> str:
-    """A name in small letters without blanks and signs: "Object ID" and object_id are one."""
-    return re.sub(r"[\W_]", "", name.lower())
+    """A name in small letters without blanks, signs and accents: "Object ID" and object_id are one."""
+    return re.sub(r"[\W_]", "", unicodedata.normalize("NFKD", name).lower())
 
 
 def is_address(text: str) -> bool:
     """Whether a text is a web address."""
-    return re.match(r"https?://[^\s/]", text, re.IGNORECASE) is not None
+    return ADDRESS.fullmatch(text) is not None
 
 
 def plain_text(text: str) -> str:
-    """A text in one line; one that is HTML, as IIIF allows, without its tags."""
+    """A text in one line; one that is HTML, as IIIF allows, without its tags; half a sign is a question mark."""
+    text = text[: 10 * MOST_LETTERS].encode(errors="replace").decode()
     if text.lstrip().startswith("<") and text.rstrip().endswith(">"):
         reader = _Words()
         reader.feed(text)

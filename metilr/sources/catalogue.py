@@ -9,11 +9,12 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from metilr.data.decode import FAILING_MACHINE
 from metilr.data.exhibit import Exhibit, exhibit_of
 from metilr.data.folder import ending_of, find_images
 from metilr.data.ground_truth import GroundTruth, as_name, is_place_below, is_text, nfc
 from metilr.data.tables import EXHIBIT_NAMES, IMAGE_NAMES, column_of, read_table
-from metilr.errors import UserError, amount_is, shown
+from metilr.errors import UserError, amount, amount_is, shown
 from metilr.files import file_sha256
 from metilr.progress import tracked
 
@@ -67,8 +68,10 @@ class Catalogue:
         def digest(path: str) -> str:
             try:
                 return file_sha256(truth.image(path))
-            except (FileNotFoundError, NotADirectoryError, ValueError):  # the describing says what is wrong with it
-                return ""
+            except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno in FAILING_MACHINE:
+                    raise
+                return ""  # the describing says what is wrong with it
 
         with ThreadPoolExecutor(READERS) as pool:
             digests = pool.map(digest, self.paths)
@@ -166,8 +169,11 @@ def rows_of(table: Path) -> list[Row]:
     for line, values in rows:
         row = Row(line, values[image] if image else "", as_name(values[exhibit]), values)
         fault = None
-        if broken := [each for each in (row.image, values[exhibit]) if each.splitlines() not in ([], [each])]:
+        names = (row.image, values[exhibit])
+        if broken := [each for each in names if each.splitlines() not in ([], [each])]:
             fault = f"{shown(broken[0])} has a line break within; remove it, or close a quote before it"
+        elif odd := [each for each in names if each[:1].isspace() and each.lstrip().startswith('"')]:
+            fault = f"{shown(odd[0])} has a blank before its quote; remove the blank"
         elif not row.exhibit:
             fault = "names no exhibit"
         elif not is_text(row.exhibit):
@@ -179,7 +185,9 @@ def rows_of(table: Path) -> list[Row]:
 
 
 def from_rows(folder: Path, table: Path, rows: list[Row]) -> Catalogue:
-    """The catalogue of a table that names files below a folder."""
+    """The catalogue of a table that names files below a folder; rows that name none are left aside."""
+    rows, n_all = with_images(table, rows), len(rows)
+    aside = f"{amount(n_all - len(rows), 'row')} without an image" if len(rows) < n_all else ""
     seen: dict[str, int] = {}
     for row in rows:
         if not is_place_below(row.image):
@@ -189,7 +197,16 @@ def from_rows(folder: Path, table: Path, rows: list[Row]) -> Catalogue:
         else:
             continue
         raise UserError(f"{table}: line {row.line}: {fault}", "csv")
-    return Catalogue(folder, tuple(row.image for row in rows), tuple(row.exhibit for row in rows), about_rows(rows))
+    paths, exhibits = tuple(row.image for row in rows), tuple(row.exhibit for row in rows)
+    return Catalogue(folder, paths, exhibits, about_rows(rows), left_aside=aside)
+
+
+def with_images(table: Path | str, rows: list[Row]) -> list[Row]:
+    """The rows of a table that name an image; UserError if none does."""
+    if not (named := [row for row in rows if row.image]):
+        columns = ", ".join(IMAGE_NAMES)
+        raise UserError(f"{table}: names no image; a column like {columns} must, or give it as csv beside a folder")
+    return named
 
 
 def about_rows(rows: list[Row]) -> dict[str, Exhibit]:

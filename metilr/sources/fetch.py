@@ -9,6 +9,7 @@ import ipaddress
 import json
 import socket
 import time
+import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -28,10 +29,11 @@ TRIES = 5
 FIRST_WAIT = 1.0  # s before the second try, twice as long before each one after it
 LONGEST_WAIT = 120.0  # s that a server may ask for
 TIMEOUT = aiohttp.ClientTimeout(total=300, sock_connect=10, sock_read=30)
-PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers that may be others a while later
+PASSING = {408, 425, 429, *range(500, 600)}  # answers that may be others a while later
 GIVE_UP = 3  # addresses of a server in a row that could not be reached
 MOST_REDIRECTS = 10
 DOCUMENT_MEGABYTES = 50  # of a manifest; the largest that libraries publish have a few
+NAT64, LOCAL_NAT64 = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48")
 CHUNK = 1 << 16
 Made = TypeVar("Made")
 
@@ -48,6 +50,7 @@ class DownloadOptions:
         max_images: Images of the source that are taken at most, the first ones.
         allow_private: Also ask addresses in private networks and of this machine. A manifest from elsewhere could name
             what it must not see.
+        proxy: Ask through this proxy, such as http://proxy:3128, which then decides what may be asked.
     """
 
     cache: Path | None = None
@@ -56,6 +59,7 @@ class DownloadOptions:
     max_file_megabytes: float = 100.0
     max_images: int = 500_000
     allow_private: bool = False
+    proxy: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("connections", "requests_per_second", "max_file_megabytes", "max_images"):
@@ -82,7 +86,7 @@ class Downloads:
     """A folder of downloads, with an asynchronous way to fill it.
 
     A file that is there is taken as it is, or with ``ask_again`` if the server says that it has not changed (ETag,
-    Last-Modified), or says nothing. What a killed run has left is whole files alone.
+    Last-Modified), or says nothing of use. What a killed run has left of a file does not pass for one.
     """
 
     def __init__(self, folder: Path, options: DownloadOptions, ask_again: bool = False) -> None:
@@ -99,39 +103,43 @@ class Downloads:
         self.folder.mkdir(parents=True, exist_ok=True)
         agent = {"User-Agent": f"metilr/{__version__}"}
         connector = aiohttp.TCPConnector(socket_factory=self._socket, limit=self.options.connections)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=TIMEOUT, headers=agent, trust_env=True)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=TIMEOUT, headers=agent)
         return self
 
     async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self._session.close()
 
-    async def document(self, address: str) -> Any:
+    async def document(self, address: str, max_megabytes: float = DOCUMENT_MEGABYTES) -> Any:
         """Read the JSON document at an address; DownloadError if there is none."""
 
         def check(file: Path) -> None:
             try:
                 read_json(file)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DownloadError(f"is no JSON ({one_line(error)})") from None
 
-        return read_json(await self.file(address, check, DOCUMENT_MEGABYTES))
+        return read_json(await self.file(address, check, max_megabytes))
 
-    async def file(self, address: str, check: Callable[[Path], None], max_megabytes: float | None = None) -> Path:
+    async def file(
+        self, address: str, check: Callable[[Path], None], max_megabytes: float | None = None, again: bool = False
+    ) -> Path:
         """Download the file at an address.
 
         Args:
             address: Where it is.
             check: Is called with a file that is new, in a thread, and raises DownloadError if it is not to be had.
             max_megabytes: Limit of its size; without it that of the options.
+            again: Ask whether it has changed in any case.
 
         Raises:
             DownloadError: If it cannot be had, or is refused by ``check``.
             OSError: If the disk fails.
         """
-        file = self.folder / hashlib.sha256(address.encode()).hexdigest()[:24]
+        file = self.folder / hashlib.sha256(address.encode(errors="replace")).hexdigest()[:24]
         limit = int((max_megabytes or self.options.max_file_megabytes) * 10**6)
         async with self._locks.setdefault(address, asyncio.Lock()):  # who else wants it waits
-            note, is_current = file.with_suffix(".json"), not self.ask_again or address in self._current
+            note = file.with_suffix(".json")
+            is_current = not (self.ask_again or again) or address in self._current
             known = _known(file, note)
             if known and is_current:
                 return file
@@ -151,7 +159,7 @@ class Downloads:
         self, address: str, file: Path, known: dict[str, str], limit: int, check: Callable[[Path], None]
     ) -> dict[str, str] | None:
         """Ask until there is an answer that stays; its validators, or None if the file that is there is current."""
-        server, reason = urlsplit(address).netloc, ""
+        server, reason = _server_of(address), ""
         for attempt in range(TRIES):
             if self._unreachable.get(server, 0) >= GIVE_UP:
                 raise NoAnswerError("its server no longer answers")
@@ -168,25 +176,28 @@ class Downloads:
                     if answer.status not in PASSING:
                         raise DownloadError(reason)
                     pause = max(pause, _asked_pause(answer.headers.get("Retry-After", "")))
-            except (aiohttp.InvalidURL, aiohttp.TooManyRedirects, aiohttp.NonHttpUrlClientError) as error:
-                why = "redirects in a circle" if isinstance(error, aiohttp.TooManyRedirects) else "is no web address"
-                raise DownloadError(why) from None
+            except aiohttp.TooManyRedirects:
+                raise DownloadError("redirects in a circle") from None
             except (TimeoutError, aiohttp.ClientError) as error:
+                if isinstance(error, (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError)):
+                    raise DownloadError("is no web address") from None
                 cause = getattr(error, "os_error", None)
                 if isinstance(cause, PrivateAddressError):
                     raise DownloadError(cause.strerror or "") from None
                 reason = one_line(error) if str(error) else "takes too long"
                 if attempt == TRIES - 1:
                     self._unreachable[server] = self._unreachable.get(server, 0) + 1
-            if attempt < TRIES - 1:
-                self._not_before[server] = time.monotonic() + pause
+            except ValueError:  # of a name that is none, also in a redirect
+                raise DownloadError("is no web address") from None
+            self._not_before[server] = max(self._not_before.get(server, 0), time.monotonic() + pause)
         raise NoAnswerError(f"{reason}, {TRIES} times")
 
     @contextlib.asynccontextmanager
     async def _asked(self, address: str, known: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
         names = {"etag": "If-None-Match", "modified": "If-Modified-Since"}
         headers = {header: known[name] for name, header in names.items() if name in known}
-        async with self._session.get(address, headers=headers, max_redirects=MOST_REDIRECTS) as answer:
+        how: dict[str, Any] = {"max_redirects": MOST_REDIRECTS, "proxy": self.options.proxy}
+        async with self._session.get(address, headers=headers, **how) as answer:
             yield answer
 
     async def _turn(self, server: str) -> None:
@@ -200,9 +211,28 @@ class Downloads:
     def _socket(self, address: Any) -> socket.socket:
         """Make the socket of a connection, unless it is one into a private network, whatever name led there."""
         family, kind, protocol, _, (host, *_) = address
-        if not self.options.allow_private and not ipaddress.ip_address(host).is_global:
+        if not self.options.allow_private and self.options.proxy is None and not is_public(host):
             raise PrivateAddressError
         return socket.socket(family, kind, protocol)
+
+
+def is_public(host: str) -> bool:
+    """Whether an IP address is one of the public internet, and so is the IPv4 address within one of IPv6."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        within = address.ipv4_mapped or address.sixtofour
+        if address in NAT64 or int(address) < 2**32:  # the second form is out of use
+            within = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if address in LOCAL_NAT64 or address.is_site_local or (within is not None and not within.is_global):
+            return False
+    return address.is_global and not address.is_multicast
+
+
+def _server_of(address: str) -> str:
+    try:
+        return urlsplit(address).netloc
+    except ValueError:  # of brackets left open
+        raise DownloadError("is no web address") from None
 
 
 def run_downloads(work: Coroutine[Any, Any, Made]) -> Made:
@@ -232,7 +262,7 @@ async def _received(
     too_large = DownloadError(f"has more than {limit / 10**6:g} MB")
     if (answer.content_length or 0) > limit:
         raise too_large
-    n_bytes, unchecked = 0, file.with_suffix(".part")
+    n_bytes, unchecked = 0, file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")  # two runs may share the folder
     try:
         with replaced_file(unchecked) as stream:
             async for chunk in answer.content.iter_chunked(CHUNK):
@@ -240,7 +270,10 @@ async def _received(
                 if n_bytes > limit:
                     raise too_large
                 stream.write(chunk)
-        await asyncio.to_thread(check, unchecked)
+        try:
+            await asyncio.to_thread(check, unchecked)
+        except DownloadError as error:  # a page of errors may come with status 200
+            raise NoAnswerError(str(error)) from None
         unchecked.replace(file)
     finally:
         unchecked.unlink(missing_ok=True)
@@ -250,7 +283,7 @@ async def _received(
 
 def _asked_pause(retry_after: str) -> float:
     """Seconds that a server wants to be left alone, from Retry-After: a number, or a date."""
-    if retry_after.strip().isdigit():
+    if retry_after.isascii() and retry_after.strip().isdigit():
         return min(LONGEST_WAIT, float(retry_after))
     with contextlib.suppress(ValueError):
         return min(LONGEST_WAIT, max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()))

@@ -1,20 +1,24 @@
 """A catalogue of images elsewhere: downloaded first, from a table of addresses or from IIIF."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from metilr.data.decode import BadImageError, begins_as_image, load_image
 from metilr.data.exhibit import is_address
 from metilr.data.ground_truth import as_name
-from metilr.errors import UserError, shown
+from metilr.errors import UserError, one_line, shown
 from metilr.files import read_json
 from metilr.progress import counted
-from metilr.sources.catalogue import Catalogue, Row, about_rows, from_rows, refuse_one_exhibit, rows_of
+from metilr.sources.catalogue import Catalogue, Row, about_rows, from_rows, refuse_one_exhibit, rows_of, with_images
 from metilr.sources.fetch import DownloadError, DownloadOptions, Downloads, run_downloads
 from metilr.sources.iiif import Found, Place, find_in_iiif, image_request
+from metilr.sources.iiif_values import ODD
 
 NOT_ASKED = "more than max_images; raise it"
+INFO_MEGABYTES = 1.0  # of an image's info.json, which has a few kB
+DECODING = threading.Lock()  # one at a time: each may take half a gigabyte
 
 
 def read_source(
@@ -42,9 +46,9 @@ def read_source(
         source = Path(source)
         if not source.is_file():
             raise UserError(f"{source}: no such file or folder; name images, a table or a IIIF document", "source")
-        if not _is_json(source):
+        if not _is_json(source, str(source)):
             rows = rows_of(source)
-            if not is_address(rows[0].image):
+            if not is_address(with_images(source, rows)[0].image):
                 catalogue = from_rows(source.absolute().parent, source, rows)
                 refuse_one_exhibit(catalogue, str(source), "list more")
                 return catalogue
@@ -58,15 +62,15 @@ async def _downloaded(
     source: str, folder: Path, options: DownloadOptions, side: int | None, language: str, ask_again: bool, quiet: bool
 ) -> Catalogue:
     async with Downloads(folder, options, ask_again) as downloads:
-        file = await downloads.file(source, _nothing) if is_address(source) else Path(source)
-        if _is_json(file):
+        file = await downloads.file(source, _nothing, again=True) if is_address(source) else Path(source)
+        if _is_json(file, source):
             try:
                 document = read_json(file)
             except ValueError as error:
                 raise DownloadError(f"is no JSON ({error})") from None
             found = await find_in_iiif(document, source, downloads, options.max_images, language)
         else:
-            found = _of_rows(rows_of(file), source)
+            found = _of_rows(with_images(source, rows_of(file)), source)
         found.failed.update(dict.fromkeys((place.address for place in found.places[options.max_images :]), NOT_ASKED))
         places = found.places[: options.max_images]
         with counted("downloading images", len(places), "images", quiet) as done:
@@ -88,10 +92,13 @@ async def _images(
             try:
                 address = place.address
                 if place.is_service:
-                    address = image_request(await downloads.document(f"{address}/info.json"), side)
+                    info = await downloads.document(f"{address}/info.json", INFO_MEGABYTES)
+                    address = image_request(info, side)
                 files[i] = await downloads.file(address, _check_image)
             except DownloadError as error:
                 files[i] = str(error)
+            except ODD as error:
+                files[i] = f"its info.json is malformed ({one_line(error)})"
             done(1)
 
     await asyncio.gather(*(work() for _ in range(downloads.options.connections)))
@@ -128,12 +135,12 @@ def _of_rows(rows: Sequence[Row], source: str) -> Found:
     return Found(Path(source).stem, [Place(row.image, row.exhibit) for row in rows], about_rows([*rows]))
 
 
-def _is_json(file: Path) -> bool:
-    """Whether a file is JSON by its first bytes; UserError if it is neither that nor a table."""
+def _is_json(file: Path, source: str) -> bool:
+    """Whether a source's file is JSON by its first bytes; UserError if it is neither that nor a table."""
     with file.open("rb") as stream:
         head = stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
     if head.startswith((b"<", b"%PDF")):
-        raise UserError(f"{file}: is a page or a document; name a IIIF manifest (JSON) or a table (CSV, Parquet)")
+        raise UserError(f"{source}: is a page or a document; name a IIIF manifest (JSON) or a table (CSV, Parquet)")
     return head[:1] in (b"{", b"[")
 
 
@@ -141,7 +148,8 @@ def _check_image(file: Path) -> None:
     if not begins_as_image(file):
         raise DownloadError("is no image")
     try:
-        load_image(file)
+        with DECODING:
+            load_image(file)
     except BadImageError as error:
         raise DownloadError(f"cannot be decoded ({error.reason})") from None
 

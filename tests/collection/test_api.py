@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,8 @@ def test_photos_answered_together_are_answered_as_alone(labelled, collection):
             alone.exhibit, [match.row for match in alone.matches],
         )  # fmt: skip
         assert answer.log_confidence == pytest.approx(alone.log_confidence, abs=1e-4)
-    assert {tuple(photo.shape) for photo in photos} != {tuple(photos[0].shape)}  # of several shapes
+    shapes = [tuple(photo.shape) for photo in photos]
+    assert 1 < len({*shapes}) < len(shapes)  # some of one shape, which go together, and some of others
 
 
 def torch_image(collection, file):
@@ -185,6 +187,12 @@ def test_other_sites_may_ask_only_if_they_are_named(labelled, collection, client
         answer = allowed.get("/exhibits/9", headers=site)
         assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://museum.example"
         assert allowed.get("/exhibits/9", headers={**site, "Origin": "https://other.example"}).status_code == 403
+        locked = client_of(collection, decoder, replace(limits, key="a key of twenty signs"))
+        asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "X-API-Key"}
+        for server in (allowed, locked):  # as a browser asks before it sends a photo, without the key
+            answer = server.options("/identify", headers={**site, **asked})
+            assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == site["Origin"]
+        assert locked.get("/exhibits/9", headers=site).status_code == 401
 
 
 def test_a_line_of_json_for_each_request_names_nobody(labelled, collection, capsys):

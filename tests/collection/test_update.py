@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from metilr.cli import main
 from metilr.collection import PhotoOptions
 from metilr.collection.index_schema import Index
 from metilr.collection.open_collection import open_with_threshold
@@ -146,8 +147,8 @@ def test_an_index_of_before_is_brought_up_to_date(folder, tmp_path):
     for image in content["images"]:
         del image["sha256"]
     content["options"]["folder"] = content["options"].pop("source")
+    (tmp_path / "index" / content.pop("labels")).unlink()
     file.write_text(json.dumps(content))
-    (tmp_path / "index/exhibits.jsonl").unlink()
     assert open_index(tmp_path / "index").answer(folder / "33/7.jpg").exhibit == "33"
     index(folder, tmp_path / "index", **INDEXED)
     assert not (tmp_path / "index/store").exists()
@@ -157,7 +158,34 @@ def test_an_index_of_before_is_brought_up_to_date(folder, tmp_path):
 def test_labels_of_another_index_are_refused(folder, tmp_path, failure):
     (tmp_path / "labels.csv").write_text("id,title\n9,Vase\n12,Bust\n")
     index(folder, tmp_path / "index", csv=tmp_path / "labels.csv", **INDEXED)
-    file = tmp_path / "index/exhibits.jsonl"
+    [file] = (tmp_path / "index").glob("exhibits-*.jsonl")
     lines = file.read_text().splitlines()
     file.write_text("\n".join(reversed(lines)) + "\n")
-    assert "exhibits.jsonl: is not of this index" in failure("identify", folder, "--store", tmp_path / "index")
+    assert f"{file}: is not of this index" in failure("identify", folder, "--store", tmp_path / "index")
+
+
+def test_relearn_learns_from_what_was_added_before(folder, tmp_path):
+    index(folder, tmp_path / "index", **INDEXED)
+    change(folder)
+    index(folder, tmp_path / "index", **INDEXED)
+    kept = np.load(tmp_path / "index/whitening.npz")["mean"]
+    index(folder, tmp_path / "index", relearn=True, **INDEXED)
+    index(folder, tmp_path / "anew", **INDEXED)
+    learned = np.load(tmp_path / "index/whitening.npz")["mean"]
+    assert not np.allclose(kept, learned)
+    np.testing.assert_allclose(learned, np.load(tmp_path / "anew/whitening.npz")["mean"], atol=1e-6)
+
+
+def test_other_weights_at_the_same_place_are_refused(folder, tmp_path, failure):
+    import timm
+    import torch
+
+    file = tmp_path / "weights.pth"
+    command = ["index", folder, tmp_path / "index", *AS_OPTIONS, "--weights", file]
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("test_resnet").state_dict(), file)
+        if seed == 0:
+            main([str(part) for part in command])
+    new_image(folder / "new" / "1.png", 1)
+    assert "is finished, with other options (model_files" in failure(*command)

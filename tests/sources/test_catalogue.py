@@ -77,7 +77,7 @@ def test_another_list_has_another_digest(folder):
         ("path,exhibit\nbust/a.JPG,a\0b\nc.jpg,d\n", "line 2: exhibit 'a\\x00b' cannot be a name"),
         ("path,exhibit\n../x.jpg,a\n", "line 2: path '../x.jpg' must name a file below"),
         ("path,exhibit\n/etc/x.jpg,a\n", "must name a file below"),
-        ("path,exhibit\n,a\n", "must name a file below"),
+        ("path,exhibit\n,a\n", "names no image; a column like path"),
         ("path,exhibit\na.jpg,a\n./a.jpg,b\n", "line 3: './a.jpg' is listed already in line 2"),
         ("path,exhibit\na.jpg,a\nb.jpg,a\n", "has one exhibit, a"),
     ],
@@ -96,9 +96,10 @@ def test_a_csv_in_another_encoding_is_refused(folder):
 
 def test_what_a_csv_says_besides_may_run_over_lines(folder):
     text = 'path,note,exhibit\r\nvase/front.jpg,"blue,\r\nsaid ""rare""",Vase\r\n\r\nbust/a.JPG,,Bust\r\n,,Urn\r\n'
-    with pytest.raises(UserError, match="line 6: path '' must name a file"):
-        read_catalogue(folder, write_csv(folder, text))
-    assert read_catalogue(folder, write_csv(folder, text.removesuffix(",,Urn\r\n"))).exhibits == ("Vase", "Bust")
+    catalogue = read_catalogue(folder, write_csv(folder, text))
+    assert catalogue.exhibits == ("Vase", "Bust") and catalogue.left_aside == "1 row without an image"
+    with pytest.raises(UserError, match=r"line 6: path '\.\./a' must name a file"):
+        read_catalogue(folder, write_csv(folder, text.replace(",,Urn", "../a,,Urn")))
 
 
 @pytest.mark.parametrize(

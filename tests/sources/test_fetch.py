@@ -201,3 +201,69 @@ def test_limits_of_nothing_are_refused(name):
     with pytest.raises(UserError, match=f"{name} 0: must be above 0"):
         DownloadOptions(**{name: 0})
     assert issubclass(NoAnswerError, DownloadError)
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("8.8.8.8", True), ("2606:4700::1", True), ("::ffff:8.8.8.8", True), ("64:ff9b::808:808", True),
+        ("127.0.0.1", False), ("10.1.2.3", False), ("169.254.169.254", False), ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False), ("::1", False), ("fe80::1%eth0", False), ("fc00::1", False), ("fec0::1", False),
+        ("::ffff:127.0.0.1", False), ("64:ff9b::7f00:1", False), ("64:ff9b:1::1", False), ("2002:7f00:1::", False),
+        ("::127.0.0.1", False),
+    ],
+)  # fmt: skip
+def test_public_addresses(address, expected):
+    assert fetch.is_public(address) == expected
+
+
+def test_a_redirect_into_a_private_network_is_not_followed(server, tmp_path, monkeypatch):
+    """The first request may go to this machine; the second is as any other."""
+    others = iter([True, False])
+    monkeypatch.setattr(fetch, "is_public", lambda host: next(others))
+    server.faults = [Fault(status=302, headers={"Location": server.url.replace("127.0.0.1", "localhost") + "a"})]
+    server.files["a"] = b"secret"
+    assert get(tmp_path, server.url + "start", options=DownloadOptions()) == [PRIVATE]
+    assert server.gets() == ["start"]
+
+
+def test_neither_passwords_nor_proxies_of_this_machine_are_used(server, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("default login anna password secret")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    server.files["a"] = b"content"
+    assert get(tmp_path / "downloads", server.url + "a") == [b"content"]
+    assert "Authorization" not in server.requests[0][2]
+
+
+def test_a_proxy_that_is_named_is_asked(server, tmp_path):
+    options = DownloadOptions(requests_per_second=10_000, proxy=server.url)
+    server.make = lambda path: b"through it" if path.startswith("http://museum.example") else None
+    assert get(tmp_path, "http://museum.example/a", options=options) == [b"through it"]
+
+
+@pytest.mark.parametrize(
+    "address", ["http://[abc/", "http://a..b/", "http://xn--/", "http://" + 70 * "a" + "/", "http:///"]
+)
+def test_what_is_no_address_is_told(tmp_path, address):
+    [answer] = get(tmp_path, address, options=DownloadOptions())
+    assert answer == "is no web address" or "Cannot connect" in answer or "Name or service" in answer
+
+
+def test_an_odd_pause_counts_for_none(server, tmp_path):
+    server.files["a"] = b"content"
+    server.faults = [Fault(status=503, headers={"Retry-After": each}) for each in ("\xb2", "soon", "-5")]
+    assert get(tmp_path, server.url + "a") == [b"content"]
+
+
+def test_what_was_there_is_kept_when_a_page_comes_in_its_place(server, tmp_path):
+    def refuse_pages(file: Path) -> None:
+        if file.read_bytes().startswith(b"<"):
+            raise DownloadError("is a page")
+
+    server.files["a"] = b"one"
+    get(tmp_path, server.url + "a", check=refuse_pages)
+    server.files["a"] = b"<html>we are back soon</html>"
+    kept = [b"one", f"kept {server.url}a"]
+    assert get(tmp_path, server.url + "a", ask_again=True, check=refuse_pages) == kept

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from metilr.sources.fetch import DownloadError, DownloadOptions, Downloads
-from metilr.sources.iiif import Found, find_in_iiif, image_request, text_of
+from metilr.sources.iiif import Found, find_in_iiif, image_request
+from metilr.sources.iiif_values import ODD, text_of
 from tests.iiif import IMAGE_2, IMAGE_3, V3, Institution
 
 
@@ -66,7 +67,8 @@ def test_the_language_that_is_asked_for_or_none_or_the_first():
     tagged = [{"@value": "Krug", "@language": "de"}, {"@value": "Jug", "@language": "en"}]
     assert [text_of(tagged, each) for each in ("en", "de", "fr")] == ["Jug", "Krug", "Krug"]
     assert text_of(["a", " b "], "en") == "a; b" and text_of({"fr": ["Vase"]}, "en") == "Vase"
-    assert [text_of(each, "en") for each in (None, 7, {}, [])] == [""] * 4
+    assert [text_of(each, "en") for each in (None, 7, {}, [])] == ["", "7", "", ""]
+    assert text_of({"none": ["a", "b"]}, "en") == "a; b" and text_of({"de-CH": ["Krug"], "en": ["Jug"]}, "de") == "Krug"
     assert text_of("<p>Oil &amp; <i>gold</i></p>", "en") == "Oil & gold"
 
 
@@ -209,7 +211,7 @@ SIZES = [{"width": 1000, "height": 750}, {"width": 250, "height": 188}, {"width"
         (info(2, 400, 300, third=False), 500, "full"),
         (info(0, sizes=SIZES), 500, "500,375"),
         (info(0, sizes=SIZES), 400, "500,375"),
-        (info(0, sizes=SIZES, third=False), 600, "1000,750"),
+        (info(0, sizes=SIZES, third=False), 600, "1000,"),
         (info(0, sizes=SIZES), 2000, "max"),
         (info(0), 500, "max"),
         (info(2, maxWidth=300), 500, "300,"),
@@ -234,3 +236,96 @@ def test_the_request_of_an_image_by_what_its_service_can_do(document, side, size
 def test_an_info_json_that_says_too_little(document, message):
     with pytest.raises(DownloadError, match=message):
         image_request(document, 500)
+
+
+def mutations(value, path=()):
+    """Every place in a document, with the document in which something else stands there."""
+    if isinstance(value, dict):
+        places = list(value.items())
+    elif isinstance(value, list):
+        places = list(enumerate(value))
+    else:
+        return
+    for key, inner in places:
+        deep: list = []
+        for _ in range(2000):
+            deep = [deep]
+        for other in ("text", None, 7, True, [], {}, [None], [[{}]], "http://[", "http://a..b/", "\ud800", deep):
+            yield (
+                (*path, key),
+                {**value, key: other}
+                if isinstance(value, dict)
+                else [other if i == key else each for i, each in enumerate(value)],
+            )
+        for place, changed in mutations(inner, (*path, key)):
+            yield (
+                place,
+                {**value, key: changed}
+                if isinstance(value, dict)
+                else [changed if i == key else each for i, each in enumerate(value)],
+            )
+
+
+@pytest.mark.parametrize("form", [2, 3])
+def test_whatever_stands_in_a_document_it_is_read_or_refused(server, tmp_path, form):
+    museum = Institution(server, {"vase": [1]}, form)
+    whole = {**museum.manifest("vase"), "requiredStatement": {"label": {"en": ["By"]}, "value": {"en": ["The museum"]}},
+             "thumbnail": [{"id": "https://x.example/t.jpg"}]}  # fmt: skip
+    n_read = 0
+    for _, document in mutations(whole):
+        try:
+            found = find(document, tmp_path)
+        except DownloadError as error:
+            assert len(str(error)) < 500 and "\n" not in str(error)
+        else:
+            n_read += 1
+            for about in found.exhibits.values():
+                about.model_dump_json().encode()
+    assert n_read > 100
+    for _, document in mutations(museum.info("1")):
+        try:
+            image_request(document, 60).encode()
+        except (DownloadError, *ODD):
+            continue
+
+
+def test_what_many_institutions_write_is_kept(tmp_path):
+    pairs = [
+        ({"none": ["Subject"]}, {"none": ["ships", "sea"]}), ({"none": ["Subject"]}, {"none": ["storm"]}),
+        ("Year", 1888), ({"en": ["Künstler"]}, "Ann Painter"),
+    ]  # fmt: skip
+    metadata = [{"label": label, "value": value} for label, value in pairs]
+    statement = {"label": {"en": ["Attribution"]}, "value": {"en": ["Courtesy of the museum"]}}
+    document = manifest(
+        PLAIN, label="Storm", metadata=metadata, rights=None, license="CC0", requiredStatement=statement
+    )
+    [about] = find(document, tmp_path).exhibits.values()
+    assert (about.title, about.artist, about.date, about.rights) == ("Storm", "Ann Painter", "1888", "CC0")
+    assert about.more == {"Subject": "ships; sea; storm", "Attribution": "Courtesy of the museum"}
+
+
+def test_two_of_one_id_are_not_taken_for_one(server, tmp_path):
+    twice = manifest(PLAIN, {"id": "https://x.example/b.jpg", "type": "Image"})
+    twice["items"][1]["id"] = twice["items"][0]["id"]
+    found = find(twice, tmp_path)
+    assert [place.address for place in found.places] == [PLAIN["id"]] and len(found.failed) == 1
+    for name in ("a", "b"):
+        server.files[name] = json.dumps(
+            {**manifest({**PLAIN, "id": f"https://x.example/{name}.jpg"}), "label": name}
+        ).encode()
+    items = [{"id": f"{server.url}{name}", "type": "Manifest"} for name in ("a", "b")]
+    found = find({"type": "Collection", "id": f"{server.url}c", "items": items}, tmp_path)
+    assert [about.title for about in found.exhibits.values()] == ["a"]
+    assert "has the id of another manifest" in found.failed[f"{server.url}b"]
+
+
+def test_pages_that_follow_each_other_for_ever_end(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("metilr.sources.iiif.MORE_DOCUMENTS", 5)
+
+    def make(path: str) -> bytes:
+        following = f"{server.url}{int(path) + 1}"
+        return json.dumps({"id": f"{server.url}{path}", "type": "Collection", "items": [], "next": following}).encode()
+
+    server.make = make
+    with pytest.raises(DownloadError, match="leads to more than 8 documents"):
+        find(json.loads(make("0")), tmp_path, limit=3)
