@@ -66,7 +66,7 @@ class Server:
 
             def answer(self, fault: Fault, with_body: bool) -> None:
                 path = self.path.removeprefix("/")
-                content = outer.files.get(path) or outer.make(path)
+                content = outer.files[path] if path in outer.files else outer.make(path)
                 if fault.raw is not None:
                     self.wfile.write(fault.raw)
                     while fault.endless:

