@@ -21,10 +21,10 @@ MODEL = ["--backbone", "timm/test_resnet", "--weights", "random", "--accelerator
 LOCAL = ["--allow_private", "true", "--requests_per_second", "1000"]
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def museum(request):
+@pytest.fixture(scope="module")
+def museum():
     server = Server()
-    yield Institution(server, {f"o{i}": [i] for i in range(40)}, request.param)
+    yield Institution(server, {f"o{i}": [i] for i in range(40)})
     server.stop()
 
 

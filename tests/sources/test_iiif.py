@@ -238,6 +238,12 @@ def test_an_info_json_that_says_too_little(document, message):
         image_request(document, 500)
 
 
+DEEP: list = []
+for _ in range(2000):
+    DEEP = [DEEP]
+OTHERS = ("text", None, 7, [], {}, [None], [[{}]], "http://[", "\ud800", DEEP)
+
+
 def mutations(value, path=()):
     """Every place in a document, with the document in which something else stands there."""
     if isinstance(value, dict):
@@ -247,10 +253,7 @@ def mutations(value, path=()):
     else:
         return
     for key, inner in places:
-        deep: list = []
-        for _ in range(2000):
-            deep = [deep]
-        for other in ("text", None, 7, True, [], {}, [None], [[{}]], "http://[", "http://a..b/", "\ud800", deep):
+        for other in OTHERS:
             yield (
                 (*path, key),
                 {**value, key: other}
