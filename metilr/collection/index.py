@@ -108,11 +108,11 @@ def index(
         del defaults["source"]
         before = read_before(output, options, defaults)
         strangers = None if background is None else read_background(background).with_digests(extraction.quiet)
-        catalogue = None
+        catalogue, is_finished, comparable = None, False, None if relearn else before
         if _is_folder(source, csv):  # which is listed faster than a model is loaded
             catalogue = read_catalogue(Path(source), csv).with_digests(extraction.quiet)
-        comparable = None if relearn else before
-        if catalogue is None or not is_current(output, comparable, catalogue, strangers):
+            is_finished = is_current(output, comparable, catalogue, strangers)
+        if not is_finished:
             from metilr.models.checkpoints import build_model
 
             model = _from_anywhere(model)
@@ -123,7 +123,9 @@ def index(
                 place = downloads.cache or output / "images"
                 catalogue = read_source(source, place, downloads, side, language, before is not None, extraction.quiet)
                 catalogue = catalogue.with_digests(extraction.quiet)
-        if is_current(output, comparable, catalogue, strangers):
+                is_finished = is_current(output, comparable, catalogue, strangers)
+        assert catalogue is not None
+        if is_finished:
             write_failed(output, catalogue)
             console = make_console(quiet=not is_first)
             for note in _notes_of_source(output, catalogue):

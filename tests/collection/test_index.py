@@ -279,3 +279,9 @@ def test_a_background_is_a_folder_of_five_photos_or_more_and_belongs_to_the_inde
     (strangers / "1.png").write_text("no image")
     options = ["--bad_images", "skip"]
     assert f"--background {strangers}: fewer than 5 photos can be described" in failure(*command, *options)
+
+
+def test_an_address_with_a_password_is_refused_without_telling_it(tmp_path, failure):
+    line = failure("index", "https://anna:secret@museum.example/collection", tmp_path / "index", *AS_OPTIONS)
+    assert "its address has a password in it" in line and "secret" not in line
+    assert not (tmp_path / "index").exists()
