@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo,serve,openvino,onnx,heic
-DEV := $(DEMO),parquet,tensorboard,dev
+DEV := $(DEMO),parquet,tensorboard,milvus,dev
 
 # CPU=1 takes the builds of PyTorch and FAISS without GPU, 2 GB in place of 8; the environment stays so.
 CPU ?= $(wildcard $(VENV)/.cpu)
@@ -24,7 +24,7 @@ export OMP_WAIT_POLICY := passive
 # Processes of a thread each, one more than cores: many tests wait for a process that they have started.
 PARALLEL := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test lint coverage docs test-lowest release-check lock audit clean
+.PHONY: demo test lint coverage docs milvus test-lowest release-check lock audit clean
 demo: $(VENV)/.installed-demo
 	$(BIN)/python evaluate.py
 
@@ -51,6 +51,10 @@ lint: $(VENV)/.installed-dev
 # The tests on the lower bounds that pyproject.toml declares.
 test-lowest: .venv-lowest/.installed
 	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest $(PARALLEL)
+
+# A small Milvus server for tests and small use, in an environment of its own: it brings faiss-cpu.
+milvus: .venv-milvus/.installed
+	.venv-milvus/bin/milvus-lite server --data-dir .milvus --host 127.0.0.1
 
 # What a user of the wheel has.
 release-check: .venv-tools/.installed
@@ -95,6 +99,10 @@ endif
 	.venv-lowest/bin/python -m pip install -q -e '.[$(DEV)]' -c tests/lowest.txt
 	@touch $@
 
+.venv-milvus/.installed: | .venv-milvus/bin/python
+	.venv-milvus/bin/python -m pip install -q $(if $(LOCK),--require-hashes -r .ci/lock-milvus.txt,milvus-lite pymilvus)
+	@touch $@
+
 .venv-tools/.installed: | .venv-tools/bin/python
 	.venv-tools/bin/python -m pip install -q build pip-audit 'twine>=6.1'
 	@touch $@
@@ -109,7 +117,8 @@ endif
 			"$$($@ -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; \
 	} || { rm -rf $*; exit 1; }
 	@$(if $(CPU),touch $*/.cpu)
-	@echo "installing into $*; with PyTorch and FAISS $(if $(CPU),2 GB,8 GB (make demo CPU=1 takes 2 GB, without GPUs)): minutes"
+	@$(if $(filter $(VENV) .venv-lowest,$*),echo "installing into $*; with PyTorch and FAISS $(if \
+		$(CPU),2 GB,8 GB (make demo CPU=1 takes 2 GB, without GPUs)): minutes")
 
 clean:
 	rm -rf $(VENV) .venv-* build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -12,6 +12,7 @@ from metilr.evaluation.results import FEW_ACCEPTED, MIN_PRECISION, read_results
 from metilr.extraction.options import Accelerator
 from metilr.metrics.open_set import decision_point
 from metilr.models import is_on_hub
+from metilr.retrieval.milvus import check_uri
 
 if TYPE_CHECKING:
     from metilr.collection.collection import Answer, Collection, Match
@@ -40,6 +41,8 @@ class PhotoOptions:
         threshold: An exhibit is named from this log-confidence on, in place of one chosen on val.
         max_megapixels: A photo of more is not decoded.
         accelerator: Where the model runs; auto takes a GPU if there is one.
+        milvus: Search in this Milvus server, such as http://localhost:19530, to which metilr index wrote the store;
+            without it in memory, exactly.
     """
 
     run: Path | None = None
@@ -49,6 +52,7 @@ class PhotoOptions:
     threshold: float | None = None
     max_megapixels: float = MAX_PHOTO_MEGAPIXELS
     accelerator: Accelerator = "auto"
+    milvus: str | None = None
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.store is None):
@@ -66,6 +70,10 @@ class PhotoOptions:
             read_results(self.run)  # which says why it cannot
         if self.store is not None:
             index_file(self.store)
+        if self.milvus is not None:
+            if self.store is None:
+                raise UserError(f"{self.milvus}: has the rows of an index; give its store", "milvus")
+            check_uri(self.milvus)
         if self.ckpt is not None and not is_on_hub(self.ckpt) and not Path(self.ckpt).is_file():
             raise UserError(f"{self.ckpt}: no such file", "ckpt")
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,10 @@ from metilr.collection.measured import Measured, Meters
 from metilr.collection.photos import BadPhotoError, Decoder, Photo, TooManyPixelsError
 from metilr.collection.walls import Walls
 from metilr.data.decode import HEIF, BadImageError, formats
+from metilr.errors import UserError
 from metilr.progress import printable
+
+logger = logging.getLogger(__name__)
 
 MOST_WAITING = 32  # requests that wait for their turn; a page asks for five pictures at once
 MOST_PHOTOS = 16  # in a request
@@ -243,6 +247,12 @@ def _add_errors(app: FastAPI) -> None:
         is_upload = request.url.path == "/identify"
         said = "Send a photo, or several, as the form field 'photo'." if is_upload else "There is no such image."
         return JSONResponse({"error": said}, 422)
+
+    @app.exception_handler(UserError)
+    def tell_that_something_is_missing(request: Request, error: UserError) -> JSONResponse:
+        logger.error("%s", error)
+        said = "Something that the server needs cannot be had just now; its log says what."
+        return JSONResponse({"error": said}, 503, {"Retry-After": "5"})
 
     @app.exception_handler(Exception)
     def tell_defect(request: Request, error: Exception) -> JSONResponse:

@@ -128,7 +128,7 @@ class Collection:
     @property
     def search(self) -> str | None:
         """How the database is searched, in words, where it is not searched exactly."""
-        return None if self.database.approximate is None else str(self.database.approximate)
+        return None if self.database.engine is None else str(self.database.engine)
 
     @functools.cached_property
     def images(self) -> frozenset[int]:
@@ -204,7 +204,7 @@ class Collection:
         queries = np.stack([cast(np.ndarray, described[i]) for i in good])
         n_wanted = max(n_matches, self.check.candidates if self.check else 0)
         n_neighbours = max(self.k, N_NEIGHBOURS * self.method.rows_per_image)
-        neighbours = self.database.nearest(queries, min(len(self.database.rows), n_neighbours))
+        neighbours = self.database.nearest(queries, min(len(self.database.labels), n_neighbours))
         matches = self.database.matches(queries, neighbours, n_wanted)
         predictions = classify(neighbours, self.database.labels, len(self.exhibits), self.k, self.tau)
         matches = Matches(self.database.images[matches.rows], matches.similarities)

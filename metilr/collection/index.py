@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from metilr.cli import flat, flat_defaults
-from metilr.collection.index_schema import FAILED, Background, describe_index, write_failed
+from metilr.collection.index_schema import APPROXIMATE, FAILED, MILVUS, Background, describe_index, write_failed
+from metilr.collection.labels import said
 from metilr.collection.state import digests_of, is_current, read_before
 from metilr.data.decode import limit_images
 from metilr.data.exhibit import is_address
@@ -24,6 +25,7 @@ from metilr.files import alone_in
 from metilr.models import RANDOM, ModelOptions, is_on_hub
 from metilr.progress import make_console, printable
 from metilr.retrieval.knn import USUAL_TAU
+from metilr.retrieval.milvus import connect
 from metilr.sources.catalogue import Catalogue, read_catalogue
 from metilr.sources.fetch import DownloadOptions
 from metilr.sources.remote import read_source
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from metilr.models.embedder import Embedder
     from metilr.retrieval.whitening import PCAWhitening
 
-APPROXIMATE, STORE, BACKGROUND = "approximate", "store", "background"  # folders of an index, or how they begin
+STORE, BACKGROUND = "store", "background"  # how folders of an index begin
 LEAST_BACKGROUND = 5  # photos, of whose similarities a mean is taken
 IMAGE_SIZE = 500  # px, as the Met's own images
 USUAL_K = 10  # with k = 1 every photo is answered with a confidence near 100%, whatever it shows
@@ -50,6 +52,7 @@ def index(
     downloads: DownloadOptions | None = None,
     approximate: bool = False,
     background: Path | None = None,
+    milvus: str | None = None,
 ) -> Path | None:
     """Describe a museum's own images, to identify photos.
 
@@ -76,6 +79,8 @@ def index(
         approximate: Also make an approximate search of 100,000 images or more, which identify and serve then use.
         background: Folder of photos that show none of the exhibits, 5 or more: answers then tell how much more similar
             than to these a photo is to an exhibit.
+        milvus: Also write the index to this Milvus server, such as http://localhost:19530, which identify and serve
+            then search with the same option: for millions of images. The environment's MILVUS_TOKEN is its password.
 
     Returns:
         The index's folder; None in the processes of a launcher other than the first.
@@ -92,6 +97,8 @@ def index(
             f"{source.split('@')[-1]}: its address has a password in it, which an index would keep", "source"
         )
     _check(source, output, MethodOptions(**vars(given)), approximate)
+    if milvus is not None:
+        connect(milvus)
     if any(map(is_on_hub, (model.ckpt, model.weights, given.whitening))):
         from metilr.models.hub import pin
 
@@ -111,7 +118,7 @@ def index(
         catalogue, is_finished, comparable = None, False, None if relearn else before
         if _is_folder(source, csv):  # which is listed faster than a model is loaded
             catalogue = read_catalogue(Path(source), csv).with_digests(extraction.quiet)
-            is_finished = is_current(output, comparable, catalogue, strangers)
+            is_finished = is_current(output, comparable, catalogue, strangers, milvus)
         if not is_finished:
             from metilr.models.checkpoints import build_model
 
@@ -123,7 +130,7 @@ def index(
                 place = downloads.cache or output / "images"
                 catalogue = read_source(source, place, downloads, side, language, before is not None, extraction.quiet)
                 catalogue = catalogue.with_digests(extraction.quiet)
-                is_finished = is_current(output, comparable, catalogue, strangers)
+                is_finished = is_current(output, comparable, catalogue, strangers, milvus)
         assert catalogue is not None
         if is_finished:
             write_failed(output, catalogue)
@@ -133,17 +140,19 @@ def index(
             console.print(f"finished already: {escape(str(output))}")
         else:
             keeps = None if relearn or before is None or not before.whitening else output / "whitening.npz"
-            _make(output, catalogue, strangers, embedder, model, extraction, method, approximate, options, keeps)
+            _make(
+                output, catalogue, strangers, embedder, model, extraction, method, approximate, milvus, options, keeps
+            )
     return output if is_first else None
 
 
 def _make(
     output: Path, catalogue: Catalogue, strangers: Catalogue | None, embedder: "Embedder", model: ModelOptions,
-    extraction: ExtractionOptions, method: MethodOptions, approximate: bool, options: Mapping[str, Any],
-    keeps: Path | None,
+    extraction: ExtractionOptions, method: MethodOptions, approximate: bool, milvus: str | None,
+    options: Mapping[str, Any], keeps: Path | None,
 ) -> None:  # fmt: skip
     """Describe what is new, and write the index; with the whitening that it ``keeps``."""
-    from metilr.collection.searchable import digest_of_database, save_searchable
+    from metilr.collection.searchable import digest_of_database, save_searchable, save_to_milvus
     from metilr.collection.update import describe_catalogue, remove_other_stores
     from metilr.evaluation.database import build_searchable, views_of, whitening_of
     from metilr.evaluation.recognition import check_method
@@ -184,12 +193,23 @@ def _make(
         save_searchable(build_searchable(opened, ground_truth, method, whitening), output / APPROXIMATE, made_from)
     is_whitened = whitening is not None
     made = describe_index(output, catalogue, model, extraction, method, is_whitened, options, background, store)
+    if milvus is not None:
+        made_from = digest_of_database(store, method, model.seed, whitening, made.labels)
+        database = build_searchable(opened, ground_truth, method, whitening)
+        names, paths, about = catalogue.names, catalogue.paths, catalogue.about
+
+        def beside(label: int, image: int) -> dict[str, Any]:
+            return {"path": paths[image], "exhibit": names[label], "about": said(about.get(names[label]))}
+
+        save_to_milvus(database, milvus, output / MILVUS, made_from, beside, extraction.quiet)
     made.save(output, catalogue)
     remove_other_stores(output, {STORE: made.store, BACKGROUND: made.background.store if made.background else ""})
     for note in [*_notes(embedder, method, whitening, left_out), *_notes_of_source(output, catalogue)]:
         console.print(f"[bold yellow]note:[/] {escape(printable(note))}")
-    where = escape(str(output))
-    console.print(f"wrote {where}; now: metilr identify PHOTO --store {where}")
+    if milvus is None and (output / MILVUS).exists():
+        console.print("[bold yellow]note:[/] what Milvus has is of the index as it was; give milvus to write it anew")
+    where = escape(str(output)) + ("" if milvus is None else f" --milvus {escape(milvus)}")
+    console.print(f"wrote {escape(str(output))}; now: metilr identify PHOTO --store {where}")
 
 
 def _k(method: MethodOptions, n_decoded: int) -> int:

@@ -23,7 +23,7 @@ from metilr.files import replaced_file, write_atomically
 from metilr.models import Engine, ModelOptions, PatchRounding, PoolingName
 from metilr.sources.catalogue import Catalogue
 
-FAILED = "failed.csv"  # in an index
+FAILED, APPROXIMATE, MILVUS = "failed.csv", "approximate", "milvus"  # in an index
 
 
 class Image(Part):

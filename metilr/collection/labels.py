@@ -32,9 +32,10 @@ class Labels:
     @staticmethod
     def content(catalogue: Catalogue) -> bytes:
         """What the file of a catalogue holds."""
-        about = ({"exhibit": name, **_said(catalogue.about.get(name))} for name in catalogue.names)
+        about = ({"exhibit": name, **said(catalogue.about.get(name))} for name in catalogue.names)
         return b"".join(json.dumps(each, ensure_ascii=False).encode() + b"\n" for each in about)
 
 
-def _said(about: Exhibit | None) -> dict[str, Any]:
+def said(about: Exhibit | None) -> dict[str, Any]:
+    """What is said of an exhibit, as JSON types, without what is empty."""
     return {} if about is None else about.model_dump(exclude_defaults=True)

@@ -10,10 +10,10 @@ from typing import Any
 
 from metilr.collection import PhotoOptions, Threshold, choose_threshold
 from metilr.collection.collection import Collection, Describer
-from metilr.collection.index import APPROXIMATE, index
-from metilr.collection.index_schema import Index, recorded_model
+from metilr.collection.index import index
+from metilr.collection.index_schema import APPROXIMATE, MILVUS, Index, recorded_model
 from metilr.collection.labels import Labels
-from metilr.collection.searchable import digest_of_database, load_searchable
+from metilr.collection.searchable import digest_of_database, load_searchable, open_in_milvus
 from metilr.data.decode import MAX_MEGAPIXELS, file_size, limit_images
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.demo import DEMO
@@ -41,7 +41,7 @@ from metilr.sources.catalogue import Catalogue, read_catalogue
 def open_with_threshold(options: PhotoOptions) -> tuple[Collection, Threshold]:
     """Open an evaluation's folder or an index, with the threshold that decisions are made by."""
     if options.store is not None:
-        recorded = _of_index(Path(options.store), options.ckpt, options.accelerator)
+        recorded = _of_index(Path(options.store), options.ckpt, options.accelerator, options.milvus)
         return _assemble(recorded), choose_threshold(None, options)
     assert options.run is not None
     run = read_run(Path(options.run))
@@ -49,19 +49,24 @@ def open_with_threshold(options: PhotoOptions) -> tuple[Collection, Threshold]:
     return _assemble(_of_run(run, options.ckpt, options.accelerator)), threshold
 
 
-def open_collection(path: str | Path, ckpt: str | Path | None = None, accelerator: Accelerator = "auto") -> Collection:
+def open_collection(
+    path: str | Path, ckpt: str | Path | None = None, accelerator: Accelerator = "auto", milvus: str | None = None
+) -> Collection:
     """Open what photos can be compared with: the folder of an evaluation or an index, or a museum's images.
 
     A folder of images, a sub-folder an exhibit, is indexed first, with the default model: this describes all images,
     which takes time, prints how far it is, and writes ``runs/indexes`` in the current folder. Images that are added,
     exchanged or removed later make another index there. A run or an index is only read; one with a geometric check
     keeps local features in ``runs/local_features``. ``ckpt`` is the checkpoint that made it, if it was moved since; of
-    a folder of images the model to take.
+    a folder of images the model to take. ``milvus`` is the address of a server that ``metilr index`` wrote an index to,
+    and that is to be searched.
 
     Raises:
         UserError: If something is missing or changed, or the folder holds nothing of the kind.
     """
     path = Path(path)
+    if milvus is not None:
+        return _assemble(_of_index(path, ckpt, accelerator, milvus))
     if (path / "results.json").exists():
         return _assemble(_of_run(read_run(path), ckpt, accelerator))
     if not (path / "index.json").exists():
@@ -96,9 +101,10 @@ class Recorded:
     strangers: Catalogue | None = None  # an index's photos that show no exhibit
     background: Path | None = None  # where they are described
     labels: Labels | None = None  # what an index says of its exhibits
+    milvus: str | None = None  # server to search in
 
 
-def _of_index(path: Path, ckpt: str | Path | None, accelerator: Accelerator) -> Recorded:
+def _of_index(path: Path, ckpt: str | Path | None, accelerator: Accelerator, milvus: str | None = None) -> Recorded:
     index = Index.load(path)
     limit_images(MAX_MEGAPIXELS)
     catalogue, model = index.catalogue, index.model
@@ -118,6 +124,7 @@ def _of_index(path: Path, ckpt: str | Path | None, accelerator: Accelerator) -> 
         strangers=index.strangers,
         background=None if index.background is None else path / index.background.store,
         labels=Labels(path / index.labels, catalogue.names),
+        milvus=milvus,
     )
 
 
@@ -167,7 +174,12 @@ def _assemble(made: Recorded) -> Collection:
     _refuse_another_model(store.path, store.manifest().settings, wanted)
 
     approximate, seed = made.path / APPROXIMATE, made.model.seed
-    if approximate.exists():
+    if made.milvus is not None:
+        assert made.labels is not None
+        made_from = digest_of_database(store, method, seed, made.whitening, made.labels.file.name)
+        width = embedder.dim if made.whitening is None else made.whitening.dim
+        database = open_in_milvus(made.path / MILVUS, made.milvus, made_from, width)
+    elif approximate.exists():
         database = load_searchable(approximate, digest_of_database(store, method, seed, made.whitening))
     else:
         visits = [view for view in views_of(method, seed) if method.database_views != "none" and "visits" in view.of]

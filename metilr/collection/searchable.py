@@ -1,17 +1,21 @@
-"""An index's approximate search on disk, with the rows as they are searched."""
+"""An index's rows as they are searched: on disk with an approximate search, or in a Milvus server."""
 
 import contextlib
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from metilr.collection.index_schema import MILVUS, Index
 from metilr.errors import UserError
 from metilr.evaluation.database import Searchable
 from metilr.evaluation.options import MethodOptions
 from metilr.extraction.store import DescriptorStore
 from metilr.files import map_array, replaced_file
+from metilr.retrieval import milvus
 from metilr.retrieval.approximate import ApproximateIndex, build_approximate, check_size
 from metilr.retrieval.whitening import PCAWhitening
 
@@ -40,13 +44,70 @@ def load_searchable(folder: Path, made_from: str) -> Searchable:
     return Searchable(index.rows, labels, images, index)
 
 
-def digest_of_database(store: DescriptorStore, method: MethodOptions, seed: int, whitening: PCAWhitening | None) -> str:
-    """A digest of all that decides the searched rows: the store, its images, the visits, the whitening."""
+def save_to_milvus(
+    database: Searchable, uri: str, folder: Path, made_from: str, said: Callable[[int, int], Mapping[str, Any]],
+    quiet: bool,
+) -> None:  # fmt: skip
+    """Write the rows to a server, and what each shows to ``folder``; there the server has no other rows of it then.
+
+    ``said`` gives what a label and an image have beside their row.
+    """
+    name = _collection(made_from)
+    pairs = [*zip(database.labels.tolist(), database.images.tolist(), strict=True)]
+    milvus.write_rows(uri, name, database.rows, lambda row: said(*pairs[row]), quiet)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replaced_file(folder / f"{name}.npy") as stream:
+        np.save(stream, np.stack([database.labels, database.images]))
+    if others := [file for file in folder.glob(f"{milvus.PREFIX}*.npy") if file.stem != name]:
+        milvus.drop(uri, [file.stem for file in others])
+        for file in others:
+            file.unlink()
+
+
+def open_in_milvus(folder: Path, uri: str, made_from: str, width: int) -> Searchable:
+    """Open what ``save_to_milvus`` wrote; UserError if the server has not all of just these rows."""
+    file = folder / f"{_collection(made_from)}.npy"
+    if not file.exists():
+        reason = f"{folder.parent}: as it is now, with this model and this whitening, it was never written to Milvus"
+        raise UserError(f"{uri}: {reason}; run metilr index with this address again, or leave it out here", "milvus")
+    columns = np.array(map_array(file, "delete it, and run metilr index with this address again"))
+    if columns.ndim != 2 or len(columns) != 2 or columns.dtype != np.int64:
+        raise UserError(f"{file}: is damaged; delete it, and run metilr index with this address again")
+    search = milvus.MilvusSearch.open(uri, file.stem, columns.shape[1], width)
+    return Searchable(np.empty((0, width), np.float32), columns[0], columns[1], search)
+
+
+def is_in_milvus(output: Path, index: Index, uri: str) -> bool:
+    """Whether ``open_in_milvus`` would open an index's rows; UserError if the server cannot be asked."""
+    store = DescriptorStore(output / index.store)
+    whitening = PCAWhitening.load(output / "whitening.npz") if index.whitening else None
+    made_from = digest_of_database(store, index.method, index.elements.seed, whitening, index.labels)
+    milvus.connect(uri)
+    try:
+        open_in_milvus(output / MILVUS, uri, made_from, store.manifest().width if whitening is None else whitening.dim)
+    except UserError:
+        return False
+    return True
+
+
+def _collection(made_from: str) -> str:
+    return f"{milvus.PREFIX}{made_from[:32]}"
+
+
+def digest_of_database(
+    store: DescriptorStore, method: MethodOptions, seed: int, whitening: PCAWhitening | None,
+    labels: str | None = None,
+) -> str:  # fmt: skip
+    """A digest of all that decides the searched rows: the store, its images, the visits, the whitening.
+
+    ``labels`` is the name of the file of what is said of the exhibits, where that stands beside the rows.
+    """
     settings = {
         "store": store.manifest().settings,
         "files": hashlib.sha256(store.files("database").tobytes()).hexdigest(),
         "whitening": None if whitening is None else whitening.sha256(),
         "visits": [method.rows_per_image - 1, method.database_views, seed],
         **({} if method.database_rows == "images" else {"rows": method.database_rows}),
+        **({} if labels is None else {"labels": labels}),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

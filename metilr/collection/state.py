@@ -19,6 +19,7 @@ from metilr.sources.fetch import DownloadOptions
 
 NO_DIFFERENCE = {  # options that another time may be others
     "accelerator", "devices", "num_nodes", "batch_size", "num_workers", "quiet", "profile", "language", "relearn",
+    "milvus",
     *(field.name for field in fields(DownloadOptions)),
 }  # fmt: skip
 
@@ -39,12 +40,18 @@ def read_before(output: Path, options: Mapping[str, Any], defaults: Mapping[str,
     return before
 
 
-def is_current(output: Path, before: Index | None, catalogue: Catalogue, strangers: Catalogue | None) -> bool:
-    """Whether an index is of just these images and what is said of them, and undamaged."""
+def is_current(
+    output: Path, before: Index | None, catalogue: Catalogue, strangers: Catalogue | None, milvus: str | None
+) -> bool:
+    """Whether an index is of just these images and what is said of them, undamaged, and in Milvus if it is to be."""
     labels = None if before is None else output / before.labels
     if before is None or labels is None or not labels.exists() or labels.read_bytes() != Labels.content(catalogue):
         return False
     is_same = _is_of(output / before.store, before.catalogue, catalogue)
+    if is_same and milvus is not None:
+        from metilr.collection.searchable import is_in_milvus  # faiss: indexes in memory do without
+
+        is_same = is_in_milvus(output, before, milvus)
     if before.background is None or before.strangers is None or strangers is None:  # all, as the options are the same
         return is_same
     return is_same and _is_of(output / before.background.store, before.strangers, strangers)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from metilr.extraction.descriptors import Descriptors
     from metilr.models.checkpoints import ClassWeights
     from metilr.retrieval.approximate import ApproximateIndex
+    from metilr.retrieval.milvus import MilvusSearch
 
 CHECKPOINTS = (".ckpt", ".safetensors")
 ROUNDING = 1e-5  # similarities of float32 rows that are nearer than this count as equal
@@ -128,10 +129,10 @@ def ring_pairs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Searchable:
     """What queries are compared with."""
 
-    rows: np.ndarray  # float32 (M, D), unit length
+    rows: np.ndarray  # float32 (M, D), unit length; (0, D) where an engine alone has them
     labels: np.ndarray  # what each shows, int64 (M,)
     images: np.ndarray  # row of the ground truth's database that each was made from, or that shows it, int64 (M,)
-    approximate: "ApproximateIndex | None" = None  # searches ``rows`` in place of an exact search
+    engine: "ApproximateIndex | MilvusSearch | None" = None  # searches in place of an exact search of ``rows``
 
     def nearest(
         self, queries: np.ndarray, k: int, device: SearchDevice = "cpu", done: Done = lambda n: None
@@ -142,10 +143,10 @@ class Searchable:
         """
         n_views, width = queries.shape[1:]
         views = queries.reshape(-1, width)
-        if self.approximate is None:
+        if self.engine is None:
             neighbours = search(self.rows, views, k, device_for(device, k), done)
         else:
-            neighbours = self.approximate.search(views, k, done)
+            neighbours = self.engine.search(views, k, done)
         return neighbours if n_views == 1 else _best_of_views(neighbours, n_views, k)
 
     def matches(self, queries: np.ndarray, neighbours: Neighbours, n: int, device: SearchDevice = "cpu") -> Matches:
@@ -154,7 +155,7 @@ class Searchable:
         matches = top_matches(neighbours, self.labels, n)
         width = neighbours.rows.shape[1]
         while len(short := np.flatnonzero((matches.rows == NO_ROW).any(axis=1))):
-            width = min(len(self.rows), 4 * width)
+            width = min(len(self.labels), 4 * width)
             wider = top_matches(self.nearest(queries[short], width, device), self.labels, n)
             matches.rows[short], matches.similarities[short] = wider.rows, wider.similarities
         return matches
