@@ -10,7 +10,7 @@ SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 # What metilr needs, in a layer of its own: a change of the code does not install it again.
 WORKDIR /metilr
 COPY pyproject.toml .ci/requirements ./
-RUN python requirements "$BUILD" demo,serve,openvino,heic > /tmp/all.txt; \
+RUN python requirements "$BUILD" demo,serve,openvino,heic,milvus > /tmp/all.txt; \
     if [ "$BUILD" = cpu ]; then \
       grep -E '^torch(vision)?>' /tmp/all.txt > /tmp/torch.txt; \
       pip install --no-cache-dir -r /tmp/torch.txt --index-url https://download.pytorch.org/whl/cpu; \

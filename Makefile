@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo,serve,openvino,onnx,heic
+MILVUS := milvus-lite pymilvus
 DEV := $(DEMO),parquet,tensorboard,milvus,dev
 
 # CPU=1 takes the builds of PyTorch and FAISS without GPU, 2 GB in place of 8; the environment stays so.
@@ -64,6 +65,8 @@ release-check: .venv-tools/.installed
 lock: | .venv-tools/bin/python
 	.venv-tools/bin/python -m pip install -q --dry-run --ignore-installed --report .venv-tools/report.json -e '.[$(DEV)]'
 	.ci/lock .venv-tools/report.json > .ci/lock.txt
+	.venv-tools/bin/python -m pip install -q --dry-run --ignore-installed --report .venv-tools/report.json $(MILVUS)
+	.ci/lock .venv-tools/report.json > .ci/lock-milvus.txt
 
 # Known vulnerabilities; what cannot be asked about is a failure too.
 audit: .venv-tools/.installed $(VENV)/.installed-dev
@@ -100,7 +103,7 @@ endif
 	@touch $@
 
 .venv-milvus/.installed: | .venv-milvus/bin/python
-	.venv-milvus/bin/python -m pip install -q $(if $(LOCK),--require-hashes -r .ci/lock-milvus.txt,milvus-lite pymilvus)
+	.venv-milvus/bin/python -m pip install -q $(if $(LOCK),--require-hashes -r .ci/lock-milvus.txt,$(MILVUS))
 	@touch $@
 
 .venv-tools/.installed: | .venv-tools/bin/python

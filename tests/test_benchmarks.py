@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from metilr.retrieval import approximate
+from tests.milvus import running
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -132,3 +133,9 @@ def test_classifier(run):
     [record] = run("classifier", "--classes", 300, "--anchors", 640, "--batch_pairs", 8, "--classes_per_step", 40)
     assert record["steps_per_epoch"] == 80
     assert all(record[name]["seconds_a_step"] > 0 for name in ("all classes", "some classes a step"))
+
+
+def test_milvus_search(run, tmp_path):
+    with running(tmp_path / "milvus") as uri:
+        [record] = run("milvus_search", "--uri", uri, "--rows", 2000, "--queries", 20, "--folder", "made")
+    assert record["recall_at_1"] == record["recall_at_10"] == 1 and record["similarities_equal"]

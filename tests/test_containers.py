@@ -132,13 +132,20 @@ def test_the_health_check_asks_the_server(server: Server, is_well):
     assert server.gets() == ["health"]
 
 
-def test_the_service_is_the_image_s():
-    [service] = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"].values()
+def test_the_services_are_the_image_s_and_reach_this_machine_alone():
+    options = flat_defaults(_load(SUBCOMMANDS["serve"][0])).keys()
+    [service] = services("compose.yaml").values()
     assert service["build"]["target"] in stages()
-    assert {part.removeprefix("--") for part in service["command"][::2]} <= flat_defaults(
-        _load(SUBCOMMANDS["serve"][0])
-    ).keys()
-    assert all(port.startswith("127.0.0.1:") for port in service["ports"])  # there is no password
+    more = services("compose.milvus.yaml")
+    for each in (service, more["serve"]):
+        assert {part.removeprefix("--") for part in each["command"][::2]} <= options
+    assert more["serve"]["command"][-1] == "http://milvus:19530" and more["serve"]["depends_on"].keys() == {"milvus"}
+    for each in (service, more["milvus"]):
+        assert all(port.startswith("127.0.0.1:") for port in each["ports"])  # there is no password
+
+
+def services(name: str) -> dict:
+    return yaml.safe_load((ROOT / name).read_text())["services"]
 
 
 def test_hadolint_finds_nothing():

@@ -1,10 +1,12 @@
 """How a server is doing: what Prometheus reads, and a line of JSON for each request."""
 
 import json
+import os
 import time
 from datetime import UTC, datetime
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # a photo takes half a second to some seconds of a core
@@ -23,8 +25,11 @@ class Meters:
         )
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
-        return generate_latest(self.registry)
+        """All of it, as Prometheus reads it, of all processes that serve together."""
+        registry = self.registry
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            MultiProcessCollector(registry := CollectorRegistry())
+        return generate_latest(registry)
 
 
 class Measured:

@@ -2,8 +2,8 @@
 
 A collection holds the rows of one index, with path, exhibit and what is said of it beside each. It is named after all
 that decides them, so that no index can be searched through another's. The 2 k + 32 candidates come back as vectors and
-are scored as ``search`` does: what is found has its exact similarity. Of fewer than 100,000 rows Milvus compares all; of more,
-by the index of its own choice (a graph, HNSW), it can miss some.
+are scored as ``search`` does: what is found has its exact similarity. Of fewer than 100,000 rows Milvus
+compares all; of more, by the index of its own choice (a graph, HNSW), it can miss some.
 
 Source: Wang et al., Milvus: A Purpose-Built Vector Data Management System, SIGMOD 2021.
 """

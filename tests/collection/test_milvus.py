@@ -134,7 +134,10 @@ def test_more_than_milvus_gives_is_refused():
     ("uri", "said"),
     [
         ("milvus.db", "--milvus milvus.db: name a server, such as http://localhost:19530"),
-        ("http://a:secret@b:1/", "--milvus http://b:1/: leave the password out, and set the environment's MILVUS_TOKEN"),
+        (
+            "http://a:secret@b:1/",
+            "--milvus http://b:1/: leave the password out, and set the environment's MILVUS_TOKEN",
+        ),
     ],
 )
 def test_what_is_no_address_is_refused_at_once(uri, said, tmp_path, failure, indexed):
