@@ -1,0 +1,171 @@
+"""Whether two images are copies: one picture, compressed, resized, cropped, framed, turned or mirrored anew.
+
+Both are looked at in grey, at 320 px. Matches of SIFT give a first transformation of one to the other, or their frames
+if they have none; maximising the correlation (ECC) refines it to fractions of a pixel. A copy's transformation is a
+scale, quarter turns and a shift; under the nearest of that kind its details lie on each other. A second photograph of
+an object, however similar, is turned by a degree or stretched by a hundredth, and its details do not.
+
+Source: Lowe, Distinctive Image Features from Scale-Invariant Keypoints, IJCV 2004; Evangelidis and Psarakis, Parametric
+Image Alignment Using Enhanced Correlation Coefficient Maximization, PAMI 2008.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+SIDE = 320  # px
+POINTS = 400  # of SIFT, the strongest
+RATIO = 0.85  # of the distances to the nearest and to the second nearest point: matches beyond it are left out
+LEAST_MATCHES = 4
+DETAIL = (1.0, 3.0)  # standard deviations in px between which Gaussians leave detail
+BORDER = 10  # px that a frame's edge, blurred, reaches into the picture
+LEAST_SHARE = 0.2  # of the smaller picture's area that must be seen in the other
+FLATTEST = 3.0  # times as far stretched one way as the other, by a look from the side
+FLAT = 2.0  # standard deviation of grey, of 255, below which there is nothing to compare
+
+
+class Sketch(NamedTuple):
+    """An image as it is compared."""
+
+    grey: np.ndarray  # uint8 (h, w)
+    size: tuple[int, int]  # width and height of the image itself
+    points: np.ndarray  # float32 (n, 2), in px of ``grey``
+    descriptors: np.ndarray  # float32 (n, 128)
+
+
+class Likeness(NamedTuple):
+    """How far one image is a copy of another."""
+
+    score: float  # correlation of their details, at most 1; 0 if they cannot be laid on each other
+    mirrored: bool = False
+    quarter_turns: int = 0  # counter-clockwise, of the first, to lie as the second
+
+
+def sketch(image: np.ndarray) -> Sketch:
+    """Reduce an image, uint8 RGB ``(H, W, 3)``, to what is compared of it."""
+    height, width = image.shape[:2]
+    factor = SIDE / max(height, width)
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_AREA)
+    return _described(grey, (width, height))
+
+
+def likeness(first: Sketch, second: Sketch) -> Likeness:
+    """Compare two images as they are, and with the second mirrored."""
+    if min(first.grey.std(), second.grey.std()) < FLAT:
+        return Likeness(0.0)
+    mirrored = _described(np.ascontiguousarray(second.grey[:, ::-1]), second.size)
+    found = [*_under_each(first, second, False), *_under_each(first, mirrored, True), Likeness(0.0)]
+    return max(found, key=lambda each: each.score)
+
+
+def _described(grey: np.ndarray, size: tuple[int, int]) -> Sketch:
+    points, descriptors = cv2.SIFT.create(nfeatures=POINTS).detectAndCompute(grey, None)
+    if descriptors is None:
+        return Sketch(grey, size, np.empty((0, 2), np.float32), np.empty((0, 128), np.float32))
+    roots = np.sqrt(descriptors / np.maximum(descriptors.sum(axis=1, keepdims=True), 1e-9))
+    return Sketch(grey, size, np.array([point.pt for point in points], np.float32), roots)
+
+
+def _under_each(first: Sketch, second: Sketch, is_mirrored: bool) -> Iterator[Likeness]:
+    for start in _starts(first, second):
+        with contextlib.suppress(cv2.error):  # the correlation does not rise
+            to_first = cv2.invertAffineTransform(start).astype(np.float32)
+            criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 50, 1e-5)
+            _, refined = cv2.findTransformECC(second.grey, first.grey, to_first, cv2.MOTION_AFFINE, criteria, None, 5)
+            nearest, turns = _rigid(cv2.invertAffineTransform(refined), first, second)
+            yield Likeness(_agreement(nearest, first, second), is_mirrored, turns)
+
+
+def inliers(first: Sketch, second: Sketch) -> int:
+    """Different points of the second that an affine transformation lays points of the first on, wherever both are seen.
+
+    One that flattens the picture lays it on nothing.
+    """
+    ours, theirs = _matching_points(first, second)
+    if len(ours) < LEAST_MATCHES:
+        return 0
+    cv2.setRNGSeed(0)
+    found, is_inlier = cv2.estimateAffine2D(ours, theirs, ransacReprojThreshold=3.0)
+    if found is None:
+        return 0
+    least, most = sorted(np.linalg.svd(found[:, :2], compute_uv=False).tolist())
+    if not 0 < most < FLATTEST * least:
+        return 0
+    return len(np.unique(np.round(theirs[is_inlier[:, 0] > 0]), axis=0))
+
+
+def _matching_points(first: Sketch, second: Sketch) -> tuple[np.ndarray, np.ndarray]:
+    """Points of both that match, float32 ``(m, 2)`` each."""
+    if min(len(first.points), len(second.points)) < LEAST_MATCHES:
+        return first.points[:0], second.points[:0]
+    pairs = cv2.BFMatcher(cv2.NORM_L2).knnMatch(first.descriptors, second.descriptors, k=2)
+    matches = [pair[0] for pair in pairs if len(pair) == 2 and pair[0].distance < RATIO * pair[1].distance]
+    ours = first.points[[match.queryIdx for match in matches]]
+    return ours, second.points[[match.trainIdx for match in matches]]
+
+
+def _starts(first: Sketch, second: Sketch) -> Iterator[np.ndarray]:
+    """Affine transformations ``(2, 3)`` to begin with: by matching points, or else of one frame onto the other."""
+    ours, theirs = _matching_points(first, second)
+    if len(ours) >= LEAST_MATCHES:
+        cv2.setRNGSeed(0)
+        found, is_inlier = cv2.estimateAffinePartial2D(ours, theirs, ransacReprojThreshold=3.0)
+        if found is not None and is_inlier.sum() >= LEAST_MATCHES:
+            yield found
+            return
+    (height, width), (to_height, to_width) = first.grey.shape, second.grey.shape
+    if abs(np.log(width / height * to_height / to_width)) < 0.1:
+        yield np.array([[to_width / width, 0, 0], [0, to_height / height, 0]], np.float32)
+
+
+def _rigid(found: np.ndarray, first: Sketch, second: Sketch) -> tuple[np.ndarray, int]:
+    """The transformation nearest to an affine one that scales evenly, turns by quarters and shifts; and the turns.
+
+    Evenly in px of the images themselves: those of ``grey`` are rounded.
+    """
+    (height, width), (to_height, to_width) = first.grey.shape, second.grey.shape
+    ours = np.array([first.size[0] / width, first.size[1] / height])
+    theirs = np.array([second.size[0] / to_width, second.size[1] / to_height])
+    corners = np.array([[0, 0], [width, 0], [0, height], [width, height]], float)
+    source, target = corners * ours, (corners @ found[:, :2].T + found[:, 2]) * theirs
+    middle, aim = source.mean(axis=0), target.mean(axis=0)
+    turned = [(source - middle) @ np.linalg.matrix_power(_QUARTER, turns).T for turns in range(4)]
+    scales = [float((each * (target - aim)).sum() / (each * each).sum()) for each in turned]
+    turns = int(np.argmax(scales))
+    linear = scales[turns] * np.linalg.matrix_power(_QUARTER, turns)
+    linear_of_grey = (linear * ours) / theirs[:, None]
+    shift = (aim - linear @ middle) / theirs
+    return np.column_stack([linear_of_grey, shift]), turns
+
+
+_QUARTER = np.array([[0.0, 1.0], [-1.0, 0.0]])  # counter-clockwise where y points down
+
+
+def _agreement(transformation: np.ndarray, first: Sketch, second: Sketch) -> float:
+    """The correlation of details where both pictures are seen; 0 if that is too little of either."""
+    height, width = second.grey.shape
+    area = abs(float(np.linalg.det(transformation[:, :2])))
+    if not 0.02 < area < 50:
+        return 0.0
+    seen = cv2.warpAffine(
+        np.full(first.grey.shape, 255, np.uint8), transformation, (width, height), flags=cv2.INTER_NEAREST
+    )
+    share = (seen > 0).sum() / min(first.grey.size * area, second.grey.size)
+    kernel = np.ones((2 * BORDER + 1,) * 2, np.uint8)
+    inner = cv2.erode(seen, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0) > 0
+    if share < LEAST_SHARE or inner.sum() < BORDER**2:
+        return 0.0
+    laid = cv2.warpAffine(_detail(first.grey), transformation, (width, height))[inner]
+    theirs = _detail(second.grey)[inner]
+    if min(laid.std(), theirs.std()) == 0:
+        return 0.0
+    return max(0.0, float(np.corrcoef(laid, theirs)[0, 1]))
+
+
+def _detail(grey: np.ndarray) -> np.ndarray:
+    fine, coarse = (cv2.GaussianBlur(grey.astype(np.float32), (0, 0), sigma) for sigma in DETAIL)
+    return fine - coarse

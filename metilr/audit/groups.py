@@ -1,0 +1,204 @@
+"""Copies among all images: candidates by descriptors, the pictures themselves where that is not enough, and groups."""
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from metilr.audit.copies import Likeness, Sketch, likeness, sketch
+from metilr.audit.looks import Facts
+from metilr.audit.schema import Copies, Group, Member, Threshold
+from metilr.audit.subject import Found, Subject
+from metilr.data.decode import load_image
+from metilr.errors import UserError
+from metilr.files import replaced_file
+from metilr.metrics import DISTRACTOR
+from metilr.progress import counted, tracked
+from metilr.retrieval.search import Neighbours, search
+
+BLOCK = 4096  # images searched at a time, and kept
+SKETCHES = 1000  # in memory: 0.3 MB each
+SEVERAL = 3  # exhibits that share a picture of none
+SCORES = (0.8, 0.85, 0.9, 0.92, 0.94, 0.96, 0.98, 0.99)  # of the curve
+
+Pair = tuple[int, int]  # of images, the smaller first
+
+
+@dataclass(frozen=True)
+class CopyOptions:
+    """What counts as a copy.
+
+    Attributes:
+        copy_score: Images whose details correlate so far, laid on each other, are copies of one picture.
+        copy_similarity: Images are laid on each other from this similarity of their descriptors on.
+        copy_neighbours: So many of each image's nearest ones.
+    """
+
+    copy_score: float = 0.94
+    copy_similarity: float = 0.8
+    copy_neighbours: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("copy_score", "copy_similarity"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"{getattr(self, name)}: choose a number above 0, at most 1", name)
+        if self.copy_neighbours < 1:
+            raise UserError(f"{self.copy_neighbours}: choose 1 or more", "copy_neighbours")
+
+
+def nearest_images(rows: np.ndarray, queries: np.ndarray, k: int, among: bool, folder: Path, quiet: bool) -> Neighbours:
+    """The k nearest of ``rows`` ``(N, D)`` to each of ``queries`` ``(Q, D)``, exactly, block by block.
+
+    Blocks that are in ``folder`` are not searched again. ``among`` says that the first N queries are the rows
+    themselves: a row is no neighbour of its own.
+    """
+    folder.mkdir(exist_ok=True)
+    k = min(k, len(rows) - 1)
+    found = []
+    with counted("comparing descriptors", len(queries), "images", quiet) as done:
+        for start in range(0, len(queries), BLOCK):
+            stop, file = min(start + BLOCK, len(queries)), folder / f"{start}.npz"
+            if not file.exists():
+                block = search(rows, np.asarray(queries[start:stop]), k + 1)
+                kept = block.rows != (np.arange(start, stop)[:, None] if among else -1)
+                kept[kept.all(axis=1), -1] = False  # one too many
+                with replaced_file(file) as stream:
+                    np.savez(stream, s=block.similarities[kept].reshape(-1, k), r=block.rows[kept].reshape(-1, k))
+            with np.load(file) as block_of:
+                found.append((block_of["s"], block_of["r"]))
+            done(stop - start)
+    similarities, nearest = (np.concatenate(each) for each in zip(*found, strict=True))
+    return Neighbours(similarities, nearest)
+
+
+def candidates(
+    subject: Subject, rows: np.ndarray, near: Neighbours, options: CopyOptions, work: Path, quiet: bool
+) -> list[Pair]:
+    """Pairs whose descriptors are so similar that their pictures are to be compared.
+
+    ``near`` are the nearest of the database to all; queries are compared with each other here.
+    """
+    n_database = len(subject.truth.paths["database"])
+    pairs = _similar(near, 0, 0, subject, options)
+    if len(rows) - n_database > 1:
+        queries = rows[n_database:]
+        of_queries = nearest_images(queries, queries, options.copy_neighbours, True, work / "queries", quiet)
+        pairs |= _similar(of_queries, n_database, n_database, subject, options)
+    return sorted(pairs)
+
+
+def _similar(near: Neighbours, offset: int, offset_of_near: int, subject: Subject, options: CopyOptions) -> set[Pair]:
+    k = options.copy_neighbours
+    ours, places = np.nonzero(near.similarities[:, :k] >= options.copy_similarity)  # rows of zeros are near to nothing
+    theirs = near.rows[ours, places] + offset_of_near
+    pairs = np.sort(np.stack([ours + offset, theirs], axis=1), axis=1)
+    return {(int(a), int(b)) for a, b in np.unique(pairs, axis=0)}
+
+
+class Pictures:
+    """Sketches of a subject's images, the last of them in memory."""
+
+    def __init__(self, subject: Subject) -> None:
+        def of(i: int) -> Sketch:
+            return sketch(load_image(subject.file(i)).permute(1, 2, 0).numpy())
+
+        self.sketch: Callable[[int], Sketch] = functools.lru_cache(SKETCHES)(of)
+
+
+def compare(
+    pictures: Pictures, pairs: Sequence[Pair], facts: Sequence[Facts], found: Found, quiet: bool
+) -> dict[Pair, Likeness]:
+    """How far the images of each pair are copies; those of equal pixels are."""
+    compared = {}
+    for a, b in tracked(pairs, "comparing pictures", len(pairs), "pairs", quiet):
+        if facts[a].pixels == facts[b].pixels:
+            compared[a, b] = Likeness(1.0)
+            continue
+        key = f"{a} {b}"
+        if key not in found.known:
+            found.add(key, [*likeness(pictures.sketch(a), pictures.sketch(b))])
+        compared[a, b] = Likeness(*found.known[key])
+    return compared
+
+
+def group(
+    subject: Subject, facts: Sequence[Facts], compared: Mapping[Pair, Likeness], score: float
+) -> Iterator[tuple[Copies, list[int]]]:
+    """Groups of copies, each with its images: what a chain of pairs links, of equal files and of such a score."""
+    links = {pair: like for pair, like in compared.items() if like.score >= score}
+    links |= {pair: Likeness(1.0) for pair in _of_equal_pixels(facts)}
+    for images in _linked(links, len(facts)):
+        inside = set(images)
+        of_group = {pair: like for pair, like in links.items() if pair[0] in inside}
+        members = []
+        for i in images:
+            like = of_group.get((images[0], i), Likeness(1.0))
+            said = dict(subject.said(i))
+            members.append(Member(**said, mirrored=like.mirrored, quarter_turns=like.quarter_turns))
+        hashes = ({facts[i].sha256 for i in images}, {facts[i].pixels for i in images})
+        yield (
+            Copies(
+                kind=kind_of(subject, images),
+                same="bytes" if len(hashes[0]) == 1 else "pixels" if len(hashes[1]) == 1 else "picture",
+                score=min(like.score for like in of_group.values()),
+                images=members,
+            ),
+            images,
+        )
+
+
+def kind_of(subject: Subject, images: Sequence[int]) -> Group:
+    """What copies come to: on two sides of the evaluation, under several exhibits, or neither."""
+    if len(set(subject.split_of[images].tolist())) > 1:
+        return "leak"
+    exhibits = set(subject.labels[images].tolist()) - {DISTRACTOR}
+    if len(exhibits) < 2:
+        return "duplicate"
+    return "placeholder" if len(exhibits) >= SEVERAL else "two_exhibits"
+
+
+def leaked(subject: Subject, groups: Sequence[Sequence[int]]) -> np.ndarray:
+    """Which images are queries that have a copy in another split, bool ``(n,)``."""
+    is_leaked = np.zeros(len(subject.paths), dtype=bool)
+    for images in groups:
+        if len(set(subject.split_of[images].tolist())) > 1:
+            is_leaked[images] = True
+    return is_leaked & (subject.split_of > 0)
+
+
+def thresholds(subject: Subject, compared: Mapping[Pair, Likeness]) -> list[Threshold]:
+    """How many pairs, and queries with a copy elsewhere, each of ``SCORES`` would find."""
+    curve = []
+    for score in SCORES:
+        pairs = [pair for pair, like in compared.items() if like.score >= score]
+        across = [pair for pair in pairs if subject.split_of[pair[0]] != subject.split_of[pair[1]]]
+        queries = {i for pair in across for i in pair if subject.split_of[i] > 0}
+        curve.append(Threshold(score=score, pairs=len(pairs), leaked=len(queries)))
+    return curve
+
+
+def _of_equal_pixels(facts: Sequence[Facts]) -> Iterator[Pair]:
+    by_pixels: dict[str, list[int]] = defaultdict(list)
+    for i, each in enumerate(facts):
+        if each.pixels:
+            by_pixels[each.pixels].append(i)
+    for images in by_pixels.values():
+        yield from pairwise(images)
+
+
+def _linked(pairs: Mapping[Pair, Likeness], n: int) -> list[list[int]]:
+    """Images that pairs link, directly or by others, in their order."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    ends = np.array([*pairs], dtype=np.int64).reshape(-1, 2)
+    graph = coo_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(n, n))
+    _, component = connected_components(graph, directed=False)
+    by_component: dict[int, list[int]] = defaultdict(list)
+    for i in np.unique(ends).tolist():
+        by_component[int(component[i])].append(i)
+    return list(by_component.values())
