@@ -3,7 +3,8 @@
 Both are looked at in grey, at 320 px. Matches of SIFT give a first transformation of one to the other, or their frames
 if they have none; maximising the correlation (ECC) refines it to fractions of a pixel. A copy's transformation is a
 scale, quarter turns and a shift; under the nearest of that kind its details lie on each other. A second photograph of
-an object, however similar, is turned by a degree or stretched by a hundredth, and its details do not.
+an object is turned by a degree or stretched by a hundredth, and its details do not. They have to agree everywhere: two
+plates of a series differ in a corner.
 
 Source: Lowe, Distinctive Image Features from Scale-Invariant Keypoints, IJCV 2004; Evangelidis and Psarakis, Parametric
 Image Alignment Using Enhanced Correlation Coefficient Maximization, PAMI 2008.
@@ -22,6 +23,7 @@ RATIO = 0.85  # of the distances to the nearest and to the second nearest point:
 LEAST_MATCHES = 4
 DETAIL = (1.0, 3.0)  # standard deviations in px between which Gaussians leave detail
 BORDER = 10  # px that a frame's edge, blurred, reaches into the picture
+BLOCK = 24  # px of a side of the squares that must agree, each of them
 LEAST_SHARE = 0.2  # of the smaller picture's area that must be seen in the other
 FLATTEST = 3.0  # times as far stretched one way as the other, by a look from the side
 FLAT = 2.0  # standard deviation of grey, of 255, below which there is nothing to compare
@@ -39,7 +41,7 @@ class Sketch(NamedTuple):
 class Likeness(NamedTuple):
     """How far one image is a copy of another."""
 
-    score: float  # correlation of their details, at most 1; 0 if they cannot be laid on each other
+    score: float  # correlation of their details where it is least, at most 1; 0 if they cannot be laid on each other
     mirrored: bool = False
     quarter_turns: int = 0  # counter-clockwise, of the first, to lie as the second
 
@@ -146,24 +148,38 @@ _QUARTER = np.array([[0.0, 1.0], [-1.0, 0.0]])  # counter-clockwise where y poin
 
 
 def _agreement(transformation: np.ndarray, first: Sketch, second: Sketch) -> float:
-    """The correlation of details where both pictures are seen; 0 if that is too little of either."""
-    height, width = second.grey.shape
+    """The correlation of details in the block where it is least; 0 if too little of either picture is seen.
+
+    Of details of equal mean and variance in all, ``1 - (x - y)**2 / 2`` is the correlation where it is averaged; in a
+    block with more than usual it is held against what that has, in one with less against the usual.
+    """
+    size = second.grey.shape[::-1]
     area = abs(float(np.linalg.det(transformation[:, :2])))
     if not 0.02 < area < 50:
         return 0.0
-    seen = cv2.warpAffine(
-        np.full(first.grey.shape, 255, np.uint8), transformation, (width, height), flags=cv2.INTER_NEAREST
-    )
+    whole = np.full(first.grey.shape, 255, np.uint8)
+    seen = cv2.warpAffine(whole, transformation, size, flags=cv2.INTER_NEAREST)
     share = (seen > 0).sum() / min(first.grey.size * area, second.grey.size)
     kernel = np.ones((2 * BORDER + 1,) * 2, np.uint8)
     inner = cv2.erode(seen, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0) > 0
-    if share < LEAST_SHARE or inner.sum() < BORDER**2:
+    if share < LEAST_SHARE or inner.sum() < BLOCK**2:
         return 0.0
-    laid = cv2.warpAffine(_detail(first.grey), transformation, (width, height))[inner]
-    theirs = _detail(second.grey)[inner]
-    if min(laid.std(), theirs.std()) == 0:
-        return 0.0
-    return max(0.0, float(np.corrcoef(laid, theirs)[0, 1]))
+    x, y = (
+        _standard(cv2.warpAffine(_detail(first.grey), transformation, size), inner),
+        _standard(_detail(second.grey), inner),
+    )
+    in_block = cv2.blur(inner.astype(np.float32), (BLOCK, BLOCK))
+    apart, usual = (
+        cv2.blur(each, (BLOCK, BLOCK)) / np.maximum(in_block, 0.5) for each in ((x - y) ** 2, (x**2 + y**2) / 2)
+    )
+    least = (1 - apart / 2 / np.maximum(usual, 1))[in_block >= 0.5]
+    return max(0.0, float(least.min(initial=1.0)))
+
+
+def _standard(detail: np.ndarray, inner: np.ndarray) -> np.ndarray:
+    """Detail of mean 0 and variance 1 within a mask, and 0 outside."""
+    within = detail[inner]
+    return np.where(inner, (detail - within.mean()) / max(float(within.std()), 1e-6), 0).astype(np.float32)
 
 
 def _detail(grey: np.ndarray) -> np.ndarray:
