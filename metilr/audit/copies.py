@@ -12,7 +12,7 @@ Image Alignment Using Enhanced Correlation Coefficient Maximization, PAMI 2008.
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -77,7 +77,7 @@ def _under_each(first: Sketch, second: Sketch, is_mirrored: bool) -> Iterator[Li
         with contextlib.suppress(cv2.error):  # the correlation does not rise
             to_first = cv2.invertAffineTransform(start).astype(np.float32)
             criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 50, 1e-5)
-            _, refined = cv2.findTransformECC(second.grey, first.grey, to_first, cv2.MOTION_AFFINE, criteria, None, 5)
+            _, refined = _ecc(second.grey, first.grey, to_first, cv2.MOTION_AFFINE, criteria, None, 5)
             nearest, turns = _rigid(cv2.invertAffineTransform(refined), first, second)
             yield Likeness(_agreement(nearest, first, second), is_mirrored, turns)
 
@@ -144,6 +144,7 @@ def _rigid(found: np.ndarray, first: Sketch, second: Sketch) -> tuple[np.ndarray
     return np.column_stack([linear_of_grey, shift]), turns
 
 
+_ecc: Any = cv2.findTransformECC  # its type stubs know no call without a mask
 _QUARTER = np.array([[0.0, 1.0], [-1.0, 0.0]])  # counter-clockwise where y points down
 
 

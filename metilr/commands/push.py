@@ -12,7 +12,7 @@ from rich.markup import escape
 from metilr import report
 from metilr.cli import flat_defaults
 from metilr.commands.evaluate import evaluate
-from metilr.commands.pack import packed
+from metilr.commands.pack import options_with, packed
 from metilr.errors import UserError, one_line
 from metilr.evaluation.read_run import Run, read_run
 from metilr.evaluation.results import FIGURES, LEVEL
@@ -60,8 +60,8 @@ def push(run: Path, repository: str, public: bool = False) -> str:
         except Exception as error:  # each of its HTTP libraries has errors of its own
             remedy = "see whether the network and the name are right and the token may write; then run it again"
             raise UserError(f"{repository}: cannot be published ({one_line(error)}); {remedy}", "repository") from error
-    address, options = f"hf://{repository}@{commit}/{FILE}", f"--ckpt hf://{repository}"
-    options += f" --whitening hf://{repository}" if "whitening" in content["metilr"] else ""
+    address, place = f"hf://{repository}@{commit}/{FILE}", f"hf://{repository}"
+    options = f"--ckpt {place}{options_with(content['metilr'], place)}"
     make_console().print(f"wrote {escape(address)}; now: metilr evaluate {options} --root DIR")
     return address
 
@@ -95,6 +95,7 @@ def model_card(run: Run, repository: str, entry: Mapping[str, Any]) -> str:
         table=_table(run).markdown(),
         made=_yaml(made),
         whitening="whitening" in entry,
+        options=options_with(entry, f"hf://{repository}"),
         address=f"hf://{repository}",
     )  # fmt: skip
 

@@ -98,7 +98,9 @@ class ComparisonOptions:
             if rows:
                 raise UserError(f"rows: adds rows to images, not to {searched}; leave one out", "database_views")
             if self.k not in (None, 1):
-                raise UserError(f"{self.k}: {searched} has one row an exhibit; choose 1, or leave it out", "k")
+                raise UserError(
+                    f"{self.k}: {searched} has rows of which the nearest alone counts; choose 1, or leave it out", "k"
+                )
             if self.database_rows == "classifier" and self.whitening != "none":
                 reason = "class weights are compared as they were learned; choose none"
                 raise UserError(f"{self.whitening}: {reason} (to train them whitened: projector_dim)", "whitening")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 LEFT_BEHIND = ("predictions/val.csv", "predictions/test.csv", "whitening.npz", "report/index.html")
-FILES_OR_WORDS = ("weights", "whitening")  # options that are a file's path, or a word such as "random" or "pca"
+FILES_OR_WORDS = ("weights", "whitening", "ckpt")  # options that are a file's path, or a word such as "random" or "pca"
 CHECK_COLUMNS = ("inliers", "inlier_lead")  # after the others, where geometry was checked
 
 

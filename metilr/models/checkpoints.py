@@ -102,14 +102,17 @@ class ClassWeights(NamedTuple):
         return hashlib.sha256(self.rows.tobytes() + self.exhibit_ids.tobytes()).hexdigest()
 
 
-def load_class_weights(ckpt: str | Path) -> ClassWeights:
-    """Read the classifier that a training has put into its checkpoint; UserError if it holds none."""
+def load_class_weights(ckpt: str | Path, also_untrained: bool = False) -> ClassWeights:
+    """Read the classifier that a training has put into its checkpoint; UserError if it holds none.
+
+    Exhibits that had no usable image in training are left out: nothing was learned of them.
+    """
     path, _ = locate(ckpt, CHECKPOINTS, "ckpt")
     content = read_checkpoint(path)
     entry = content.get("metilr")
     classifier = entry.get("classifier") if isinstance(entry, Mapping) else None
     if classifier is None:
-        raise UserError(f"{path}: holds no classifier; train one, or search images or prototypes", "database_rows")
+        raise UserError(f"{path}: holds no classifier; train one, or search images or prototypes", "ckpt")
     try:
         ids, weights = classifier["exhibit_ids"], content["state_dict"][CLASS_WEIGHTS]
         if any(each.nelement() * each.element_size() > each.untyped_storage().nbytes() for each in (ids, weights)):
@@ -118,11 +121,15 @@ def load_class_weights(ckpt: str | Path) -> ClassWeights:
         if not is_whole or weights.shape[0] != len(ids) or not weights.dtype.is_floating_point:
             raise ValueError("weights and exhibits do not belong together")
         rows = weights.float().contiguous()
+        untrained = classifier.get("untrained", torch.empty(0, dtype=torch.int64))
+        if not also_untrained:
+            kept = ~torch.isin(ids, untrained)
+            ids, rows = ids[kept], rows[kept]
         if not (torch.isfinite(rows).all() and (rows.norm(dim=1) > 0).all()):
             raise ValueError("a weight is not finite, or all of a class are 0")
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         reason = f"its classifier cannot be read ({one_line(error)})"
-        raise UserError(f"{path}: {reason}; copy it again, or take another one", "database_rows") from None
+        raise UserError(f"{path}: {reason}; copy it again, or take another one", "ckpt") from None
     return ClassWeights(rows.numpy(), ids.numpy())
 
 

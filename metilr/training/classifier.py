@@ -5,6 +5,7 @@ Its class weights are what an evaluation searches with ``database_rows`` classif
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from torch.nn import functional as F
 
 from metilr.evaluation.database import Searchable, as_compared, prototypes_of
 from metilr.training import FineTuningOptions
+
+if TYPE_CHECKING:
+    from metilr.training.datamodule import PairDataModule
 
 SUB_CENTRES = 3  # the sub-centre paper's
 BLOCK = 16384  # class weights that are compared at a time where nothing is kept for gradients
@@ -120,3 +124,15 @@ def class_rows(classifier: Classifier) -> tuple[np.ndarray, np.ndarray]:
     """Class weights as rows to search, float32 ``(M, D)`` of unit length, and the label of each."""
     rows = F.normalize(classifier.weight.detach().float(), dim=1).cpu().numpy()
     return rows, np.arange(len(rows)) // classifier.centres
+
+
+def classifier_entry(
+    classifier: Classifier, exhibit_ids: np.ndarray, data: "PairDataModule | None"
+) -> dict[str, Tensor]:
+    """What a checkpoint says of a classifier: the exhibit of each row, and those without a usable image in training."""
+    entry = {"exhibit_ids": torch.from_numpy(exhibit_ids).repeat_interleave(classifier.centres)}
+    if data is not None and hasattr(data, "is_valid"):  # images were described
+        labels = data.ground_truth.labels["database"]
+        untrained = np.setdiff1d(labels, labels[data.is_valid["database"]])
+        entry["untrained"] = torch.from_numpy(exhibit_ids[untrained])
+    return entry

@@ -21,7 +21,7 @@ from metilr.models.embedder import Embedder, Projector, keep_float32_exact
 from metilr.models.pooling import Pooling
 from metilr.models.weights import load_strictly
 from metilr.training import FineTuningOptions
-from metilr.training.classifier import Classifier, class_rows, start_at_prototypes
+from metilr.training.classifier import Classifier, class_rows, classifier_entry, start_at_prototypes
 from metilr.training.datamodule import PairDataModule
 from metilr.training.losses import (
     check_loss,
@@ -97,7 +97,7 @@ class FineTuning(pl.LightningModule):
         embedder = load_embedder(path)  # refuses what does not fit together
         module = cls(options)
         if options.classifier != "none":
-            module.make_classifier(np.array([*dict.fromkeys(load_class_weights(path).exhibit_ids.tolist())]))
+            module.make_classifier(np.array([*dict.fromkeys(load_class_weights(path, True).exhibit_ids.tolist())]))
         backbone, source = module.embedder.backbone, embedder.backbone
         backbone.provenance, backbone.mean, backbone.std = source.provenance, source.mean, source.std
         load_strictly(module, content["state_dict"], (), str(path))
@@ -288,8 +288,8 @@ class FineTuning(pl.LightningModule):
         image_size, config = self.data.options.image_size if self.has_data else None, self.run_config
         checkpoint["metilr"] = checkpoint_entry(self.embedder, image_size, data, config or {"model": options})
         if self.classifier is not None and self.exhibit_ids is not None:  # the weights are in the state_dict
-            ids = torch.from_numpy(self.exhibit_ids).repeat_interleave(self.classifier.centres)
-            checkpoint["metilr"]["classifier"] = {"exhibit_ids": ids}
+            entry = classifier_entry(self.classifier, self.exhibit_ids, self.data if self.has_data else None)
+            checkpoint["metilr"]["classifier"] = entry
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -297,4 +297,6 @@ class FineTuning(pl.LightningModule):
         self.resumed = True
         before = (checkpoint.get("metilr") or {}).get("data") or {}
         if self.has_data and before.get("fingerprint") != self.data.ground_truth.fingerprint():
-            raise UserError("its data changed since (database or valset.json); name another folder", "output")
+            raise UserError(
+                "the training there had other data (database or valset.json changed); name another folder", "output"
+            )

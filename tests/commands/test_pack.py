@@ -9,6 +9,7 @@ import torch
 from metilr.cli import main
 from metilr.errors import UserError
 from metilr.evaluation.database import load_whitening
+from metilr.models.checkpoints import CLASS_WEIGHTS, load_embedder, write_checkpoint
 from metilr.retrieval.whitening import LearnedWhitening, PCAWhitening
 from tests.small_runs import evaluate
 
@@ -45,6 +46,30 @@ def test_a_packed_model_gives_the_run_s_answers(museum, whitening, shape):
     assert recorded["source"] == "model.ckpt"
     assert recorded["sha256"] == PCAWhitening.load("run/whitening.npz").sha256()
     assert torch.load("model.ckpt", weights_only=True)["metilr"]["whitening"]["mean"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
+def test_class_weights_are_packed_where_they_were_searched(museum, capsys, name):
+    evaluate(museum, output=Path("plain"), whitening_dim=3, **UNTRAINED)
+    main(["pack", "plain", "plain.ckpt"])
+    content = torch.load("plain.ckpt", weights_only=True)
+    ids = torch.tensor([9, 12, 33, 41, 70, 500])
+    dim = load_embedder("plain.ckpt").dim
+    content["state_dict"][CLASS_WEIGHTS] = torch.randn(6, dim, generator=torch.Generator().manual_seed(0))
+    content["metilr"] = {**content["metilr"], "classifier": {"exhibit_ids": ids}}
+    write_checkpoint(Path("trained.ckpt"), content)
+    searched = {"whitening": "none", "database_rows": "classifier", **OPTIONS}
+    evaluate(museum, output=Path("run"), ckpt="trained.ckpt", **searched)
+    main(["pack", "run", name])
+    assert f"--ckpt {name} --whitening none --database_rows classifier" in " ".join(capsys.readouterr().out.split())
+    evaluate(museum, output=Path("again"), ckpt=name, **searched)
+    for split in ("val", "test"):
+        first, second = (Path(of, "predictions", f"{split}.csv").read_text() for of in ("run", "again"))
+        assert first == second
+    write_checkpoint(
+        Path("trained.ckpt"), content | {"state_dict": {**content["state_dict"], CLASS_WEIGHTS: torch.ones(6, dim)}}
+    )
+    assert "its class weights are not those of the evaluation" in failure(capsys, "pack", "run", "b.ckpt")
 
 
 def test_what_cannot_be_packed_is_refused_in_one_line(museum, capsys):

@@ -41,6 +41,13 @@ def test_the_report_s_ten_backbones_are_one_glob_away():
         assert row.options["database"] == "mini" and row.options["root"] == str(Path("DIR").absolute())
 
 
+def test_a_relative_checkpoint_is_the_one_that_its_row_records(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "best.ckpt").touch()
+    [row] = plan(options=["ckpt=best.ckpt"])
+    assert row.options["ckpt"] == str(tmp_path / "best.ckpt")
+
+
 @pytest.mark.parametrize(
     ("vary", "values", "expected"),
     [

@@ -239,7 +239,10 @@ def test_a_saved_whitening_gives_the_same_answers(tmp_path):
         ({"geometric_turns": 0, "geometric_check": 5}, "geometric_turns 0: choose 1"),
         ({"visits": 3}, "visits has no effect without"),
         ({"visits": 0, "database_views": "rows"}, "database_views rows: choose none, or visits such as 6"),
-        ({"database_rows": "prototypes", "k": 2}, "k 2: database_rows prototypes has one row an exhibit; choose 1"),
+        (
+            {"database_rows": "prototypes", "k": 2},
+            "k 2: database_rows prototypes has rows of which the nearest alone counts; choose 1",
+        ),
         ({"database_rows": "prototypes", "database_views": "rows"}, "database_views rows: adds rows to images, not to"),
         ({"database_rows": "means"}, "database_rows means: choose one of images, prototypes, classifier"),
         (

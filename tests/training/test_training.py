@@ -23,6 +23,7 @@ from metilr.data.visits import derive_seed
 from metilr.errors import UserError
 from metilr.evaluation.options import VISITS
 from metilr.extraction.store import DescriptorStore
+from metilr.models.checkpoints import load_class_weights
 from metilr.models.embedder import build_embedder
 from metilr.retrieval.whitening import fit_learned_whitening
 from metilr.training import FineTuningOptions, PairOptions
@@ -234,6 +235,17 @@ def test_a_classifier_s_weights_alone_are_trained_behind_a_frozen_backbone(museu
     options = {"ckpt": Path("out/last.ckpt"), "whitening": "none", "database_rows": "classifier", **SINGLE_SCALE}
     results = evaluate(museum, output=Path("results"), **options)
     assert column("out", "val/gap")[-1] == pytest.approx(results.val.gap, abs=1e-6)
+
+
+def test_an_exhibit_without_a_usable_image_is_not_among_the_class_weights(museum):
+    (museum / "images/MET/12/6.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
+    run("--output", "out", *FROZEN, "--model.classifier", "subcenter", "--data.bad_images", "skip")
+    assert np.unique(load_class_weights("out/last.ckpt").exhibit_ids).tolist() == [9, 33, 41, 70, 500]
+    assert FineTuning.load_from_checkpoint("out/last.ckpt").exhibit_ids.tolist() == [9, 12, 33, 41, 70, 500]
+    write_museum(museum)
+    mended = {"ckpt": "out/last.ckpt", "database_rows": "classifier", "whitening": "none", "accelerator": "cpu"}
+    with pytest.raises(UserError, match=r"does not know 1 exhibit of .*\(12\)"):
+        evaluate(museum, num_workers=0, report=False, **mended)
 
 
 @pytest.mark.parametrize(
