@@ -205,6 +205,10 @@ def _refuse_idle(options: Mapping[str, Any]) -> None:
             raise UserError(
                 "needs images, but descriptors are given, which were made before; leave one of the two out", name
             )
+    if options["descriptors"] and options["database_rows"] == "classifier":
+        raise UserError(
+            "classifier: needs a ckpt, which goes without descriptors; choose images or prototypes", "database_rows"
+        )
 
 
 def _data_line(ground_truth: GroundTruth, synthetic: bool) -> str:

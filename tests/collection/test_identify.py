@@ -371,7 +371,7 @@ def test_answers_are_the_evaluation_s_by_a_classifier_and_another_one_is_refused
     assert len(collection.database.rows) == 6 and collection.k == 1
     main(["rerun", str(tmp_path / "run"), "--output", str(tmp_path / "again")])
     assert "the figures agree exactly" in capsys.readouterr().out
-    assert "searched: classifier" in (tmp_path / "run/report/index.html").read_text()
+    assert "searched: class weights" in (tmp_path / "run/report/index.html").read_text()
     photo = museum / "images/MET/9/2.jpg"
     assert identify(photo, "--run", tmp_path / "run")[0] == 0
     write(tmp_path / "b.ckpt", 2, known)

@@ -74,7 +74,7 @@ def test_a_licence_is_handed_on_and_a_run_without_whitening_has_none(hub: Hub, m
     push(Path("run"), "anna/museum")
     files = hub.files("anna/museum")
     assert huggingface_hub.ModelCard(files["README.md"].decode()).data.license == "cc-by-nc-4.0"
-    assert "--whitening" not in files["README.md"].decode()
+    assert "--whitening none --root DIR" in files["README.md"].decode()
     assert safetensors.torch.load(files["model.safetensors"]) == {}
 
 
