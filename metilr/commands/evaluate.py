@@ -199,16 +199,16 @@ def _leave_behind(
 
 def _refuse_idle(options: Mapping[str, Any]) -> None:
     """Refuse options that would be ignored with descriptors: recorded all the same, they would lie."""
+    if options["descriptors"] and options["database_rows"] == "classifier":
+        raise UserError(
+            "classifier: needs a ckpt, which goes without descriptors; choose images or prototypes", "database_rows"
+        )
     defaults = flat_defaults(evaluate)
     for name in (*OF_THE_IMAGES, "geometric_check") if options["descriptors"] else ():
         if options[name] != defaults[name]:
             raise UserError(
                 "needs images, but descriptors are given, which were made before; leave one of the two out", name
             )
-    if options["descriptors"] and options["database_rows"] == "classifier":
-        raise UserError(
-            "classifier: needs a ckpt, which goes without descriptors; choose images or prototypes", "database_rows"
-        )
 
 
 def _data_line(ground_truth: GroundTruth, synthetic: bool) -> str:

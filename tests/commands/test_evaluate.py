@@ -236,7 +236,7 @@ BAD_OPTIONS = [  # what an option alone can have wrong is tested beside its data
     (["--whitening_dim", "8"], "--whitening_dim 8: 8 database images of width 96 support 1 to 7"),
     (["--visits", 3], "--visits has no effect without whitening learned or database_views rows"),
     (["--descriptors", "x.pkl", "--pooling", "mac"], "needs images, but descriptors are given"),
-    (["--descriptors", "x.pkl", "--database_rows", "classifier", "--whitening", "none"], "needs a ckpt, which goes without"),
+    (["--descriptors", "x.pkl", "--database_rows", "classifier", "--whitening", "none"], "a ckpt, which goes without"),
     (["--search_device", "gpu"], "FAISS sees no GPU"),
     (["--num_nodes", "2"], "--num_nodes 2: start this command"),
     (["--whitening", "missing.npz"], "missing.npz: no such file"),
