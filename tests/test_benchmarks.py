@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from metilr.retrieval import approximate
+from tests.audit.pictures import picture
 from tests.milvus import running
+from tests.museum import write_ground_truth
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -139,3 +141,30 @@ def test_milvus_search(run, tmp_path):
     with running(tmp_path / "milvus") as uri:
         [record] = run("milvus_search", "--uri", uri, "--rows", 2000, "--queries", 20, "--folder", "made")
     assert record["recall_at_1"] == record["recall_at_10"] == 1 and record["similarities_equal"]
+
+
+def test_audit(run, tmp_path):
+    museum = write_textured_museum(tmp_path / "museum")
+    options = ["--root", museum, "--backbone", "timm/test_resnet", "--weights", "random", "--rows", 600]
+    found, search = run("audit", *options)
+    # Without trained weights not all of them are among the nearest.
+    assert found["copies"]["hit"] == found["copies"]["found"] > 5 and found["leaks"]["hit"] > 0
+    assert search["rows"] == 600
+
+
+def write_textured_museum(root: Path) -> Path:
+    """40 exhibits of one image, and photos of 12 of them in val and in test."""
+    database = [{"id": i, "path": f"MET/{i}.jpg"} for i in range(40)]
+    queries = {}
+    for split, angle in (("val", 4), ("test", -4)):
+        queries[split] = [{"path": f"test_met/{split}{i}.jpg", "MET_id": i} for i in range(12)]
+        queries[split].append({"path": f"test_other/{split}.jpg"})
+        for i, entry in enumerate(queries[split]):
+            file = root / "images" / entry["path"]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture(i if "MET_id" in entry else 90 + angle, 200, 160).rotate(angle).save(file)
+    for i, entry in enumerate(database):
+        file = root / "images" / entry["path"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture(i, 200, 160).save(file)
+    return write_ground_truth(root, database, queries["val"], queries["test"], database)

@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from metilr.cli import main
@@ -13,11 +14,13 @@ from metilr.collection import PhotoOptions
 from metilr.collection.index_schema import Index
 from metilr.collection.open_collection import open_with_threshold
 from metilr.collection.photos import Decoder
+from metilr.onnx_embedder import OnnxEmbedder
 from tests.iiif import Institution, picture
+from tests.milvus import running
 from tests.server import Server
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "own_systems.md").read_text()
-MODEL = ["--backbone", "timm/test_resnet", "--weights", "random", "--accelerator", "cpu", "--num_workers", "0"]
+MODEL = ["--backbone", "timm/test_efficientnet", "--weights", "random", "--accelerator", "cpu", "--num_workers", "0"]
 LOCAL = ["--allow_private", "true", "--requests_per_second", "1000"]
 
 
@@ -28,20 +31,25 @@ def museum():
     server.stop()
 
 
-def commands(museum: Institution) -> list[list[str]]:
-    """The first block of the document, for the local museum."""
-    [block] = re.findall(r"```\n(metilr index https.*?)```", DOCUMENT, re.DOTALL)
-    lines = block.replace("https://museum.example/iiif/collection", museum.address).splitlines()
-    return [shlex.split(line)[1:] for line in lines]
+def commands(museum: Institution, begins: str, milvus: str = "") -> list[list[str]]:
+    """The commands of the document's block that begins so, for local servers; without those of other programs."""
+    [block] = re.findall(rf"```\n({begins}.*?)```", DOCUMENT, re.DOTALL)
+    block = block.replace("https://museum.example/iiif/collection", museum.address)
+    lines = block.replace("http://localhost:19530", milvus).splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("metilr")]
 
 
 def test_from_a_collection_to_answers_and_back_to_date(museum, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    make_index, identify, serve = commands(museum)
-    make_index += [*MODEL, *LOCAL, "--image_size", "96"]
+    make_index, audit, identify, serve = commands(museum, "metilr index https")
+    make_index += [*MODEL, *LOCAL, "--image_size", "128"]
     main(make_index)
     assert "40 images of 40 exhibits" in " ".join(capsys.readouterr().out.split())
-    assert set(museum.asked) == {f"{i}/full/96,/0/default.jpg" for i in range(40)}
+    assert set(museum.asked) == {f"{i}/full/128,/0/default.jpg" for i in range(40)}
+
+    main(audit)
+    assert "database 40 images, 40 exhibits" in " ".join(capsys.readouterr().out.split())
+    assert list(Path("runs/audits").glob("*/audit.html"))
 
     picture(7, 300, 225).save("photo.jpg")
     main([*identify, "--accelerator", "cpu"])
@@ -67,6 +75,24 @@ def test_from_a_collection_to_answers_and_back_to_date(museum, tmp_path, monkeyp
     assert ask("photo.jpg")["about"]["title"] == "Object new52"
     main(make_index)
     assert "finished already" in capsys.readouterr().out
+
+    main([*commands(museum, "metilr export")[1]])
+    names = np.load("model.npz")["names"].tolist()
+    embedder = OnnxEmbedder("model.onnx")
+    [(name, _)] = embedder.search(embedder.describe("photo.jpg"), "model.npz", 1)
+    assert name == f"{museum.server.url}object/new52" and len(names) == 43
+
+
+def test_an_index_goes_into_a_database_and_is_searched_there(museum, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with running(tmp_path / "milvus") as address:
+        make_index, identify = commands(museum, "pip install 'metilr\\[milvus\\]'", address)
+        make_index[1] = museum.address
+        main([*make_index, *MODEL, *LOCAL, "--image_size", "128"])
+        picture(11, 300, 225).save("photo.jpg")
+        main([*identify, "--accelerator", "cpu"])
+    printed = capsys.readouterr().out
+    assert f"search       Milvus at {address}" in printed and "most likely Object o11, Ann Painter, 1888" in printed
 
 
 def ask(photo: str) -> dict:

@@ -21,6 +21,8 @@ SIDE = 320  # px
 POINTS = 400  # of SIFT, the strongest
 RATIO = 0.85  # of the distances to the nearest and to the second nearest point: matches beyond it are left out
 LEAST_MATCHES = 4
+LEAST_INLIERS = 8  # matches that one transformation explains: four or five do so by chance
+MANY_POINTS = 40
 DETAIL = (1.0, 3.0)  # standard deviations in px between which Gaussians leave detail
 BORDER = 10  # px that a frame's edge, blurred, reaches into the picture
 BLOCK = 24  # px of a side of the squares that must agree, each of them
@@ -116,9 +118,11 @@ def _starts(first: Sketch, second: Sketch) -> Iterator[np.ndarray]:
     if len(ours) >= LEAST_MATCHES:
         cv2.setRNGSeed(0)
         found, is_inlier = cv2.estimateAffinePartial2D(ours, theirs, ransacReprojThreshold=3.0)
-        if found is not None and is_inlier.sum() >= LEAST_MATCHES:
+        if found is not None and is_inlier.sum() >= LEAST_INLIERS:
             yield found
             return
+    if min(len(first.points), len(second.points)) >= MANY_POINTS:  # they would match
+        return
     (height, width), (to_height, to_width) = first.grey.shape, second.grey.shape
     if abs(np.log(width / height * to_height / to_width)) < 0.1:
         yield np.array([[to_width / width, 0, 0], [0, to_height / height, 0]], np.float32)

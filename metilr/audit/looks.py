@@ -78,7 +78,7 @@ def looks_of(facts: Facts) -> Iterator[tuple[Look, str]]:
         yield "shape", f"{width} x {height} px"
     if facts.deviation < FLAT:
         yield "blank", f"deviation of {facts.deviation:.1f} of 255 levels"
+    elif facts.bright < DARK:
+        yield "dark", f"95% of the pixels darker than {facts.bright:.0f} of 255"
     elif facts.near_median > SHARE:
         yield "uniform", f"{facts.near_median:.0%} of the pixels within {NEARLY} levels"
-    if facts.deviation >= FLAT and facts.bright < DARK:
-        yield "dark", f"95% of the pixels darker than {facts.bright:.0f} of 255"
