@@ -23,9 +23,9 @@ from measuring import Clock, PeakMemory, show
 from PIL import Image, ImageOps
 from tuning import WIDTH
 
-from metilr.audit.groups import SCORES, nearest_images
-from metilr.audit.run import NEIGHBOURS
-from metilr.commands.audit import make_audit
+from metilr.auditing.groups import SCORES, nearest_images
+from metilr.auditing.run import NEIGHBOURS
+from metilr.commands.audit import audit
 from metilr.extraction.options import ExtractionOptions
 from metilr.models import ModelOptions
 
@@ -109,7 +109,7 @@ def find(museum: Path, folder: Path, model: ModelOptions) -> None:
     """Audit, and hold what is found against what was planted."""
     clock = Clock()
     extraction = ExtractionOptions(engine="openvino") if model.weights is None else ExtractionOptions(num_workers=0)
-    found, _ = make_audit(museum, model=model, extraction=extraction, output=folder / "audit")
+    found = audit(museum, model=model, extraction=extraction, output=folder / "audit")
     seconds = clock()
     planted = json.loads((museum / "planted.json").read_text())
     copies = {frozenset(pair) for pair in planted["copies"]}

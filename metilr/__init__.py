@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from metilr.collection.identify import identify as identify
     from metilr.collection.index import index as index
     from metilr.collection.open_collection import open_collection as open_collection
+    from metilr.commands.audit import audit as audit
     from metilr.commands.evaluate import evaluate as evaluate
     from metilr.commands.export import export as export
     from metilr.data.ground_truth import GroundTruth as GroundTruth, load_ground_truth as load_ground_truth
@@ -54,6 +55,7 @@ _HOMES = {
     "collection.identify": ("identify",),
     "collection.index": ("index",),
     "collection.open_collection": ("open_collection",),
+    "commands.audit": ("audit",),
     "commands.evaluate": ("evaluate",),
     "commands.export": ("export",),
     "data.ground_truth": ("GroundTruth", "load_ground_truth"),

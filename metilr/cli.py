@@ -35,7 +35,10 @@ SUBCOMMANDS = {  # where each is within metilr, and its summary, which --help pr
     "rerun": ("commands.rerun:rerun", "Repeat an evaluation and say whether its figures come out again."),
     "sweep": ("commands.sweep:sweep", "Evaluate many configurations, or one option over several values."),
     "dataset": ("commands.dataset:dataset", "Show what a data root holds: counts, class sizes, sample images."),
-    "audit": ("commands.audit:audit", "Look for copies, leaks, doubtful labels and bad images."),
+    "audit": (
+        "commands.audit:audit_and_exit",
+        "Look for copies, leaks, doubtful labels and bad images in a data set or an index.",
+    ),
     "download": ("commands.download:download", "Download the Met dataset, check it and unpack it."),
     "verify": ("commands.verify:verify", "Check that every image of a ground truth is there and readable."),
     "export": ("commands.export:export", "Write a model as one ONNX file, or an index's descriptors as a table."),
@@ -119,8 +122,7 @@ def flat_defaults(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _groups(function: Callable[..., Any]) -> dict[str, Any]:
     """The dataclasses among a function's parameters, by the parameter's name."""
-    kinds = typing.get_type_hints(function)
-    kinds.pop("return", None)
+    kinds = {name: kind for name, kind in typing.get_type_hints(function).items() if name != "return"}
     parts = ((name, part) for name, kind in kinds.items() for part in (kind, *typing.get_args(kind)))
     return {name: part for name, part in parts if dataclasses.is_dataclass(part)}
 

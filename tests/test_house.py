@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "metilr"
 ORDER = (
     "", "metrics", "data", "sources", "download", "demo", "models", "extraction", "retrieval", "geometry", "evaluation",
-    "report", "training", "collection", "commands",
+    "report", "training", "collection", "auditing", "commands",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = ("pytorch_lightning", "timm", "torchvision", "torchmetrics", "wandb", "matplotlib")
@@ -70,9 +70,9 @@ def test_the_house_does_not_grow():
     One file lies flat beyond the ground floor: ``onnx_embedder``, which others copy, so it imports nothing of metilr.
     """
     lines = {file: len(file.read_text().splitlines()) for file in FILES}
-    assert len(FILES) <= 115 and len([file for file in FILES if file.parent == PACKAGE]) <= 9
+    assert len(FILES) <= 126 and len([file for file in FILES if file.parent == PACKAGE]) <= 9
     assert not list(imports_of(PACKAGE / "onnx_embedder.py"))
-    assert sum(lines.values()) <= 19_673
+    assert sum(lines.values()) <= 21_382
     assert [str(file) for file, n in lines.items() if n > 300] == []
 
 

@@ -21,6 +21,7 @@ from tests.server import Server
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "own_systems.md").read_text()
 MODEL = ["--backbone", "timm/test_efficientnet", "--weights", "random", "--accelerator", "cpu", "--num_workers", "0"]
+MODEL += ["--scales", "1"]
 LOCAL = ["--allow_private", "true", "--requests_per_second", "1000"]
 
 
@@ -42,10 +43,10 @@ def commands(museum: Institution, begins: str, milvus: str = "") -> list[list[st
 def test_from_a_collection_to_answers_and_back_to_date(museum, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_index, audit, identify, serve = commands(museum, "metilr index https")
-    make_index += [*MODEL, *LOCAL, "--image_size", "128"]
+    make_index += [*MODEL, *LOCAL, "--image_size", "96"]
     main(make_index)
     assert "40 images of 40 exhibits" in " ".join(capsys.readouterr().out.split())
-    assert set(museum.asked) == {f"{i}/full/128,/0/default.jpg" for i in range(40)}
+    assert set(museum.asked) == {f"{i}/full/96,/0/default.jpg" for i in range(40)}
 
     main(audit)
     assert "database 40 images, 40 exhibits" in " ".join(capsys.readouterr().out.split())
@@ -88,7 +89,7 @@ def test_an_index_goes_into_a_database_and_is_searched_there(museum, tmp_path, m
     with running(tmp_path / "milvus") as address:
         make_index, identify = commands(museum, "pip install 'metilr\\[milvus\\]'", address)
         make_index[1] = museum.address
-        main([*make_index, *MODEL, *LOCAL, "--image_size", "128"])
+        main([*make_index, *MODEL, *LOCAL, "--image_size", "96"])
         picture(11, 300, 225).save("photo.jpg")
         main([*identify, "--accelerator", "cpu"])
     printed = capsys.readouterr().out

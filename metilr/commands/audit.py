@@ -1,19 +1,21 @@
 """``metilr audit``: whether a data set is honest, and a collection clean."""
 
+import functools
 import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from metilr.audit.groups import CopyOptions
-from metilr.audit.labels import Case
-from metilr.audit.schema import ERRORS, MEANINGS, Audit, Kind
-from metilr.audit.subject import Subject
+from metilr.auditing.groups import CopyOptions
+from metilr.auditing.labels import Case
+from metilr.auditing.schema import ERRORS, MEANINGS, Audit, Kind
+from metilr.auditing.subject import Subject
 from metilr.data.decode import limit_images
 from metilr.data.ground_truth import DatabaseName, load_ground_truth
 from metilr.data.tables import as_csv
@@ -51,26 +53,9 @@ def audit(
         copies: What counts as a copy.
         fail_on: What counts as an error.
         output: Folder to write into; without it one under runs/audits that stands for these images and this model.
-    """
-    found, folder = make_audit(source, database, model, extraction, copies, fail_on, output)
-    console = make_console()
-    _print(console, found)
-    console.print(f"wrote {escape(str(folder / 'audit.html'))}, audit.json and lists as CSV beside it")
-    if found.errors:
-        sys.exit(1)
-    return found
 
-
-def make_audit(
-    source: Path,
-    database: DatabaseName = "full",
-    model: ModelOptions | None = None,
-    extraction: ExtractionOptions | None = None,
-    copies: CopyOptions | None = None,
-    fail_on: Sequence[Kind] = ERRORS,
-    output: Path | None = None,
-) -> tuple[Audit, Path]:
-    """Audit as ``metilr audit`` does: what was found, and the folder with all that it writes.
+    Returns:
+        What audit.json says.
 
     Raises:
         UserError: If an option, a file or the data is not usable; says which and what to do.
@@ -98,15 +83,25 @@ def make_audit(
     digest = hashlib.sha256(content.encode()).hexdigest()[:12]
     folder = AUDITS / f"{subject.name}-{digest}" if output is None else Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    from metilr.audit.page import write_page
-    from metilr.audit.run import audit_images
+    from metilr.auditing.page import write_page
+    from metilr.auditing.run import audit_images
 
     with alone_in(folder, "another audit", "name another output"):
         found = audit_images(subject, folder / f"work-{digest}", options, cases, fail_on, extraction.quiet)
         write_lists(folder, found)
         write_page(folder, found, subject.truth, extraction.quiet)
         write_atomically(folder / "audit.json", json.dumps(found.model_dump(by_alias=True), indent=1) + "\n")
-    return found, folder
+    console = make_console()
+    _print(console, found)
+    console.print(f"wrote {escape(str(folder / 'audit.html'))}, audit.json and lists as CSV beside it")
+    return found
+
+
+@functools.wraps(audit)
+def audit_and_exit(*options: Any, **more: Any) -> None:
+    """Audit, and end with status 1 if there are errors."""
+    if audit(*options, **more).errors:
+        sys.exit(1)
 
 
 def _of_root(

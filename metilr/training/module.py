@@ -297,6 +297,4 @@ class FineTuning(pl.LightningModule):
         self.resumed = True
         before = (checkpoint.get("metilr") or {}).get("data") or {}
         if self.has_data and before.get("fingerprint") != self.data.ground_truth.fingerprint():
-            raise UserError(
-                "the training there had other data (database or valset.json changed); name another folder", "output"
-            )
+            raise UserError("holds a training on other data (database or valset.json changed); name another", "output")

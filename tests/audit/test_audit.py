@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from metilr.audit import groups
-from metilr.audit.labels import leakage_of
-from metilr.audit.schema import KINDS, Audit
-from metilr.audit.subject import Found
+import metilr
+from metilr.auditing import groups
+from metilr.auditing.labels import leakage_of
+from metilr.auditing.schema import KINDS, Audit
+from metilr.auditing.subject import Found
 from metilr.cli import main
-from metilr.commands.audit import make_audit
 from metilr.metrics import gap
 from tests.audit.pictures import picture
 from tests.audit.test_copies import seen_from_the_side
@@ -220,9 +220,11 @@ def test_an_index_is_audited_as_it_is(faulty, tmp_path, monkeypatch, capsys):
     shutil.rmtree(tmp_path / "museum" / "8")
     model = {"backbone": "timm/test_resnet", "weights": "random", "accelerator": "cpu", "num_workers": 0}
     index(tmp_path / "museum", tmp_path / "INDEX", quiet=True, **model)
-    found, folder = make_audit(tmp_path / "INDEX")
+    found = metilr.audit(tmp_path / "INDEX")
     assert found.counts["two_exhibits"] == 1 and found.counts["placeholder"] == 1 and found.counts["duplicate"] == 3
-    assert not found.leakage and found.images == {"database": 16} and (folder / "audit.html").exists()
+    assert (
+        not found.leakage and found.images == {"database": 16} and list((tmp_path / "runs/audits").glob("*/audit.html"))
+    )
     main(["audit", "INDEX", "--fail_on", "unreadable"])
     assert "no errors" in capsys.readouterr().out
     for options, said in (

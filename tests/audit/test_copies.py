@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from metilr.audit.copies import inliers, likeness, sketch
-from metilr.audit.groups import CopyOptions
+from metilr.auditing.copies import inliers, likeness, sketch
+from metilr.auditing.groups import CopyOptions
 from tests.audit.pictures import picture
 
 SCORE = CopyOptions().copy_score

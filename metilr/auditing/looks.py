@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metilr.audit.schema import Look
-from metilr.audit.subject import Found, Subject
+from metilr.auditing.schema import Look
+from metilr.auditing.subject import Found, Subject
 from metilr.data.decode import BadImageError, load_image
 from metilr.files import file_sha256
 from metilr.progress import tracked

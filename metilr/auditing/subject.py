@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from metilr.audit.schema import Image
+from metilr.auditing.schema import Image
 from metilr.data.ground_truth import GroundTruth
 from metilr.evaluation.database import as_compared
 from metilr.extraction.descriptors import Descriptors

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from metilr.audit.schema import KINDS, MEANINGS, Audit, Image
+from metilr.auditing.schema import KINDS, MEANINGS, Audit, Image
 from metilr.data.decode import BadImageError
 from metilr.data.ground_truth import GroundTruth
 from metilr.files import write_atomically

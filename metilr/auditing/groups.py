@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from metilr.audit.copies import Likeness, Sketch, likeness, sketch
-from metilr.audit.looks import Facts
-from metilr.audit.schema import Copies, Group, Member, Threshold
-from metilr.audit.subject import Found, Subject
+from metilr.auditing.copies import Likeness, Sketch, likeness, sketch
+from metilr.auditing.looks import Facts
+from metilr.auditing.schema import Copies, Group, Member, Threshold
+from metilr.auditing.subject import Found, Subject
 from metilr.data.decode import load_image
 from metilr.errors import UserError
 from metilr.files import replaced_file

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from metilr.audit.copies import inliers
-from metilr.audit.groups import Pictures
-from metilr.audit.schema import Coverage, Figures, Label, Leakage
-from metilr.audit.subject import Found, Subject
+from metilr.auditing.copies import inliers
+from metilr.auditing.groups import Pictures
+from metilr.auditing.schema import Coverage, Figures, Label, Leakage
+from metilr.auditing.subject import Found, Subject
 from metilr.metrics import DISTRACTOR, acc, gap, gap_minus
 from metilr.metrics.bootstrap import N_RESAMPLES
 from metilr.progress import tracked

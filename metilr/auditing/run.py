@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from metilr import __version__
-from metilr.audit import labels
-from metilr.audit.groups import CopyOptions, Pictures, candidates, compare, group, leaked, nearest_images, thresholds
-from metilr.audit.looks import looks_of, read_facts
-from metilr.audit.schema import ERRORS, KINDS, Audit, Kind, Looked
-from metilr.audit.subject import Found, Subject
+from metilr.auditing import labels
+from metilr.auditing.groups import CopyOptions, Pictures, candidates, compare, group, leaked, nearest_images, thresholds
+from metilr.auditing.looks import looks_of, read_facts
+from metilr.auditing.schema import ERRORS, KINDS, Audit, Kind, Looked
+from metilr.auditing.subject import Found, Subject
 
 NEIGHBOURS = 20  # of each image in the database: an exhibit has one to a dozen images
 
