@@ -2,8 +2,8 @@
 
     python docs/report_picture.py
 
-Evaluates and audits the demo (five minutes on two cores, less where its descriptors are there) and photographs two places
-of each page with Chromium (``chromium`` on the path, or the variable CHROMIUM).
+Evaluates and audits the demo (five minutes on two cores, less with its descriptors) and photographs two places of each
+page with Chromium (``chromium`` on the path, or the variable CHROMIUM).
 """
 
 import io

@@ -35,10 +35,7 @@ SUBCOMMANDS = {  # where each is within metilr, and its summary, which --help pr
     "rerun": ("commands.rerun:rerun", "Repeat an evaluation and say whether its figures come out again."),
     "sweep": ("commands.sweep:sweep", "Evaluate many configurations, or one option over several values."),
     "dataset": ("commands.dataset:dataset", "Show what a data root holds: counts, class sizes, sample images."),
-    "audit": (
-        "commands.audit:audit_and_exit",
-        "Look for copies, leaks, doubtful labels and bad images in a data set or an index.",
-    ),
+    "audit": ("commands.audit:audit_and_exit", "Look for copies, leaks, doubtful labels and bad images."),
     "download": ("commands.download:download", "Download the Met dataset, check it and unpack it."),
     "verify": ("commands.verify:verify", "Check that every image of a ground truth is there and readable."),
     "export": ("commands.export:export", "Write a model as one ONNX file, or an index's descriptors as a table."),

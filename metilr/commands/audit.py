@@ -39,9 +39,9 @@ def audit(
     fail_on: Sequence[Kind] = ERRORS,
     output: Path | None = None,
 ) -> Audit:
-    """Look for copies, leaks, doubtful labels and bad images in a data set or an index.
+    """Look for copies, leaks, doubtful labels and bad images.
 
-    Descriptors that an evaluation with the same model left are used, or made. Prints what was found, and writes
+    This looks through a data set or an index. Descriptors that an evaluation with the same model left are used, or made. Prints what was found, and writes
     audit.json, lists as CSV, and a page with the pictures. Nothing of the data is changed. Interrupted, the same
     command continues. The exit status is 1 if there are errors (--fail_on).
 

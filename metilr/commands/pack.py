@@ -15,9 +15,8 @@ from metilr.progress import make_console
 def pack(run: Path, output: Path) -> None:
     """Write a run's model and whitening into one checkpoint, to pass on.
 
-    To evaluate other data with it: metilr evaluate --ckpt FILE --whitening FILE. Class weights, where they were searched,
-    go along. Crops, visits in the database and a
-    geometric check are no part of it: they stay options.
+    To evaluate other data with it: metilr evaluate --ckpt FILE --whitening FILE. Class weights that were searched go
+    along. Crops, visits in the database and a geometric check are no part of it: they stay options.
 
     Args:
         run: Folder that metilr evaluate wrote.
