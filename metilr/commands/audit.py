@@ -41,7 +41,7 @@ def audit(
 ) -> Audit:
     """Look for copies, leaks, doubtful labels and bad images.
 
-    This looks through a data set or an index. Descriptors that an evaluation with the same model left are used, or made.
+    Of a data set or an index. Descriptors that an evaluation with the same model left are used, or made.
     Prints what was found, and writes audit.json, lists as CSV, and a page with the pictures. Nothing of the data is
     changed. Interrupted, the same command continues. The exit status is 1 if there are errors (--fail_on).
 

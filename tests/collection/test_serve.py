@@ -167,11 +167,23 @@ def test_a_bad_upload_is_refused_and_harms_no_other(client, indexed, hostile):
     assert good.status_code == 200 and good.json()["exhibit"] == "9"
 
 
-def test_uploads_at_once_get_their_own_answers(address, indexed):
+def test_of_50_uploads_at_once_each_gets_its_own_answer_or_is_told_to_come_again(address, indexed, hostile):
     photos = [file for file in sorted((indexed / "museum").rglob("*.jpg")) if file.is_file()]
-    with ThreadPoolExecutor(8) as pool, httpx.Client(base_url=address, timeout=60) as client:
-        answers = list(pool.map(lambda photo: send(client, photo.read_bytes()).json(), photos * 3))
-    assert [answer["exhibit"] for answer in answers] == [photo.parent.name for photo in photos * 3]
+    uploads = [*(photos * 6)[:46], *[hostile["truncated"]] * 4]
+    refused = []
+
+    def ask(photo: Path) -> dict:
+        with httpx.Client(base_url=address, timeout=60) as client:
+            while (response := send(client, photo.read_bytes())).status_code == 503:
+                refused.append(response.headers["retry-after"])
+                time.sleep(0.2)
+        return response.json()
+
+    with ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(ask, uploads))
+    assert [answer["exhibit"] for answer in answers[:46]] == [photo.parent.name for photo in uploads[:46]]
+    assert all("cannot be decoded" in answer["error"] for answer in answers[46:])
+    assert set(refused) <= {"5"}
 
 
 def test_too_long_an_upload_is_refused_by_what_it_says_and_while_it_comes_in(client, indexed):
