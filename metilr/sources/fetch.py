@@ -35,6 +35,7 @@ MOST_REDIRECTS = 10
 DOCUMENT_MEGABYTES = 50  # of a manifest; the largest that libraries publish have a few
 NAT64, LOCAL_NAT64 = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48")
 CHUNK = 1 << 16
+UNENDED = "its server does not say how long it is; download it by other means, and name the file"
 Made = TypeVar("Made")
 
 
@@ -121,7 +122,7 @@ class Downloads:
         return read_json(await self.file(address, check, max_megabytes))
 
     async def file(
-        self, address: str, check: Callable[[Path], None], max_megabytes: float | None = None, again: bool = False
+        self, address: str, check: Callable[[Path], None], max_megabytes: float | None = None, is_source: bool = False
     ) -> Path:
         """Download the file at an address.
 
@@ -129,7 +130,7 @@ class Downloads:
             address: Where it is.
             check: Is called with a file that is new, in a thread, and raises DownloadError if it is not to be had.
             max_megabytes: Limit of its size; without it that of the options.
-            again: Ask whether it has changed in any case.
+            is_source: Ask whether it has changed in any case, and refuse a table whose half would pass for the whole.
 
         Raises:
             DownloadError: If it cannot be had, or is refused by ``check``.
@@ -139,13 +140,13 @@ class Downloads:
         limit = int((max_megabytes or self.options.max_file_megabytes) * 10**6)
         async with self._locks.setdefault(address, asyncio.Lock()):  # who else wants it waits
             note = file.with_suffix(".json")
-            is_current = not (self.ask_again or again) or address in self._current
+            is_current = not (self.ask_again or is_source) or address in self._current
             known = _known(file, note)
             if known and is_current:
                 return file
             try:
                 async with self._free:
-                    received = await self._tried(address, file, known, limit, check)
+                    received = await self._tried(address, file, known, limit, check, is_source)
                 if received is not None:
                     write_atomically(note, json.dumps({"address": address, **received}) + "\n")
             except NoAnswerError:
@@ -156,8 +157,9 @@ class Downloads:
         return file
 
     async def _tried(
-        self, address: str, file: Path, known: dict[str, str], limit: int, check: Callable[[Path], None]
-    ) -> dict[str, str] | None:
+        self, address: str, file: Path, known: dict[str, str], limit: int, check: Callable[[Path], None],
+        is_source: bool,
+    ) -> dict[str, str] | None:  # fmt: skip
         """Ask until there is an answer that stays; its validators, or None if the file that is there is current."""
         server, reason = _server_of(address), ""
         for attempt in range(TRIES):
@@ -171,6 +173,8 @@ class Downloads:
                     if answer.status == 304 and known:
                         return None
                     if answer.status == 200:
+                        if is_source and not _has_end(answer):
+                            raise DownloadError(UNENDED)
                         return await _received(answer, file, limit, check)
                     reason = f"HTTP {answer.status} {answer.reason or ''}".strip()
                     if answer.status not in PASSING:
@@ -279,6 +283,12 @@ async def _received(
         unchecked.unlink(missing_ok=True)
     validators = {"etag": answer.headers.get("ETag"), "modified": answer.headers.get("Last-Modified")}
     return {"bytes": str(n_bytes), **{name: value for name, value in validators.items() if value}}
+
+
+def _has_end(answer: aiohttp.ClientResponse) -> bool:
+    """Whether an answer that is cut off can be told from a whole one: by its length, its chunks, or as JSON."""
+    is_chunked = "chunked" in answer.headers.get("Transfer-Encoding", "").lower()
+    return answer.content_length is not None or is_chunked or "json" in answer.content_type
 
 
 def _asked_pause(retry_after: str) -> float:

@@ -62,7 +62,7 @@ async def _downloaded(
     source: str, folder: Path, options: DownloadOptions, side: int | None, language: str, ask_again: bool, quiet: bool
 ) -> Catalogue:
     async with Downloads(folder, options, ask_again) as downloads:
-        file = await downloads.file(source, _nothing, again=True) if is_address(source) else Path(source)
+        file = await downloads.file(source, _nothing, is_source=True) if is_address(source) else Path(source)
         if _is_json(file, source):
             try:
                 document = read_json(file)

@@ -74,6 +74,14 @@ def test_a_table_of_addresses(server, tmp_path, at):
     assert [(catalogue.folder / path).read_bytes() for path in catalogue.paths] == [jpeg(i) for i in range(3)]
 
 
+def test_a_table_that_may_be_cut_off_is_refused(server, tmp_path):
+    """Without a length, half of it looks like a whole one."""
+    half = b"HTTP/1.0 200 OK\r\nContent-Type: text/csv\r\n\r\n" + table(tmp_path, server).read_bytes()[:-40]
+    server.faults = [Fault(raw=half)]
+    with pytest.raises(UserError, match=r"table\.csv: its server does not say how long it is; download it by other"):
+        read(f"{server.url}table.csv", tmp_path)
+
+
 def test_a_parquet_table(server, tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     from pyarrow import parquet
