@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make test-lowest | make release-check | make audit | make clean
+# make demo | make test | make lint | make milvus | make test-lowest | make release-check | make audit | make clean
 # Everything happens in .venv and its likes beside it; nothing outside is touched. CONTRIBUTING.md says what each is for.
 PYTHON ?= python3
 VENV := .venv
