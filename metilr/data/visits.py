@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import cv2
+import numpy as np
 import torch
-from torchvision.transforms import InterpolationMode
+from torch.nn.functional import grid_sample
 from torchvision.transforms.v2 import functional as F
 
 from metilr.data.visit_effects import (
@@ -78,13 +80,14 @@ def window_around(corners: torch.Tensor, strength: float, stream: Stream) -> tup
 
 def warp(picture: torch.Tensor, corners: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Place the picture's corners in a photograph of that size: premultiplied RGB and coverage, (4, H, W)."""
-    height, width = picture.shape[1:]
     layers = torch.cat([picture, torch.ones_like(picture[:1])])
-    # torchvision's perspective keeps the canvas, so make room for whichever is larger.
-    layers = F.pad(layers, [0, 0, max(0, size[1] - width), max(0, size[0] - height)])
-    upright = [[0, 0], [width, 0], [width, height], [0, height]]
-    layers = F.perspective(layers, upright, corners.tolist(), interpolation=InterpolationMode.BILINEAR)
-    return layers[:, : size[0], : size[1]]
+    # Where each pixel of the photograph lies in the picture, from -1 to 1: a ratio of linear functions of its centre.
+    upright = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], np.float32)
+    matrix = cv2.getPerspectiveTransform(corners.numpy().astype(np.float32), upright)
+    xs, ys = (np.arange(n, dtype=np.float32) + 0.5 for n in (size[1], size[0]))
+    x, y, w = (row[0] * xs + (row[1] * ys + row[2])[:, None] for row in matrix.astype(np.float32))
+    place = torch.from_numpy(np.stack([x / w, y / w], axis=2))
+    return grid_sample(layers[None], place[None], "bilinear", "zeros", align_corners=False)[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,7 +8,14 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from metilr.data.visit_effects import gaussian_blur
+from metilr.data.visit_effects import (
+    Stream,
+    _choose_frame,
+    add_glare,
+    gaussian_blur,
+    light_badly,
+    put_in_frame,
+)
 from metilr.data.visits import (
     PRESETS,
     VisitStrengths,
@@ -16,6 +24,7 @@ from metilr.data.visits import (
     simulate_visit,
     strengths_between,
     visit_shape,
+    warp,
 )
 from metilr.errors import UserError
 
@@ -181,3 +190,66 @@ def test_blur_is_torchvision_s(shape, sigmas):
     sizes = [2 * min(math.ceil(3 * s), n - 1) + 1 for s, n in zip(sigmas, reversed(shape), strict=True)]
     expected = F.gaussian_blur(image, sizes, list(sigmas))
     torch.testing.assert_close(gaussian_blur(image, *sigmas), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (7, 30)])
+@pytest.mark.parametrize("size", [(40, 60), (25, 90), (1, 1)])
+def test_the_warp_is_torchvision_s(shape, size):
+    """Which keeps the canvas, so there is room for whichever is larger."""
+    generator = torch.Generator().manual_seed(0)
+    picture, (height, width) = torch.rand(3, *shape, generator=generator), shape
+    upright = [[0, 0], [width, 0], [width, height], [0, height]]
+    share = 0.3 * torch.rand(4, 2, generator=generator) * torch.tensor([[1, 1], [-1, 1], [-1, -1], [1, -1]])
+    corners = torch.tensor([[0.0, 0], [1, 0], [1, 1], [0, 1]]) + share
+    corners = corners * torch.tensor([size[1], size[0]])
+    layers = torch.cat([picture, torch.ones(1, *shape)])
+    layers = F.pad(layers, [0, 0, max(0, size[1] - width), max(0, size[0] - height)])
+    expected = F.perspective(layers, upright, corners.tolist())[:, : size[0], : size[1]]
+    torch.testing.assert_close(warp(picture, corners, size), expected, atol=2e-4, rtol=0)
+
+
+def test_light_is_torchvision_s_brightness_and_saturation_in_a_tint_and_a_fall_off():
+    image, seed = torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(0)), 5
+    stream = Stream(seed)
+    plain = F.adjust_brightness(image, 1 - 0.6 * stream.effect(0.8))
+    plain = F.adjust_saturation(plain, 1 - 0.4 * stream.effect(0.8))
+    warmth = 0.3 * stream.effect(0.8) * (1 if stream.uniform() < 0.7 else -1)
+    gains = [1 + warmth / 2, 1 + 0.05 * 0.8 * stream.uniform(-1, 1), 1 - warmth / 2]
+    angle, drop = stream.uniform(0, 2 * math.pi), 0.6 * stream.effect(0.8)
+    for y in range(20):
+        for x in range(30):
+            along = math.cos(angle) * ((x + 0.5) / 30 - 0.5) + math.sin(angle) * ((y + 0.5) / 20 - 0.5)
+            plain[:, y, x] *= torch.tensor(gains) * (1 - drop * (along / math.sqrt(2) + 0.5))
+    torch.testing.assert_close(light_badly(image, 0.8, Stream(seed)), plain.clamp(0, 1), atol=1e-6, rtol=0)
+
+
+def test_lamps_are_mirrored_one_after_the_other():
+    generator = torch.Generator().manual_seed(0)
+    image, coverage = torch.rand(3, 20, 30, generator=generator), torch.rand(1, 20, 30, generator=generator)
+    stream, plain = Stream(3), image.clone()
+    xs, ys = (torch.arange(30) + 0.5)[None] / 30, (torch.arange(20) + 0.5)[:, None] / 20
+    for _ in range(1 + int(stream.uniform(0, 3) * 0.9)):
+        x, y = stream.uniform(0.15, 0.85), stream.uniform(0.1, 0.8)
+        wide = 0.12 * stream.effect(0.9) + 0.02
+        high = wide * stream.uniform(0.5, 1.8)
+        lamp = torch.exp(-(((xs - x) / wide) ** 4) - ((ys - y) / high) ** 4)
+        halo = torch.exp(-((xs - x) ** 2 + (ys - y) ** 2) / (3 * wide) ** 2)
+        plain = plain + (1 - plain) * stream.effect(0.9) * (0.8 * lamp + 0.25 * halo) * coverage
+    torch.testing.assert_close(add_glare(image, coverage, 0.9, Stream(3)), plain.clamp(0, 1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (9, 5), (1, 1)])
+def test_each_pixel_of_a_frame_is_as_deep_as_it_is_far_from_the_edge(shape):
+    image, stream = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0)), Stream(4)
+    framed = put_in_frame(image, 1.0, Stream(4))
+    colour, width = _choose_frame(*shape, 1.0, stream)
+    bevels, (height, length) = stream.uniform(0.5, 2.5), framed.shape[1:]
+    assert torch.equal(framed[:, width:-width, width:-width], image)
+    for y, x in itertools.product(range(height), range(length)):
+        side, top = min(x + 0.5, length - x - 0.5), min(y + 0.5, height - y - 0.5)
+        depth = min(side, top) / width
+        if depth < 1:
+            profile = 0.85 + 0.2 * math.sin(2 * math.pi * bevels * depth) - 0.3 * depth**6
+            lit = (1.15 if y + 0.5 > height / 2 else 0.85) if top < side else 1.0
+            expected = (colour[:, 0, 0] * profile * lit).clamp(0, 1)
+            torch.testing.assert_close(framed[:, y, x], expected, atol=1e-5, rtol=0)
