@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-SIDE = 320  # px
+SIDE, LEAST_SIDE, MOST_SIDE = 320, 64, 2000  # px of the longer side; more where the shorter would be too thin
 POINTS = 400  # of SIFT, the strongest
+RECIPE = 1  # raise it when code here changes what two images give
 RATIO = 0.85  # of the distances to the nearest and to the second nearest point: matches beyond it are left out
 LEAST_MATCHES = 4
 LEAST_INLIERS = 8  # matches that one transformation explains: four or five do so by chance
@@ -51,7 +52,7 @@ class Likeness(NamedTuple):
 def sketch(image: np.ndarray) -> Sketch:
     """Reduce an image, uint8 RGB ``(H, W, 3)``, to what is compared of it."""
     height, width = image.shape[:2]
-    factor = SIDE / max(height, width)
+    factor = max(SIDE / max(height, width), min(LEAST_SIDE / min(height, width), MOST_SIDE / max(height, width)))
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
     grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_AREA)
     return _described(grey, (width, height))
@@ -178,7 +179,7 @@ def _agreement(transformation: np.ndarray, first: Sketch, second: Sketch) -> flo
         cv2.blur(each, (BLOCK, BLOCK)) / np.maximum(in_block, 0.5) for each in ((x - y) ** 2, (x**2 + y**2) / 2)
     )
     least = (1 - apart / 2 / np.maximum(usual, 1))[in_block >= 0.5]
-    return max(0.0, float(least.min(initial=1.0)))
+    return max(0.0, float(least.min())) if len(least) else 0.0
 
 
 def _standard(detail: np.ndarray, inner: np.ndarray) -> np.ndarray:

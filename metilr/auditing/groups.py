@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from metilr.auditing.copies import Likeness, Sketch, likeness, sketch
+from metilr.auditing.copies import RECIPE, Likeness, Sketch, likeness, sketch
 from metilr.auditing.looks import Facts
-from metilr.auditing.schema import Copies, Group, Member, Threshold
+from metilr.auditing.schema import Copies, Group, Member, Same, Threshold
 from metilr.auditing.subject import Found, Subject
 from metilr.data.decode import load_image
 from metilr.errors import UserError
 from metilr.files import replaced_file
-from metilr.metrics import DISTRACTOR
 from metilr.progress import counted, tracked
 from metilr.retrieval.search import Neighbours, search
 
@@ -53,11 +52,12 @@ class CopyOptions:
 def nearest_images(rows: np.ndarray, queries: np.ndarray, k: int, among: bool, folder: Path, quiet: bool) -> Neighbours:
     """The k nearest of ``rows`` ``(N, D)`` to each of ``queries`` ``(Q, D)``, exactly, block by block.
 
-    Blocks that are in ``folder`` are not searched again. ``among`` says that the first N queries are the rows
-    themselves: a row is no neighbour of its own.
+    Blocks that are in ``folder``, for this k, are not searched again. ``among`` says that the first N queries are the
+    rows themselves: a row is no neighbour of its own.
     """
-    folder.mkdir(exist_ok=True)
     k = min(k, len(rows) - 1)
+    folder = folder.with_name(f"{folder.name}-{k}")
+    folder.mkdir(exist_ok=True)
     found = []
     with counted("comparing descriptors", len(queries), "images", quiet) as done:
         for start in range(0, len(queries), BLOCK):
@@ -76,26 +76,31 @@ def nearest_images(rows: np.ndarray, queries: np.ndarray, k: int, among: bool, f
 
 
 def candidates(
-    subject: Subject, rows: np.ndarray, near: Neighbours, options: CopyOptions, work: Path, quiet: bool
+    subject: Subject,
+    rows: np.ndarray,
+    near: Neighbours,
+    usable: np.ndarray,
+    options: CopyOptions,
+    work: Path,
+    quiet: bool,
 ) -> list[Pair]:
     """Pairs whose descriptors are so similar that their pictures are to be compared.
 
-    ``near`` are the nearest of the database to all; queries are compared with each other here.
+    ``near`` are the nearest of the database to all; queries are compared with each other here. Both images of a pair
+    are ``usable``, bool ``(n,)``.
     """
     n_database = len(subject.truth.paths["database"])
-    pairs = _similar(near, 0, 0, subject, options)
+    pairs = _similar(near, 0, options)
     if len(rows) - n_database > 1:
         queries = rows[n_database:]
         of_queries = nearest_images(queries, queries, options.copy_neighbours, True, work / "queries", quiet)
-        pairs |= _similar(of_queries, n_database, n_database, subject, options)
-    return sorted(pairs)
+        pairs |= _similar(of_queries, n_database, options)
+    return sorted((a, b) for a, b in pairs if usable[a] and usable[b])
 
 
-def _similar(near: Neighbours, offset: int, offset_of_near: int, subject: Subject, options: CopyOptions) -> set[Pair]:
-    k = options.copy_neighbours
-    ours, places = np.nonzero(near.similarities[:, :k] >= options.copy_similarity)  # rows of zeros are near to nothing
-    theirs = near.rows[ours, places] + offset_of_near
-    pairs = np.sort(np.stack([ours + offset, theirs], axis=1), axis=1)
+def _similar(near: Neighbours, offset: int, options: CopyOptions) -> set[Pair]:
+    ours, places = np.nonzero(near.similarities[:, : options.copy_neighbours] >= options.copy_similarity)
+    pairs = np.sort(np.stack([ours, near.rows[ours, places]], axis=1), axis=1) + offset
     return {(int(a), int(b)) for a, b in np.unique(pairs, axis=0)}
 
 
@@ -118,11 +123,16 @@ def compare(
         if facts[a].pixels == facts[b].pixels:
             compared[a, b] = Likeness(1.0)
             continue
-        key = f"{a} {b}"
+        key = key_of(facts[a], facts[b])
         if key not in found.known:
             found.add(key, [*likeness(pictures.sketch(a), pictures.sketch(b))])
         compared[a, b] = Likeness(*found.known[key])
     return compared
+
+
+def key_of(first: Facts, second: Facts) -> str:
+    """Under which two images' comparison is kept: their pixels, and how they were compared."""
+    return f"{RECIPE} {first.pixels[:20]} {second.pixels[:20]}"
 
 
 def group(
@@ -131,34 +141,31 @@ def group(
     """Groups of copies, each with its images: what a chain of pairs links, of equal files and of such a score."""
     links = {pair: like for pair, like in compared.items() if like.score >= score}
     links |= {pair: Likeness(1.0) for pair in _of_equal_pixels(facts)}
-    for images in _linked(links, len(facts)):
-        inside = set(images)
-        of_group = {pair: like for pair, like in links.items() if pair[0] in inside}
-        members = []
-        for i in images:
-            like = of_group.get((images[0], i), Likeness(1.0))
-            said = dict(subject.said(i))
-            members.append(Member(**said, mirrored=like.mirrored, quarter_turns=like.quarter_turns))
-        hashes = ({facts[i].sha256 for i in images}, {facts[i].pixels for i in images})
-        yield (
-            Copies(
-                kind=kind_of(subject, images),
-                same="bytes" if len(hashes[0]) == 1 else "pixels" if len(hashes[1]) == 1 else "picture",
-                score=min(like.score for like in of_group.values()),
-                images=members,
-            ),
-            images,
-        )
+    for images, pairs in _linked(links, len(facts)):
+        parts = [images]
+        in_database = [i for i in images if subject.split_of[i] == 0]
+        if len(in_database) < len(images) and kind_of(subject, in_database) != "duplicate":
+            parts.append(in_database)  # a leak, and under several exhibits as well
+        score_of_all = min(links[pair].score for pair in pairs)
+        for part in parts:
+            likes = [links.get((part[0], i), Likeness(1.0)) for i in part]
+            members = [
+                Member(**dict(subject.said(i)), mirrored=like.mirrored, quarter_turns=like.quarter_turns)
+                for i, like in zip(part, likes, strict=True)
+            ]
+            hashes = ({facts[i].sha256 for i in part}, {facts[i].pixels for i in part})
+            same: Same = "bytes" if len(hashes[0]) == 1 else "pixels" if len(hashes[1]) == 1 else "picture"
+            yield Copies(kind=kind_of(subject, part), same=same, score=score_of_all, images=members), part
 
 
 def kind_of(subject: Subject, images: Sequence[int]) -> Group:
-    """What copies come to: on two sides of the evaluation, under several exhibits, or neither."""
+    """What copies come to: on two sides of the evaluation, under several exhibits (or one and none), or neither."""
     if len(set(subject.split_of[images].tolist())) > 1:
         return "leak"
-    exhibits = set(subject.labels[images].tolist()) - {DISTRACTOR}
-    if len(exhibits) < 2:
+    labels = set(subject.labels[images].tolist())
+    if len(labels) < 2:
         return "duplicate"
-    return "placeholder" if len(exhibits) >= SEVERAL else "two_exhibits"
+    return "placeholder" if len(labels) >= SEVERAL else "two_exhibits"
 
 
 def leaked(subject: Subject, groups: Sequence[Sequence[int]]) -> np.ndarray:
@@ -190,15 +197,17 @@ def _of_equal_pixels(facts: Sequence[Facts]) -> Iterator[Pair]:
         yield from pairwise(images)
 
 
-def _linked(pairs: Mapping[Pair, Likeness], n: int) -> list[list[int]]:
-    """Images that pairs link, directly or by others, in their order."""
+def _linked(links: Mapping[Pair, Likeness], n: int) -> list[tuple[list[int], list[Pair]]]:
+    """Images that pairs link, directly or by others, in their order, with these pairs."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    ends = np.array([*pairs], dtype=np.int64).reshape(-1, 2)
+    ends = np.array([*links], dtype=np.int64).reshape(-1, 2)
     graph = coo_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(n, n))
     _, component = connected_components(graph, directed=False)
-    by_component: dict[int, list[int]] = defaultdict(list)
+    found: dict[int, tuple[list[int], list[Pair]]] = defaultdict(lambda: ([], []))
     for i in np.unique(ends).tolist():
-        by_component[int(component[i])].append(i)
-    return list(by_component.values())
+        found[int(component[i])][0].append(i)
+    for pair in links:
+        found[int(component[pair[0]])][1].append(pair)
+    return list(found.values())

@@ -1,11 +1,12 @@
 """Labels that the pictures speak against, exhibits that will be confused, and what leaked queries are worth."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from metilr.auditing.copies import inliers
-from metilr.auditing.groups import Pictures
+from metilr.auditing.groups import Pictures, key_of
+from metilr.auditing.looks import Facts
 from metilr.auditing.schema import Coverage, Figures, Label, Leakage
 from metilr.auditing.subject import Found, Subject
 from metilr.metrics import DISTRACTOR, acc, gap, gap_minus
@@ -19,6 +20,7 @@ AHEAD = 2  # times as many as on any image of the labelled exhibit
 CANDIDATES = 3  # exhibits besides the labelled one whose nearest image is laid over a photo
 OWN_IMAGES = 5  # of the labelled exhibit
 LISTED = 100  # exhibits that will be confused
+BLOCK = 1000  # images of an exhibit at a time
 
 Case = tuple[np.ndarray, np.ndarray, np.ndarray]  # log-confidence, predicted and true label of a split's queries
 
@@ -29,31 +31,39 @@ def other_exhibits(subject: Subject, near: Neighbours) -> np.ndarray:
 
 
 def doubtful_photos(
-    subject: Subject, near: Neighbours, rows: np.ndarray, pictures: Pictures, found: Found, quiet: bool
-) -> list[Label]:
+    subject: Subject, near: Neighbours, rows: np.ndarray, usable: np.ndarray, pictures: Pictures,
+    facts: Sequence[Facts], found: Found, quiet: bool,
+) -> list[Label]:  # fmt: skip
     """Photos that lie on an image of another exhibit, or of one where none is labelled; the surest first.
 
     Looked at are photos whose most similar image is not of their exhibit. The confidence is the share of points that
-    lie on the other's image, or how much more similar it is, whichever is greater.
+    lie on the other's image, or how much more similar it is, whichever is greater; without points on the other's image
+    a photo with points on its own exhibit's is passed over.
     """
     is_other, n_database = other_exhibits(subject, near), len(subject.truth.paths["database"])
-    photos = [int(i) for i in np.flatnonzero(is_other[:, 0] & subject.is_valid) if i >= n_database]
+    photos = [int(i) for i in np.flatnonzero(is_other[:, 0] & usable) if i >= n_database]
+
+    def lying(photo: int, image: int) -> int:
+        key = key_of(facts[photo], facts[image])
+        if key not in found.known:
+            found.add(key, inliers(pictures.sketch(photo), pictures.sketch(image)))
+        return int(found.known[key])
+
     doubts = []
     for i in tracked(photos, "laying photos over images", len(photos), "photos", quiet):
         label = subject.labels[i]
-        images = [int(row) for row in near.rows[i, is_other[i]]]
+        images = [int(row) for row in near.rows[i, is_other[i]] if usable[row]]
         _, first = np.unique(subject.labels[images], return_index=True)
         images = [images[place] for place in np.sort(first)[: CANDIDATES if label != DISTRACTOR else 1]]
-        own = np.flatnonzero(subject.labels[:n_database] == label) if label != DISTRACTOR else np.empty(0, np.int64)
+        own = np.flatnonzero((subject.labels[:n_database] == label) & usable[:n_database] & (label != DISTRACTOR))
         own = own[np.argsort(-(rows[own] @ rows[i]), kind="stable")][:OWN_IMAGES]
-        if str(i) not in found.known:
-            lying = [[inliers(pictures.sketch(i), pictures.sketch(int(j))) for j in of] for of in (images, own)]
-            found.add(str(i), lying)
-        on_others, on_own = found.known[str(i)]
+        if not images:
+            continue
+        on_others, on_own = [lying(i, image) for image in images], [lying(i, int(image)) for image in own]
         most, own_most = max(on_others), max(on_own, default=0)
         lead = float(rows[i] @ rows[images[0]] - rows[i] @ rows[own[0]]) if len(own) else 0.0
         is_certain = most >= max(CERTAIN, AHEAD * own_most)
-        if not is_certain and lead < LEAD:
+        if not is_certain and (lead < LEAD or own_most >= max(CERTAIN, most)):
             continue
         image = images[on_others.index(most)] if is_certain else images[0]
         doubts.append(
@@ -65,7 +75,7 @@ def doubtful_photos(
                 similarity=float(rows[i] @ rows[image]),
                 inliers=most,
                 own_inliers=None if label == DISTRACTOR else own_most,
-                confidence=max(lead, most / (most + own_most + CERTAIN) if is_certain else 0.0),
+                confidence=min(1.0, max(lead, most / (most + own_most + CERTAIN) if is_certain else 0.0)),
             )
         )
     return sorted(doubts, key=lambda doubt: -doubt.confidence)
@@ -77,10 +87,11 @@ def own_similarities(subject: Subject, rows: np.ndarray) -> np.ndarray:
     by_label = np.argsort(labels, kind="stable")
     own = np.full(len(labels), np.nan)
     for images in np.split(by_label, np.flatnonzero(np.diff(labels[by_label])) + 1):
-        if len(images) > 1 and labels[images[0]] != DISTRACTOR:
-            similarities = (rows[images] @ rows[images].T).astype(float)
-            np.fill_diagonal(similarities, -np.inf)
-            own[images] = similarities.max(axis=1)
+        for start in range(0, len(images) if len(images) > 1 and labels[images[0]] != DISTRACTOR else 0, BLOCK):
+            some = images[start : start + BLOCK]
+            similarities = (rows[some] @ rows[images].T).astype(float)
+            similarities[np.arange(len(some)), np.arange(start, start + len(some))] = -np.inf
+            own[some] = similarities.max(axis=1)
     return own
 
 
@@ -106,9 +117,10 @@ def unlike_images(subject: Subject, near: Neighbours, own: np.ndarray) -> list[L
 def confused_exhibits(subject: Subject, near: Neighbours, own: np.ndarray) -> list[Coverage]:
     """Exhibits of which an image is nearer to another exhibit than they are in themselves, the worst first.
 
-    An exhibit with one image counts as similar to itself as half of the others are.
+    An exhibit with one image counts as similar to itself as half of the others are; where all have one, those that are
+    most similar to another are listed.
     """
-    usual = float(np.nanmedian(own)) if np.isfinite(own).any() else 1.0
+    usual = float(np.nanmedian(own)) if np.isfinite(own).any() else -1.0
     worst: dict[int, tuple[float, int, int]] = {}
     least: dict[int, float] = {}
     for i, image, similarity in _nearest_others(subject, near):
@@ -120,7 +132,7 @@ def confused_exhibits(subject: Subject, near: Neighbours, own: np.ndarray) -> li
     sizes, listed = subject.truth.class_sizes(), []
     for label in order[:LISTED]:
         similarity, i, image = worst[label]
-        if similarity <= least.get(label, usual) and label in least:
+        if similarity <= least.get(label, usual):
             continue
         listed.append(
             Coverage(
@@ -138,7 +150,7 @@ def confused_exhibits(subject: Subject, near: Neighbours, own: np.ndarray) -> li
 def _nearest_others(subject: Subject, near: Neighbours) -> Iterator[tuple[int, int, float]]:
     """Each database image that has a descriptor, the nearest of another exhibit, if it is ``near``, and how similar."""
     n_database = len(subject.truth.paths["database"])
-    is_other = other_exhibits(subject, near)[:n_database]
+    is_other = other_exhibits(subject, near)[:n_database] & subject.is_valid[near.rows[:n_database]]
     for i in np.flatnonzero(is_other.any(axis=1) & subject.is_valid[:n_database]).tolist():
         place = int(is_other[i].argmax())
         yield i, int(near.rows[i, place]), float(near.similarities[i, place])

@@ -3,17 +3,20 @@
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 
 from metilr.auditing.schema import Look
 from metilr.auditing.subject import Found, Subject
-from metilr.data.decode import BadImageError, load_image
+from metilr.data.decode import BadImageError, load_image, max_pixels
 from metilr.files import file_sha256
-from metilr.progress import tracked
+from metilr.progress import counted
 
-READERS = 4
+READERS, CHUNK = 4, 1000  # threads; images that they are given at a time
+SIDE = 512  # px of the longer side, for what is counted
 LEAST_SIDE = 64  # px
 LONGEST = 5.0  # times as long as wide
 FLAT, NEARLY, SHARE = 2.0, 8, 0.95  # deviation of one colour; levels about the median that so many pixels keep to
@@ -33,32 +36,45 @@ class Facts(NamedTuple):
 
 
 def read_facts(subject: Subject, found: Found, quiet: bool) -> list[Facts]:
-    """Decode all images, but for those that were before."""
-
-    def fact(i: int) -> Facts:
-        known = found.known.get(str(i))
-        return _read(subject, i) if known is None else Facts(*known)
-
-    facts = []
-    with ThreadPoolExecutor(READERS) as pool:
-        n = len(subject.paths)
-        for i, each in enumerate(tracked(pool.map(fact, range(n)), "reading images", n, "images", quiet)):
-            if str(i) not in found.known:
-                found.add(str(i), each)
-            facts.append(each._replace(size=tuple(each.size)))  # type: ignore[arg-type]
+    """Decode all images, but for those that were before and have not changed since."""
+    facts, n = [], len(subject.paths)
+    with ThreadPoolExecutor(READERS) as pool, counted("reading images", n, "images", quiet) as done:
+        for start in range(0, n, CHUNK):
+            some = range(start, min(start + CHUNK, n))
+            keys = [_key(subject.file(i)) for i in some]
+            read = pool.map(lambda i, key: found.known.get(key) or _read(subject.file(i)), some, keys)
+            for key, each in zip(keys, read, strict=True):
+                if key not in found.known:
+                    found.add(key, each)
+                facts.append(Facts(*each))
+                done(1)
     return facts
 
 
-def _read(subject: Subject, i: int) -> Facts:
+def _key(file: Path) -> str:
+    """What tells an image from one that stands in its place later, or is read within another limit."""
     try:
-        image = load_image(subject.file(i)).permute(1, 2, 0).numpy()
+        status = file.stat()
+    except OSError:
+        return f"{file} is missing"
+    return f"{file} {status.st_size} {status.st_mtime_ns} {max_pixels()}"
+
+
+def _read(file: Path) -> Facts:
+    try:
+        image = load_image(file)
     except BadImageError as error:
         return Facts(reason=error.reason or str(error))
-    grey = image.mean(axis=2)
-    height, width = grey.shape
+    height, width = image.shape[1:]
+    digest = hashlib.sha256(f"{height} {width} ".encode())
+    digest.update(image.contiguous().numpy().data)
+    factor = min(1.0, SIDE / max(height, width))
+    small = (max(1, round(width * factor)), max(1, round(height * factor)))
+    pixels = cv2.cvtColor(image.permute(1, 2, 0).contiguous().numpy(), cv2.COLOR_RGB2GRAY)
+    grey = cv2.resize(pixels, small, interpolation=cv2.INTER_AREA).astype(np.float32)
     return Facts(
-        sha256=file_sha256(subject.file(i)),
-        pixels=hashlib.sha256(f"{height} {width} ".encode() + image.tobytes()).hexdigest(),
+        sha256=file_sha256(file),
+        pixels=digest.hexdigest(),
         size=(width, height),
         deviation=float(grey.std()),
         near_median=float((np.abs(grey - np.median(grey)) <= NEARLY).mean()),

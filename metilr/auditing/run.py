@@ -38,16 +38,18 @@ def audit_images(
     options = options or CopyOptions()
     work.mkdir(parents=True, exist_ok=True)
     facts = read_facts(subject, Found(work / "images.jsonl"), quiet)
+    usable = subject.is_valid & np.array([not each.reason for each in facts])
     rows, n_database = subject.rows(work / "rows.npy"), len(subject.truth.paths["database"])
     k = max(NEIGHBOURS, options.copy_neighbours)
     near = nearest_images(rows[:n_database], rows, k, True, work / "database", quiet)
-    pairs = candidates(subject, rows, near, options, work, quiet)
+    pairs = candidates(subject, rows, near, usable, options, work, quiet)
     pictures = Pictures(subject)
     compared = compare(pictures, pairs, facts, Found(work / "pairs.jsonl"), quiet)
     groups = [*group(subject, facts, compared, options.copy_score)]
     is_leaked = leaked(subject, [images for _, images in groups])
 
-    doubts = labels.doubtful_photos(subject, near, rows, pictures, Found(work / "photos.jsonl"), quiet)
+    lying = Found(work / "photos.jsonl")
+    doubts = labels.doubtful_photos(subject, near, rows, usable, pictures, facts, lying, quiet)
     own = labels.own_similarities(subject, rows)
     doubts += labels.unlike_images(subject, near, own)
     looks = [
@@ -90,8 +92,8 @@ def audit_images(
     )
 
 
-def _in_both(subject: Subject) -> list[int]:
+def _in_both(subject: Subject) -> list[str]:
     """Who has photos in val and in test; nobody where photographers are not named."""
     of = [subject.truth.photographers.get(split, np.empty(0, np.int64)) for split in ("val", "test")]
     both = np.intersect1d(of[0], of[1])
-    return both[both >= 0].tolist()
+    return [subject.truth.photographer_names[number] for number in both[both >= 0].tolist()]

@@ -9,10 +9,11 @@ from metilr.evaluation.results import Count, Part
 Group = Literal["leak", "two_exhibits", "placeholder", "duplicate"]
 Doubt = Literal["label", "unlabelled", "unlike"]
 Look = Literal["unreadable", "tiny", "blank", "uniform", "dark", "shape", "turned"]
+Same = Literal["bytes", "pixels", "picture"]
 Kind = Literal[Group, Doubt, Look, "photographer"]
 MEANINGS: dict[Kind, str] = {
     "leak": "copies of one picture on two sides of the evaluation: database, val, test",
-    "two_exhibits": "copies of one picture under two exhibits",
+    "two_exhibits": "copies of one picture under two exhibits, or under one and none",
     "placeholder": "copies of one picture under three exhibits or more: a screen, “image not available”",
     "duplicate": "copies of one picture within an exhibit, or among the photos of a split",
     "label": "a photo that lies on an image of another exhibit, or is much more similar to one",
@@ -40,7 +41,7 @@ class Image(Part):
 
 
 class Member(Image):
-    """An image of a group, and how it lies to the group's first."""
+    """An image of a group, and how it lies to the group's first, if those two were compared."""
 
     mirrored: bool = False
     quarter_turns: int = 0
@@ -50,7 +51,7 @@ class Copies(Part):
     """Images that are copies of one picture."""
 
     kind: Group
-    same: Literal["bytes", "pixels", "picture"]  # what all of them have in common
+    same: Same  # what all of them have in common
     score: float  # of the least alike of the pairs that link them, from ``CopyOptions.copy_score`` to 1
     images: list[Member] = pydantic.Field(min_length=2)
 
@@ -129,7 +130,7 @@ class Audit(Part):
     leakage: dict[str, Leakage]
     labels: list[Label]
     looks: list[Looked]
-    photographers: list[Count]  # who have photos in val and in test
+    photographers: list[str]  # who have photos in val and in test
     single_image: Count  # exhibits with one image
     coverage: list[Coverage]
 

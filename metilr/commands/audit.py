@@ -82,7 +82,7 @@ def audit(
     content = json.dumps(subject.descriptors.origins, sort_keys=True, default=str)
     digest = hashlib.sha256(content.encode()).hexdigest()[:12]
     folder = AUDITS / f"{subject.name}-{digest}" if output is None else Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     from metilr.auditing.page import write_page
     from metilr.auditing.run import audit_images
 
@@ -104,6 +104,15 @@ def audit_and_exit(*options: Any, **more: Any) -> None:
         sys.exit(1)
 
 
+def _make(folder: Path) -> None:
+    """Make the folder, or take one that an audit made: pictures and lists in it are written anew."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; name a folder", "output")
+    if folder.exists() and any(folder.iterdir()) and not [*folder.glob("work-*")]:
+        raise UserError(f"{folder}: holds other files; name an empty folder, or a new one", "output")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def _of_root(
     root: Path, database: DatabaseName, model: ModelOptions, extraction: ExtractionOptions, progress: Console
 ) -> tuple[Subject, Mapping[str, Case]]:
@@ -120,7 +129,11 @@ def _of_root(
     opened = open_descriptors([made.path], truth)
     names = [str(exhibit) for exhibit in truth.exhibit_ids.tolist()]
     subject = Subject(root.resolve().name, truth, names, opened)
-    return subject, recognise(opened, truth, say=progress.print, quiet=extraction.quiet).cases(truth)
+    try:
+        return subject, recognise(opened, truth, say=progress.print, quiet=extraction.quiet).cases(truth)
+    except UserError as error:
+        make_console().print(f"[bold yellow]note:[/] what leaks are worth cannot be measured: {escape(str(error))}")
+        return subject, {}
 
 
 def _of_index(path: Path) -> Subject:
@@ -150,7 +163,10 @@ def _print(console: Console, found: Audit) -> None:
                 f"[bold]leakage[/]      {split}: {said}, {value:+.2f} ({low:+.2f} to {high:+.2f}) against without"
             )
     single = f"{amount(found.single_image, 'exhibit')} with one image"
-    console.print(f"[bold]coverage[/]     {single}; {len(found.coverage):,} listed as easily confused")
+    console.print(f"[bold]coverage[/]     {single}; {len(found.coverage):,} listed as most easily confused")
+    if found.photographers:
+        people = ", ".join(map(printable, found.photographers[:5]))
+        console.print(f"[bold]in both[/]      photos in val and in test are by: {escape(people)}")
     errors = ", ".join(f"{kind} {n:,}" for kind, n in found.errors.items())
     console.print(f"[bold red]errors[/]       {errors}" if errors else "[bold green]no errors[/]")
 

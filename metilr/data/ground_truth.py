@@ -49,6 +49,7 @@ class GroundTruth:
         photographers: Who took each query of a split, int64 ``(n,)``, numbered from 0; NOT_NAMED where the file
             does not say.
         folder: Below ``root``, what image paths are relative to.
+        photographer_names: Of the numbers.
     """
 
     root: Path
@@ -59,6 +60,7 @@ class GroundTruth:
     digests: Mapping[str, str]
     photographers: Mapping[str, np.ndarray] = field(default_factory=dict)
     folder: str = "images"
+    photographer_names: tuple[str, ...] = ()
 
     @property
     def query_splits(self) -> list[str]:
@@ -140,9 +142,9 @@ def load_ground_truth(
     labels = {"database": database_labels.astype(np.int64).reshape(-1)}
     for split in queries:
         labels[split] = _query_labels(files[split], entries[split], exhibit_ids, database)
-    photographers = {split: _photographers(entries[split]) for split in queries}
+    photographers, people = _photographers({split: entries[split] for split in queries})
     paths = {split: tuple(entry["path"] for entry in of_split) for split, of_split in entries.items()}
-    return GroundTruth(root, database, paths, labels, exhibit_ids, digests, photographers)
+    return GroundTruth(root, database, paths, labels, exhibit_ids, digests, photographers, photographer_names=people)
 
 
 def is_text(value: Any) -> bool:
@@ -256,8 +258,12 @@ def _query_labels(
     return labels
 
 
-def _photographers(entries: list[dict[str, Any]]) -> np.ndarray:
-    named = [entry.get("photographer") for entry in entries]
-    names = [nfc(name) if isinstance(name, str) else "" for name in named]
-    number_of = {name: i for i, name in enumerate(sorted({*names} - {""}))}
-    return np.array([number_of.get(name, NOT_NAMED) for name in names])
+def _photographers(entries: Mapping[str, list[dict[str, Any]]]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Of each split's queries the photographer's number, the same in all splits, and the names of the numbers."""
+    said = {
+        split: [nfc(name) if isinstance(name := entry.get("photographer"), str) else "" for entry in of]
+        for split, of in entries.items()
+    }
+    names = tuple(sorted({name for of in said.values() for name in of} - {""}))
+    number_of = {name: i for i, name in enumerate(names)}
+    return {split: np.array([number_of.get(name, NOT_NAMED) for name in of]) for split, of in said.items()}, names

@@ -93,3 +93,14 @@ def test_points_lie_on_the_same_picture_from_the_side_and_not_on_another():
     assert inliers(sketched(seen_from_the_side(image)), sketched(image)) > 30
     assert inliers(sketched(picture(4)), sketched(image)) < 10
     assert inliers(sketched(Image.new("RGB", (50, 50))), sketched(image)) == 0
+
+
+def test_thin_pictures_are_told_apart_and_found():
+    long, other = picture(11, 1200, 90), picture(12, 1200, 90)
+    assert likeness(sketched(long), sketched(other)).score < SCORE
+    assert likeness(sketched(long), sketched(jpeg(long.resize((900, 68)), 60))).score >= SCORE
+    thin = Image.new("RGB", (1300, 60), (200, 180, 160))
+    thin.paste((60, 40, 30), (100, 20, 900, 40))
+    spear = Image.new("RGB", (1300, 60), (200, 180, 160))
+    spear.paste((60, 40, 30), (500, 10, 1200, 30))
+    assert likeness(sketched(thin), sketched(spear)).score < SCORE
