@@ -71,7 +71,10 @@ def one_by_one(embedder, museum, split) -> np.ndarray:
 
 @pytest.fixture
 def forked(monkeypatch) -> None:
-    """Has several processes forked from one that has imported everything, where each new one takes seconds to."""
+    """Has several processes forked from one that has imported everything, where each new one takes seconds to.
+
+    They are handed what spawned ones are; that those are spawned, tests/test_distributed.py sees.
+    """
     multiprocessing.get_context("forkserver").set_forkserver_preload(["metilr.extraction.describe"])
     monkeypatch.setattr(
         "metilr.extraction.describe.DDPStrategy",
@@ -323,7 +326,7 @@ def test_skipped_images_are_left_out_and_a_mended_one_is_described(embedder, mus
         describe(embedder, museum, tmp_path / "store")
 
 
-def test_an_exchanged_image_alone_is_described_anew_also_by_two_processes(embedder, museum, tmp_path):
+def test_an_exchanged_image_alone_is_described_anew_also_by_two_processes(embedder, museum, tmp_path, forked):
     before = np.array(describe(embedder, museum, tmp_path / "store").descriptors("database"))
     path = museum.image(museum.paths["database"][5])
     Image.effect_noise((72, 60), 80).convert("RGB").save(path)
