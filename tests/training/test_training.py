@@ -541,7 +541,7 @@ for name in ("WANDB_API_KEY", "WANDB_MODE"):
 def test_every_config_trains(config):
     small = ["--config", config, *TINY[:6], "--data.num_workers", "0", "--data.first_view.size", "40",
              "--data.second_view.size", "40", "--trainer.max_epochs", "1", "--wandb", "off", "--trainer.accelerator",
-             "cpu", "--trainer.limit_train_batches", "1", "--data.batch_pairs", "4", "--output", "out"]  # fmt: skip
+             "cpu", "--data.anchors_per_epoch", "4", "--data.batch_pairs", "4", "--output", "out"]  # fmt: skip
     small += ["--model.projector_dim", "4"] if "projector_dim" in config.read_text() else []
     run_main("metilr.training.cli:train", [*map(str, small)], prog="train.py")
     assert Path("out/best.ckpt").exists()
