@@ -96,6 +96,11 @@ class Forks:
         operations = counted.read_text().splitlines() if counted.exists() else []
         return Outcome(status, Path(f"{log}.out").read_text(), operations, seconds)
 
+    def ended(self, pid: int) -> int | None:
+        """Exit status of a run that was started, negative for a signal; None while it runs."""
+        status: int | None = self._ask({"ended": pid})
+        return status
+
     def stop(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
@@ -105,6 +110,30 @@ class Forks:
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps(job), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
+
+
+class Popen:
+    """Runs what ``subprocess.Popen`` would as Python's ``evaluate.py``: in a fork, in the working folder."""
+
+    def __init__(self, forks: Forks, command: Sequence[str], **_: object) -> None:
+        assert command[:2] == [sys.executable, str(REPOSITORY / "evaluate.py")]
+        self._forks = forks
+        self.returncode: int | None = None
+        self.pid, self._log = forks.start(Path.cwd(), ["evaluate", *command[2:]])
+
+    def __enter__(self) -> "Popen":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.returncode is None:
+            self.returncode = self._forks.wait((self.pid, self._log)).status
+
+    def poll(self) -> int | None:
+        self.returncode = self._forks.ended(self.pid)
+        return self.returncode
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
 
 
 def _serve() -> None:
@@ -124,8 +153,14 @@ def _serve() -> None:
     gc.freeze()  # or each fork's collector would copy all of it
     for line in sys.stdin:
         job = json.loads(line)
-        answer = _wait(job["wait"], job["since"]) if "wait" in job else _fork(job)
-        groups |= set() if "wait" in job else {answer}
+        if "wait" in job:
+            answer: Any = _wait(job["wait"], job["since"])
+        elif "ended" in job:
+            found, status = os.waitpid(job["ended"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if found else None
+        else:
+            answer = _fork(job)
+            groups.add(answer)
         print(json.dumps(answer), flush=True)
     for group in groups:  # whatever a failed test has left at work
         with contextlib.suppress(ProcessLookupError):

@@ -4,12 +4,15 @@ import importlib
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from metilr.retrieval import approximate
 from tests.audit.pictures import picture
+from tests.forks import Popen
 from tests.milvus import running
 from tests.museum import write_ground_truth
 
@@ -79,7 +82,11 @@ def test_confidence(run, few_queries, tmp_path):
     assert min(record["share_of_searches"], record["share_of_processor_time"]) > 0
 
 
-def test_evaluation_memory(run, few_queries):
+def test_evaluation_memory(run, few_queries, forks, monkeypatch):
+    import evaluation_memory
+
+    pretended = SimpleNamespace(Popen=partial(Popen, forks), DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(evaluation_memory, "subprocess", pretended)
     [record] = run("evaluation_memory", "--rows", 700, "--width", 512)
     assert record["same_nearest"] == 1
     assert min(record["peak_bytes"].values()) > 0

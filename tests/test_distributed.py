@@ -56,8 +56,12 @@ evaluate("museum", model=model, extraction=ExtractionOptions(accelerator="cpu", 
 """
 
 
-def test_a_script_that_its_processes_would_run_again_is_told_to_guard_its_main_part(tiny_museum, tmp_path):
+RUNS_THE_SCRIPT = "import os, runpy; runpy.run_path(os.path.abspath('script.py'), run_name='__main__')"
+
+
+def test_a_script_that_its_processes_would_run_again_is_told_to_guard_its_main_part(tiny_museum, tmp_path, forks):
     (tmp_path / "script.py").write_text(SCRIPT)
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stderr.count("Traceback") == 1
-    assert 'if __name__ == "__main__":' in done.stderr.splitlines()[-1]
+    done = forks.run(tmp_path, ["evaluate"], RUNS_THE_SCRIPT)
+    assert done.status == 1 and done.printed.count("Traceback") == 1, done.printed
+    assert done.printed.count("begins") >= 2  # a process that began is ended with the other
+    assert 'if __name__ == "__main__":' in done.printed.splitlines()[-1]

@@ -3,13 +3,15 @@
 import csv
 import json
 import sys
-import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from metilr.data.ground_truth import load_ground_truth
+from tests.forks import Popen
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MB, N = 1_000_000, 10_000
@@ -83,25 +85,26 @@ def test_a_run_of_few_samples_is_not_judged(capsys):
     assert status == 0 and record["command_bytes"] is None
 
 
-def test_a_command_is_watched_with_its_children_and_killed(tmp_path):
+def test_a_command_is_watched_with_its_children_and_killed(tmp_path, monkeypatch):
     import soaking
 
-    child = "import time; x = bytes([1]) * 50_000_000; time.sleep(8)"
-    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(8)"
-    start = time.perf_counter()
-    lived = soaking.attempt(
-        [sys.executable, "-c", code], tmp_path / "log", lambda: int(time.perf_counter() - start > 3), 1
-    )
+    monkeypatch.setattr(soaking, "SECONDS_BETWEEN", 0.02)
+    ready = tmp_path / "ready"
+    child = f"import time; x = bytes([1]) * 50_000_000; open({str(ready)!r}, 'w'); time.sleep(8)"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    lived = soaking.attempt([sys.executable, "-c", code], tmp_path / "log", lambda: int(ready.exists()), 1)
     last = lived.samples[-1]
     assert lived.status == -9 and last.done == 1
     assert last.processes == 2 and last.all_bytes > 50 * MB > last.command_bytes > 0
 
 
-def test_an_evaluation_from_end_to_end(tmp_path, monkeypatch):
+def test_an_evaluation_from_end_to_end(tmp_path, monkeypatch, forks):
     import soak
     import soaking
 
-    monkeypatch.setattr(soaking, "SECONDS_BETWEEN", 0.3)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(soaking, "subprocess", SimpleNamespace(Popen=partial(Popen, forks)))
+    monkeypatch.setattr(soaking, "SECONDS_BETWEEN", 0.02)
     root = soak.make_museum(tmp_path / "museum", 0.0002)
     truth = load_ground_truth(root, "mini")
     options = ["--backbone", "timm/test_resnet", "--weights", "random", "--scales", "1", "--report", "false"]

@@ -71,7 +71,10 @@ def one_by_one(embedder, museum, split) -> np.ndarray:
 
 @pytest.fixture
 def forked(monkeypatch) -> None:
-    """Has several processes forked from one that has imported everything, where each new one takes seconds to."""
+    """Has several processes forked from one that has imported everything, where each new one takes seconds to.
+
+    They are handed what spawned ones are; that those are spawned, tests/test_distributed.py sees.
+    """
     multiprocessing.get_context("forkserver").set_forkserver_preload(["metilr.extraction.describe"])
     monkeypatch.setattr(
         "metilr.extraction.describe.DDPStrategy",
@@ -238,35 +241,45 @@ def test_an_ended_command_continues_to_the_same_bytes(embedder, museum, tmp_path
 
 
 SLOW_SECOND_PROCESS = """
-import os, sys, time
+import os, time
 from metilr.extraction.module import DescriptorWriter
-from metilr.cli import run_command
-from metilr.commands.evaluate import evaluate
 
 write = DescriptorWriter.write_on_batch_end
 
 def write_late(self, *args, **kwargs):
-    time.sleep(0.5 * int(os.environ["RANK"]))
+    time.sleep(0.1 * int(os.environ["RANK"]))
     write(self, *args, **kwargs)
 
 DescriptorWriter.write_on_batch_end = write_late
-if __name__ == "__main__":
-    run_command(evaluate, sys.argv[1:])
+"""
+
+# What torchrun does, with forks in place of new processes, which would take seconds to import.
+AS_TORCHRUN = """
+import os, sys
+from lightning_utilities.core import rank_zero
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from metilr.cli import run_command
+{setup}
+def command(options):
+    rank_zero.rank_zero_only.rank = int(os.environ["RANK"])  # Lightning has read it before the fork
+    run_command("metilr.commands.evaluate:evaluate", options, prog="evaluate.py")
+
+one_machine = dict(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0")
+elastic_launch(LaunchConfig(**one_machine, start_method="fork", monitor_interval=0.05), command)({options})
+sys.exit()
 """
 
 
 def test_torchrun_gives_one_result_and_the_rows_of_one_process(embedder, museum, tmp_path, forks):
-    (tmp_path / "slow.py").write_text(SLOW_SECOND_PROCESS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = [
         *("--root", str(museum.root), "--backbone", "timm/test_resnet", "--weights", "random", "--accelerator", "cpu"),
         *("--devices", "2", "--num_workers", "0", "--store", str(tmp_path / "store")),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    slow = [*launcher, str(tmp_path / "slow.py"), *options]
-    run = subprocess.run(slow, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
-    assert run.returncode == 0, run.stderr  # the first process waited for the other's rows
-    assert len(list((tmp_path / "runs").glob("20*/results.json"))) == len(list((tmp_path / "runs").glob("20*"))) == 1
+    launch = AS_TORCHRUN.format(setup=SLOW_SECOND_PROCESS, options=options)
+    run = forks.run(tmp_path / "run", ["evaluate"], launch)
+    assert run.status == 0, run.printed  # the first process waited for the other's rows
+    assert len(list((tmp_path / "run/runs").glob("20*/results.json"))) == 1
+    assert len(list((tmp_path / "run/runs").glob("20*"))) == 1
     command = ["evaluate", *options, "--whitening", "learned", "--visits", "1"]
     for each in forks.start_as_torchrun(tmp_path / "again", command):
         again = forks.wait(each)
@@ -313,7 +326,7 @@ def test_skipped_images_are_left_out_and_a_mended_one_is_described(embedder, mus
         describe(embedder, museum, tmp_path / "store")
 
 
-def test_an_exchanged_image_alone_is_described_anew_also_by_two_processes(embedder, museum, tmp_path):
+def test_an_exchanged_image_alone_is_described_anew_also_by_two_processes(embedder, museum, tmp_path, forked):
     before = np.array(describe(embedder, museum, tmp_path / "store").descriptors("database"))
     path = museum.image(museum.paths["database"][5])
     Image.effect_noise((72, 60), 80).convert("RGB").save(path)

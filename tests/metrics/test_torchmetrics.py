@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MetricCollection
@@ -110,7 +111,7 @@ def run_process(rank, world_size, folder):
 
 
 def test_two_processes_give_the_value_of_one(tmp_path):
-    torch.multiprocessing.spawn(run_process, args=(2, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.start_processes(run_process, (2, str(tmp_path)), nprocs=2, start_method="fork")
     for rank in range(2):
         results = torch.load(tmp_path / f"{rank}.pt")
         assert len(results) == 6
@@ -119,8 +120,6 @@ def test_two_processes_give_the_value_of_one(tmp_path):
 
 
 def test_lightning_logs_the_value_of_the_whole_split(tmp_path):
-    import pytorch_lightning as pl  # here, so that the processes above start sooner
-
     class Validated(pl.LightningModule):
         """Logs the metric objects, as a training module does."""
 

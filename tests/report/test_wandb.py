@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,18 +51,25 @@ def test_a_run_in_another_working_folder_is_whole_too(tiny_museum, tmp_path, mon
         assert list(Path("out/wandb").glob("offline-run-*/*.wandb")), name
 
 
-def test_a_home_that_cannot_be_written_is_one_line(tiny_museum, tmp_path):
+def test_a_home_that_cannot_be_written_is_one_line(tiny_museum, tmp_path, forks):
+    """Of W&B; and none of matplotlib, as a new process shows, which imports it."""
     (tmp_path / "home").touch()  # no folder, whoever asks
     command = [
-        *(sys.executable, "-m", "metilr", "evaluate", "--root", tiny_museum, "--backbone", "timm/test_resnet"),
-        *("--weights", "random", "--scales", "1", "--accelerator", "cpu", "--num_workers", "0", "--output", "out"),
-        *("--report_pictures", "1", "--wandb", "offline"),
+        *("evaluate", "--root", tiny_museum, "--backbone", "timm/test_resnet", "--weights", "random", "--scales", 1),
+        *("--accelerator", "cpu", "--num_workers", 0, "--output", tmp_path / "out", "--quiet", "true"),
+        *("--report_pictures", 1, "--wandb", "offline"),
     ]
-    environment = {**os.environ, "HOME": str(tmp_path / "home")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    [line] = done.stderr.splitlines()
-    assert done.returncode == 0 and "W&B cannot write" in line and "out/wandb" in line
+    home = {"HOME": str(tmp_path / "home")}
+    setup = "import os, sys; del os.environ['WANDB_MODE']; sys.stdout = open('printed', 'w')"
+    done = forks.wait(forks.start(tmp_path / "here", command, setup, env=home))
+    [line] = done.printed.splitlines()
+    assert done.status == 0 and "W&B cannot write" in line and "out/wandb" in line
     assert list(Path("out/wandb").glob("offline-run-*/*.wandb"))
+
+    shutil.copytree("out", "again", ignore=shutil.ignore_patterns("wandb"))
+    command = [sys.executable, "-m", "metilr", "compare", "out", "again", "--output", "compared"]
+    compared = subprocess.run(command, env={**os.environ, **home}, capture_output=True, text=True, timeout=120)
+    assert (compared.returncode, compared.stderr) == (0, "") and Path("compared/comparison.png").exists()
 
 
 class Kept:

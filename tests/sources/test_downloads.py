@@ -2,6 +2,7 @@
 
 import asyncio
 import email.utils
+import socket
 import time
 from pathlib import Path
 from threading import Event
@@ -246,7 +247,12 @@ def test_a_proxy_that_is_named_is_asked(server, tmp_path):
 @pytest.mark.parametrize(
     "address", ["http://[abc/", "http://a..b/", "http://xn--/", "http://" + 70 * "a" + "/", "http:///"]
 )
-def test_what_is_no_address_is_told(tmp_path, address):
+def test_what_is_no_address_is_told(tmp_path, monkeypatch, address):
+    def unknown(host, *_, **__):
+        host.encode("idna")  # as Python does first
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)  # a name server can take many seconds to say so
     [answer] = get(tmp_path, address, options=DownloadOptions())
     assert answer == "is no web address" or "Cannot connect" in answer or "Name or service" in answer
 

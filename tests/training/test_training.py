@@ -75,6 +75,17 @@ def run_apart(forks, museum):
     return run_apart
 
 
+@pytest.fixture
+def run_as_two(forks, museum):
+    """Runs in two processes as torchrun starts them; how both ended."""
+
+    def run_as_two(*options: object) -> list[Outcome]:
+        command = ["train", *TINY, *map(str, options), "--trainer.devices", 2]
+        return [forks.wait(one) for one in forks.start_as_torchrun(Path.cwd(), command)]
+
+    return run_as_two
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A finished run, which had no test split to read."""
@@ -168,11 +179,11 @@ def test_two_processes_give_the_losses_and_weights_of_one(run_apart):
     assert apart.norm() < 0.1 * moved.norm()
 
 
-def test_a_corrupt_image_stops_all_processes_or_is_left_out(museum, run_apart):
+def test_a_corrupt_image_stops_all_processes_or_is_left_out(museum, run_as_two):
     (museum / "images/MET/41/4.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
-    failed = run_apart("--data.pairing", "syn+neg", "--trainer.devices", 2, "--output", "out")
-    assert failed.status == 2 and "MET/41/4.jpg: cannot be decoded" in failed.printed
-    assert "Traceback" not in failed.printed
+    for failed in run_as_two("--data.pairing", "syn+neg", "--output", "out"):
+        assert failed.status == 2 and "Traceback" not in failed.printed
+        assert "MET/41/4.jpg: cannot be decoded" in failed.printed
     run("--data.pairing", "syn+neg", "--data.bad_images", "skip", "--output", "skipping")
     assert len(column("skipping", "train/loss")) == 2 * 4  # 14 pairs
 
@@ -300,12 +311,12 @@ def test_a_classifier_behind_a_fine_tuned_backbone(trained):
 
 
 @pytest.mark.parametrize("more", [[], ["--model.contrastive_weight", 0.5], SOME], ids=["all", "both", "some"])
-def test_two_processes_have_the_gradients_of_one(run_apart, more):
+def test_two_processes_have_the_gradients_of_one(run_as_two, more):
     """Of class weights and projector, as the optimizer's mean of them is after an epoch that hardly moves either."""
     options = ["--model.classifier", "cosine", *FROZEN, "--model.lr", "1e-7", "--model.warmup_steps", "0"]
     options += ["--trainer.max_epochs", "1", "--data.batch_pairs", 8, *more]
     run("--output", "one", *options)
-    assert run_apart("--output", "two", *options, "--trainer.devices", 2).status == 0
+    assert [ended.status for ended in run_as_two("--output", "two", *options)] == [0, 0]
     of_one, of_two = (checkpoint(f"{name}/last.ckpt")["optimizer_states"][0]["state"] for name in ("one", "two"))
     assert len(of_one) == 3  # the projector's weight and bias, the class weights
     for name, state in of_one.items():
@@ -530,7 +541,7 @@ for name in ("WANDB_API_KEY", "WANDB_MODE"):
 def test_every_config_trains(config):
     small = ["--config", config, *TINY[:6], "--data.num_workers", "0", "--data.first_view.size", "40",
              "--data.second_view.size", "40", "--trainer.max_epochs", "1", "--wandb", "off", "--trainer.accelerator",
-             "cpu", "--trainer.limit_train_batches", "1", "--data.batch_pairs", "4", "--output", "out"]  # fmt: skip
+             "cpu", "--data.anchors_per_epoch", "4", "--data.batch_pairs", "4", "--output", "out"]  # fmt: skip
     small += ["--model.projector_dim", "4"] if "projector_dim" in config.read_text() else []
     run_main("metilr.training.cli:train", [*map(str, small)], prog="train.py")
     assert Path("out/best.ckpt").exists()
