@@ -252,6 +252,7 @@ def test_what_is_no_address_is_told(tmp_path, monkeypatch, address):
         host.encode("idna")  # as Python does first
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
+    monkeypatch.setattr(fetch, "FIRST_WAIT", 0.001)
     monkeypatch.setattr(socket, "getaddrinfo", unknown)  # a name server can take many seconds to say so
     [answer] = get(tmp_path, address, options=DownloadOptions())
     assert answer == "is no web address" or "Cannot connect" in answer or "Name or service" in answer
