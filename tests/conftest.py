@@ -53,11 +53,25 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     hub.stop()
 
 
+FORKS = pytest.StashKey[Forks]()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Of several workers, which run all tests: let each one's forking process import while the tests are collected."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        session.config.stash[FORKS] = Forks()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if forks := session.config.stash.get(FORKS, None):
+        forks.stop()
+
+
 @pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
-    forks = Forks()
-    yield forks
-    forks.stop()
+def forks(pytestconfig: pytest.Config) -> Forks:
+    if FORKS not in pytestconfig.stash:
+        pytestconfig.stash[FORKS] = Forks()
+    return pytestconfig.stash[FORKS]
 
 
 @pytest.fixture(scope="session")

