@@ -179,3 +179,8 @@ def write_textured_museum(root: Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         picture(i, 200, 160).save(file)
     return write_ground_truth(root, database, queries["val"], queries["test"], database)
+
+
+def test_visits(run, tiny_museum):
+    [record] = run("visits", "--root", tiny_museum, "--images", 3)
+    assert record["visits"] == 9 and record["most_levels_apart"] <= 1
