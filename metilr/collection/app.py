@@ -209,7 +209,9 @@ def _add_routes(app: FastAPI, service: Service, max_bytes: int) -> None:
         except KeyError:
             raise HTTPException(404, "There is no such exhibit.") from None
 
-    @app.get("/images/{row}", response_class=Response, responses={200: {"content": {"image/jpeg": {}}}})
+    pictures: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}}, 404: {"model": ErrorDocument}}
+
+    @app.get("/images/{row}", response_class=Response, responses=pictures)
     async def show_image(request: Request, row: int) -> Response:
         """Show an image of the collection, small."""
         if row not in service.collection.images:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "metilr.identify/1"
 COLUMNS = (
-    "photo", "decision", "exhibit", "title", "artist", "date", "link", "rights", "thumbnail", "similarity",
+    "photo", "decision", "exhibit", "title", "artist", "date", "link", "rights", "thumbnail", "more", "similarity",
     "log_confidence", "confidence", "error",
 )  # fmt: skip
 
@@ -187,6 +187,7 @@ def _cells(photo: Identified) -> list[object]:
     if (answer := photo.answer) is not None:
         confidence = exp(answer.log_confidence) if photo.has_val else None
         said |= {"decision": photo.decision, "exhibit": answer.exhibit, **answer.about.model_dump(exclude={"more"})}
+        said["more"] = dumps(answer.about.more, ensure_ascii=False) if answer.about.more else None
         said |= {"similarity": answer.similarity, "log_confidence": answer.log_confidence, "confidence": confidence}
     return ["" if said.get(name) is None else said[name] for name in COLUMNS]
 

@@ -48,7 +48,9 @@ def save_to_milvus(
     database: Searchable, uri: str, folder: Path, made_from: str, said: Callable[[int, int], Mapping[str, Any]],
     quiet: bool,
 ) -> None:  # fmt: skip
-    """Write the rows to a server, and what each shows to ``folder``; there the server has no other rows of it then.
+    """Write the rows to a server, and what each shows to ``folder``.
+
+    Of what an index was before the server keeps the last, which others may still search, and no more.
 
     ``said`` gives what a label and an image have beside their row.
     """
@@ -58,9 +60,10 @@ def save_to_milvus(
     folder.mkdir(parents=True, exist_ok=True)
     with replaced_file(folder / f"{name}.npy") as stream:
         np.save(stream, np.stack([database.labels, database.images]))
-    if others := [file for file in folder.glob(f"{milvus.PREFIX}*.npy") if file.stem != name]:
-        milvus.drop(uri, [file.stem for file in others])
-        for file in others:
+    others = [file for file in folder.glob(f"{milvus.PREFIX}*.npy") if file.stem != name]
+    if older := sorted(others, key=lambda file: file.stat().st_mtime_ns)[:-1]:
+        milvus.drop(uri, [file.stem for file in older])
+        for file in older:
             file.unlink()
 
 

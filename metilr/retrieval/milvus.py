@@ -9,6 +9,8 @@ Source: Wang et al., Milvus: A Purpose-Built Vector Data Management System, SIGM
 """
 
 import contextlib
+import functools
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,9 +71,7 @@ class MilvusSearch:
         for part in np.array_split(np.arange(len(queries)), 1 + len(queries) * n_candidates // _CANDIDATES):
             chunk = np.ascontiguousarray(queries[part], dtype=np.float32)
             with _asking(self.uri):
-                found = self.client.search(
-                    self.name, list(chunk), limit=n_candidates, output_fields=["vector"], timeout=_SECONDS
-                )
+                found = self._found(chunk, n_candidates)
             for q, query, hits in zip(part.tolist(), chunk, found, strict=True):
                 if len(hits) < k:
                     reason = f"gave {amount(len(hits), 'row')} of the {k} that were asked for"
@@ -83,11 +83,25 @@ class MilvusSearch:
             done(len(part))
         return Neighbours(similarities, rows)
 
+    def _found(self, queries: np.ndarray, n: int) -> Any:
+        from pymilvus import MilvusException
+
+        search = functools.partial(self.client.search, self.name, list(queries), limit=n, output_fields=["vector"])
+        try:
+            return search(timeout=_SECONDS)
+        except MilvusException:  # a server that was started anew has not loaded it
+            self.client.load_collection(self.name, timeout=_SECONDS)
+            return search(timeout=_SECONDS)
+
 
 def check_uri(uri: str) -> None:
-    """Refuse what names no server; UserError also if the client is not installed."""
+    """Refuse what names no server."""
     parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        is_server = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
+    except ValueError:  # of a port beyond 65535
+        is_server = False
+    if not is_server:
         raise UserError(f"{uri}: name a server, such as http://localhost:19530", "milvus")
     if "@" in parts.netloc:
         where = uri.replace(parts.netloc, parts.netloc.split("@")[-1])
@@ -101,6 +115,7 @@ def connect(uri: str) -> "MilvusClient":
         from pymilvus import MilvusClient
     except ModuleNotFoundError:
         raise UserError(f"{uri}: needs pymilvus: pip install 'metilr[milvus]'", "milvus") from None
+    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # a traceback for each error, which is told below
     with _asking(uri):
         return MilvusClient(uri=uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=_SECONDS)
 
@@ -183,4 +198,6 @@ def _asking(uri: str) -> Iterator[None]:
         yield
     except MilvusException as error:
         reason = one_line(Exception(error.message))
-        raise UserError(f"{uri}: Milvus does not do it ({reason}); see that it runs there", "milvus") from None
+        raise UserError(
+            f"{uri}: Milvus does not answer as it should ({reason}); see that it runs there", "milvus"
+        ) from None

@@ -222,4 +222,4 @@ def _told_about(catalogue: Catalogue, rows: list[Row]) -> Catalogue:
     aside = [catalogue.left_aside] if catalogue.left_aside else []
     if missing:
         aside.append(f"{amount_is(len(missing), 'exhibit')} not in the table ({', '.join(missing[:3])})")
-    return Catalogue(catalogue.folder, catalogue.paths, catalogue.exhibits, about, "; ".join(aside))
+    return replace(catalogue, about=about, left_aside="; ".join(aside))

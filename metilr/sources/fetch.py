@@ -30,7 +30,7 @@ FIRST_WAIT = 1.0  # s before the second try, twice as long before each one after
 LONGEST_WAIT = 120.0  # s that a server may ask for
 TIMEOUT = aiohttp.ClientTimeout(total=300, sock_connect=10, sock_read=30)
 PASSING = {408, 425, 429, *range(500, 600)}  # answers that may be others a while later
-GIVE_UP = 3  # addresses of a server in a row that could not be reached
+GIVE_UP = 3  # addresses of a server in a row that gave nothing but such answers, or none
 MOST_REDIRECTS = 10
 DOCUMENT_MEGABYTES = 50  # of a manifest; the largest that libraries publish have a few
 NAT64, LOCAL_NAT64 = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48")
@@ -169,7 +169,8 @@ class Downloads:
             pause = FIRST_WAIT * 2**attempt
             try:
                 async with self._asked(address, known) as answer:
-                    self._unreachable[server] = 0
+                    if answer.status not in PASSING:
+                        self._unreachable[server] = 0
                     if answer.status == 304 and known:
                         return None
                     if answer.status == 200:
@@ -189,11 +190,10 @@ class Downloads:
                 if isinstance(cause, PrivateAddressError):
                     raise DownloadError(cause.strerror or "") from None
                 reason = one_line(error) if str(error) else "takes too long"
-                if attempt == TRIES - 1:
-                    self._unreachable[server] = self._unreachable.get(server, 0) + 1
             except ValueError:  # of a name that is none, also in a redirect
                 raise DownloadError("is no web address") from None
             self._not_before[server] = max(self._not_before.get(server, 0), time.monotonic() + pause)
+        self._unreachable[server] = self._unreachable.get(server, 0) + 1
         raise NoAnswerError(f"{reason}, {TRIES} times")
 
     @contextlib.asynccontextmanager

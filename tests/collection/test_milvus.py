@@ -133,6 +133,7 @@ def test_more_than_milvus_gives_is_refused():
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
+        ("http://localhost:99999", "--milvus http://localhost:99999: name a server, such as"),
         ("milvus.db", "--milvus milvus.db: name a server, such as http://localhost:19530"),
         (
             "http://a:secret@b:1/",
@@ -149,7 +150,9 @@ def test_a_server_that_is_not_there_is_named(indexed, failure, tmp_path, monkeyp
     pytest.importorskip("pymilvus", reason="needs metilr[milvus]")
     monkeypatch.setattr(milvus, "_SECONDS", 1)
     line = failure("index", indexed / "museum", tmp_path / "index", "--milvus", "http://127.0.0.1:9", *AS_OPTIONS)
-    assert "http://127.0.0.1:9: Milvus does not do it (" in line and line.endswith("see that it runs there")
+    assert "http://127.0.0.1:9: Milvus does not answer as it should (" in line and line.endswith(
+        "see that it runs there"
+    )
 
 
 @pytest.fixture
@@ -176,7 +179,7 @@ def test_answers_are_those_of_the_search_in_memory(made, server, capsys):
     assert document["collection"]["search"] == there.search and len(document["photos"]) == 8
 
 
-def test_an_update_puts_another_collection_in_the_place_of_the_first(made, server, client, capsys):
+def test_an_update_makes_another_collection_and_drops_those_before_the_last(made, server, client, capsys):
     before = client.list_collections()
     index(made / "museum", made / "index", milvus=server, **INDEXED)
     assert "finished already" in capsys.readouterr().out and client.list_collections() == before
@@ -189,11 +192,22 @@ def test_an_update_puts_another_collection_in_the_place_of_the_first(made, serve
         opened(made, server)
     index(made / "museum", made / "index", milvus=server, **INDEXED)
     after = client.list_collections()
-    assert len(after) == 1 and after != before
+    assert len(after) == 2 and set(before) < set(after)  # who began before still searches what was there then
     assert len(opened(made, server).database.labels) == 9
-    client.drop_collection(after[0])
+    client.drop_collection(*({*after} - {*before}))
     index(made / "museum", made / "index", milvus=server, **INDEXED)
     assert client.list_collections() == after
+    (extra / "new.jpg").unlink()
+    shutil.copy(next((made / "museum").rglob("2.jpg")), extra / "newer.jpg")
+    index(made / "museum", made / "index", milvus=server, **INDEXED)
+    assert len(client.list_collections()) == 2 and not set(before) & set(client.list_collections())
+
+
+def test_a_server_that_was_started_anew_is_searched_again(server, client):
+    rows = unit_rows(60)
+    opened = write(server, "metilr_a", rows)
+    client.release_collection("metilr_a")
+    np.testing.assert_array_equal(opened.search(rows, 1).rows[:, 0], np.arange(60))
 
 
 def test_what_is_said_of_exhibits_travels_and_is_renewed(made, server, client):
@@ -202,7 +216,8 @@ def test_what_is_said_of_exhibits_travels_and_is_renewed(made, server, client):
         table.write_text(f"exhibit,title\n500,{title}\n")
         shutil.rmtree(made / "index", ignore_errors=True) if title == "Old" else None
         index(made / "museum", made / "index", csv=table, milvus=server, **INDEXED)
-        [name] = [each for each in client.list_collections() if (made / "index" / "milvus" / f"{each}.npy").exists()]
+        newest = max((made / "index" / "milvus").glob("*.npy"), key=lambda file: file.stat().st_mtime_ns)
+        name = newest.stem
         rows = client.query(name, filter="exhibit == '500'", output_fields=["about"])
         assert rows and all(row["about"] == {"title": title} for row in rows)
 

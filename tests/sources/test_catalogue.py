@@ -271,3 +271,8 @@ def test_a_blank_name_is_refused(tmp_path):
         read_catalogue(tmp_path)
     with pytest.raises(UserError, match="line 2: names no exhibit"):
         read_catalogue(tmp_path, write_csv(tmp_path, "path,exhibit\n2.jpg,\u200b\n"))
+
+
+def test_exhibits_that_a_table_beside_the_folder_lacks_are_said_and_name_nothing(folder):
+    catalogue = read_catalogue(folder, write_csv(folder, "exhibit,title\nnobody,Nothing\n"))
+    assert catalogue.name == "" and f"{len(catalogue.names)} exhibits are not in the table" in catalogue.left_aside

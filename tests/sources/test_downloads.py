@@ -274,3 +274,10 @@ def test_what_was_there_is_kept_when_a_page_comes_in_its_place(server, tmp_path)
     server.files["a"] = b"<html>we are back soon</html>"
     kept = [b"one", f"kept {server.url}a"]
     assert get(tmp_path, server.url + "a", ask_again=True, check=refuse_pages) == kept
+
+
+def test_a_server_that_only_fails_is_given_up(server, tmp_path):
+    server.always = Fault(status=500)
+    answers = get(tmp_path, *(f"{server.url}{i}" for i in range(8)))
+    assert answers[:3] == ["HTTP 500 Internal Server Error, 5 times"] * 3
+    assert answers[3:] == ["its server no longer answers"] * 5 and len(server.gets()) == 15
