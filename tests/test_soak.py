@@ -120,7 +120,8 @@ def test_an_evaluation_from_end_to_end(tmp_path, monkeypatch, forks):
     lines = list(csv.reader(file.open()))
     with file.open("w") as stream:
         csv.writer(stream).writerows(lines[:-1])
-    attempts[0].samples[-1], attempts[0].samples[0] = attempts[0].samples[0], attempts[0].samples[-1]
+    attempts[-1].samples.append(attempts[-1].samples[-1]._replace(done=0))
+    attempts[-1].samples[-2] = attempts[-1].samples[-2]._replace(done=1)
     assert [each.split(":")[0] for each in soak.faults(attempts, truth, store, output)] == [
         "described rows were lost", f"the store holds {n_images - 1} of {n_images} rows", "val",
     ]  # fmt: skip

@@ -477,7 +477,7 @@ def test_a_finished_run_and_one_of_other_options_are_not_continued(capsys, unfin
 def test_data_that_changed_is_not_continued(capsys, museum, unfinished):
     file = museum / "ground_truth/valset.json"
     file.write_text(json.dumps(json.loads(file.read_text())[1:]))
-    assert "its data changed" in error_of(capsys, "--output", "out", *TRAINED)
+    assert "holds a training on other data" in error_of(capsys, "--output", "out", *TRAINED)
 
 
 def test_descriptors_half_removed_by_a_kill(unfinished):
