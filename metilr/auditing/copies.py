@@ -23,7 +23,7 @@ RECIPE = 1  # raise it when code here changes what two images give
 RATIO = 0.85  # of the distances to the nearest and to the second nearest point: matches beyond it are left out
 LEAST_MATCHES = 4
 LEAST_INLIERS = 8  # matches that one transformation explains: four or five do so by chance
-MANY_POINTS = 40
+ALIKE = 0.5  # correlation of 32 x 32 px
 DETAIL = (1.0, 3.0)  # standard deviations in px between which Gaussians leave detail
 BORDER = 10  # px that a frame's edge, blurred, reaches into the picture
 BLOCK = 24  # px of a side of the squares that must agree, each of them
@@ -122,11 +122,12 @@ def _starts(first: Sketch, second: Sketch) -> Iterator[np.ndarray]:
         if found is not None and is_inlier.sum() >= LEAST_INLIERS:
             yield found
             return
-    if min(len(first.points), len(second.points)) >= MANY_POINTS:  # they would match
-        return
+    # Nothing to match, or a pattern that repeats itself: frame on frame, if that is alike at all.
     (height, width), (to_height, to_width) = first.grey.shape, second.grey.shape
     if abs(np.log(width / height * to_height / to_width)) < 0.1:
-        yield np.array([[to_width / width, 0, 0], [0, to_height / height, 0]], np.float32)
+        small = [cv2.resize(each.grey, (32, 32), interpolation=cv2.INTER_AREA).ravel() for each in (first, second)]
+        if min(each.std() for each in small) > 0 and np.corrcoef(*small)[0, 1] >= ALIKE:
+            yield np.array([[to_width / width, 0, 0], [0, to_height / height, 0]], np.float32)
 
 
 def _rigid(found: np.ndarray, first: Sketch, second: Sketch) -> tuple[np.ndarray, int]:

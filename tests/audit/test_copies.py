@@ -1,5 +1,6 @@
 """Copies told from other pictures: whatever was done to a file, and what looks alike and is none."""
 
+import dataclasses
 import io
 
 import cv2
@@ -9,6 +10,7 @@ from PIL import Image, ImageOps
 
 from metilr.auditing.copies import inliers, likeness, sketch
 from metilr.auditing.groups import CopyOptions
+from metilr.demo.museum import invent_work
 from tests.audit.pictures import picture
 
 SCORE = CopyOptions().copy_score
@@ -104,3 +106,14 @@ def test_thin_pictures_are_told_apart_and_found():
     spear = Image.new("RGB", (1300, 60), (200, 180, 160))
     spear.paste((60, 40, 30), (500, 10, 1200, 30))
     assert likeness(sketched(thin), sketched(spear)).score < SCORE
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_demo_s_near_twins_are_no_copies(seed):
+    work = invent_work(seed, 320)
+    twin = dataclasses.replace(work, detail_seed=work.detail_seed + 1)
+    first, second = (sketched(each.draw_for_catalogue(0)) for each in (work, twin))
+    assert likeness(first, second).score < SCORE
+    drawn = work.draw_for_catalogue(0)
+    for copy in (jpeg(drawn, 50), jpeg(ImageOps.mirror(drawn))):
+        assert likeness(first, sketched(copy)).score >= SCORE
