@@ -115,5 +115,5 @@ def test_the_demo_s_near_twins_are_no_copies(seed):
     first, second = (sketched(each.draw_for_catalogue(0)) for each in (work, twin))
     assert likeness(first, second).score < SCORE
     drawn = work.draw_for_catalogue(0)
-    for copy in (jpeg(drawn, 50), jpeg(ImageOps.mirror(drawn))):
+    for copy in (jpeg(drawn, 80), jpeg(ImageOps.mirror(drawn))):
         assert likeness(first, sketched(copy)).score >= SCORE
