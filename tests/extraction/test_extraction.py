@@ -1,11 +1,9 @@
 """The extraction loop: what batch size 1 gives, for any batching, number of processes and interruptions."""
 
 import multiprocessing
-import os
 import re
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
