@@ -1,5 +1,6 @@
 """Commands in forks of one process that has imported everything: a run, or a killed one, in a fraction of a second."""
 
+import atexit
 import contextlib
 import faulthandler
 import gc
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -148,6 +150,11 @@ def _serve() -> None:
     import metilr.training.run  # noqa: F401
     from tests import faults  # noqa: F401
 
+    # A fork that ends as a process of its own does would remove the libraries' folders, which all share.
+    folders = [each for each in gc.get_objects() if type(each) is tempfile.TemporaryDirectory]
+    for folder in folders:
+        atexit.unregister(folder.cleanup)
+        folder._finalizer.detach()
     groups: set[Any] = set()
     gc.collect()
     gc.freeze()  # or each fork's collector would copy all of it
@@ -165,6 +172,8 @@ def _serve() -> None:
     for group in groups:  # whatever a failed test has left at work
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
+    for folder in folders:
+        folder.cleanup()
 
 
 def _fork(job: dict[str, Any]) -> int:
