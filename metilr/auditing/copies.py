@@ -126,7 +126,7 @@ def _starts(first: Sketch, second: Sketch) -> Iterator[np.ndarray]:
     (height, width), (to_height, to_width) = first.grey.shape, second.grey.shape
     if abs(np.log(width / height * to_height / to_width)) < 0.1:
         small = [cv2.resize(each.grey, (32, 32), interpolation=cv2.INTER_AREA).ravel() for each in (first, second)]
-        if min(each.std() for each in small) > 0 and np.corrcoef(*small)[0, 1] >= ALIKE:
+        if min(each.std() for each in small) > 0 and np.corrcoef(small[0], small[1])[0, 1] >= ALIKE:
             yield np.array([[to_width / width, 0, 0], [0, to_height / height, 0]], np.float32)
 
 

@@ -76,6 +76,7 @@ def evaluate(
     Returns:
         What results.json says; None in the processes of a launcher other than the first.
     """
+    end_if_unguarded()
     from metilr.demo import DEMO, make_demo  # these draw, or load torch, which --help need not
     from metilr.extraction.describe import describe_images
     from metilr.geometry.check import geometric_check_of
@@ -83,7 +84,6 @@ def evaluate(
     from metilr.models.hub import LOOKED_FOR, pin
 
     started = time.perf_counter()
-    end_if_unguarded()
     if parent := os.environ.pop(PARENT_VARIABLE, None):
         end_with_parent(int(parent))
     model, extraction = model or ModelOptions(), extraction or ExtractionOptions()
