@@ -76,14 +76,9 @@ def nearest_images(rows: np.ndarray, queries: np.ndarray, k: int, among: bool, f
 
 
 def candidates(
-    subject: Subject,
-    rows: np.ndarray,
-    near: Neighbours,
-    usable: np.ndarray,
-    options: CopyOptions,
-    work: Path,
+    subject: Subject, rows: np.ndarray, near: Neighbours, usable: np.ndarray, options: CopyOptions, work: Path,
     quiet: bool,
-) -> list[Pair]:
+) -> list[Pair]:  # fmt: skip
     """Pairs whose descriptors are so similar that their pictures are to be compared.
 
     ``near`` are the nearest of the database to all; queries are compared with each other here. Both images of a pair

@@ -175,9 +175,8 @@ def leakage_of(case: Case, is_leaked: np.ndarray, seed: int = 0) -> Leakage:
                 draws.append([a - b for a, b in zip(_figures(case, drawn), _figures(case, left), strict=True)])
         both = zip(_figures(case, np.arange(len(target))), _figures(case, np.flatnonzero(kept)), strict=True)
         ends = np.quantile(draws, [0.025, 0.975], axis=0)
-        values = {name: (a - b, float(low), float(high)) for name, (a, b), low, high in zip(
+        difference = {name: (a - b, float(low), float(high)) for name, (a, b), low, high in zip(
             Figures.model_fields, both, *ends, strict=True)}  # fmt: skip
-        difference = values
     without = _said(case, np.flatnonzero(kept)) if (kept & is_met).any() else None
     return Leakage(
         n_queries=len(target),

@@ -79,6 +79,8 @@ def audit(
         subject = _of_index(source)
     else:
         subject, cases = _of_root(source, database, model, extraction, progress)
+    if len(subject.truth.paths["database"]) < 2:
+        raise UserError(f"{source}: has one database image, and so nothing to compare it with; add others")
     content = json.dumps(subject.descriptors.origins, sort_keys=True, default=str)
     digest = hashlib.sha256(content.encode()).hexdigest()[:12]
     folder = AUDITS / f"{subject.name}-{digest}" if output is None else Path(output)

@@ -248,6 +248,20 @@ def test_what_changes_is_looked_at_again_and_what_is_gone_is_no_copy(tmp_path, m
             audit(output=place)
 
 
+def test_one_database_image_is_refused_in_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    queries = []
+    for i, entry in enumerate([{"id": 1}, {"MET_id": 1}, {}, {"MET_id": 1}, {}]):
+        queries.append({"path": f"{i}.jpg", **entry})
+        (tmp_path / "museum/images").mkdir(parents=True, exist_ok=True)
+        picture(i, 120, 100).save(tmp_path / f"museum/images/{i}.jpg")
+    write_ground_truth(tmp_path / "museum", queries[:1], queries[1:3], queries[3:])
+    with pytest.raises(SystemExit) as stop:
+        main(["audit", "museum", *MODEL])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "museum: has one database image, and so nothing to compare" in error
+
+
 def test_a_leak_under_two_exhibits_is_both():
     labels = {"database": np.array([0, 1, 1]), "val": np.array([0]), "test": np.array([-1, 1])}
     paths = {split: tuple(f"{split}{i}" for i in range(len(of))) for split, of in labels.items()}
