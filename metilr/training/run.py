@@ -89,8 +89,8 @@ def run(
             if is_first_process() and "wandb" in options.logger:
                 wandb_run = open_wandb(options.wandb, options.wandb_project, output, recorded)
             loggers: list[Logger] = [] if wandb_run is None else [WandbLogger(experiment=wandb_run)]
-            if "tensorboard" in options.logger:  # a continued run adds a file to the folder
-                loggers.append(TensorBoardLogger(str(output), name="", version="tensorboard"))
+            if "tensorboard" in options.logger:  # a continued run adds a file, of another name within a second too
+                loggers.append(TensorBoardLogger(output, "", "tensorboard", filename_suffix=f".{datetime.now():%f}"))
             trainer = make_trainer(options, trainer_options, output, resume_from is not None, loggers, evaluate)
             device = f"{trainer.world_size} x {trainer.strategy.root_device.type.upper()}"
             doing = f"continuing after {resume_from}" if resume_from else "training"

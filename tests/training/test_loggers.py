@@ -58,6 +58,7 @@ def test_tensorboard_gets_what_the_csv_file_gets_also_of_a_continued_run(monkeyp
     pytest.importorskip("tensorboardX", reason="needs metilr[tensorboard]")
     started = []
     monkeypatch.setattr("metilr.training.run.open_wandb", lambda *of: started.append(of))
+    monkeypatch.setattr("time.time", lambda: 1.8e9)  # both within one second, which event files are named after
     train("--logger", "tensorboard", "--trainer.max_epochs", 1)
     config = yaml.safe_load(Path("out/config.yaml").read_text())
     assert config["logger"] == ["tensorboard"] and not started
