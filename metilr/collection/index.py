@@ -124,7 +124,7 @@ def index(
 
             model = _from_anywhere(model)
             embedder = build_model(model)
-            extraction = extraction.resized_to(extraction.resize_to or embedder.image_size or IMAGE_SIZE)
+            extraction = extraction.for_model(embedder, IMAGE_SIZE)
             if catalogue is None:
                 side = max(resized) if isinstance(resized := extraction.resize_to, tuple) else resized
                 place = downloads.cache or output / "images"

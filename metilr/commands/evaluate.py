@@ -119,7 +119,7 @@ def evaluate(
     views, embedder, name, n_made = views_of(method, model.seed), None, "descriptors", 0
     if not descriptors:
         embedder = build_model(model)
-        extraction = extraction.resized_to(extraction.resize_to or embedder.image_size)
+        extraction = extraction.for_model(embedder)
         check_method(method, len(ground_truth.paths["database"]), embedder.dim, ground_truth.n_classes)
         name = embedder.backbone.name.replace("/", "_") + ("" if model.ckpt is None else f"_{Path(model.ckpt).stem}")
     elif not is_first:

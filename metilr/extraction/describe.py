@@ -38,7 +38,7 @@ from metilr.extraction.store import DescriptorStore, settings_fingerprint
 from metilr.models import Engine
 from metilr.models.backbone import FLOAT32_STAGES
 from metilr.models.embedder import Embedder
-from metilr.models.engines import start_engine
+from metilr.models.engines import start_engine, suits_openvino
 from metilr.progress import MinuteLines, make_console
 from metilr.provenance import library_versions, processor
 
@@ -75,7 +75,7 @@ def describe_images(
         KeyboardInterrupt: If interrupted; finished work is kept.
     """
     end_if_unguarded()
-    options, console = options or ExtractionOptions(), console or make_console()
+    options, console = (options or ExtractionOptions()).for_model(embedder), console or make_console()
     embedder.check_image_size(options.resize_to)
     settings = store_settings(embedder, ground_truth, options.resize_to, options.precision, options.engine)
     sizes = image_sizes(ground_truth)
@@ -212,8 +212,8 @@ def _fill(
         kind = torch.cuda.get_device_name(0) if options.device == "cuda" else options.device.upper()
         device = f"{options.n_processes} x {kind}"
         console.print(f"[bold]running on[/]   {device}, precision {options.precision}, engine {options.engine}")
-        is_convolutional = embedder.backbone.patch == 1 and not embedder.backbone.has_cls
-        if options.device == "cpu" and options.engine == "torch" and n_pending >= MANY_IMAGES and is_convolutional:
+        fits = options.device == "cpu" and options.engine == "torch" and suits_openvino(embedder.backbone)
+        if fits and n_pending >= MANY_IMAGES:
             console.print("             (on a CPU the engine openvino is faster, with the same rows up to rounding)")
         if launched_as_first() and n_pending:
             weights_from = embedder.describe_settings()["provenance"]

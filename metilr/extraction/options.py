@@ -9,6 +9,9 @@ from metilr.data.pixels import MAX_IMAGE_SIZE, ImageSize
 from metilr.errors import UserError, check_choices
 from metilr.models import Engine, check_engine
 
+if TYPE_CHECKING:
+    from metilr.models.embedder import Embedder
+
 BadImages = Literal["stop", "skip"]
 ImageShape = Literal["keep", "square"]
 Accelerator = Literal["auto", "cpu", "gpu", "mps"]
@@ -45,8 +48,9 @@ class ExtractionOptions:
             four stages are float32 in any case: they suffer from rounding.
         engine: What computes the backbone: torch; compile, PyTorch compiled (for GPUs and long runs: it stops for about
             a minute at the first batch, at the first of a single image, and seldom later); openvino, for convolutional
-            networks on CPUs, several times as fast (pip install openvino). On CPUs PyTorch computes what has a side
-            below 128 px.
+            networks on CPUs, several times as fast (pip install openvino); auto, openvino where it is installed and
+            takes the model, else torch: rows differ by rounding alone. On CPUs PyTorch computes what has a side below
+            128 px.
         batch_size: Most images in a batch, fewer of images beyond 500 x 500 px; images in a batch have one shape. With
             the engine openvino it is 1.
         num_workers: Image decoding processes beside each process; without it as many as cores are free, at most 8.
@@ -63,9 +67,10 @@ class ExtractionOptions:
     num_nodes: int = 1
     if TYPE_CHECKING:
         precision: Precision = "32"
-    else:  # 32 is a number in Python and YAML, and means the same
+        engine: Engine = "torch"
+    else:  # 32 is a number in Python and YAML, and means the same; ``for_model`` says what auto is
         precision: Precision | Literal[32] = "32"
-    engine: Engine = "torch"
+        engine: Engine | Literal["auto"] = "torch"
     batch_size: int = 32
     num_workers: int | None = None
     quiet: bool = False
@@ -82,6 +87,15 @@ class ExtractionOptions:
         if isinstance(size, tuple):
             return replace(self, image_size=size[0], image_shape="square")
         return replace(self, image_size=size, image_shape="keep")
+
+    def for_model(self, embedder: "Embedder", usual_size: ImageSize | None = None) -> "ExtractionOptions":
+        """These options for a model: images of its size where none is given, and the engine that auto comes to."""
+        options = self.resized_to(self.resize_to or embedder.image_size or usual_size)
+        if str(self.engine) == "auto":
+            from metilr.models.engines import fastest_engine
+
+            options = replace(options, engine=fastest_engine(embedder.backbone, self.device))
+        return options
 
     @property
     def device(self) -> Literal["cuda", "mps", "cpu"]:
@@ -134,7 +148,8 @@ class ExtractionOptions:
             raise UserError("gpu: PyTorch sees no GPU here; use cpu, or check nvidia-smi and the driver", "accelerator")
         if self.accelerator == "mps" and self.device != "mps":
             raise UserError("mps: PyTorch sees no Apple GPU here; use cpu", "accelerator")
-        check_engine(self.engine, self.device)
+        if str(self.engine) != "auto":
+            check_engine(self.engine, self.device)
         if self.precision == "16-mixed" and self.device != "cuda":
             raise UserError("16-mixed: needs an NVIDIA GPU; elsewhere use 32 or bf16-mixed", "precision")
         cores = os.cpu_count() or 1

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib.util
 import queue
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,17 @@ MOST_GRAPHS = 16  # what is compiled for a backbone comes to less
 PROBE_SHAPE = (1, 3, 301, 267)  # odd, and beyond 256: bfloat16 cannot count further in steps of 1
 # Cosine to PyTorch in float32 that the probe's map must have: noise is the worst of images for bfloat16.
 LEAST_AGREEMENT = {"32": 0.9999, "bf16-mixed": 0.98}
+
+
+def suits_openvino(backbone: Backbone) -> bool:
+    """Whether OpenVINO takes a network: one without patches."""
+    return backbone.patch == 1 and not backbone.has_cls
+
+
+def fastest_engine(backbone: Backbone, device: str) -> Engine:
+    """Name the engine that is fastest on a device, among those that start at once and round alone differently."""
+    has_openvino = importlib.util.find_spec("openvino") is not None
+    return "openvino" if device == "cpu" and has_openvino and suits_openvino(backbone) else "torch"
 
 
 def start_engine(
@@ -95,7 +107,7 @@ class OpenVINOEngine:
     def __init__(self, backbone: Backbone, precision: str, n_streams: int = 1) -> None:
         import openvino
 
-        if backbone.patch > 1 or backbone.has_cls:
+        if not suits_openvino(backbone):
             raise UserError(f"openvino: takes no network of patches ({backbone.name}); take torch", "engine")
         core = openvino.Core()
         if precision == "bf16-mixed" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):

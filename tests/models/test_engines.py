@@ -198,6 +198,17 @@ def test_a_store_is_that_of_its_engine(tiny_museum, tmp_path, two_threads):
     assert "engine" not in store_settings(embedder, truth, None, "32")["model"]
 
 
+def test_auto_takes_the_fastest_engine_that_is_installed_and_says_so(tiny_museum, tmp_path, monkeypatch):
+    truth, options = load_ground_truth(enlarged(tiny_museum)), ExtractionOptions(accelerator="cpu", engine="auto")
+    embedder, said = build_embedder("timm/test_resnet", "random"), io.StringIO()
+    store = describe_images(embedder, truth, tmp_path / "store", options, Console(file=said))
+    assert store.manifest().settings == store_settings(embedder, truth, None, "32", "openvino")
+    assert "engine openvino" in said.getvalue()
+    assert options.for_model(build_embedder("timm/test_vit", "random")).engine == "torch"  # a network of patches
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert options.for_model(embedder).engine == "torch"
+
+
 @pytest.mark.parametrize("precision", ["32", pytest.param("bf16-mixed", marks=needs_bfloat16)])
 @torch.inference_mode()
 def test_streams_at_work_side_by_side_keep_to_themselves(backbone, precision, two_threads):
