@@ -172,7 +172,7 @@ def _make(
     store = describe_catalogue(embedder, catalogue, output, STORE, extraction, progress, views)
     background = None
     if strangers is not None:
-        described = describe_catalogue(embedder, strangers, output, BACKGROUND, extraction, progress)
+        described = describe_catalogue(embedder, strangers, output, BACKGROUND, extraction, progress, like=store)
         background = Background.of(strangers, described.path.name)
         if int(described.is_valid("database").sum()) < LEAST_BACKGROUND:
             reason = f"fewer than {LEAST_BACKGROUND} photos can be described"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 BadImages = Literal["stop", "skip"]
 ImageShape = Literal["keep", "square"]
 Accelerator = Literal["auto", "cpu", "gpu", "mps"]
-Precision = Literal["32", "bf16-mixed", "16-mixed"]
+Precision = Literal["32", "bf16-mixed", "16-mixed", "int8"]
 MAX_BATCH = 4096  # images; beyond some tens nothing gets faster
 WORKERS_A_CORE = 8  # at most: more decode no faster, and each takes memory
 MAX_STREAMS = 4  # of OpenVINO; each holds activations
@@ -45,7 +45,8 @@ class ExtractionOptions:
         num_nodes: Machines, each started with this command by torchrun or SLURM, with a shared store.
         precision: Arithmetic of the backbone: 32 is exact float32 (no TF32). On the CPU, bf16-mixed runs what has a
             side below 128 px in float32, since bfloat16 convolutions are unreliable there. An EfficientNet's first
-            four stages are float32 in any case: they suffer from rounding.
+            four stages are float32 in any case: they suffer from rounding. int8, for the engine openvino, rounds the
+            network within what 300 database images show (pip install 'metilr[int8]'); it stays with the descriptors.
         engine: What computes the backbone: torch; compile, PyTorch compiled (for GPUs and long runs: it stops for about
             a minute at the first batch, at the first of a single image, and seldom later); openvino, for convolutional
             networks on CPUs, several times as fast (pip install openvino); auto, openvino where it is installed and
@@ -94,7 +95,7 @@ class ExtractionOptions:
         if str(self.engine) == "auto":
             from metilr.models.engines import fastest_engine
 
-            options = replace(options, engine=fastest_engine(embedder.backbone, self.device))
+            options = replace(options, engine=fastest_engine(embedder.backbone, self.device))  # checked again
         return options
 
     @property
@@ -152,6 +153,8 @@ class ExtractionOptions:
             check_engine(self.engine, self.device)
         if self.precision == "16-mixed" and self.device != "cuda":
             raise UserError("16-mixed: needs an NVIDIA GPU; elsewhere use 32 or bf16-mixed", "precision")
+        if self.precision == "int8" and self.engine not in ("openvino", "auto"):
+            raise UserError("int8: needs the engine openvino, or auto", "precision")
         cores = os.cpu_count() or 1
         there = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": cores}[self.device]
         if self.n_processes > there:
