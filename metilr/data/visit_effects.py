@@ -74,8 +74,8 @@ def add_noise(image: torch.Tensor, strength: float, stream: Stream) -> torch.Ten
     height, width = image.shape[1:]
     fine = stream.normal(1, height, width)
     coarse = stream.normal(3, whole_pixels(height / 3), whole_pixels(width / 3))
-    blotches = F.resize(coarse, [height, width], antialias=True)
-    return image + sigma * (0.8 * fine + 0.6 * blotches)
+    noise = F.resize(coarse.mul_(0.6 * sigma), [height, width], antialias=True)
+    return noise.add_(fine, alpha=0.8 * sigma).add_(image)
 
 
 def compress(image: torch.Tensor, strength: float, stream: Stream) -> torch.Tensor:
@@ -84,9 +84,10 @@ def compress(image: torch.Tensor, strength: float, stream: Stream) -> torch.Tens
         return image
     # Pillow's encoder, since torchvision deprecated its own, which transforms.v2 still calls.
     file = io.BytesIO()
-    F.to_pil_image(image).save(file, "JPEG", quality=round(95 - 85 * stream.effect(strength)))
+    picture = Image.fromarray(np.ascontiguousarray(image.numpy().transpose(1, 2, 0)))
+    picture.save(file, "JPEG", quality=round(95 - 85 * stream.effect(strength)))
     with Image.open(file) as compressed:
-        return F.pil_to_tensor(compressed).contiguous()
+        return torch.from_numpy(np.asarray(compressed).transpose(2, 0, 1).copy())
 
 
 def gaussian_blur(image: torch.Tensor, sigma_x: float, sigma_y: float) -> torch.Tensor:
@@ -132,23 +133,19 @@ def put_in_frame(image: torch.Tensor, strength: float, stream: Stream) -> torch.
         return image
     colour, width = _choose_frame(image.shape[1], image.shape[2], strength, stream)
     bevels = stream.uniform(0.5, 2.5)
-    framed = F.pad(image, [width] * 4)
-    height, length = framed.shape[1:]
-    ys, xs = _pixel_centres(framed)
-
-    def paint(rows: slice, columns: slice) -> None:
-        x, y = xs[:, columns], ys[rows]
-        from_side, from_top = torch.minimum(x, length - x), torch.minimum(y, height - y)
-        # 0 at the outer edge of the frame, 1 at its inner edge, where it casts its shadow.
-        depth = torch.minimum(from_side, from_top) / width
-        profile = 0.85 + 0.2 * torch.sin(2 * math.pi * bevels * depth) - 0.3 * depth**6
-        # Galleries are lit from above: the lower bar's bevel faces the lamps.
-        lit = torch.where(from_top < from_side, torch.where(y > height / 2, 1.15, 0.85), 1.0)
-        framed[:, rows, columns] = (colour * profile * lit).clamp(0, 1)
-
-    first, last = slice(0, width), slice(-width, None)
-    for rows, columns in ((first, slice(None)), (last, slice(None)), (slice(None), first), (slice(None), last)):
-        paint(rows, columns)
+    framed = image.new_empty(3, image.shape[1] + 2 * width, image.shape[2] + 2 * width)
+    framed[:, width:-width, width:-width] = image
+    # 0 at the outer edge of the frame, 1 at its inner edge, where it casts its shadow.
+    depth = (torch.arange(width) + 0.5) / width
+    profile = 0.85 + 0.2 * torch.sin(2 * math.pi * bevels * depth) - 0.3 * depth**6
+    bar = (colour * profile).clamp(0, 1)  # 3 x 1 x width
+    framed[:, width:-width, :width], framed[:, width:-width, -width:] = bar, bar.flip(2)
+    from_edge, columns = torch.arange(width)[:, None], torch.arange(framed.shape[2])
+    from_side = torch.minimum(columns, columns.flip(0))
+    profile = profile[torch.minimum(from_edge, from_side)]  # the bars meet in diagonals
+    # Galleries are lit from above: the lower bar's bevel faces the lamps.
+    upper, lower = (profile * torch.where(from_edge < from_side, lit, 1.0) for lit in (0.85, 1.15))
+    framed[:, :width], framed[:, -width:] = (colour * upper).clamp(0, 1), (colour * lower).clamp(0, 1).flip(1)
     return framed
 
 
@@ -176,7 +173,7 @@ def paint_wall(coverage: torch.Tensor, strength: float, stream: Stream) -> torch
     plaster = F.resize(1 + 0.03 * stream.normal(1, 12, 12), [height, width], antialias=True)
     offset = max(1, round(0.02 * max(height, width)))
     shadow = gaussian_blur(coverage.roll(offset, 1), offset, offset)
-    wall = colour * plaster * (1 - 0.45 * shadow)
+    wall = colour * (plaster * (1 - 0.45 * shadow))
     if strength > 0 and stream.uniform() < 0.6:
         left, top = int(stream.uniform(0, 0.9) * width), int(stream.uniform(0.5, 0.9) * height)
         label = wall[:, top : top + max(1, height // 18), left : left + max(1, width // 12)]
@@ -222,7 +219,7 @@ def add_glare(image: torch.Tensor, coverage: torch.Tensor, strength: float, stre
         amount = stream.effect(strength) * (0.8 * shape + 0.25 * halo)
         # Varnish and glass mirror lamps, a painted wall does not.
         dark *= 1 - amount * coverage
-    return (1 - (1 - image) * dark).clamp(0, 1)
+    return image.sub(1).mul_(dark).add_(1).clamp_(0, 1)
 
 
 def _pixel_centres(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

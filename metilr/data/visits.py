@@ -259,4 +259,4 @@ def _hang_on_wall(
         return picture, torch.ones_like(picture[:1])
     seen = warp(picture, viewpoint.corners, viewpoint.size)
     wall = paint_wall(seen[3:], strengths.wall, stream("wall"))
-    return seen[:3] + (1 - seen[3:]) * wall, seen[3:]
+    return torch.addcmul(seen[:3], 1 - seen[3:], wall, out=wall), seen[3:]
