@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import repeat, zip_longest
 from pathlib import Path
 from typing import IO, cast
 
@@ -26,7 +26,7 @@ from metilr.evaluation.options import MethodOptions
 from metilr.extraction.module import DescriptorModule
 from metilr.extraction.options import ExtractionOptions
 from metilr.extraction.store import has_unit_length
-from metilr.geometry.check import GeometricCheck
+from metilr.geometry.check import GeometricCheck, pool_of
 from metilr.geometry.evidence import Checked, apply_evidence
 from metilr.geometry.verify import LocalFeatures
 from metilr.models import UnfitSizeError
@@ -265,12 +265,11 @@ class Collection:
 
     def _checked(self, features: Sequence[Sequence[LocalFeatures]], matches: Matches, check: GeometricCheck) -> Checked:
         """Count the inliers of each candidate as the evaluation does."""
-        inliers = [
-            [max(check.count(of_photo, self.image(row))) for row in rows[: check.candidates].tolist()]
-            for of_photo, rows in zip(features, matches.rows, strict=True)
-        ]
+        files = [[self.image(row) for row in rows[: check.candidates].tolist()] for rows in matches.rows]
+        with pool_of(torch.get_num_threads()) as pool:
+            counts = [[*pool.map(check.count, repeat(of), some)] for of, some in zip(features, files, strict=True)]
         labels = self.ground_truth.labels["database"]
-        return Checked(matches, np.array(inliers), labels, len(self.exhibits), self.tau)
+        return Checked(matches, np.array(counts).max(axis=2), labels, len(self.exhibits), self.tau)
 
     def _regions(self, image: Tensor, features: Sequence[LocalFeatures], rows: np.ndarray, label: int) -> bytes | None:
         """Draw what the photo and the answer's nearest image have in common."""

@@ -6,7 +6,7 @@ Features are computed when they are first needed, on a store too, and kept in a 
 import contextlib
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,11 +161,6 @@ class GeometricCheck:
     boost: float = 0.0  # of the candidates' similarities, chosen on val; see ``reordered``
     gate: Gate = OFF  # of the confidence, chosen on val
 
-    @property
-    def degrees(self) -> list[float]:
-        """By how much a query is turned: 0, and so on."""
-        return [360 * i / self.turns for i in range(self.turns)]
-
     def features(self, image: Path, degrees: float = 0) -> LocalFeatures | None:
         """Return the features of an image file, turned, kept or computed; None if it cannot be decoded.
 
@@ -179,10 +174,8 @@ class GeometricCheck:
             with contextlib.suppress(Exception), np.load(regular(file)) as arrays:  # damage raises many types
                 return LocalFeatures(arrays["positions"], arrays["descriptors"].astype(np.float32))
             positions, descriptors = self.extractor.extract_turned(load_image(image, self.image_size), degrees)
-        except BadImageError:
-            return None
-        except OSError as error:
-            if error.errno not in NO_FILE:
+        except (BadImageError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_FILE:
                 raise
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -192,27 +185,31 @@ class GeometricCheck:
 
     def query_features(self, query: Path | Tensor) -> list[LocalFeatures]:
         """Return the features of a query, a file or uint8 ``(3, H, W)``, in each turn; none if it cannot be decoded."""
+        degrees = [360 * i / self.turns for i in range(self.turns)]
         if isinstance(query, Tensor):
-            return [self.extractor.extract_turned(query, degrees) for degrees in self.degrees]
-        turned = [self.features(query, degrees) for degrees in self.degrees]
-        return [features for features in turned if features is not None]
+            return [self.extractor.extract_turned(query, each) for each in degrees]
+        return [features for each in degrees if (features := self.features(query, each)) is not None]
 
-    def count(self, query: Sequence[LocalFeatures], candidate: Path) -> list[int]:
-        """Count the matches of each turn of a query with an image that agree about one transform; 0 without either."""
+    def count(self, query: Sequence[LocalFeatures], candidate: Path) -> np.ndarray:
+        """Count the matches of each turn of a query with an image that agree about one transform, int64 ``(T,)``.
+
+        They are 0 without either.
+        """
+        others, counts = self.features(candidate), np.zeros(self.turns, dtype=np.int64)
+        if others is not None and query:
+            counts[:] = [verify(turned, others, self.extractor.tolerance).n_inliers for turned in query]
+        return counts
+
+    def draw(self, photo: Path | Tensor, query: Sequence[LocalFeatures], candidate: Path) -> bytes | None:
+        """Draw what a photo, a file or uint8 ``(3, H, W)``, and an image share, as a JPEG; None if that is nothing."""
         others = self.features(candidate)
         if others is None or not query:
-            return [0] * self.turns
-        return [verify(turned, others, self.extractor.tolerance).n_inliers for turned in query]
-
-    def draw(self, photo: Tensor, query: Sequence[LocalFeatures], candidate: Path) -> bytes | None:
-        """Draw what a photo, uint8 ``(3, H, W)``, and an image have in common, as a JPEG; None if that is nothing."""
-        others = self.features(candidate)
-        if others is None:
             return None
         turns = [(turned, verify(turned, others, self.extractor.tolerance)) for turned in query]
         features, verified = max(turns, key=lambda each: each[1].n_inliers)  # of equals the first
         if not verified.n_inliers:
             return None
+        photo = photo if isinstance(photo, Tensor) else load_image(photo, self.image_size)
         return matching_picture(photo, load_image(candidate, self.image_size), features, others, verified)
 
 
@@ -229,6 +226,18 @@ def geometric_check_of(
     return GeometricCheck(extractor, kept, image_size, candidates, reorder, turns, boost, gate)
 
 
+@contextlib.contextmanager
+def pool_of(n_threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads for what is one thread's work each: the cores are theirs, so PyTorch takes one in each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(n_threads) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
 def count_inliers(
     check: GeometricCheck, queries: Sequence[Path], candidates: np.ndarray, database: Sequence[Path], quiet: bool = True
 ) -> np.ndarray:
@@ -239,24 +248,10 @@ def count_inliers(
     """
 
     def of_query(i: int) -> np.ndarray:
-        counts = np.zeros((candidates.shape[1], check.turns), dtype=np.int64)
-        query = check.query_features(queries[i])
-        for j in np.flatnonzero(candidates[i] != NO_ROW):
-            counts[j] = check.count(query, database[candidates[i, j]])
-        return counts
+        query, nothing = check.query_features(queries[i]), np.zeros(check.turns, dtype=np.int64)
+        return np.array([nothing if j == NO_ROW else check.count(query, database[j]) for j in candidates[i]])
 
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the cores are the pool's
-    try:
-        with ThreadPoolExecutor(default_workers(1)) as pool:
-            done = pool.map(of_query, range(len(queries)))
-            counts = [*tracked(done, "checking geometry", len(queries), "queries", quiet)]
-    finally:
-        torch.set_num_threads(n_threads)
+    with pool_of(default_workers(1)) as pool:
+        done = pool.map(of_query, range(len(queries)))
+        counts = [*tracked(done, "checking geometry", len(queries), "queries", quiet)]
     return np.array(counts, dtype=np.int64).reshape(*candidates.shape, check.turns)
-
-
-def draw_matching(check: GeometricCheck, query: Path, candidate: Path) -> bytes | None:
-    """Draw what a query and a database image have in common, as a JPEG; None if that is nothing."""
-    features = check.query_features(query)
-    return check.draw(load_image(query, check.image_size), features, candidate) if features else None

@@ -5,7 +5,7 @@ Descriptors propose matches, a robust fit says how many of them agree about one 
 
 import io
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -17,8 +17,7 @@ MIN_INLIERS = 5  # an affine map goes through any three matches: two more must a
 MAX_SCALE = 6.0  # a catalogue image of 500 px against an exhibit 80 px wide
 MAX_STRETCH = 3.0  # beyond a plane seen at about 70 degrees
 NEAR = 3.0  # tolerances: how far a steep view may bend what one affine map explains
-ITERATIONS = 2000  # find a share of 15 % inliers with 99.9 % certainty
-CERTAINTY = 0.999  # stop earlier at this
+RANSAC: dict[str, Any] = {"method": cv2.RANSAC, "maxIters": 2000, "confidence": 0.999}  # finds a share of 15 % inliers
 BLOCK = 128  # features whose similarities are made at a time: they stay in the processor's cache
 
 SIDE = 260  # px of each of the two in a picture
@@ -87,24 +86,20 @@ def verify(first: LocalFeatures, second: LocalFeatures, tolerance: float) -> Ver
     if len(matches) < MIN_INLIERS:
         return NOTHING_IN_COMMON
     here, there = first.positions[matches[:, 0]], second.positions[matches[:, 1]]
-    affine, _ = cv2.estimateAffine2D(
-        here, there, method=cv2.RANSAC, ransacReprojThreshold=tolerance, maxIters=ITERATIONS, confidence=CERTAINTY
-    )
+    affine, _ = cv2.estimateAffine2D(here, there, ransacReprojThreshold=tolerance, **RANSAC)
     if affine is None:
         return NOTHING_IN_COMMON
     transform = np.vstack([affine, [0.0, 0.0, 1.0]])
     errors = _errors(transform, here, there)
     agrees, near = errors <= tolerance, errors <= NEAR * tolerance
     if near.sum() >= MIN_INLIERS:
-        refined, _ = cv2.findHomography(
-            here[near], there[near], cv2.RANSAC, tolerance, maxIters=ITERATIONS, confidence=CERTAINTY
-        )
+        refined, _ = cv2.findHomography(here[near], there[near], ransacReprojThreshold=tolerance, **RANSAC)
         if refined is not None and refined.any():
             agrees_refined = _errors(refined, here, there) <= tolerance
             if agrees_refined.sum() > agrees.sum() and is_plausible(refined, here[agrees_refined]):
                 transform, agrees = refined, agrees_refined
     # Features of several scales lie together: places count, not features.
-    n_places = min(len(np.unique(np.floor(of[agrees] / tolerance), axis=0)) for of in (here, there))
+    n_places = min(len({*map(tuple, np.floor(of[agrees] / tolerance).tolist())}) for of in (here, there))
     if n_places < MIN_INLIERS or not is_plausible(transform, here[agrees]):
         return NOTHING_IN_COMMON
     return Verification(matches[agrees], transform)
@@ -116,21 +111,14 @@ def apply_transform(transform: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return homogeneous[:, :2] / homogeneous[:, 2:]
 
 
-def matching_regions(first: LocalFeatures, verified: Verification) -> tuple[np.ndarray, np.ndarray]:
-    """Outline what two images have in common: the matches' convex hull in px of either image, each ``(k, 2)``."""
-    if verified.transform is None:
-        return np.empty((0, 2)), np.empty((0, 2))
-    hull = cv2.convexHull(first.positions[verified.matches[:, 0]])[:, 0].astype(np.float64)
-    return hull, apply_transform(verified.transform, hull)
-
-
 def matching_picture(
     photo: Tensor, image: Tensor, first: LocalFeatures, second: LocalFeatures, verified: Verification
 ) -> bytes:
-    """Draw two images, uint8 ``(3, H, W)``, with the outline of the matching region and lines between matches; a JPEG.
+    """Draw two images, uint8 ``(3, H, W)``, with the matches' convex hull and lines between matches; a JPEG.
 
-    ``first`` are the photo's features, ``second`` the image's.
+    ``first`` are the photo's features, ``second`` the image's; some match.
     """
+    assert verified.transform is not None
     (left, left_zoom), (right, right_zoom) = _thumbnail(photo), _thumbnail(image)
     offset = np.array([left.width + GAP, 0])
     canvas = Image.new("RGB", (left.width + GAP + right.width, max(left.height, right.height)), "white")
@@ -141,10 +129,9 @@ def matching_picture(
         i, j = verified.matches[place]
         ends = [first.positions[i] * left_zoom, second.positions[j] * right_zoom + offset]
         draw.line([tuple(end.tolist()) for end in ends], fill=COLOUR, width=1)
-    here, there = matching_regions(first, verified)
-    for outline in (here * left_zoom, there * right_zoom + offset):
-        if len(outline):
-            draw.line([tuple(corner) for corner in [*outline.tolist(), outline[0].tolist()]], fill=COLOUR, width=3)
+    hull = cv2.convexHull(first.positions[verified.matches[:, 0]])[:, 0].astype(np.float64)
+    for outline in (hull * left_zoom, apply_transform(verified.transform, hull) * right_zoom + offset):
+        draw.line([tuple(corner) for corner in [*outline.tolist(), outline[0].tolist()]], fill=COLOUR, width=3)
     stream = io.BytesIO()
     canvas.save(stream, "JPEG", quality=80, optimize=True)
     return stream.getvalue()

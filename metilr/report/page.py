@@ -172,12 +172,10 @@ def write_gallery(
         pictures = {name for name in tried if name is not None}
     n_missing = len(wanted) - len(pictures)
     if check is not None:  # what a query and the nearest image of its answer have in common
-        from metilr.geometry.check import draw_matching
-
         for split, query in tracked(illustrated, "matching regions", len(illustrated), "pictures", quiet):
             nearest = int(recognition.answers[split].nearest[query])
             images = [ground_truth.image(path) for path in (paths[split][query], paths["database"][nearest])]
-            if nearest >= 0 and (picture := draw_matching(check, *images)) is not None:
+            if nearest >= 0 and (picture := check.draw(images[0], check.query_features(images[0]), images[1])):
                 pictures.add(write(f"m{split}{query}", picture))
 
     named_rows = [matches[split].rows[:, :N_MATCHES].ravel() for split in QUERY_FILES]
