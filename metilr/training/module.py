@@ -18,6 +18,7 @@ from metilr.metrics import ACC, GAP, GAPMinus
 from metilr.models.backbone import build_backbone
 from metilr.models.checkpoints import checkpoint_entry, load_class_weights, load_embedder, read_checkpoint
 from metilr.models.embedder import Embedder, Projector, keep_float32_exact
+from metilr.models.fused import in_parts
 from metilr.models.pooling import Pooling
 from metilr.models.weights import load_strictly
 from metilr.training import FineTuningOptions
@@ -174,9 +175,8 @@ class FineTuning(pl.LightningModule):
             with torch.autocast(self.device.type, enabled=False):
                 return self.embedder.project(images)
         normalised = self.embedder.normalise(images)
-        if self.device.type == "cpu":
-            normalised = normalised.contiguous(memory_format=torch.channels_last)
-        return self.embedder(normalised)
+        is_trained_on_cpu = self.device.type == "cpu" and not self.options.freeze_backbone
+        return in_parts(self.embedder, normalised) if is_trained_on_cpu else self.embedder(normalised)
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
