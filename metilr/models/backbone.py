@@ -63,7 +63,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model, self.name, self.provenance = model.eval(), name, provenance
         self.mean, self.std = tuple(mean), tuple(std)
-        self.stage, self.patch_rounding, self.is_fused = stage, patch_rounding, False  # see models.fused
+        self.stage, self.patch_rounding = stage, patch_rounding
         self.patch = _patch_of(getattr(self.model, "patch_embed", None))
         self.has_cls = getattr(self.model, "cls_token", None) is not None
         self.has_attention = stage is None and getattr(self.model, "attn_pool", None) is not None
@@ -93,7 +93,7 @@ class Backbone(nn.Module):
                 images, indices=[self._index], stop_early=True, intermediates_only=True, **options
             )
             return Features(features[0], features[1][:, 0]) if self.has_cls else Features(features, None)
-        if self.sensitive is not None and not (self.model.grad_checkpointing or self.is_fused):  # it is for descriptors
+        if self.sensitive is not None and not self.model.grad_checkpointing:  # which would have to keep these maps
             with torch.autocast(images.device.type, enabled=False):
                 early = self.sensitive(images)
             return Features(self.rest(early), None)

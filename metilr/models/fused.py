@@ -41,19 +41,16 @@ def fused(backbone: Backbone) -> Iterator[None]:
     """While it holds, an EfficientNet's convolutions apply the BatchNorm and ReLU6 behind them, in one step.
 
     In eval mode BatchNorm is a linear map of each channel, so the convolution with weights w · γ/σ and bias β − μ · γ/σ
-    is the same function, of γ and β too, and one map is kept where there were two. Other networks stay as they are. In
-    autocast all layers are of its precision, ``Backbone.sensitive`` among them.
+    is the same function, of γ and β too, and one map is kept where there were two. Other networks stay as they are.
     """
     is_known = isinstance(backbone.model, EfficientNet)
     layers: list[Any] = [each for each in backbone.model.modules() if isinstance(each, (nn.Conv2d, BatchNormAct2d))]
     pairs = [pair for pair in pairwise(layers) if is_known and _can_fuse(*pair)]
     for convolution, norm in pairs:
         convolution.forward, norm.forward = partial(_convolve, convolution, norm), _unchanged
-    backbone.is_fused = True
     try:
         yield
     finally:
-        backbone.is_fused = False
         for convolution, norm in pairs:
             del convolution.forward, norm.forward
 
