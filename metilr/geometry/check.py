@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,8 @@ class GeometricCheck:
         """Return the features of a query, a file or uint8 ``(3, H, W)``, in each turn; none if it cannot be decoded."""
         degrees = [360 * i / self.turns for i in range(self.turns)]
         if isinstance(query, Tensor):
-            return [self.extractor.extract_turned(query, each) for each in degrees]
+            with pool_of(torch.get_num_threads()) as pool:
+                return [*pool.map(partial(self.extractor.extract_turned, query), degrees)]
         return [features for each in degrees if (features := self.features(query, each)) is not None]
 
     def count(self, query: Sequence[LocalFeatures], candidate: Path) -> np.ndarray:
