@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo,serve,openvino,onnx,heic
 MILVUS := milvus-lite pymilvus
-DEV := $(DEMO),int8,parquet,tensorboard,milvus,dev
+DEV := $(DEMO),parquet,tensorboard,milvus,dev
 
 # CPU=1 takes the builds of PyTorch and FAISS without GPU, 2 GB in place of 8; the environment stays so.
 CPU ?= $(wildcard $(VENV)/.cpu)

@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="data root; without it the demo museum")
     parser.add_argument("--backbones", nargs="+", default=["lite0_in"], help="others than lite0_in: random weights")
     parser.add_argument("--engine", default="openvino", choices=["openvino", "torch", "compile"])
-    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32", "int8"])
+    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32"])
     parser.add_argument("--share", type=float, default=1.0, help="of the images of each split, for both ways")
     parser.add_argument("--plain_share", type=float, default=1.0, help="of these images, for the plain way alone")
     parser.add_argument("--growth", action="store_true", help="also a quarter and half of them, for metilr")

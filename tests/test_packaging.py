@@ -26,7 +26,7 @@ def test_lowest_txt_holds_the_lower_bounds_that_are_declared():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = [
         project["optional-dependencies"][extra]
-        for extra in ("demo", "serve", "openvino", "int8", "onnx", "heic", "parquet", "tensorboard", "milvus")
+        for extra in ("demo", "serve", "openvino", "onnx", "heic", "parquet", "tensorboard", "milvus")
     ]
     lines = (REPOSITORY / "tests" / "lowest.txt").read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]

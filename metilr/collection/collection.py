@@ -68,11 +68,11 @@ class Answer:
 class Describer:
     """Describes photos as the extraction describes images."""
 
-    def __init__(self, embedder: Embedder, options: ExtractionOptions, network: Path | None = None) -> None:
+    def __init__(self, embedder: Embedder, options: ExtractionOptions) -> None:
         # Compiling takes a minute, a photo in plain PyTorch less than a second, with the same rows up to rounding.
         engine = "torch" if options.engine == "compile" else options.engine
         self.most_at_once = 1 if engine == "openvino" else MOST_AT_ONCE
-        self.module = DescriptorModule(embedder, engine, options.precision, network=network).to(options.device).eval()
+        self.module = DescriptorModule(embedder, engine, options.precision).to(options.device).eval()
         self.module.on_predict_start()
 
     def describe(self, images: Sequence[Tensor]) -> list[np.ndarray | BadPhotoError]:

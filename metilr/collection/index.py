@@ -124,6 +124,8 @@ def index(
 
             model = _from_anywhere(model)
             embedder = build_model(model)
+            if before is not None and str(extraction.engine) == "auto":
+                extraction = replace(extraction, engine=before.model.engine)  # whatever it would come to today
             extraction = extraction.for_model(embedder, IMAGE_SIZE)
             if catalogue is None:
                 side = max(resized) if isinstance(resized := extraction.resize_to, tuple) else resized
@@ -172,7 +174,7 @@ def _make(
     store = describe_catalogue(embedder, catalogue, output, STORE, extraction, progress, views)
     background = None
     if strangers is not None:
-        described = describe_catalogue(embedder, strangers, output, BACKGROUND, extraction, progress, like=store)
+        described = describe_catalogue(embedder, strangers, output, BACKGROUND, extraction, progress)
         background = Background.of(strangers, described.path.name)
         if int(described.is_valid("database").sum()) < LEAST_BACKGROUND:
             reason = f"fewer than {LEAST_BACKGROUND} photos can be described"

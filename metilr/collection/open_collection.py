@@ -198,7 +198,7 @@ def _assemble(made: Recorded) -> Collection:
         name=made.name,
         ground_truth=ground_truth,
         exhibits=made.exhibits,
-        describer=Describer(embedder, options, store.network),
+        describer=Describer(embedder, options),
         image_size=options.resize_to,
         method=method,
         whitening=made.whitening,

@@ -17,7 +17,7 @@ from metilr.extraction.describe import describe_images, image_sizes, store_setti
 from metilr.extraction.descriptors import views_store
 from metilr.extraction.options import ExtractionOptions
 from metilr.extraction.store import DescriptorStore
-from metilr.files import read_json, replaced_file, write_atomically
+from metilr.files import read_json, write_atomically
 from metilr.models.embedder import Embedder
 from metilr.sources.catalogue import Catalogue
 
@@ -26,7 +26,7 @@ KEYS = "images.json"  # in a store: path and digest of each row's image
 
 def describe_catalogue(
     embedder: Embedder, catalogue: Catalogue, output: Path, kind: str, extraction: ExtractionOptions,
-    console: Console, views: Sequence[View] = (), like: DescriptorStore | None = None,
+    console: Console, views: Sequence[View] = (),
 ) -> DescriptorStore:  # fmt: skip
     """Describe images, and views of them, but for those that another store in the index has.
 
@@ -39,7 +39,6 @@ def describe_catalogue(
         extraction: How they are described.
         console: Is told what is done.
         views: Of each image.
-        like: A store whose int8 network, if it has one, describes these images too.
     """
     state = json.dumps([catalogue.paths, catalogue.exhibits, catalogue.sha256])
     path = output / f"{kind}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
@@ -50,12 +49,8 @@ def describe_catalogue(
         store.prepare(settings, {"database": len(sizes)}, embedder.dim)
         write_atomically(path / KEYS, json.dumps([*zip(catalogue.paths, catalogue.sha256, strict=True)]) + "\n")
         keys = _keys(path)
-        if like is not None:
-            _share_network(store, like)
         for other in (DescriptorStore(each) for each in _stores(output, kind) if each != path):
             known = _keys(other.path)
-            if not _same_settings(store, other) or not _share_network(store, other):
-                continue
             _take_over(store, other, "database", keys, known, sizes, 1)
             for view in views:
                 of_view, view_settings = views_store(store, view)
@@ -65,32 +60,15 @@ def describe_catalogue(
     return describe_images(embedder, truth, path, extraction, console, views)
 
 
-def _same_settings(store: DescriptorStore, other: DescriptorStore) -> bool:
-    """Whether there is another store, whose descriptors of an image would be the same but for an int8 network."""
-    if not other.exists:
-        return False
-    before, now = ({**each.manifest().settings, "ground_truth": None} for each in (other, store))
-    return before == now
-
-
-def _share_network(store: DescriptorStore, other: DescriptorStore) -> bool:
-    """Whether two stores are described by one int8 network, or by none; copied where the first has none yet."""
-    mine, theirs = ([each.network.with_suffix(end) for end in (".bin", ".xml")] for each in (store, other))
-    if not all(map(Path.exists, theirs)):
-        return not mine[1].exists()
-    if not mine[1].exists():
-        for target, source in zip(mine, theirs, strict=True):
-            with replaced_file(target) as stream:
-                stream.write(source.read_bytes())
-    return all(a.read_bytes() == b.read_bytes() for a, b in zip(mine, theirs, strict=True))
-
-
 def _take_over(
     store: DescriptorStore, other: DescriptorStore, split: str, keys: Sequence[tuple[str, str]],
     known: Sequence[tuple[str, str]], sizes: np.ndarray, n_views: int,
 ) -> None:  # fmt: skip
     """Copy the rows of images that both stores have, if the same settings made them."""
-    if not _same_settings(store, other):
+    if not other.exists:
+        return
+    before, now = ({**each.manifest().settings, "ground_truth": None} for each in (other, store))
+    if before != now:
         return
     row_of = {key: row for row, key in enumerate(known)}
     is_there = other.is_valid(split) & ~other.damaged(split)

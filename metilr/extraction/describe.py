@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from rich.console import Console
 from rich.markup import escape
-from torch import Tensor
 from tqdm import tqdm
 
-from metilr.data.decode import BadImageError, file_size, load_image
+from metilr.data.decode import file_size
 from metilr.data.ground_truth import GroundTruth
 from metilr.data.pixels import ImageSize
 from metilr.data.views import Images, View, images_of
@@ -36,16 +35,15 @@ from metilr.extraction.descriptors import views_store
 from metilr.extraction.module import DescriptorModule, DescriptorWriter, StageProfiler
 from metilr.extraction.options import BadImages, ExtractionOptions, Precision
 from metilr.extraction.store import DescriptorStore, settings_fingerprint
-from metilr.models import Engine, UnfitSizeError
+from metilr.models import Engine
 from metilr.models.backbone import FLOAT32_STAGES
 from metilr.models.embedder import Embedder
-from metilr.models.engines import quantise, start_engine, suits_openvino
-from metilr.progress import MinuteLines, make_console, tracked
+from metilr.models.engines import start_engine, suits_openvino
+from metilr.progress import MinuteLines, make_console
 from metilr.provenance import library_versions, processor
 
 STORES = Path("runs/descriptors")
 RECIPE = 1  # raise it when the code between image and descriptor changes what a descriptor is
-QUANTISED_ON = 300  # images: NNCF's own number
 MANY_IMAGES = 1000  # from here on a hint at a faster way is worth a line
 PLAN_TIMEOUT = timedelta(hours=6)  # the others wait while the first process reads the headers of all images
 
@@ -77,7 +75,7 @@ def describe_images(
         KeyboardInterrupt: If interrupted; finished work is kept.
     """
     end_if_unguarded()
-    options, console = (options or ExtractionOptions()).for_model(embedder), console or make_console()
+    options, console = (options or ExtractionOptions()).with_engine(embedder), console or make_console()
     embedder.check_image_size(options.resize_to)
     settings = store_settings(embedder, ground_truth, options.resize_to, options.precision, options.engine)
     sizes = image_sizes(ground_truth)
@@ -86,19 +84,17 @@ def describe_images(
         path = STORES / f"{embedder.backbone.name.replace('/', '_')}-{settings_fingerprint(settings)}"
     store = DescriptorStore(path)
     if options.engine == "openvino" and launched_as_first() and not store.exists:
-        # What is refused leaves no store behind.
-        start_engine(options.engine, embedder.backbone, "32" if options.precision == "int8" else options.precision)
+        start_engine(options.engine, embedder.backbone, options.precision)  # what it refuses leaves no store behind
     images = images_of(ground_truth, options.resize_to)
     store.n_made = _fill(
-        store, f"[bold]descriptors[/]  {escape(str(path))}", settings, embedder, images, sizes, options, console,
-        store.network,
-    )  # fmt: skip
+        store, f"[bold]descriptors[/]  {escape(str(path))}", settings, embedder, images, sizes, options, console
+    )
     for view in views:
         name = f"[bold]views[/]        {view.settings()['kind']}, {view.n} an image"
         of_view, settings = views_store(store, view)
         viewed = {split: dataclasses.replace(images[source], view=view) for split, source in view.of.items()}
         repeated = {split: np.repeat(sizes[source], view.n) for split, source in view.of.items()}
-        store.n_made += _fill(of_view, name, settings, embedder, viewed, repeated, options, console, store.network)
+        store.n_made += _fill(of_view, name, settings, embedder, viewed, repeated, options, console)
     return store
 
 
@@ -173,7 +169,7 @@ def store_settings(
     model["precision"] = precision
     if engine != "torch":
         model["engine"] = engine
-    if "mixed" in precision and embedder.backbone.sensitive is not None:
+    if precision != "32" and embedder.backbone.sensitive is not None:
         model["float32_stages"] = FLOAT32_STAGES
     digests = dict(ground_truth.digests)
     size = [*image_size] if isinstance(image_size, tuple) else image_size
@@ -189,11 +185,10 @@ def _fill(
     sizes: Mapping[str, np.ndarray],
     options: ExtractionOptions,
     console: Console,
-    network: Path,
 ) -> int:
     """Reuse, continue or make a store, and print under its name which; how many rows it lacked.
 
-    One run at a time fills it. ``network`` is what computes in int8; it is made here if no row needs it yet.
+    One run at a time fills it.
     """
     store.prepare(settings, {split: len(part) for split, part in images.items()}, embedder.dim)
     num_workers = default_workers(options.n_processes) if options.num_workers is None else options.num_workers
@@ -224,28 +219,10 @@ def _fill(
             weights_from = embedder.describe_settings()["provenance"]
             made_with = {"weights_from": weights_from, "device": device, "processor": processor()}
             store.begin({**made_with, "versions": library_versions()})
-        if options.precision == "int8" and launched_as_first() and not network.exists():
-            if n_pending < n_all:
-                raise UserError(f"{network}: is gone, and no other makes such rows; describe anew, in a new folder")
-            _quantise(embedder, images["database"], network, options.quiet)
-        _predict(embedder, data, options, network)
+        _predict(embedder, data, options)
         if launched_as_first():
             _finish(data)
     return n_pending
-
-
-def _quantise(embedder: Embedder, images: Images, network: Path, quiet: bool) -> None:
-    """Make the network that computes in int8 from images spread over a split, each at one of the scales."""
-    n = min(QUANTISED_ON, len(images))
-    rows = tracked(np.linspace(0, len(images) - 1, n).astype(int), "rounding to int8", n, "images", quiet)
-
-    def scaled() -> Iterator[Tensor]:
-        for i, row in enumerate(rows):
-            with contextlib.suppress(BadImageError, UnfitSizeError):
-                image = load_image(images.files[row], images.image_size, images.max_pixels)
-                yield embedder.resize(embedder.normalise(image[None]), embedder.scales[i % len(embedder.scales)])
-
-    quantise(embedder.backbone, scaled(), n, network)
 
 
 def _finish(data: ImageDataModule) -> None:
@@ -254,7 +231,7 @@ def _finish(data: ImageDataModule) -> None:
     data.store.finish()
 
 
-def _predict(embedder: Embedder, data: ImageDataModule, options: ExtractionOptions, network: Path) -> None:
+def _predict(embedder: Embedder, data: ImageDataModule, options: ExtractionOptions) -> None:
     """Fill in what a prepared store lacks, in one process or several."""
     strategy: str | Strategy = "auto"
     if has_launcher():
@@ -274,7 +251,7 @@ def _predict(embedder: Embedder, data: ImageDataModule, options: ExtractionOptio
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = DescriptorModule(embedder, options.engine, options.precision, options.n_streams, network)
+    module = DescriptorModule(embedder, options.engine, options.precision, options.n_streams)
     try:
         with process_as_before(), faults_in_one_line("a smaller batch_size or image_size, or fewer scales"):
             trainer.predict(module, datamodule=data, return_predictions=False)

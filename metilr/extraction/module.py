@@ -6,7 +6,6 @@ import signal
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -59,14 +58,11 @@ class DescriptorModule(pl.LightningModule):
     then leaves the others at work. Beyond 1, a step returns the descriptors' future.
     """
 
-    def __init__(
-        self, embedder: Embedder, engine: Engine = "torch", precision: str = "32", n_streams: int = 1,
-        network: Path | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, embedder: Embedder, engine: Engine = "torch", precision: str = "32", n_streams: int = 1) -> None:
         super().__init__()
         self.embedder = embedder
         self.engine: Engine = engine
-        self.precision, self.n_streams, self.network = precision, n_streams, network
+        self.precision, self.n_streams = precision, n_streams
         self.streams: ThreadPoolExecutor | None = None
         self.memory_format = torch.contiguous_format
 
@@ -82,9 +78,7 @@ class DescriptorModule(pl.LightningModule):
         if self.engine != "openvino" and (self.device.type == "cpu" or self.precision != "32"):
             self.memory_format = torch.channels_last
             self.embedder.to(memory_format=torch.channels_last)
-        self.embedder.engine = start_engine(
-            self.engine, self.embedder.backbone, self.precision, self.n_streams, self.network
-        )
+        self.embedder.engine = start_engine(self.engine, self.embedder.backbone, self.precision, self.n_streams)
         if self.n_streams > 1:
             self.n_threads = torch.get_num_threads()
             torch.set_num_threads(max(1, self.n_threads // self.n_streams))
@@ -115,7 +109,7 @@ class DescriptorModule(pl.LightningModule):
         if not len(images):
             return torch.empty(0, self.embedder.dim)
         dtype = torch.float16 if self.precision == "16-mixed" else torch.bfloat16
-        with torch.autocast(images.device.type, dtype=dtype, enabled="mixed" in self.precision):
+        with torch.autocast(images.device.type, dtype=dtype, enabled=self.precision != "32"):
             normalised = self.embedder.normalise(images)
             return self.embedder.describe(normalised.contiguous(memory_format=self.memory_format))
 

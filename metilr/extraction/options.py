@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 BadImages = Literal["stop", "skip"]
 ImageShape = Literal["keep", "square"]
 Accelerator = Literal["auto", "cpu", "gpu", "mps"]
-Precision = Literal["32", "bf16-mixed", "16-mixed", "int8"]
+Precision = Literal["32", "bf16-mixed", "16-mixed"]
 MAX_BATCH = 4096  # images; beyond some tens nothing gets faster
 WORKERS_A_CORE = 8  # at most: more decode no faster, and each takes memory
 MAX_STREAMS = 4  # of OpenVINO; each holds activations
@@ -45,13 +45,12 @@ class ExtractionOptions:
         num_nodes: Machines, each started with this command by torchrun or SLURM, with a shared store.
         precision: Arithmetic of the backbone: 32 is exact float32 (no TF32). On the CPU, bf16-mixed runs what has a
             side below 128 px in float32, since bfloat16 convolutions are unreliable there. An EfficientNet's first
-            four stages are float32 in any case: they suffer from rounding. int8, for the engine openvino, rounds the
-            network within what 300 database images show (pip install 'metilr[int8]'); it stays with the descriptors.
+            four stages are float32 in any case: they suffer from rounding.
         engine: What computes the backbone: torch; compile, PyTorch compiled (for GPUs and long runs: it stops for about
             a minute at the first batch, at the first of a single image, and seldom later); openvino, for convolutional
-            networks on CPUs, several times as fast (pip install openvino); auto, openvino where it is installed and
-            takes the model, else torch: rows differ by rounding alone. On CPUs PyTorch computes what has a side below
-            128 px.
+            networks on CPUs, several times as fast (pip install openvino); auto, openvino in precision 32 where it is
+            installed and the model is convolutional, else torch, with the same rows up to rounding. On CPUs PyTorch
+            computes what has a side below 128 px.
         batch_size: Most images in a batch, fewer of images beyond 500 x 500 px; images in a batch have one shape. With
             the engine openvino it is 1.
         num_workers: Image decoding processes beside each process; without it as many as cores are free, at most 8.
@@ -91,12 +90,15 @@ class ExtractionOptions:
 
     def for_model(self, embedder: "Embedder", usual_size: ImageSize | None = None) -> "ExtractionOptions":
         """These options for a model: images of its size where none is given, and the engine that auto comes to."""
-        options = self.resized_to(self.resize_to or embedder.image_size or usual_size)
-        if str(self.engine) == "auto":
-            from metilr.models.engines import fastest_engine
+        return self.resized_to(self.resize_to or embedder.image_size or usual_size).with_engine(embedder)
 
-            options = replace(options, engine=fastest_engine(embedder.backbone, self.device))  # checked again
-        return options
+    def with_engine(self, embedder: "Embedder") -> "ExtractionOptions":
+        """These options with what auto comes to: the fastest engine whose rows are those of torch up to rounding."""
+        if str(self.engine) != "auto":
+            return self
+        from metilr.models.engines import fastest_engine
+
+        return replace(self, engine=fastest_engine(embedder.backbone, self.device, self.precision))
 
     @property
     def device(self) -> Literal["cuda", "mps", "cpu"]:
@@ -153,8 +155,6 @@ class ExtractionOptions:
             check_engine(self.engine, self.device)
         if self.precision == "16-mixed" and self.device != "cuda":
             raise UserError("16-mixed: needs an NVIDIA GPU; elsewhere use 32 or bf16-mixed", "precision")
-        if self.precision == "int8" and self.engine not in ("openvino", "auto"):
-            raise UserError("int8: needs the engine openvino, or auto", "precision")
         cores = os.cpu_count() or 1
         there = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": cores}[self.device]
         if self.n_processes > there:

@@ -113,11 +113,6 @@ class DescriptorStore:
         return (self.path / "manifest.json").exists()
 
     @property
-    def network(self) -> Path:
-        """Where the network is that describes in int8, if anything here is: a file with its weights beside it."""
-        return self.path / "int8.xml"
-
-    @property
     def is_complete(self) -> bool:
         """Whether it was finished."""
         return self.manifest().complete

@@ -6,6 +6,7 @@ Features are computed when they are first needed, on a store too, and kept in a 
 import contextlib
 import hashlib
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ STRIDE = 8  # px; on val nearly as good as 16 at twice the image size, for a six
 N_FEATURES = 1200  # of 4200 in 480 x 320 px; 600 do worse on val, 2000 take twice the time for a match or more
 TOLERANCE = 1.5  # strides: a position is known to half a cell of the coarsest scale (2 strides) in either image
 LEAST_SPREAD = 1e-5  # of a channel, relative to its largest value: below it is rounding
+POOL = threading.Lock()
 RECIPE = 2  # to be raised with any change here that changes features
 
 
@@ -187,9 +189,11 @@ class GeometricCheck:
     def query_features(self, query: Path | Tensor) -> list[LocalFeatures]:
         """Return the features of a query, a file or uint8 ``(3, H, W)``, in each turn; none if it cannot be decoded."""
         degrees = [360 * i / self.turns for i in range(self.turns)]
-        if isinstance(query, Tensor):
+        if isinstance(query, Tensor) and self.turns > 1:
             with pool_of(torch.get_num_threads()) as pool:
                 return [*pool.map(partial(self.extractor.extract_turned, query), degrees)]
+        if isinstance(query, Tensor):
+            return [self.extractor.extract(query)]
         return [features for each in degrees if (features := self.features(query, each)) is not None]
 
     def count(self, query: Sequence[LocalFeatures], candidate: Path) -> np.ndarray:
@@ -230,14 +234,15 @@ def geometric_check_of(
 
 @contextlib.contextmanager
 def pool_of(n_threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads for what is one thread's work each: the cores are theirs, so PyTorch takes one in each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(n_threads) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)
+    """Threads for what is one thread's work each, PyTorch's too; of several callers one has them at a time."""
+    with POOL:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(n_threads) as pool:
+                yield pool
+        finally:
+            torch.set_num_threads(before)
 
 
 def count_inliers(

@@ -165,11 +165,11 @@ class Embedder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed normalised images ``(B, 3, H, W)`` at their own size: ``(B, dim)``, unit length, float32."""
-        return self._embed(self.resize(images, 1.0))
+        return self._embed(self._resize(images, 1.0))
 
     def describe(self, images: Tensor) -> Tensor:
         """Describe normalised images: the sum of their embeddings over the scales, L2-normalised, ``(B, dim)``."""
-        embeddings = [self._embed(self.resize(images, scale)) for scale in self.scales]
+        embeddings = [self._embed(self._resize(images, scale)) for scale in self.scales]
         return F.normalize(torch.stack(embeddings).sum(dim=0), dim=1)
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class Embedder(nn.Module):
         """Turn unit-length pooled vectors ``(B, backbone.pooled_dim)`` into embeddings ``(B, dim)``."""
         return pooled if self.projector is None else F.normalize(self.projector(pooled), dim=1)
 
-    def resize(self, images: Tensor, scale: float) -> Tensor:
+    def _resize(self, images: Tensor, scale: float) -> Tensor:
         """Scale images to ⌊side · scale⌋, at least 1 px; for a ViT, on to the size that fits its patches."""
         height, width = images.shape[-2:]
         size = self._scaled_size(height, width, scale)

@@ -3,13 +3,9 @@
 import contextlib
 import copy
 import importlib.util
-import io
-import logging
-import os
 import queue
 import warnings
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -27,7 +23,7 @@ from metilr.models.backbone import Backbone, Features
 MOST_GRAPHS = 16  # what is compiled for a backbone comes to less
 PROBE_SHAPE = (1, 3, 301, 267)  # odd, and beyond 256: bfloat16 cannot count further in steps of 1
 # Cosine to PyTorch in float32 that the probe's map must have: noise is the worst of images for bfloat16.
-LEAST_AGREEMENT = {"32": 0.9999, "bf16-mixed": 0.98, "int8": 0.8}
+LEAST_AGREEMENT = {"32": 0.9999, "bf16-mixed": 0.98}
 
 
 def suits_openvino(backbone: Backbone) -> bool:
@@ -35,24 +31,23 @@ def suits_openvino(backbone: Backbone) -> bool:
     return backbone.patch == 1 and not backbone.has_cls
 
 
-def fastest_engine(backbone: Backbone, device: str) -> Engine:
+def fastest_engine(backbone: Backbone, device: str, precision: str) -> Engine:
     """Name the engine that is fastest on a device, among those that start at once and round alone differently."""
-    has_openvino = importlib.util.find_spec("openvino") is not None
-    return "openvino" if device == "cpu" and has_openvino and suits_openvino(backbone) else "torch"
+    fits = device == "cpu" and precision == "32" and suits_openvino(backbone)
+    return "openvino" if fits and importlib.util.find_spec("openvino") else "torch"
 
 
 def start_engine(
-    engine: Engine, backbone: Backbone, precision: str, n_streams: int = 1, network: Path | None = None
+    engine: Engine, backbone: Backbone, precision: str, n_streams: int = 1
 ) -> Callable[[Tensor], Features] | None:
     """Make an engine ready to compute the features of a backbone on its device, for ``Embedder.engine``.
 
-    `metilr.models.check_engine` says whether it runs here; ``torch`` makes None. The last three are OpenVINO's: others
-    take the precision, ``32`` or ``bf16-mixed``, from autocast. ``n_streams`` threads may call it at a time, and
-    ``network`` is what ``quantise`` has made, for the precision ``int8``.
+    `metilr.models.check_engine` says whether it runs here; ``torch`` makes None. The last two are OpenVINO's: others
+    take the precision, ``32`` or ``bf16-mixed``, from autocast. ``n_streams`` threads may call it at a time.
     """
     if engine == "torch":
         return None
-    return compiled(backbone) if engine == "compile" else OpenVINOEngine(backbone, precision, n_streams, network)
+    return compiled(backbone) if engine == "compile" else OpenVINOEngine(backbone, precision, n_streams)
 
 
 def compiled(backbone: Backbone) -> Callable[[Tensor], Features]:
@@ -109,7 +104,7 @@ class OpenVINOEngine:
     which it disagrees with PyTorch about one random image is refused.
     """
 
-    def __init__(self, backbone: Backbone, precision: str, n_streams: int = 1, network: Path | None = None) -> None:
+    def __init__(self, backbone: Backbone, precision: str, n_streams: int = 1) -> None:
         import openvino
 
         if not suits_openvino(backbone):
@@ -118,7 +113,7 @@ class OpenVINOEngine:
         if precision == "bf16-mixed" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise UserError("bf16-mixed: this CPU has no bfloat16 arithmetic for engine openvino; take 32", "precision")
         parts: list[tuple[nn.Module, str]] = [(_MapOf(backbone), precision)]
-        if precision == "bf16-mixed" and backbone.sensitive is not None:
+        if precision != "32" and backbone.sensitive is not None:
             parts = [(backbone.sensitive, "32"), (backbone.rest, precision)]
         networks = []
         probe = torch.randn(PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
@@ -126,12 +121,11 @@ class OpenVINOEngine:
             example = probe.clone()
             for part, part_precision in parts:
                 options = {
-                    "INFERENCE_PRECISION_HINT": "bf16" if part_precision == "bf16-mixed" else "f32",
+                    "INFERENCE_PRECISION_HINT": "f32" if part_precision == "32" else "bf16",
                     "NUM_STREAMS": n_streams, "INFERENCE_NUM_THREADS": torch.get_num_threads(),
                     "ENABLE_CPU_PINNING": False,  # several processes would be pinned to the same cores
                 }  # fmt: skip
-                model = _read(network) if precision == "int8" else _converted(part, example, backbone.name)
-                networks.append(core.compile_model(model, "CPU", options))
+                networks.append(core.compile_model(_converted(part, example, backbone.name), "CPU", options))
                 example = part(example)
         self.free: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()  # a request to each part, for each stream
         for _ in range(n_streams):
@@ -157,35 +151,6 @@ class OpenVINOEngine:
         return Features(torch.from_numpy(features), None)
 
 
-def quantise(backbone: Backbone, images: Iterable[Tensor], n: int, file: Path) -> None:
-    """Round a convolutional network to int8 for OpenVINO; written as ``file`` and a ``.bin`` beside it.
-
-    Weights are rounded by channel, activations within what ``n`` normalised images ``(1, 3, H, W)`` show. The first
-    convolution stays float32, and so do, by NNCF's rules, those of single channels.
-
-    Raises:
-        UserError: If NNCF is not installed, or it or OpenVINO cannot do that for the network.
-    """
-    if importlib.util.find_spec("nncf") is None:
-        raise UserError("int8: needs NNCF; pip install 'metilr[int8]'", "precision")
-    with (
-        mock.patch.dict(os.environ, NNCF_CI="1"),  # or it would report each use to its makers
-        contextlib.redirect_stdout(io.StringIO()),  # its bars
-        torch.no_grad(),
-    ):
-        import nncf
-        import openvino
-
-        nncf.set_log_level(logging.ERROR)
-        model = _converted(_MapOf(backbone), torch.zeros(PROBE_SHAPE), backbone.name)
-        first = next(node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution")
-        made = nncf.quantize(
-            model, nncf.Dataset(image.numpy() for image in images), subset_size=n,
-            ignored_scope=nncf.IgnoredScope(names=[first.get_friendly_name()]),
-        )  # fmt: skip
-        openvino.save_model(made, file, compress_to_fp16=False)
-
-
 class _MapOf(nn.Module):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -194,15 +159,6 @@ class _MapOf(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         features: Features = self.backbone(images)
         return features.map
-
-
-def _read(network: Path | None) -> Any:
-    import openvino
-
-    try:
-        return openvino.Core().read_model(network)
-    except Exception as error:
-        raise UserError(f"{network}: cannot be read ({one_line(error)}); describe anew, in a new folder") from error
 
 
 def _converted(module: nn.Module, example: Tensor, name: str) -> Any:

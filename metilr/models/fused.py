@@ -20,20 +20,26 @@ from metilr.models.embedder import Embedder
 
 
 def in_parts(embedder: Embedder, images: Tensor) -> Tensor:
-    """Embed normalised images ``(B, 3, H, W)`` on the CPU to train the backbone: ``(B, dim)``, as the embedder does.
+    """Embed normalised images ``(B, 3, H, W)`` on the CPU as the embedder does, ``(B, dim)``, to train an EfficientNet.
 
     A few images at a time, whose maps are computed again in the backward pass: maps of a whole batch take gigabytes,
-    and half of a step's time goes into getting their pages from the kernel. Each row depends on its image alone.
+    and half of a step's time goes into getting their pages from the kernel. Each row depends on its image alone. Other
+    networks, for which this takes longer, frozen ones, and those that save memory their own way are computed whole.
     """
+    backbone, images = embedder.backbone, images.contiguous(memory_format=torch.channels_last)
+    is_trained = any(parameter.requires_grad for parameter in backbone.parameters())
+    if not is_trained or not pairs_of(backbone) or backbone.model.grad_checkpointing:
+        whole: Tensor = embedder(images)
+        return whole
 
     def embed(part: Tensor) -> Tensor:
-        with fused(embedder.backbone):
+        with fused(backbone):
             embeddings: Tensor = embedder(part)
         return embeddings
 
     n_images = 4 if torch.is_autocast_enabled("cpu") else 2  # of 320 px: no map takes 32 MB, which malloc hands back
-    parts = images.contiguous(memory_format=torch.channels_last).split(n_images)
-    return torch.cat([checkpoint(embed, part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+    parts = [checkpoint(embed, part, use_reentrant=False, preserve_rng_state=False) for part in images.split(n_images)]
+    return torch.cat(parts)
 
 
 @contextlib.contextmanager
@@ -43,9 +49,7 @@ def fused(backbone: Backbone) -> Iterator[None]:
     In eval mode BatchNorm is a linear map of each channel, so the convolution with weights w · γ/σ and bias β − μ · γ/σ
     is the same function, of γ and β too, and one map is kept where there were two. Other networks stay as they are.
     """
-    is_known = isinstance(backbone.model, EfficientNet)
-    layers: list[Any] = [each for each in backbone.model.modules() if isinstance(each, (nn.Conv2d, BatchNormAct2d))]
-    pairs = [pair for pair in pairwise(layers) if is_known and _can_fuse(*pair)]
+    pairs = pairs_of(backbone)
     for convolution, norm in pairs:
         convolution.forward, norm.forward = partial(_convolve, convolution, norm), _unchanged
     try:
@@ -55,13 +59,20 @@ def fused(backbone: Backbone) -> Iterator[None]:
             del convolution.forward, norm.forward
 
 
+def pairs_of(backbone: Backbone) -> list[tuple[Any, Any]]:
+    """An EfficientNet's convolutions, plain or depthwise, with the BatchNorm behind each; none of other networks."""
+    layers = [each for each in backbone.model.modules() if isinstance(each, (nn.Conv2d, BatchNormAct2d))]
+    return [pair for pair in pairwise(layers) if isinstance(backbone.model, EfficientNet) and _can_fuse(*pair)]
+
+
 def _can_fuse(convolution: Any, norm: Any) -> bool:
-    """Whether a layer is a plain or depthwise convolution, and the next one what is behind it."""
     if type(convolution) not in (nn.Conv2d, Conv2dSame) or not isinstance(norm, BatchNormAct2d) or norm.training:
         return False
     is_depthwise = convolution.groups == convolution.in_channels == convolution.out_channels
-    is_plain = (convolution.groups == 1 or is_depthwise) and convolution.dilation == (1, 1) and convolution.bias is None
-    return is_plain and isinstance(norm.drop, nn.Identity) and isinstance(norm.act, (nn.ReLU6, nn.Identity))
+    is_plain = convolution.groups == 1 or (is_depthwise and convolution.kernel_size != (1, 1))
+    is_followed = convolution.out_channels == norm.num_features  # not one of several that a MixNet's norm joins
+    has_more = convolution.dilation != (1, 1) or convolution.bias is not None or not isinstance(norm.drop, nn.Identity)
+    return is_plain and is_followed and not has_more and isinstance(norm.act, (nn.ReLU6, nn.Identity))
 
 
 def _unchanged(maps: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class _Described(nn.Module):
         return F.normalize(((descriptor.double() - self.mean) @ self.projection).float(), dim=1)
 
     def _resize(self, images: Tensor, scale: float) -> Tensor:
-        """``Embedder.resize``, with sizes in whole numbers: ONNX keeps a scale in float32, which rounds some wrongly.
+        """``Embedder._resize``, with sizes in whole numbers: ONNX keeps a scale in float32, which rounds some wrongly.
 
         Rounded up, a scale gives at most a row and a column too many, which are cut off.
         """

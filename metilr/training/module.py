@@ -175,8 +175,7 @@ class FineTuning(pl.LightningModule):
             with torch.autocast(self.device.type, enabled=False):
                 return self.embedder.project(images)
         normalised = self.embedder.normalise(images)
-        is_trained_on_cpu = self.device.type == "cpu" and not self.options.freeze_backbone
-        return in_parts(self.embedder, normalised) if is_trained_on_cpu else self.embedder(normalised)
+        return in_parts(self.embedder, normalised) if self.device.type == "cpu" else self.embedder(normalised)
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -155,6 +155,18 @@ def test_an_index_of_before_is_brought_up_to_date(folder, tmp_path):
     assert open_index(tmp_path / "index").answer(folder / "33/7.jpg").exhibit == "33"
 
 
+def test_an_index_keeps_the_engine_that_auto_came_to(folder, tmp_path, described, monkeypatch):
+    index(folder, tmp_path / "index", **INDEXED, engine="auto")
+    before = Index.load(tmp_path / "index").model.engine
+    monkeypatch.setattr(
+        "metilr.models.engines.fastest_engine", lambda *_: "torch" if before == "openvino" else "openvino"
+    )
+    described.clear()
+    new_image(folder / "new" / "1.png", 1)
+    index(folder, tmp_path / "index", **INDEXED, engine="auto")
+    assert Index.load(tmp_path / "index").model.engine == before and sum(described) == 1
+
+
 def test_labels_of_another_index_are_refused(folder, tmp_path, failure):
     (tmp_path / "labels.csv").write_text("id,title\n9,Vase\n12,Bust\n")
     index(folder, tmp_path / "index", csv=tmp_path / "labels.csv", **INDEXED)

@@ -1,6 +1,7 @@
 """Local features against a plain composition, and inliers of a drawn museum against a plain loop."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,14 @@ from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.data.pixels import ImageSize
 from metilr.demo import MuseumSize, make_demo
 from metilr.errors import UserError
-from metilr.geometry.check import GeometricCheck, LocalFeatureExtractor, cell_centres, count_inliers, geometric_check_of
+from metilr.geometry.check import (
+    GeometricCheck,
+    LocalFeatureExtractor,
+    cell_centres,
+    count_inliers,
+    geometric_check_of,
+    pool_of,
+)
 from metilr.geometry.verify import LocalFeatures, verify
 from metilr.models.embedder import Embedder, build_embedder
 from metilr.retrieval.knn import NO_ROW
@@ -364,3 +372,19 @@ def test_what_two_images_share_is_drawn_where_something_is(image, extractor, tmp
     assert check.draw(photo, features, tmp_path / "missing.jpg") is None
     nothing = LocalFeatures(features[0].positions[:0], features[0].descriptors[:0])
     assert check.draw(photo, [nothing], image) is None
+
+
+def test_several_callers_leave_the_number_of_threads_as_it_was():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+
+    def call(_):
+        with pool_of(2) as pool:
+            return [*pool.map(lambda _: torch.get_num_threads(), range(2))]
+
+    try:
+        with ThreadPoolExecutor(4) as callers:
+            assert {n for each in callers.map(call, range(12)) for n in each} == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

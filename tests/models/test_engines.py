@@ -5,6 +5,7 @@ import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -205,6 +206,7 @@ def test_auto_takes_the_fastest_engine_that_is_installed_and_says_so(tiny_museum
     assert store.manifest().settings == store_settings(embedder, truth, None, "32", "openvino")
     assert "engine openvino" in said.getvalue()
     assert options.for_model(build_embedder("timm/test_vit", "random")).engine == "torch"  # a network of patches
+    assert replace(options, precision="bf16-mixed").for_model(embedder).engine == "torch"  # whose rows differ by more
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert options.for_model(embedder).engine == "torch"
 

@@ -60,7 +60,14 @@ def gradients_of(embedder: Embedder, embed, images) -> tuple[torch.Tensor, dict[
 
 
 @pytest.mark.parametrize(
-    "name", ["timm/tf_efficientnet_lite0", "timm/efficientnet_lite0", "timm/test_efficientnet", "timm/test_resnet"]
+    "name",
+    [
+        "timm/tf_efficientnet_lite0",
+        "timm/efficientnet_lite0",
+        "timm/test_efficientnet",
+        "timm/mixnet_s",
+        "timm/test_resnet",
+    ],
 )
 def test_a_network_in_parts_is_the_network(name):
     embedder, images = embedder_of(name).double(), torch.randn(5, 3, 75, 96, dtype=torch.float64)
@@ -69,6 +76,14 @@ def test_a_network_in_parts_is_the_network(name):
     assert close(embeddings, expected, 1e-10)
     assert all(close(ours[name], plain[name], 1e-8) for name in plain)
     assert not any("forward" in vars(module) for module in embedder.modules())
+
+
+def test_a_network_that_saves_memory_its_own_way_does_so():
+    embedder, images = embedder_of("timm/test_efficientnet").double(), torch.randn(3, 3, 75, 96, dtype=torch.float64)
+    expected, plain = gradients_of(embedder, embedder, images)
+    embedder.backbone.model.set_grad_checkpointing(True)
+    embeddings, ours = gradients_of(embedder, lambda images: in_parts(embedder, images), images)
+    assert close(embeddings, expected, 1e-10) and all(close(ours[name], plain[name], 1e-8) for name in plain)
 
 
 def test_what_is_fused_has_one_layer_less_of_each_kind():
