@@ -129,6 +129,7 @@ class OpenVINOEngine:
                     "INFERENCE_PRECISION_HINT": "bf16" if part_precision == "bf16-mixed" else "f32",
                     "NUM_STREAMS": n_streams, "INFERENCE_NUM_THREADS": torch.get_num_threads(),
                     "ENABLE_CPU_PINNING": False,  # several processes would be pinned to the same cores
+                    "CPU_RUNTIME_CACHE_CAPACITY": 256,  # layers of a shape; of 5,000, the default, gigabytes
                 }  # fmt: skip
                 model = _read(network) if precision == "int8" else _converted(part, example, backbone.name)
                 networks.append(core.compile_model(model, "CPU", options))
