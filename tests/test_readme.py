@@ -206,7 +206,7 @@ OTHERS_COMMANDS = {  # of pip, uv, torchrun, srun, docker and benchmarks
     "--index", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint", "--nodes", "--ntasks-per-node",
     "--gpus-per-node", "--index-url", "--views", "--node_rank", "--master_addr", "--master_port", "--backbones",
     "--share", "--plain_share", "--growth", "--plot", "--rows", "--width", "--rm", "--build-arg", "--target", "--gpus",
-    "--from",
+    "--from", "--oml_python",
 }  # fmt: skip
 
 

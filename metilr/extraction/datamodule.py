@@ -26,12 +26,12 @@ from metilr.progress import tracked
 FULL_BATCH_PIXELS = 500 * 500  # the Met's images have at most 500 px a side
 
 
-def same_shape_batches(shapes: np.ndarray, batch_size: int) -> list[np.ndarray]:
+def same_shape_batches(shapes: np.ndarray, batch_size: int, n_full: int | None = None) -> list[np.ndarray]:
     """Group images of equal height and width, int ``(n, 2)``, so that a batch needs neither padding nor cropping.
 
-    The largest images come first: a batch that does not fit in memory fails at the start of a run. Images of more than
-    500 x 500 px come in batches of fewer, in proportion: memory goes with pixels, and a museum's own photographs can
-    have millions.
+    The largest images come first: a batch that does not fit in memory fails at the start of a run. A batch has no more
+    pixels than ``n_full`` images of 500 x 500 px, without it ``batch_size`` of them: memory goes with pixels, and a
+    museum's own photographs can have millions.
 
     Returns:
         Positions in ``shapes``, each once, in batches of one shape; ascending within a batch.
@@ -41,7 +41,7 @@ def same_shape_batches(shapes: np.ndarray, batch_size: int) -> list[np.ndarray]:
     members = np.split(by_kind, np.cumsum(np.bincount(kind_of.reshape(-1)))[:-1])
     batches = []
     for kind in np.argsort(-kinds.prod(axis=1), kind="stable"):
-        size = max(1, min(batch_size, batch_size * FULL_BATCH_PIXELS // int(kinds[kind].prod())))
+        size = max(1, min(batch_size, (n_full or batch_size) * FULL_BATCH_PIXELS // int(kinds[kind].prod())))
         batches += [members[kind][i : i + size] for i in range(0, len(members[kind]), size)]
     return batches
 
@@ -98,27 +98,21 @@ class ImageDataModule(LightningDataModule):
     """Pending images of a prepared store, in batches of one shape.
 
     The plan is made by the first process and told to the others, since the store changes while they start. ``images``
-    are what is described and ``sizes`` the bytes of each row's file, by split; ``check_size`` is the embedder's; for
-    the rest see ``ExtractionOptions``.
+    are what is described and ``sizes`` the bytes of each row's file, by split; ``check_size`` is the embedder's,
+    ``n_full`` that of ``same_shape_batches``; for the rest see ``ExtractionOptions``.
     """
 
     trainer: Any
 
     def __init__(
-        self,
-        images: Mapping[str, Images],
-        sizes: Mapping[str, np.ndarray],
-        store: DescriptorStore,
-        batch_size: int,
-        num_workers: int,
-        bad_images: BadImages,
-        check_size: Callable[[int, int], None],
-        quiet: bool = False,
-    ) -> None:
+        self, images: Mapping[str, Images], sizes: Mapping[str, np.ndarray], store: DescriptorStore, batch_size: int,
+        num_workers: int, bad_images: BadImages, check_size: Callable[[int, int], None], quiet: bool = False,
+        n_full: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.rows, self.sizes_of, self.store = ImageRows(images), {split: sizes[split] for split in images}, store
         self.sizes = np.concatenate([*self.sizes_of.values()])
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.n_full, self.num_workers = batch_size, n_full, num_workers
         self.bad_images, self.check_size, self.quiet = bad_images, check_size, quiet
         self.plan: list[PlannedBatch] = []
         self.side_stream: torch.cuda.Stream | None = None
@@ -160,7 +154,7 @@ class ImageDataModule(LightningDataModule):
                 else:
                     self._mark_bad(writer, int(rows[i]))
         rows, shapes = rows[shapes[:, 0] > 0], shapes[shapes[:, 0] > 0]
-        batches = same_shape_batches(shapes, self.batch_size)
+        batches = same_shape_batches(shapes, self.batch_size, self.n_full)
         return [PlannedBatch(rows[batch], tuple(shapes[batch[0]].tolist())) for batch in batches]
 
     def share(self, rank: int, world_size: int) -> list[PlannedBatch]:

@@ -194,8 +194,12 @@ def _fill(
     num_workers = default_workers(options.n_processes) if options.num_workers is None else options.num_workers
     # OpenVINO gains nothing from batches, which take memory, and each number of images would be a new shape.
     batch_size = 1 if options.engine == "openvino" else options.batch_size
-    bad_images, check_size = options.bad_images, embedder.check_size
-    data = ImageDataModule(images, sizes, store, batch_size, num_workers, bad_images, check_size, options.quiet)
+    # On CPUs PyTorch's convolutions gain nothing from many pixels at once: memory, and the system's time for it.
+    fits = options.device == "cpu" and options.engine == "torch" and suits_openvino(embedder.backbone)
+    bad_images, quiet, n_full = options.bad_images, options.quiet, 1 if fits else None
+    data = ImageDataModule(
+        images, sizes, store, batch_size, num_workers, bad_images, embedder.check_size, quiet, n_full
+    )  # fmt: skip
     n_all = len(data.sizes)
     if store.is_complete and not len(data.pending_rows()):
         console.print(f"{name}: reusing {amount(n_all, 'row')}")
@@ -212,7 +216,6 @@ def _fill(
         kind = torch.cuda.get_device_name(0) if options.device == "cuda" else options.device.upper()
         device = f"{options.n_processes} x {kind}"
         console.print(f"[bold]running on[/]   {device}, precision {options.precision}, engine {options.engine}")
-        fits = options.device == "cpu" and options.engine == "torch" and suits_openvino(embedder.backbone)
         if fits and n_pending >= MANY_IMAGES:
             console.print("             (on a CPU the engine openvino is faster, with the same rows up to rounding)")
         if launched_as_first() and n_pending:

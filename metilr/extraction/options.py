@@ -51,8 +51,8 @@ class ExtractionOptions:
             networks on CPUs, several times as fast (pip install openvino); auto, openvino in precision 32 where it is
             installed and the model is convolutional, else torch, with the same rows up to rounding. On CPUs PyTorch
             computes what has a side below 128 px.
-        batch_size: Most images in a batch, fewer of images beyond 500 x 500 px; images in a batch have one shape. With
-            the engine openvino it is 1.
+        batch_size: Most images in a batch, fewer of images beyond 500 x 500 px; images in a batch have one shape.
+            Convolutional networks on CPUs take one such image at once, or smaller ones of as many pixels; openvino one.
         num_workers: Image decoding processes beside each process; without it as many as cores are free, at most 8.
         quiet: Print the table and the paths alone.
         profile: Print how long decoding, transfer, network and writing took.

@@ -124,6 +124,7 @@ class OpenVINOEngine:
                     "INFERENCE_PRECISION_HINT": "f32" if part_precision == "32" else "bf16",
                     "NUM_STREAMS": n_streams, "INFERENCE_NUM_THREADS": torch.get_num_threads(),
                     "ENABLE_CPU_PINNING": False,  # several processes would be pinned to the same cores
+                    "CPU_RUNTIME_CACHE_CAPACITY": 256,  # layers of a shape; of 5,000, the default, gigabytes
                 }  # fmt: skip
                 networks.append(core.compile_model(_converted(part, example, backbone.name), "CPU", options))
                 example = part(example)

@@ -44,6 +44,14 @@ def test_photographs_of_millions_of_pixels_come_in_smaller_batches():
     assert sizes == {(500, 500): 8, (1000, 500): 4, (3000, 4000): 1}
 
 
+def test_convolutions_on_a_cpu_get_few_pixels_at_once():
+    shapes = np.array([[500, 500]] * 3 + [[512, 512]] * 3 + [[250, 250]] * 9 + [[50, 50]] * 9)
+    batches = same_shape_batches(shapes, batch_size=8, n_full=1)
+    largest = {(512, 512): 1, (500, 500): 1, (250, 250): 4, (50, 50): 8}
+    for shape, size in largest.items():
+        assert max(len(batch) for batch in batches if tuple(shapes[batch[0]]) == shape) == size
+
+
 @pytest.mark.parametrize("n_processes", [1, 3, 50])
 def test_each_batch_is_dealt_once_and_work_is_even(n_processes):
     work = np.random.default_rng(0).integers(1, 100, 40).tolist()
