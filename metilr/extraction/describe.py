@@ -105,6 +105,7 @@ def describe_in_training(trainer: pl.Trainer, embedder: Embedder, data: ImageDat
         UserError: In all processes, if one of them met an image that cannot be decoded or described.
     """
     device = trainer.strategy.root_device
+    data.n_full = 1 if _is_convolutional_on_cpu(embedder, device.type) else None
     with agree(trainer):
         if trainer.is_global_zero:
             data.plan = data.make_plan()
@@ -194,8 +195,7 @@ def _fill(
     num_workers = default_workers(options.n_processes) if options.num_workers is None else options.num_workers
     # OpenVINO gains nothing from batches, which take memory, and each number of images would be a new shape.
     batch_size = 1 if options.engine == "openvino" else options.batch_size
-    # On CPUs PyTorch's convolutions gain nothing from many pixels at once: memory, and the system's time for it.
-    fits = options.device == "cpu" and options.engine == "torch" and suits_openvino(embedder.backbone)
+    fits = options.engine == "torch" and _is_convolutional_on_cpu(embedder, options.device)
     bad_images, quiet, n_full = options.bad_images, options.quiet, 1 if fits else None
     data = ImageDataModule(
         images, sizes, store, batch_size, num_workers, bad_images, embedder.check_size, quiet, n_full
@@ -226,6 +226,11 @@ def _fill(
         if launched_as_first():
             _finish(data)
     return n_pending
+
+
+def _is_convolutional_on_cpu(embedder: Embedder, device: str) -> bool:
+    """Whether PyTorch's convolutions gain nothing from many pixels at once: memory, and the system's time for it."""
+    return device == "cpu" and suits_openvino(embedder.backbone)
 
 
 def _finish(data: ImageDataModule) -> None:
