@@ -126,7 +126,7 @@ def _of_root(
     from metilr.models.hub import pin
 
     truth, embedder = load_ground_truth(root, database), build_model(pin(model))
-    extraction = replace(extraction, bad_images="skip")
+    extraction = replace(extraction, bad_images="skip").for_model(embedder)
     made = describe_images(embedder, truth, None, extraction, progress)
     opened = open_descriptors([made.path], truth)
     names = [str(exhibit) for exhibit in truth.exhibit_ids.tolist()]

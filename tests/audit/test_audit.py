@@ -1,5 +1,6 @@
 """A museum with one fault of each kind, audited: each is found, and nothing else."""
 
+import contextlib
 import csv
 import json
 import shutil
@@ -21,12 +22,13 @@ from metilr.cli import main
 from metilr.data.ground_truth import GroundTruth
 from metilr.errors import UserError
 from metilr.extraction.descriptors import Descriptors
+from metilr.extraction.store import DescriptorStore
 from metilr.metrics import gap
 from tests.audit.pictures import picture
 from tests.audit.test_copies import seen_from_the_side
 from tests.browser import browser as browser  # a fixture
 from tests.museum import write_ground_truth
-from tests.small_runs import index
+from tests.small_runs import evaluate, index
 
 MODEL = ["--backbone", "timm/test_resnet", "--weights", "random", "--accelerator", "cpu", "--num_workers", "0"]
 MODEL += ["--scales", "1", "--quiet", "true"]
@@ -260,6 +262,17 @@ def test_one_database_image_is_refused_in_a_line(tmp_path, monkeypatch, capsys):
         main(["audit", "museum", *MODEL])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "museum: has one database image, and so nothing to compare" in error
+
+
+def test_a_data_root_is_described_at_the_size_that_a_checkpoint_was_trained_with(tiny_museum, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = {"backbone": "timm/test_resnet", "weights": "random", "accelerator": "cpu", "num_workers": 0}
+    evaluate(tiny_museum, output=Path("run"), store=Path("store"), image_size=48, report=False, **model)
+    main(["pack", "run", "model.ckpt"])
+    with contextlib.suppress(SystemExit):  # of what the audit finds
+        main(["audit", str(tiny_museum), "--ckpt", "model.ckpt", *MODEL[4:]])
+    [store] = Path("runs/descriptors").iterdir()
+    assert DescriptorStore(store).manifest().settings["image_size"] == 48
 
 
 def test_a_leak_under_two_exhibits_is_both():
