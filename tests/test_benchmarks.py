@@ -194,9 +194,10 @@ def write_textured_museum(root: Path) -> Path:
     return write_ground_truth(root, database, queries["val"], queries["test"], database)
 
 
-def test_visits(run, tiny_museum):
-    [record] = run("visits", "--root", tiny_museum, "--images", 3)
-    assert record["visits"] == 9 and record["most_levels_apart"] <= 1
+def test_visits(run, tmp_path):
+    """Frames and lamps of a few pixels are coarse either way, and some of a picture's detail is as fine."""
+    [record] = run("visits", "--root", write_textured_museum(tmp_path / "museum"), "--images", 5)
+    assert record["visits"] == 15 and record["mean_levels_apart"] < 3
 
 
 def test_training(run, tiny_museum):

@@ -9,20 +9,19 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from torch.nn.functional import grid_sample
 from torchvision.transforms.v2 import functional as F
 
 from metilr.data.visit_effects import (
+    Frame,
     Stream,
     add_glare,
     add_noise,
     blur,
+    choose_frame,
     compress,
-    framed_shape,
     light_badly,
     paint_wall,
     put_in_frame,
-    shrink,
     shrunk_shape,
     whole_pixels,
 )
@@ -31,7 +30,7 @@ from metilr.errors import UserError
 
 def project_corners(
     width: int, height: int, perspective: float, rotation: float, side: Stream, askew: Stream
-) -> torch.Tensor:
+) -> np.ndarray:
     """Where a camera in front of the picture sees its corners, clockwise from top left, ``(4, 2)``.
 
     In the picture's pixels, its centre at 0. ``side`` draws yaw and pitch, ``askew`` the camera's roll.
@@ -40,24 +39,23 @@ def project_corners(
     pitch = math.radians(25) * side.sign() * side.effect(perspective)
     roll = math.radians(15) * askew.sign() * askew.effect(rotation)
 
-    xs = torch.tensor([-0.5, 0.5, 0.5, -0.5]) * width
-    ys = torch.tensor([-0.5, -0.5, 0.5, 0.5]) * height
+    xs, ys = np.array([-0.5, 0.5, 0.5, -0.5]) * width, np.array([-0.5, -0.5, 0.5, 0.5]) * height
     # From 1.5 longest sides away a picture fills a phone's field of view.
     depth = 1 + (xs * math.sin(yaw) + ys * math.sin(pitch)) / (1.5 * max(width, height))
     xs, ys = xs * math.cos(yaw) / depth, ys * math.cos(pitch) / depth
     turned_xs = xs * math.cos(roll) - ys * math.sin(roll)
     turned_ys = xs * math.sin(roll) + ys * math.cos(roll)
-    return torch.stack([turned_xs, turned_ys], dim=1)
+    return np.stack([turned_xs, turned_ys], axis=1)
 
 
 def window_inside(
-    corners: torch.Tensor, width: int, height: int, strength: float, stream: Stream
+    corners: np.ndarray, width: int, height: int, strength: float, stream: Stream
 ) -> tuple[float, float, float, float]:
     """Left, top, width, height of a photograph that shows nothing but the picture."""
-    edges = corners.roll(-1, 0) - corners
-    outward = torch.stack([edges[:, 1], -edges[:, 0]], dim=1)  # the corners run clockwise
+    edges = np.roll(corners, -1, 0) - corners
+    outward = np.stack([edges[:, 1], -edges[:, 0]], axis=1)  # the corners run clockwise
     reach = (outward * corners).sum(1)
-    share = (reach / (outward.abs() @ torch.tensor([width / 2, height / 2]))).min().item()
+    share = float((reach / (np.abs(outward) @ [width / 2, height / 2])).min())
     kept_x, kept_y = 1 - 0.5 * stream.effect(strength), 1 - 0.5 * stream.effect(strength)
     full_width, full_height = share * width, share * height
     left = -full_width / 2 + stream.uniform() * (1 - kept_x) * full_width
@@ -65,9 +63,9 @@ def window_inside(
     return left, top, kept_x * full_width, kept_y * full_height
 
 
-def window_around(corners: torch.Tensor, strength: float, stream: Stream) -> tuple[float, float, float, float]:
+def window_around(corners: np.ndarray, strength: float, stream: Stream) -> tuple[float, float, float, float]:
     """Left, top, width, height of a photograph that shows the whole picture and wall on each side."""
-    (left, top), (right, bottom) = corners.min(0).values.tolist(), corners.max(0).values.tolist()
+    (left, top), (right, bottom) = corners.min(0).tolist(), corners.max(0).tolist()
     width, height = right - left, bottom - top
     margins = [0.6 * strength * stream.uniform(0.05, 1.0) for _ in range(4)]
     return (
@@ -78,16 +76,19 @@ def window_around(corners: torch.Tensor, strength: float, stream: Stream) -> tup
     )
 
 
-def warp(picture: torch.Tensor, corners: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Place the picture's corners in a photograph of that size: premultiplied RGB and coverage, (4, H, W)."""
-    layers = torch.cat([picture, torch.ones_like(picture[:1])])
-    # Where each pixel of the photograph lies in the picture, from -1 to 1: a ratio of linear functions of its centre.
-    upright = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], np.float32)
-    matrix = cv2.getPerspectiveTransform(corners.numpy().astype(np.float32), upright)
-    xs, ys = (np.arange(n, dtype=np.float32) + 0.5 for n in (size[1], size[0]))
-    x, y, w = (row[0] * xs + (row[1] * ys + row[2])[:, None] for row in matrix.astype(np.float32))
-    place = torch.from_numpy(np.stack([x / w, y / w], axis=2))
-    return grid_sample(layers[None], place[None], "bilinear", "zeros", align_corners=False)[0]
+def warp(picture: np.ndarray, corners: np.ndarray, size: tuple[int, int], is_cropped: bool) -> np.ndarray:
+    """Place the picture's corners in a photograph of that height and width, uint8, ``(3, H, W)`` to ``(4, H', W')``.
+
+    The fourth plane is the picture's coverage, by which the others are multiplied. Past a cropped picture's edge lies
+    what is at its edge, so that nothing else is seen.
+    """
+    height, width = picture.shape[1:]
+    layers = cv2.merge([*picture, np.full((height, width), 255, np.uint8)])
+    upright = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
+    # OpenCV counts from the first pixel's centre.
+    matrix = cv2.getPerspectiveTransform(upright - 0.5, corners.astype(np.float32) - 0.5)
+    border = cv2.BORDER_REPLICATE if is_cropped else cv2.BORDER_CONSTANT
+    return np.stack(cv2.split(cv2.warpPerspective(layers, matrix, size[::-1], borderMode=border)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,7 @@ class VisitStrengths:
                 raise ValueError(f"the strength of {part!r} is {strength}; choose one in [0, 1]")
 
 
-RECIPE = 2  # raise it when code here or in visit_*.py changes what a visit looks like
+RECIPE = 3  # raise it when code here or in visit_*.py changes what a visit looks like
 
 PRESETS = {
     # Somebody who takes care, straight on, the whole picture, well lit.
@@ -165,17 +166,17 @@ def simulate_visit(
     """
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
         raise ValueError(f"image must be uint8 (3, H, W), not {image.dtype} {tuple(image.shape)}")
-    stream, longest_side = _streams(seed), longest_side or max(image.shape[1:])
-    photograph = F.to_dtype(image, torch.float32, scale=True)
-    photograph = put_in_frame(photograph, strengths.frame, stream("frame"))
-    photograph, coverage = _hang_on_wall(photograph, strengths, stream, longest_side)
-    photograph = light_badly(photograph, strengths.light, stream("light"))
-    photograph = add_glare(photograph, coverage, strengths.glare, stream("glare"))
-    photograph = blur(photograph, strengths.blur, stream("blur"))
-    photograph = shrink(photograph, strengths.scale, stream("scale"))
-    photograph = add_noise(photograph, strengths.noise, stream("noise"))
-    photograph = F.to_dtype(photograph.clamp(0, 1), torch.uint8, scale=True)
-    return compress(photograph, strengths.jpeg, stream("jpeg"))
+    stream = _streams(seed)
+    viewpoint = _choose_viewpoint(image.shape[1], image.shape[2], strengths, stream, longest_side)
+    photograph, coverage = _hang_on_wall(image, viewpoint, strengths, stream)
+    light_badly(photograph, strengths.light, stream("light"))
+    add_glare(photograph, coverage, strengths.glare, stream("glare"))
+    blur(photograph, strengths.blur, stream("blur"))
+    add_noise(photograph, strengths.noise, stream("noise"))
+    # Rounds and clips, and OpenCV's order is blue first.
+    levels = cv2.merge([cv2.addWeighted(plane, 255, plane, 0, 0, dtype=cv2.CV_8U) for plane in photograph[::-1]])
+    file = compress(levels, strengths.jpeg, stream("jpeg"))
+    return torch.from_numpy(np.stack(cv2.split(file)[::-1]))
 
 
 def _streams(seed: int) -> Callable[[str], Stream]:
@@ -187,10 +188,7 @@ def visit_shape(
     height: int, width: int, strengths: VisitStrengths, seed: int, longest_side: int | None = None
 ) -> tuple[int, int]:
     """Height and width of the photograph that ``simulate_visit`` makes of an image of that size, without making it."""
-    stream, longest_side = _streams(seed), longest_side or max(height, width)
-    framed = framed_shape(height, width, strengths.frame, stream("frame"))
-    viewpoint = _choose_viewpoint(*framed, strengths, stream, longest_side)
-    return shrunk_shape(*viewpoint.size, strengths.scale, stream("scale"))
+    return _choose_viewpoint(height, width, strengths, _streams(seed), longest_side).size
 
 
 def strengths_between(weakest: str, strongest: str, share: float) -> VisitStrengths:
@@ -213,50 +211,55 @@ def refuse_bad_seed(seed: int) -> None:
 
 
 class _Viewpoint(NamedTuple):
-    """Where the picture lies in the photograph."""
+    """Where the framed picture lies in the photograph, all in px of the photograph."""
 
-    corners: torch.Tensor | None  # in px of the photograph, clockwise from top left, (4, 2); None: it fills it
     size: tuple[int, int]  # height and width of the photograph
-    zoom: float  # size of the picture in the photograph, relative to its own
+    picture: tuple[int, int]  # height and width of the picture itself, seen straight on
+    frame: Frame
+    corners: np.ndarray  # of the frame, clockwise from top left, (4, 2)
+    is_cropped: bool  # there is no wall
 
 
 def _choose_viewpoint(
-    height: int, width: int, strengths: VisitStrengths, stream: Callable[[str], Stream], longest_side: int
+    height: int, width: int, strengths: VisitStrengths, stream: Callable[[str], Stream], longest_side: int | None
 ) -> _Viewpoint:
     """See a picture of that size from somewhere, with wall around it or cut off by the photograph's edge."""
-    if strengths.wall == strengths.crop == strengths.perspective == strengths.rotation == 0:
-        zoom = min(1.0, longest_side / max(height, width))
-        return _Viewpoint(None, (whole_pixels(height * zoom), whole_pixels(width * zoom)), zoom)
-
+    longest_side = longest_side or max(height, width)
+    frame = choose_frame(height, width, strengths.frame, stream("frame"))
+    height, width = height + 2 * frame.width, width + 2 * frame.width
     corners = project_corners(
         width, height, strengths.perspective, strengths.rotation, stream("perspective"), stream("rotation")
     )
     surround = strengths.wall + strengths.crop
-    cropped = surround == 0 or stream("crop or wall").uniform() * surround < strengths.crop
-    if cropped:
+    is_cropped = surround == 0 or stream("crop or wall").uniform() * surround < strengths.crop
+    if is_cropped:
         window = window_inside(corners, width, height, strengths.crop, stream("crop"))
     else:
         window = window_around(corners, strengths.wall, stream("margin"))
 
     # window: left, top, width, height in the picture's pixels, its centre at 0
     zoom = min(1.0, longest_side / max(window[2:]))
-    size = (whole_pixels(window[3] * zoom), whole_pixels(window[2] * zoom))
-    corners = (corners - torch.tensor(window[:2])) * torch.tensor([size[1] / window[2], size[0] / window[3]])
-    return _Viewpoint(corners, size, zoom)
+    size = whole_pixels(window[3] * zoom), whole_pixels(window[2] * zoom)
+    size = shrunk_shape(*size, strengths.scale, stream("scale"))
+    zoom_y, zoom_x = size[0] / window[3], size[1] / window[2]
+    # Everything is made at the size at which it is seen.
+    height, width = whole_pixels(height * min(1, zoom_y)), whole_pixels(width * min(1, zoom_x))
+    bar = min(whole_pixels(frame.width * min(1, zoom_x, zoom_y)), frame.width, (min(height, width) - 1) // 2)
+    corners = (corners - window[:2]) * (zoom_x, zoom_y)
+    # PyTorch (2.14) resizes uint8 to a width of one pixel wrongly.
+    picture = height - 2 * bar, max(2, width - 2 * bar)
+    return _Viewpoint(size, picture, frame._replace(width=bar), corners, is_cropped)
 
 
 def _hang_on_wall(
-    picture: torch.Tensor, strengths: VisitStrengths, stream: Callable[[str], Stream], longest_side: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The photograph, ``(3, H', W')``, and the picture's share of each of its pixels, ``(1, H', W')``."""
-    height, width = picture.shape[1:]
-    viewpoint = _choose_viewpoint(height, width, strengths, stream, longest_side)
+    image: torch.Tensor, viewpoint: _Viewpoint, strengths: VisitStrengths, stream: Callable[[str], Stream]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The photograph, ``(3, H', W')``, and the picture's share of each of its pixels, ``(H', W')``."""
     # The warp below does not antialias, so the picture shrinks to its size in the photograph first.
-    picture = F.resize(
-        picture, [whole_pixels(height * viewpoint.zoom), whole_pixels(width * viewpoint.zoom)], antialias=True
-    )
-    if viewpoint.corners is None:
-        return picture, torch.ones_like(picture[:1])
-    seen = warp(picture, viewpoint.corners, viewpoint.size)
-    wall = paint_wall(seen[3:], strengths.wall, stream("wall"))
-    return torch.addcmul(seen[:3], 1 - seen[3:], wall, out=wall), seen[3:]
+    picture = put_in_frame(F.resize(image, list(viewpoint.picture), antialias=True).numpy(), viewpoint.frame)
+    seen = warp(picture, viewpoint.corners, viewpoint.size, viewpoint.is_cropped).astype(np.float32)
+    seen *= np.float32(1 / 255)
+    photograph, coverage = seen[:3], seen[3]
+    if not viewpoint.is_cropped:
+        photograph += (1 - coverage) * paint_wall(coverage, strengths.wall, stream("wall"))
+    return photograph, coverage

@@ -22,7 +22,7 @@ from metilr.demo import drawing
 from metilr.errors import UserError
 from metilr.files import named, read_json
 
-VERSION = 2  # raise it with every change that changes a pixel or an annotation
+VERSION = 3  # raise it with every change that changes a pixel or an annotation
 _MARKER = "demo.json"
 _KIND = "synthetic museum drawn by metilr"
 _Row = dict[str, Any]
