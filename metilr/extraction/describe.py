@@ -83,18 +83,23 @@ def describe_images(
     if path is None:
         path = STORES / f"{embedder.backbone.name.replace('/', '_')}-{settings_fingerprint(settings)}"
     store = DescriptorStore(path)
-    if options.engine == "openvino" and launched_as_first() and not store.exists:
-        start_engine(options.engine, embedder.backbone, options.precision)  # what it refuses leaves no store behind
     images = images_of(ground_truth, options.resize_to)
-    store.n_made = _fill(
-        store, f"[bold]descriptors[/]  {escape(str(path))}", settings, embedder, images, sizes, options, console
-    )
-    for view in views:
-        name = f"[bold]views[/]        {view.settings()['kind']}, {view.n} an image"
-        of_view, settings = views_store(store, view)
-        viewed = {split: dataclasses.replace(images[source], view=view) for split, source in view.of.items()}
-        repeated = {split: np.repeat(sizes[source], view.n) for split, source in view.of.items()}
-        store.n_made += _fill(of_view, name, settings, embedder, viewed, repeated, options, console)
+    embedder.engine = None  # what it described with before can be of another precision
+    try:
+        if options.engine == "openvino" and launched_as_first() and not store.exists:  # what it refuses leaves no store
+            engine = start_engine(options.engine, embedder.backbone, options.precision, options.n_streams)
+            embedder.engine = engine if options.n_processes == 1 else None  # other processes start their own
+        store.n_made = _fill(
+            store, f"[bold]descriptors[/]  {escape(str(path))}", settings, embedder, images, sizes, options, console
+        )
+        for view in views:
+            name = f"[bold]views[/]        {view.settings()['kind']}, {view.n} an image"
+            of_view, settings = views_store(store, view)
+            viewed = {split: dataclasses.replace(images[source], view=view) for split, source in view.of.items()}
+            repeated = {split: np.repeat(sizes[source], view.n) for split, source in view.of.items()}
+            store.n_made += _fill(of_view, name, settings, embedder, viewed, repeated, options, console)
+    finally:
+        embedder.engine = None
     return store
 
 
@@ -269,4 +274,3 @@ def _predict(embedder: Embedder, data: ImageDataModule, options: ExtractionOptio
         raise KeyboardInterrupt from None
     finally:
         module.teardown("predict")
-        embedder.engine = None

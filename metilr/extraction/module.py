@@ -72,13 +72,14 @@ class DescriptorModule(pl.LightningModule):
 
     @override
     def on_predict_start(self) -> None:
-        """Start the engine here: a spawned process cannot be handed one."""
+        """Start the engine here where there is none: a spawned process cannot be handed one."""
         keep_float32_exact()
         # PyTorch's convolutions run faster with channels last on CPUs, and on GPUs with tensor cores.
         if self.engine != "openvino" and (self.device.type == "cpu" or self.precision != "32"):
             self.memory_format = torch.channels_last
             self.embedder.to(memory_format=torch.channels_last)
-        self.embedder.engine = start_engine(self.engine, self.embedder.backbone, self.precision, self.n_streams)
+        if self.embedder.engine is None:
+            self.embedder.engine = start_engine(self.engine, self.embedder.backbone, self.precision, self.n_streams)
         if self.n_streams > 1:
             self.n_threads = torch.get_num_threads()
             torch.set_num_threads(max(1, self.n_threads // self.n_streams))
