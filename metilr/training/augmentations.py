@@ -114,7 +114,8 @@ class SimulatedVisit(Augmentation):
         height, width = image.shape[1:]
         zoom = 2 * self.size / max(height, width)
         if zoom < 1:  # the view cannot show all its pixels, and a visit's cost goes with them
-            image = F.resize(image, [math.ceil(height * zoom), math.ceil(width * zoom)], antialias=True)
+            # Two pixels wide at least: PyTorch (2.14) resizes uint8 to one wrongly.
+            image = F.resize(image, [math.ceil(height * zoom), max(2, math.ceil(width * zoom))], antialias=True)
         photograph = simulate_visit(image, strengths, seed, longest_side=self.size)
         return F.resize(photograph, [self.size, self.size], antialias=True)
 
