@@ -18,13 +18,16 @@ from torch.utils.checkpoint import checkpoint
 from metilr.models.backbone import Backbone
 from metilr.models.embedder import Embedder
 
+KEPT = 1_500_000_000  # bytes of maps: with all else that a training holds, less than 3 GB
+
 
 def in_parts(embedder: Embedder, images: Tensor) -> Tensor:
     """Embed normalised images ``(B, 3, H, W)`` on the CPU as the embedder does, ``(B, dim)``, to train an EfficientNet.
 
-    A few images at a time, whose maps are computed again in the backward pass: maps of a whole batch take gigabytes,
-    and half of a step's time goes into getting their pages from the kernel. Each row depends on its image alone. Other
-    networks, for which this takes longer, frozen ones, and those that save memory their own way are computed whole.
+    A few images at a time, since half of a step's time goes into getting the pages of large maps from the kernel. Maps
+    of as many as ``KEPT`` holds are kept for the backward pass, those of others computed again. Each row depends on its
+    image alone. Other networks, for which this takes longer, frozen ones, and those that save memory their own way are
+    computed whole.
     """
     backbone, images = embedder.backbone, images.contiguous(memory_format=torch.channels_last)
     is_trained = any(parameter.requires_grad for parameter in backbone.parameters())
@@ -37,9 +40,21 @@ def in_parts(embedder: Embedder, images: Tensor) -> Tensor:
             embeddings: Tensor = embedder(part)
         return embeddings
 
+    sizes: dict[int, int] = {}  # of what the first part keeps, by address
+
+    def counted(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
     n_images = 4 if torch.is_autocast_enabled("cpu") else 2  # of 320 px: no map takes 32 MB, which malloc hands back
-    parts = [checkpoint(embed, part, use_reentrant=False, preserve_rng_state=False) for part in images.split(n_images)]
-    return torch.cat(parts)
+    first, *others = images.split(n_images)
+    with torch.autograd.graph.saved_tensors_hooks(counted, _unchanged):
+        embeddings = [embed(first)]
+    n_kept = KEPT // max(1, sum(sizes.values()))
+    embeddings += [embed(part) for part in others[: max(0, n_kept - 1)]]
+    for part in others[max(0, n_kept - 1) :]:
+        embeddings.append(checkpoint(embed, part, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(embeddings)
 
 
 @contextlib.contextmanager
