@@ -83,7 +83,7 @@ def plain_visit(image: torch.Tensor, strengths: VisitStrengths, seed: int) -> to
     if view.is_cropped:
         photograph, coverage = photograph / coverage.clamp(min=0.01), torch.ones_like(coverage)
     else:
-        photograph = photograph + (1 - coverage) * plain_wall(coverage, strengths.wall, stream("wall"))
+        photograph = photograph + (1 - coverage) * plain_wall(coverage, stream("wall"))
     photograph = plain_light(photograph, strengths.light, stream("light"))
     photograph = plain_glare(photograph, coverage, strengths.glare, stream("glare"))
     photograph = plain_blur(photograph, strengths.blur, stream("blur"))
@@ -112,7 +112,7 @@ def plain_warp(picture: torch.Tensor, corners: np.ndarray, size: tuple[int, int]
     return F.perspective(layers, upright, corners.tolist())[:, : size[0], : size[1]]
 
 
-def plain_wall(coverage: torch.Tensor, strength: float, stream: Stream) -> torch.Tensor:
+def plain_wall(coverage: torch.Tensor, stream: Stream) -> torch.Tensor:
     """Plaster, shadow and label."""
     height, width = coverage.shape[1:]
     colour = stream.choose(_WALL_COLOURS)[:, None, None] * stream.uniform(0.85, 1.05)
@@ -120,7 +120,7 @@ def plain_wall(coverage: torch.Tensor, strength: float, stream: Stream) -> torch
     offset = max(1, round(0.02 * max(height, width)))
     shadow = F.gaussian_blur(coverage.roll(offset, 1), [6 * offset + 1] * 2, [float(offset)] * 2)
     wall = torch.from_numpy(colour) * plaster * (1 - 0.45 * shadow)
-    if strength > 0 and stream.uniform() < 0.6:
+    if stream.uniform() < 0.6:
         left, top = int(stream.uniform(0, 0.9) * width), int(stream.uniform(0.5, 0.9) * height)
         label = wall[:, top : top + max(1, height // 18), left : left + max(1, width // 12)]
         label.copy_(0.25 * label + 0.7)

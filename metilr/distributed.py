@@ -224,8 +224,10 @@ def start_worker(worker: int) -> None:
     ends them without a complaint. One that cannot pass its batch on says so: its parent would wait for ever. Where
     shared memory is short, as in a container, batches go through pipes, which takes up to three times as long.
     """
+    import cv2
     import torch
 
+    cv2.setNumThreads(0)  # in this one; 1 would wait, after a fork, for threads that it has not got
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     multiprocessing.queues.Queue._on_queue_feeder_error = _tell_parent  # type: ignore[attr-defined]

@@ -1,9 +1,12 @@
 """Decoding processes that can hardly pass on what they decode, and scripts that processes run once more."""
 
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -65,3 +68,15 @@ def test_a_script_that_its_processes_would_run_again_is_told_to_guard_its_main_p
     assert done.status == 1 and done.printed.count("Traceback") == 1, done.printed
     assert done.printed.count("begins") >= 2  # a process that began is ended with the other
     assert 'if __name__ == "__main__":' in done.printed.splitlines()[-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where loaders fork")
+def test_a_worker_begins_after_opencv_has_run_in_its_parent():
+    """Its threads are not there after a fork: OpenCV may not wait for them."""
+    cv2.resize(np.zeros((2000, 2000, 3), np.uint8), (1500, 1500), interpolation=cv2.INTER_AREA)
+    worker = multiprocessing.get_context("fork").Process(target=start_worker, args=(0,))
+    worker.start()
+    worker.join(60)
+    is_stuck = worker.is_alive()
+    worker.kill()
+    assert not is_stuck and worker.exitcode == 0

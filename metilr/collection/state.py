@@ -47,7 +47,7 @@ def is_current(
     labels = None if before is None else output / before.labels
     if before is None or labels is None or not labels.exists() or labels.read_bytes() != Labels.content(catalogue):
         return False
-    is_same = _is_of(output / before.store, before.catalogue, catalogue)
+    is_same = _is_of(output / before.store, before.catalogue, catalogue) and _has_visits(output, before)
     if is_same and milvus is not None:
         from metilr.collection.searchable import is_in_milvus  # faiss: indexes in memory do without
 
@@ -62,6 +62,17 @@ def _is_of(store: Path, before: Catalogue, now: Catalogue) -> bool:
         return False
     sizes = np.array([file_size(now.folder / path) or 0 for path in now.paths], np.int64)
     return not DescriptorStore(store).pending("database", sizes, retry_bad=False).any()
+
+
+def _has_visits(output: Path, before: Index) -> bool:
+    """Whether the visits that are searched are there, as this version simulates them."""
+    if before.method.database_views == "none":
+        return True
+    from metilr.evaluation.database import views_of
+    from metilr.extraction.descriptors import views_store
+
+    views = [view for view in views_of(before.method, before.elements.seed) if "visits" in view.of]
+    return all(views_store(DescriptorStore(output / before.store), view)[0].exists for view in views)
 
 
 def digests_of(model: ModelOptions) -> list[str]:

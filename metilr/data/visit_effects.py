@@ -94,21 +94,28 @@ def _levels(colours: np.ndarray) -> np.ndarray:
     return (255 * colours).round().clip(0, 255).astype(np.uint8)
 
 
-def paint_wall(coverage: np.ndarray, strength: float, stream: Stream) -> np.ndarray:
+def paint_wall(coverage: np.ndarray, stream: Stream) -> np.ndarray:
     """The wall behind the picture, ``(3, H, W)``: plaster, the picture's shadow and its label."""
     height, width = coverage.shape
     colour = stream.choose(_WALL_COLOURS) * np.float32(stream.uniform(0.85, 1.05))
     shade = _spread(1 + 0.03 * stream.normal(12, 12), height, width)
-    # A shadow is smooth, so a fourth of the resolution shows all of it.
     offset = max(1, round(0.02 * max(height, width)))
-    coarse = cv2.resize(np.roll(coverage, offset, 0), (-(-width // 4), -(-height // 4)), interpolation=cv2.INTER_AREA)
-    shade *= 1 - 0.45 * _spread(gaussian_blur(coarse, offset / 4, offset / 4), height, width)
+    step = _step(height, width)
+    coarse = cv2.resize(
+        np.roll(coverage, offset, 0), (-(-width // step), -(-height // step)), interpolation=cv2.INTER_AREA
+    )
+    shade *= 1 - 0.45 * _spread(gaussian_blur(coarse, offset / step, offset / step), height, width)
     wall = colour[:, None, None] * shade
-    if strength > 0 and stream.uniform() < 0.6:
+    if stream.uniform() < 0.6:
         left, top = int(stream.uniform(0, 0.9) * width), int(stream.uniform(0.5, 0.9) * height)
         label = wall[:, top : top + max(1, height // 18), left : left + max(1, width // 12)]
         label[:] = 0.25 * label + 0.7
     return wall
+
+
+def _step(height: int, width: int) -> int:
+    """Pixels to one of the planes that shadows and lamps are drawn in: their soft rims are some 2% of a side wide."""
+    return max(1, min(4, max(height, width) // 80))
 
 
 def _spread(plane: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -145,8 +152,8 @@ def add_glare(photograph: np.ndarray, coverage: np.ndarray, strength: float, str
     if strength == 0:
         return
     height, width = coverage.shape
-    # A lamp's rim is soft, so a fourth of the resolution shows all of it.
-    ys, xs = _pixel_centres(-(-height // 4), -(-width // 4))
+    step = _step(height, width)
+    ys, xs = _pixel_centres(-(-height // step), -(-width // step))
     dark = np.ones((ys.shape[0], xs.shape[1]), np.float32)
     for _ in range(1 + int(stream.uniform(0, 3) * strength)):
         centre_x, centre_y = stream.uniform(0.15, 0.85), stream.uniform(0.1, 0.8)

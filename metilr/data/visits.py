@@ -261,5 +261,5 @@ def _hang_on_wall(
     seen *= np.float32(1 / 255)
     photograph, coverage = seen[:3], seen[3]
     if not viewpoint.is_cropped:
-        photograph += (1 - coverage) * paint_wall(coverage, strengths.wall, stream("wall"))
+        photograph += (1 - coverage) * paint_wall(coverage, stream("wall"))
     return photograph, coverage

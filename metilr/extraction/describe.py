@@ -88,7 +88,9 @@ def describe_images(
     try:
         if options.engine == "openvino" and launched_as_first() and not store.exists:  # what it refuses leaves no store
             engine = start_engine(options.engine, embedder.backbone, options.precision, options.n_streams)
-            embedder.engine = engine if options.n_processes == 1 else None  # other processes start their own
+            if options.n_processes == 1 or has_launcher():  # this process describes
+                embedder.engine = engine
+            del engine
         store.n_made = _fill(
             store, f"[bold]descriptors[/]  {escape(str(path))}", settings, embedder, images, sizes, options, console
         )
@@ -118,6 +120,7 @@ def describe_in_training(trainer: pl.Trainer, embedder: Embedder, data: ImageDat
     mine = data.share(trainer.global_rank, trainer.world_size)
     with agree(trainer):
         if mine:
+            embedder.engine = None
             module = DescriptorModule(embedder).to(device)
             module.on_predict_start()
             n = sum(len(batch.rows) for batch in mine)

@@ -101,7 +101,7 @@ def _open_store(store: DescriptorStore, ground_truth: GroundTruth, views: Sequen
         if not of_view.exists:
             details = f"of {settings['shares']}" if "shares" in settings else f"with seed {settings['seed']}"
             missing = f"{store.path}: holds no descriptors of {view.n} {settings['kind']} an image {details}"
-            remedy = f"run the evaluation that made it (with its root and store {store.path}) with the same options"
+            remedy = f"run the evaluation that made it (root, store {store.path}) or metilr index with the same options"
             raise UserError(f"{missing}; {remedy}, which adds them", "descriptors")
         of_view.require_complete()
         rows_of_view = {split: of_view.descriptors(split) for split in view.of}

@@ -1,4 +1,4 @@
-"""Gradients of a backbone on a CPU, in little memory: a few images at a time, by fused convolutions."""
+"""Gradients of a backbone on a CPU, in bounded memory: a few images at a time, by fused convolutions."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from metilr.models.backbone import Backbone
 from metilr.models.embedder import Embedder
 
-KEPT = 1_500_000_000  # bytes of maps: with all else that a training holds, less than 3 GB
+KEPT = 1_500_000_000  # bytes of a call's maps: with all else that a training holds, less than 3 GB
 
 
 def in_parts(embedder: Embedder, images: Tensor) -> Tensor:
@@ -44,15 +44,15 @@ def in_parts(embedder: Embedder, images: Tensor) -> Tensor:
 
     def counted(tensor: Tensor) -> Tensor:
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # itself would be a ring that nobody breaks without a backward pass
 
     n_images = 4 if torch.is_autocast_enabled("cpu") else 2  # of 320 px: no map takes 32 MB, which malloc hands back
     first, *others = images.split(n_images)
     with torch.autograd.graph.saved_tensors_hooks(counted, _unchanged):
         embeddings = [embed(first)]
-    n_kept = KEPT // max(1, sum(sizes.values()))
-    embeddings += [embed(part) for part in others[: max(0, n_kept - 1)]]
-    for part in others[max(0, n_kept - 1) :]:
+    n_kept = max(0, KEPT // max(1, sum(sizes.values())) - 1)  # of the others
+    embeddings += [embed(part) for part in others[:n_kept]]
+    for part in others[n_kept:]:
         embeddings.append(checkpoint(embed, part, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(embeddings)
 

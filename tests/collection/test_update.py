@@ -13,6 +13,7 @@ from metilr.cli import main
 from metilr.collection import PhotoOptions
 from metilr.collection.index_schema import Index
 from metilr.collection.open_collection import open_with_threshold
+from metilr.errors import UserError
 from metilr.extraction.module import DescriptorModule
 from metilr.extraction.store import DescriptorStore
 from metilr.files import alone_in
@@ -87,6 +88,26 @@ def test_only_what_differs_is_described_and_the_whitening_stays(folder, tmp_path
     index(folder, anew, **INDEXED | options)
     for path, row in rows_by_path(anew).items():
         np.testing.assert_allclose(row, after[path], atol=1e-5)
+
+
+def test_visits_that_an_earlier_version_simulated_are_made_anew_by_the_same_command(
+    folder, tmp_path, described, monkeypatch
+):
+    visited = INDEXED | {"whitening": "learned", "visits": 2, "database_views": "rows"}
+    index(folder, tmp_path / "index", **visited)
+    whitening = (tmp_path / "index/whitening.npz").read_bytes()
+    monkeypatch.setattr("metilr.data.visits.RECIPE", 4)
+    with pytest.raises(UserError, match=r"no descriptors of 2 simulated visits .+ or metilr index with"):
+        open_index(tmp_path / "index")
+    described.clear()
+    index(folder, tmp_path / "index", **visited)
+    n_images = len(rows_by_path(tmp_path / "index"))
+    assert sum(described) == 2 * n_images
+    assert (tmp_path / "index/whitening.npz").read_bytes() == whitening
+    assert open_index(tmp_path / "index").answer(folder / "9/2.jpg").exhibit == "9"
+    described.clear()
+    index(folder, tmp_path / "index", **visited)
+    assert not described
 
 
 def test_relearn_gives_the_whitening_of_an_index_made_anew(folder, tmp_path):

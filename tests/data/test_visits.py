@@ -213,7 +213,7 @@ def test_the_warp_is_torchvision_s(shape, size, is_cropped):
     levels = (255 * picture).round().byte().numpy()
     seen = warp(levels, corners.double().numpy(), size, is_cropped)
     is_inside = (expected[3] == 255).numpy()
-    assert seen.dtype == np.uint8 and seen.shape == (4, *size)
+    assert seen.dtype == np.uint8 and seen.shape == (4, *size) and (is_inside.any() or size == (1, 1))
     np.testing.assert_allclose(seen[:, is_inside], expected.numpy()[:, is_inside], atol=4)
     if is_cropped:
         assert (seen[3] == 255).all()
@@ -238,13 +238,14 @@ def test_light_is_torchvision_s_brightness_and_saturation_in_a_tint_and_a_fall_o
     np.testing.assert_allclose(lit, plain.numpy(), atol=1e-6)
 
 
-def test_lamps_are_mirrored_one_after_the_other():
-    """Within 5 levels: lamps are drawn at a fourth of the resolution."""
-    generator = torch.Generator().manual_seed(0)
-    image, coverage = torch.rand(3, 200, 300, generator=generator), torch.ones(200, 300)
-    coverage[:, :90] = 0
+@pytest.mark.parametrize("shape", [(200, 300), (20, 30), (330, 500)])
+def test_lamps_are_mirrored_one_after_the_other(shape):
+    """Within 8 levels: lamps are drawn at up to a fourth of the resolution."""
+    generator, (height, width) = torch.Generator().manual_seed(0), shape
+    image, coverage = torch.rand(3, *shape, generator=generator), torch.ones(shape)
+    coverage[:, : width // 3] = 0
     stream, plain = Stream(3), image.clone()
-    xs, ys = (torch.arange(300) + 0.5)[None] / 300, (torch.arange(200) + 0.5)[:, None] / 200
+    xs, ys = (torch.arange(width) + 0.5)[None] / width, (torch.arange(height) + 0.5)[:, None] / height
     for _ in range(1 + int(stream.uniform(0, 3) * 0.9)):
         x, y = stream.uniform(0.15, 0.85), stream.uniform(0.1, 0.8)
         wide = 0.12 * stream.effect(0.9) + 0.02
@@ -254,7 +255,7 @@ def test_lamps_are_mirrored_one_after_the_other():
         plain = plain + (1 - plain) * stream.effect(0.9) * (0.8 * lamp + 0.25 * halo) * coverage
     glaring = image.numpy().copy()
     add_glare(glaring, coverage.numpy(), 0.9, Stream(3))
-    np.testing.assert_allclose(glaring, plain.numpy(), atol=0.02)
+    np.testing.assert_allclose(glaring, plain.numpy(), atol=0.03)
     assert (plain - image).abs().max() > 0.5
 
 
@@ -276,7 +277,7 @@ def test_each_pixel_of_a_frame_is_as_deep_as_it_is_far_from_the_edge(shape):
 
 
 def test_a_small_photograph_shows_what_the_shrunk_large_one_does():
-    """Parts are made at the size at which they are seen: what takes pixels away comes first, and costs no detail."""
+    """Parts are made at the size at which they are seen: of a smooth picture that shows the same."""
     picture = F.resize(torch.rand(3, 9, 12, generator=torch.Generator().manual_seed(0)), [300, 400], antialias=True)
     image = (255 * picture).byte()
     for name, seed in itertools.product(PRESETS, range(3)):

@@ -1,6 +1,8 @@
 """Fused convolutions against PyTorch's plain composition: the same maps, embeddings, gradients and losses."""
 
 import copy
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from metilr.models import fused as fusing
 from metilr.models.backbone import build_backbone
 from metilr.models.embedder import Embedder, build_embedder
 from metilr.models.fused import FusedConvolution, fused, in_parts
@@ -73,12 +76,32 @@ def test_a_network_in_parts_is_the_network(name, monkeypatch):
     """Of three parts, the first's maps are kept and the others' computed again, or all are kept."""
     embedder, images = embedder_of(name).double(), torch.randn(5, 3, 75, 96, dtype=torch.float64)
     expected, plain = gradients_of(embedder, embedder, images)
-    for kept in (0, 10**9):
-        monkeypatch.setattr("metilr.models.fused.KEPT", kept)
+    checkpoint, again = fusing.checkpoint, []
+    monkeypatch.setattr(fusing, "checkpoint", lambda *of, **how: (again.append(1), checkpoint(*of, **how))[1])
+    for kept, n_again in ((0, 2), (10**9, 0)):
+        monkeypatch.setattr(fusing, "KEPT", kept)
+        again.clear()
         embeddings, ours = gradients_of(embedder, lambda images: in_parts(embedder, images), images)
         assert close(embeddings, expected, 1e-10)
         assert all(close(ours[name], plain[name], 1e-8) for name in plain)
-        assert not any("forward" in vars(module) for module in embedder.modules())
+        assert not any("forward" in vars(part) for part in embedder.modules())
+        assert len(again) == (n_again if fusing.pairs_of(embedder.backbone) else 0)
+
+
+def test_maps_are_let_go_where_no_backward_pass_follows(monkeypatch):
+    embedder, maps, convolve = embedder_of("timm/test_efficientnet"), [], fusing._convolve
+
+    def followed(*of):
+        made = convolve(*of)
+        maps.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(fusing, "_convolve", followed)
+    embeddings = in_parts(embedder, torch.randn(5, 3, 64, 64))
+    assert maps and embeddings.requires_grad
+    del embeddings
+    gc.collect()
+    assert not any(each() is not None for each in maps)
 
 
 def test_a_network_that_saves_memory_its_own_way_does_so():
