@@ -71,8 +71,8 @@ def _has_visits(output: Path, before: Index) -> bool:
     from metilr.evaluation.database import views_of
     from metilr.extraction.descriptors import views_store
 
-    views = [view for view in views_of(before.method, before.elements.seed) if "visits" in view.of]
-    return all(views_store(DescriptorStore(output / before.store), view)[0].exists for view in views)
+    store, views = DescriptorStore(output / before.store), views_of(before.method, before.elements.seed)
+    return all(views_store(store, view)[0].exists for view in views if "visits" in view.of)
 
 
 def digests_of(model: ModelOptions) -> list[str]:

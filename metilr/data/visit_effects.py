@@ -98,14 +98,13 @@ def paint_wall(coverage: np.ndarray, stream: Stream) -> np.ndarray:
     """The wall behind the picture, ``(3, H, W)``: plaster, the picture's shadow and its label."""
     height, width = coverage.shape
     colour = stream.choose(_WALL_COLOURS) * np.float32(stream.uniform(0.85, 1.05))
-    shade = _spread(1 + 0.03 * stream.normal(12, 12), height, width)
+    plaster = cv2.resize(1 + 0.03 * stream.normal(12, 12), (width, height))
     offset = max(1, round(0.02 * max(height, width)))
     step = _step(height, width)
-    coarse = cv2.resize(
-        np.roll(coverage, offset, 0), (-(-width // step), -(-height // step)), interpolation=cv2.INTER_AREA
-    )
-    shade *= 1 - 0.45 * _spread(gaussian_blur(coarse, offset / step, offset / step), height, width)
-    wall = colour[:, None, None] * shade
+    size = -(-width // step), -(-height // step)
+    coarse = cv2.resize(np.roll(coverage, offset, 0), size, interpolation=cv2.INTER_AREA)
+    shadow = cv2.resize(gaussian_blur(coarse, offset / step, offset / step), (width, height))
+    wall = colour[:, None, None] * (plaster * (1 - 0.45 * shadow))
     if stream.uniform() < 0.6:
         left, top = int(stream.uniform(0, 0.9) * width), int(stream.uniform(0.5, 0.9) * height)
         label = wall[:, top : top + max(1, height // 18), left : left + max(1, width // 12)]
@@ -116,11 +115,6 @@ def paint_wall(coverage: np.ndarray, stream: Stream) -> np.ndarray:
 def _step(height: int, width: int) -> int:
     """Pixels to one of the planes that shadows and lamps are drawn in: their soft rims are some 2% of a side wide."""
     return max(1, min(4, max(height, width) // 80))
-
-
-def _spread(plane: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Interpolate a smooth plane to that size."""
-    return cv2.resize(plane, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 _GREY = (0.2989, 0.587, 0.114)  # of red, green and blue, as ITU-R BT.601 and torchvision have it
@@ -164,7 +158,7 @@ def add_glare(photograph: np.ndarray, coverage: np.ndarray, strength: float, str
         halo = np.exp(-(((xs - centre_x) / (3 * radius_x)) ** 2)) * np.exp(-(((ys - centre_y) / (3 * radius_x)) ** 2))
         dark *= 1 - stream.effect(strength) * (0.8 * lamp + 0.25 * halo)
     # Varnish and glass mirror lamps, a painted wall does not.
-    mirrored = _spread(1 - dark, height, width) * coverage
+    mirrored = cv2.resize(1 - dark, (width, height)) * coverage
     for plane in photograph:
         plane += mirrored * (1 - plane)
 
@@ -188,16 +182,10 @@ def blur(photograph: np.ndarray, strength: float, stream: Stream) -> None:
 
 
 def gaussian_blur(plane: np.ndarray, sigma_x: float, sigma_y: float) -> np.ndarray:
-    """Blur along both axes as torchvision does; edges reflect."""
-    rows, columns = (_gaussian(n, sigma) for n, sigma in zip(plane.shape, (sigma_y, sigma_x), strict=True))
-    return cv2.sepFilter2D(plane, -1, columns, rows, borderType=cv2.BORDER_REFLECT_101)
-
-
-def _gaussian(n: int, sigma: float) -> np.ndarray:
-    """Weights of a blur along n pixels, ``(2 r + 1,)``, of which some 99.7% of a Gaussian remain."""
-    radius = min(math.ceil(3 * sigma), n - 1)  # reflection cannot reach past the opposite edge
-    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    return (weights / weights.sum()).astype(np.float32)
+    """Blur along both axes as torchvision does, to three standard deviations; edges reflect."""
+    sigmas = (plane.shape[1], sigma_x), (plane.shape[0], sigma_y)
+    size = [2 * min(math.ceil(3 * sigma), n - 1) + 1 for n, sigma in sigmas]  # nothing past the opposite edge
+    return cv2.GaussianBlur(plane, size, sigma_x, sigmaY=sigma_y, borderType=cv2.BORDER_REFLECT_101)
 
 
 def add_noise(photograph: np.ndarray, strength: float, stream: Stream) -> None:
@@ -210,7 +198,7 @@ def add_noise(photograph: np.ndarray, strength: float, stream: Stream) -> None:
     coarse = 0.6 * sigma * stream.normal(3, whole_pixels(height / 3), whole_pixels(width / 3))
     for plane, blotches in zip(photograph, coarse, strict=True):
         plane += fine
-        plane += _spread(blotches, height, width)
+        plane += cv2.resize(blotches, (width, height))
 
 
 def shrunk_shape(height: int, width: int, strength: float, stream: Stream) -> tuple[int, int]:

@@ -11,33 +11,23 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from metilr.data.visit_effects import (
-    Frame,
-    Stream,
-    add_glare,
-    add_noise,
-    blur,
-    choose_frame,
-    compress,
-    light_badly,
-    paint_wall,
-    put_in_frame,
-    shrunk_shape,
-    whole_pixels,
-)
+from metilr.data import visit_effects as effects
+from metilr.data.visit_effects import Frame, Stream, whole_pixels
 from metilr.errors import UserError
 
+Streams = Callable[[str], Stream]  # random numbers of each part of a visit, by the part's name
+Window = tuple[float, float, float, float]  # left, top, width, height in the picture's pixels, its centre at 0
 
-def project_corners(
-    width: int, height: int, perspective: float, rotation: float, side: Stream, askew: Stream
-) -> np.ndarray:
+
+def project_corners(width: int, height: int, strengths: "VisitStrengths", stream: Streams) -> np.ndarray:
     """Where a camera in front of the picture sees its corners, clockwise from top left, ``(4, 2)``.
 
-    In the picture's pixels, its centre at 0. ``side`` draws yaw and pitch, ``askew`` the camera's roll.
+    In the picture's pixels, its centre at 0.
     """
-    yaw = math.radians(45) * side.sign() * side.effect(perspective)
-    pitch = math.radians(25) * side.sign() * side.effect(perspective)
-    roll = math.radians(15) * askew.sign() * askew.effect(rotation)
+    side, askew = stream("perspective"), stream("rotation")
+    yaw = math.radians(45) * side.sign() * side.effect(strengths.perspective)
+    pitch = math.radians(25) * side.sign() * side.effect(strengths.perspective)
+    roll = math.radians(15) * askew.sign() * askew.effect(strengths.rotation)
 
     xs, ys = np.array([-0.5, 0.5, 0.5, -0.5]) * width, np.array([-0.5, -0.5, 0.5, 0.5]) * height
     # From 1.5 longest sides away a picture fills a phone's field of view.
@@ -48,10 +38,8 @@ def project_corners(
     return np.stack([turned_xs, turned_ys], axis=1)
 
 
-def window_inside(
-    corners: np.ndarray, width: int, height: int, strength: float, stream: Stream
-) -> tuple[float, float, float, float]:
-    """Left, top, width, height of a photograph that shows nothing but the picture."""
+def window_inside(corners: np.ndarray, width: int, height: int, strength: float, stream: Stream) -> Window:
+    """Where a photograph lies that shows nothing but the picture."""
     edges = np.roll(corners, -1, 0) - corners
     outward = np.stack([edges[:, 1], -edges[:, 0]], axis=1)  # the corners run clockwise
     reach = (outward * corners).sum(1)
@@ -63,17 +51,13 @@ def window_inside(
     return left, top, kept_x * full_width, kept_y * full_height
 
 
-def window_around(corners: np.ndarray, strength: float, stream: Stream) -> tuple[float, float, float, float]:
-    """Left, top, width, height of a photograph that shows the whole picture and wall on each side."""
+def window_around(corners: np.ndarray, strength: float, stream: Stream) -> Window:
+    """Where a photograph lies that shows the whole picture and wall on each side."""
     (left, top), (right, bottom) = corners.min(0).tolist(), corners.max(0).tolist()
     width, height = right - left, bottom - top
-    margins = [0.6 * strength * stream.uniform(0.05, 1.0) for _ in range(4)]
-    return (
-        left - margins[0] * width,
-        top - margins[1] * height,
-        (1 + margins[0] + margins[2]) * width,
-        (1 + margins[1] + margins[3]) * height,
-    )
+    to_left, above, to_right, below = (0.6 * strength * stream.uniform(0.05, 1.0) for _ in range(4))
+    corner = left - to_left * width, top - above * height
+    return *corner, (1 + to_left + to_right) * width, (1 + above + below) * height
 
 
 def warp(picture: np.ndarray, corners: np.ndarray, size: tuple[int, int], is_cropped: bool) -> np.ndarray:
@@ -136,20 +120,14 @@ RECIPE = 3  # raise it when code here or in visit_*.py changes what a visit look
 
 PRESETS = {
     # Somebody who takes care, straight on, the whole picture, well lit.
-    "mild": VisitStrengths(
-        frame=0.4, wall=0.3, crop=0.1, perspective=0.2, rotation=0.15, light=0.3, glare=0.15, blur=0.1, noise=0.1,
-        scale=0.1, jpeg=0.3,
-    ),
+    "mild": VisitStrengths(frame=0.4, wall=0.3, crop=0.1, perspective=0.2, rotation=0.15, light=0.3, glare=0.15,
+                           blur=0.1, noise=0.1, scale=0.1, jpeg=0.3),
     # The usual snapshot in passing.
-    "medium": VisitStrengths(
-        frame=0.5, wall=0.5, crop=0.2, perspective=0.4, rotation=0.3, light=0.5, glare=0.4, blur=0.25, noise=0.2,
-        scale=0.25, jpeg=0.5,
-    ),
+    "medium": VisitStrengths(frame=0.5, wall=0.5, crop=0.2, perspective=0.4, rotation=0.3, light=0.5, glare=0.4,
+                             blur=0.25, noise=0.2, scale=0.25, jpeg=0.5),
     # A dark room, over other people's heads, on an old phone.
-    "severe": VisitStrengths(
-        frame=0.9, wall=0.9, crop=0.3, perspective=0.9, rotation=0.8, light=0.8, glare=0.8, blur=0.5, noise=0.4,
-        scale=0.5, jpeg=0.8,
-    ),
+    "severe": VisitStrengths(frame=0.9, wall=0.9, crop=0.3, perspective=0.9, rotation=0.8, light=0.8, glare=0.8,
+                             blur=0.5, noise=0.4, scale=0.5, jpeg=0.8),
 }  # fmt: skip
 
 
@@ -169,18 +147,16 @@ def simulate_visit(
     stream = _streams(seed)
     viewpoint = _choose_viewpoint(image.shape[1], image.shape[2], strengths, stream, longest_side)
     photograph, coverage = _hang_on_wall(image, viewpoint, strengths, stream)
-    light_badly(photograph, strengths.light, stream("light"))
-    add_glare(photograph, coverage, strengths.glare, stream("glare"))
-    blur(photograph, strengths.blur, stream("blur"))
-    add_noise(photograph, strengths.noise, stream("noise"))
+    effects.light_badly(photograph, strengths.light, stream("light"))
+    effects.add_glare(photograph, coverage, strengths.glare, stream("glare"))
+    effects.blur(photograph, strengths.blur, stream("blur"))
+    effects.add_noise(photograph, strengths.noise, stream("noise"))
     # Rounds and clips, and OpenCV's order is blue first.
     levels = cv2.merge([cv2.addWeighted(plane, 255, plane, 0, 0, dtype=cv2.CV_8U) for plane in photograph[::-1]])
-    file = compress(levels, strengths.jpeg, stream("jpeg"))
-    return torch.from_numpy(np.stack(cv2.split(file)[::-1]))
+    return torch.from_numpy(np.stack(cv2.split(effects.compress(levels, strengths.jpeg, stream("jpeg")))[::-1]))
 
 
-def _streams(seed: int) -> Callable[[str], Stream]:
-    """Random numbers of each part of a visit, by the part's name."""
+def _streams(seed: int) -> Streams:
     return lambda part: Stream(derive_seed(seed, part, 0))
 
 
@@ -221,15 +197,13 @@ class _Viewpoint(NamedTuple):
 
 
 def _choose_viewpoint(
-    height: int, width: int, strengths: VisitStrengths, stream: Callable[[str], Stream], longest_side: int | None
+    height: int, width: int, strengths: VisitStrengths, stream: Streams, longest_side: int | None
 ) -> _Viewpoint:
     """See a picture of that size from somewhere, with wall around it or cut off by the photograph's edge."""
     longest_side = longest_side or max(height, width)
-    frame = choose_frame(height, width, strengths.frame, stream("frame"))
+    frame = effects.choose_frame(height, width, strengths.frame, stream("frame"))
     height, width = height + 2 * frame.width, width + 2 * frame.width
-    corners = project_corners(
-        width, height, strengths.perspective, strengths.rotation, stream("perspective"), stream("rotation")
-    )
+    corners = project_corners(width, height, strengths, stream)
     surround = strengths.wall + strengths.crop
     is_cropped = surround == 0 or stream("crop or wall").uniform() * surround < strengths.crop
     if is_cropped:
@@ -237,10 +211,9 @@ def _choose_viewpoint(
     else:
         window = window_around(corners, strengths.wall, stream("margin"))
 
-    # window: left, top, width, height in the picture's pixels, its centre at 0
     zoom = min(1.0, longest_side / max(window[2:]))
     size = whole_pixels(window[3] * zoom), whole_pixels(window[2] * zoom)
-    size = shrunk_shape(*size, strengths.scale, stream("scale"))
+    size = effects.shrunk_shape(*size, strengths.scale, stream("scale"))
     zoom_y, zoom_x = size[0] / window[3], size[1] / window[2]
     # Everything is made at the size at which it is seen.
     height, width = whole_pixels(height * min(1, zoom_y)), whole_pixels(width * min(1, zoom_x))
@@ -252,14 +225,13 @@ def _choose_viewpoint(
 
 
 def _hang_on_wall(
-    image: torch.Tensor, viewpoint: _Viewpoint, strengths: VisitStrengths, stream: Callable[[str], Stream]
+    image: torch.Tensor, viewpoint: _Viewpoint, strengths: VisitStrengths, stream: Streams
 ) -> tuple[np.ndarray, np.ndarray]:
     """The photograph, ``(3, H', W')``, and the picture's share of each of its pixels, ``(H', W')``."""
     # The warp below does not antialias, so the picture shrinks to its size in the photograph first.
-    picture = put_in_frame(F.resize(image, list(viewpoint.picture), antialias=True).numpy(), viewpoint.frame)
-    seen = warp(picture, viewpoint.corners, viewpoint.size, viewpoint.is_cropped).astype(np.float32)
-    seen *= np.float32(1 / 255)
+    picture = effects.put_in_frame(F.resize(image, list(viewpoint.picture), antialias=True).numpy(), viewpoint.frame)
+    seen = warp(picture, viewpoint.corners, viewpoint.size, viewpoint.is_cropped) * np.float32(1 / 255)
     photograph, coverage = seen[:3], seen[3]
     if not viewpoint.is_cropped:
-        photograph += (1 - coverage) * paint_wall(coverage, stream("wall"))
+        photograph += (1 - coverage) * effects.paint_wall(coverage, stream("wall"))
     return photograph, coverage

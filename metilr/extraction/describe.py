@@ -88,12 +88,10 @@ def describe_images(
     try:
         if options.engine == "openvino" and launched_as_first() and not store.exists:  # what it refuses leaves no store
             engine = start_engine(options.engine, embedder.backbone, options.precision, options.n_streams)
-            if options.n_processes == 1 or has_launcher():  # this process describes
-                embedder.engine = engine
+            embedder.engine = engine if options.n_processes == 1 or has_launcher() else None  # others start their own
             del engine
-        store.n_made = _fill(
-            store, f"[bold]descriptors[/]  {escape(str(path))}", settings, embedder, images, sizes, options, console
-        )
+        name = f"[bold]descriptors[/]  {escape(str(path))}"
+        store.n_made = _fill(store, name, settings, embedder, images, sizes, options, console)
         for view in views:
             name = f"[bold]views[/]        {view.settings()['kind']}, {view.n} an image"
             of_view, settings = views_store(store, view)

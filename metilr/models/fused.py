@@ -49,12 +49,11 @@ def in_parts(embedder: Embedder, images: Tensor) -> Tensor:
     n_images = 4 if torch.is_autocast_enabled("cpu") else 2  # of 320 px: no map takes 32 MB, which malloc hands back
     first, *others = images.split(n_images)
     with torch.autograd.graph.saved_tensors_hooks(counted, _unchanged):
-        embeddings = [embed(first)]
+        made = [embed(first)]
     n_kept = max(0, KEPT // max(1, sum(sizes.values())) - 1)  # of the others
-    embeddings += [embed(part) for part in others[:n_kept]]
-    for part in others[n_kept:]:
-        embeddings.append(checkpoint(embed, part, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(embeddings)
+    made += [embed(part) for part in others[:n_kept]]
+    again = partial(checkpoint, embed, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([*made, *map(again, others[n_kept:])])
 
 
 @contextlib.contextmanager

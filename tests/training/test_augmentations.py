@@ -41,7 +41,7 @@ def test_a_visit_at_one_strength_is_the_preset(image):
     resized = torch.nn.functional.interpolate(
         photograph[None].float(), (40, 40), mode="bilinear", antialias=True, align_corners=False
     )[0]
-    assert (view.float() - resized).abs().max() <= 1
+    torch.testing.assert_close(view.float(), resized, atol=1, rtol=1e-5)  # of a level, but for float32's own rounding
 
 
 def test_bad_options():
