@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from metilr.models.backbone import Backbone
 from metilr.models.embedder import Embedder
 
-KEPT = 1_500_000_000  # bytes of a call's maps: with all else that a training holds, less than 3 GB
+KEPT = 1_000_000_000  # bytes of a call's maps: with all else that a training holds, less than 3 GB
 
 
 def in_parts(embedder: Embedder, images: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def test_visits_that_an_earlier_version_simulated_are_made_anew_by_the_same_comm
     visited = INDEXED | {"whitening": "learned", "visits": 2, "database_views": "rows"}
     index(folder, tmp_path / "index", **visited)
     whitening = (tmp_path / "index/whitening.npz").read_bytes()
-    monkeypatch.setattr("metilr.data.visits.RECIPE", 4)
+    monkeypatch.setattr("metilr.data.visits.RECIPE", 0)
     with pytest.raises(UserError, match=r"no descriptors of 2 simulated visits .+ or metilr index with"):
         open_index(tmp_path / "index")
     described.clear()
