@@ -22,6 +22,8 @@ INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m p
 
 # Threads that wait for each other by spinning bring a busy machine to a crawl: let them sleep.
 export OMP_WAIT_POLICY := passive
+# Or each of the tests' many processes would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 # Processes of a thread each, one more than cores: many tests wait for a process that they have started.
 PARALLEL := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 8 --dist loadfile
 
@@ -81,11 +83,12 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(call install,$(DEV))
 	@touch $@ $(VENV)/.installed-demo
 
-# LOCK=.ci/lock.txt installs what stands there (Linux, x86_64, Python 3.11), file by file, by its digest.
+# LOCK=.ci/lock.txt installs what stands there (Linux, x86_64, Python 3.11), file by file, by its digest; what is imported
+# is compiled then, a fraction of it.
 ifneq ($(LOCK),)
 define install
-$(BIN)/python -m pip install -q --require-hashes -r $(LOCK)
-$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+$(BIN)/python -m pip install -q --no-compile --require-hashes -r $(LOCK)
+$(BIN)/python -m pip install -q --no-compile --no-deps --no-build-isolation -e .
 endef
 else ifeq ($(CPU),)
 install = $(INSTALL) -q -e '.[$(1)]'
@@ -103,7 +106,7 @@ endif
 	@touch $@
 
 .venv-milvus/.installed: | .venv-milvus/bin/python
-	.venv-milvus/bin/python -m pip install -q $(if $(LOCK),--require-hashes -r .ci/lock-milvus.txt,$(MILVUS))
+	.venv-milvus/bin/python -m pip install -q $(if $(LOCK),--no-compile --require-hashes -r .ci/lock-milvus.txt,$(MILVUS))
 	@touch $@
 
 .venv-tools/.installed: | .venv-tools/bin/python
