@@ -73,23 +73,14 @@ def audit_images(
     }
     origin = subject.descriptors.origins[0]
     return Audit(
-        schema="metilr.audit/1",
-        metilr=__version__,
-        source=str(subject.truth.root),
-        images={split: len(paths) for split, paths in subject.truth.paths.items()},
-        exhibits=subject.truth.n_classes,
+        schema="metilr.audit/1", metilr=__version__, source=str(subject.truth.root),
+        images={split: len(paths) for split, paths in subject.truth.paths.items()}, exhibits=subject.truth.n_classes,
         settings={**asdict(options), "model": origin.get("model"), "image_size": origin.get("image_size")},
-        counts={kind: counts[kind] for kind in KINDS},
-        fail_on=list(fail_on),
+        counts={kind: counts[kind] for kind in KINDS}, fail_on=list(fail_on),
         copies=sorted((copies for copies, _ in groups), key=lambda copies: KINDS.index(copies.kind)),
-        thresholds=thresholds(subject, compared),
-        leakage=leakage,
-        labels=doubts,
-        looks=looks,
-        photographers=people,
-        single_image=int((subject.truth.class_sizes() == 1).sum()),
-        coverage=coverage,
-    )
+        thresholds=thresholds(subject, compared), leakage=leakage, labels=doubts, looks=looks, photographers=people,
+        single_image=int((subject.truth.class_sizes() == 1).sum()), coverage=coverage,
+    )  # fmt: skip
 
 
 def _in_both(subject: Subject) -> list[str]:

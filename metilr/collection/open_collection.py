@@ -145,21 +145,13 @@ def _of_run(run: Run, ckpt: str | Path | None, accelerator: Accelerator) -> Reco
     with _named(f"{run.path}: was evaluated with"):  # a run older than ``elements`` had none on
         method = method_of_elements(results.elements.recorded() if results.elements else {})
     return Recorded(
-        path=run.path,
-        name=ground_truth.root.name + (" (synthetic)" if results.data.synthetic else ""),
-        ground_truth=ground_truth,
-        exhibits=[str(exhibit_id) for exhibit_id in ground_truth.exhibit_ids.tolist()],
-        store=DescriptorStore(_found(run, "store", Path(model.store))),
-        model=_model_of_run(run, ckpt),
-        extraction=extraction,
-        method=method,
-        whitening=whitening_of_run(run),
-        vote=results.knn,
-        described=model.recorded(),
-        check=results.geometric_check,
-        confidence=results.confidence,
+        path=run.path, name=ground_truth.root.name + (" (synthetic)" if results.data.synthetic else ""),
+        ground_truth=ground_truth, exhibits=[str(exhibit_id) for exhibit_id in ground_truth.exhibit_ids.tolist()],
+        store=DescriptorStore(_found(run, "store", Path(model.store))), model=_model_of_run(run, ckpt),
+        extraction=extraction, method=method, whitening=whitening_of_run(run), vote=results.knn,
+        described=model.recorded(), check=results.geometric_check, confidence=results.confidence,
         classifier=results.classifier,
-    )
+    )  # fmt: skip
 
 
 def _assemble(made: Recorded) -> Collection:
@@ -195,20 +187,10 @@ def _assemble(made: Recorded) -> Collection:
         check = geometric_check_of(embedder.to(options.device), options.resize_to, *chosen)
         _refuse_another_model(made.path, recorded.features, check.extractor.settings())
     return Collection(
-        name=made.name,
-        ground_truth=ground_truth,
-        exhibits=made.exhibits,
-        describer=Describer(embedder, options),
-        image_size=options.resize_to,
-        method=method,
-        whitening=made.whitening,
-        database=database,
-        k=made.vote.k,
-        tau=made.vote.tau,
-        check=check,
-        labels=made.labels,
-        **_calibration(made),
-    )
+        name=made.name, ground_truth=ground_truth, exhibits=made.exhibits, describer=Describer(embedder, options),
+        image_size=options.resize_to, method=method, whitening=made.whitening, database=database, k=made.vote.k,
+        tau=made.vote.tau, check=check, labels=made.labels, **_calibration(made),
+    )  # fmt: skip
 
 
 def _calibration(made: Recorded) -> dict[str, Any]:

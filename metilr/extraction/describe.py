@@ -253,18 +253,11 @@ def _predict(embedder: Embedder, data: ImageDataModule, options: ExtractionOptio
     elif options.n_processes > 1:  # spawned processes run the extraction only; this one waits and goes on alone
         strategy = DDPStrategy(start_method="spawn", timeout=PLAN_TIMEOUT)
     trainer = pl.Trainer(
-        accelerator=options.device,
-        devices=options.n_processes,
-        num_nodes=options.num_nodes,
-        strategy=strategy,
-        callbacks=[DescriptorWriter(data, options.n_streams)],
-        profiler=StageProfiler() if options.profile else None,
+        accelerator=options.device, devices=options.n_processes, num_nodes=options.num_nodes, strategy=strategy,
+        callbacks=[DescriptorWriter(data, options.n_streams)], profiler=StageProfiler() if options.profile else None,
         use_distributed_sampler=False,  # it would pad the last batch with images counted twice
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
     module = DescriptorModule(embedder, options.engine, options.precision, options.n_streams)
     try:
         with process_as_before(), faults_in_one_line("a smaller batch_size or image_size, or fewer scales"):

@@ -29,6 +29,7 @@ from metilr.geometry.evidence import OFF, Gate
 from metilr.geometry.verify import LocalFeatures, matching_picture, verify
 from metilr.models import SCALES, UnfitSizeError
 from metilr.models.embedder import BFLOAT16_LEAST_SIDE, Embedder, features_of, keep_float32_exact
+from metilr.models.engines import folded
 from metilr.models.weights import tensors_sha256
 from metilr.progress import tracked
 from metilr.retrieval.knn import NO_ROW
@@ -55,6 +56,7 @@ class LocalFeatureExtractor:
         self.embedder = embedder
         self.scales = tuple(float(scale) for scale in scales)
         self.n_features = n_features
+        self.backbone = folded(embedder.backbone)
         model = embedder.backbone.model
         strides = [stage["reduction"] for stage in getattr(model, "feature_info", [])]
         self._index: int | None = None  # in timm's ``feature_info``; None is the pooled map
@@ -130,16 +132,15 @@ class LocalFeatureExtractor:
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
     def _map(self, images: Tensor) -> Tensor:
-        backbone, is_small = self.embedder.backbone, min(images.shape[-2:]) < BFLOAT16_LEAST_SIDE
+        is_small = min(images.shape[-2:]) < BFLOAT16_LEAST_SIDE
         with torch.autocast("cpu", enabled=False) if is_small else contextlib.nullcontext():
-            return features_of(images, backbone, self._map_of)
+            return features_of(images, self.backbone, self._map_of)
 
     def _map_of(self, images: Tensor) -> Tensor:
-        backbone = self.embedder.backbone
         if self._index is None:
-            features: Tensor = backbone(images).map
+            features: Tensor = self.backbone(images).map
         else:
-            [features] = backbone.model.forward_intermediates(
+            [features] = self.backbone.model.forward_intermediates(
                 images, indices=[self._index], stop_early=True, intermediates_only=True
             )
         return features

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from timm.layers import padding
 from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from metilr.errors import UserError, one_line
 from metilr.models import Engine
-from metilr.models.backbone import Backbone, Features
+from metilr.models.backbone import TRIED, Backbone, Features
 
 MOST_GRAPHS = 16  # what is compiled for a backbone comes to less
 PROBE_SHAPE = (1, 3, 301, 267)  # odd, and beyond 256: bfloat16 cannot count further in steps of 1
@@ -39,15 +41,52 @@ def fastest_engine(backbone: Backbone, device: str, precision: str) -> Engine:
 
 def start_engine(
     engine: Engine, backbone: Backbone, precision: str, n_streams: int = 1
-) -> Callable[[Tensor], Features] | None:
+) -> Callable[[Tensor], Features]:
     """Make an engine ready to compute the features of a backbone on its device, for ``Embedder.engine``.
 
-    `metilr.models.check_engine` says whether it runs here; ``torch`` makes None. The last two are OpenVINO's: others
-    take the precision, ``32`` or ``bf16-mixed``, from autocast. ``n_streams`` threads may call it at a time.
+    `metilr.models.check_engine` says whether it runs here. The last two are OpenVINO's: others take the precision,
+    ``32`` or ``bf16-mixed``, from autocast. ``n_streams`` threads may call it at a time.
     """
     if engine == "torch":
-        return None
+        return folded(backbone).forward
     return compiled(backbone) if engine == "compile" else OpenVINOEngine(backbone, precision, n_streams)
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)
+def folded(backbone: Backbone) -> Backbone:
+    """Return a copy, on a CPU, whose convolutions do what the BatchNorm behind them does; without any, the backbone.
+
+    In eval mode that is a linear map of each channel: the same features up to rounding, and a map less to make. Joined
+    is what hands on the very tensor, and a copy taken if a random image has the same features: a network may use a
+    convolution twice, or its map elsewhere too. On a GPU the gain is not known.
+    """
+    has_any = any(isinstance(part, nn.BatchNorm2d) for part in backbone.modules())
+    if backbone.patch > 1 or not has_any or next(backbone.parameters()).device.type != "cpu":
+        return backbone
+    copied = copy.deepcopy(backbone)
+    made: list[tuple[nn.Module, Tensor]] = []
+    pairs: list[tuple[Any, Any]] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            made.append((module, output))
+        else:
+            pairs.extend((convolution, module) for convolution, maps in made if maps is inputs[0])
+
+    kinds = (nn.Conv2d, Conv2dSame, nn.BatchNorm2d, BatchNormAct2d)
+    hooks = [part.register_forward_hook(note) for part in copied.modules() if type(part) in kinds]
+    probe = torch.randn(1, 3, *TRIED, generator=torch.Generator().manual_seed(0))
+    expected = copied(probe).map
+    for hook in hooks:
+        hook.remove()
+    for convolution, norm in pairs:
+        statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        weights = fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics)
+        convolution.weight, convolution.bias = weights
+        norm.forward = nn.Sequential(norm.drop, norm.act).forward if hasattr(norm, "act") else nn.Identity().forward
+    is_same = pairs and (copied(probe).map - expected).abs().max() <= 1e-3 * expected.abs().max()
+    return copied if is_same else backbone
 
 
 def compiled(backbone: Backbone) -> Callable[[Tensor], Features]:

@@ -247,13 +247,8 @@ def _check_agreement(content: bytes, embedder: Embedder, whitening: Whitening | 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     long, middle = max(least, min(PROBE_SIDE, most)), (least + min(PROBE_SIDE, most)) // 2 + 1
     shapes = (
-        (long, long),
-        (least, least),
-        (least, long - 23),
-        (long - 10, middle),
-        (middle, long - 61),
-        (long - 1, least),
-    )
+        (long, long), (least, least), (least, long - 23), (long - 10, middle), (middle, long - 61), (long - 1, least),
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     # ``Dim`` tells what would not hold for all heights or all widths, not what depends on both.
     for shape in {(min(max(height, least), most), min(max(width, least), most)) for height, width in shapes}:

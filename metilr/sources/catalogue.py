@@ -52,14 +52,11 @@ class Catalogue:
         label_of = {name: label for label, name in enumerate(self.names)}
         content = json.dumps([self.paths, self.exhibits])
         return GroundTruth(
-            root=self.folder,
-            database="full",
-            paths={"database": self.paths},
+            root=self.folder, database="full", paths={"database": self.paths},
             labels={"database": np.array([label_of[name] for name in self.exhibits], dtype=np.int64)},
-            exhibit_ids=np.arange(len(label_of)),
-            digests={"database": hashlib.sha256(content.encode()).hexdigest()},
+            exhibit_ids=np.arange(len(label_of)), digests={"database": hashlib.sha256(content.encode()).hexdigest()},
             folder=".",
-        )
+        )  # fmt: skip
 
     def with_digests(self, quiet: bool = False) -> "Catalogue":
         """The same with ``sha256``: reads all images."""

@@ -81,7 +81,8 @@ def test_known_queries_give_the_evaluation_s_answers(run):
 def test_answers_are_the_evaluation_s_by_openvino(museum, tmp_path):
     options = {"engine": "openvino", "image_size": 160}  # small images, as the museum's, are left to PyTorch
     evaluate(museum, store=tmp_path / "store", output=tmp_path / "run", report=False, **UNTRAINED, **options)
-    assert same_answers(tmp_path / "run", "test", 1e-3).describer.module.embedder.engine is not None
+    engine = same_answers(tmp_path / "run", "test", 1e-3).describer.module.embedder.engine
+    assert type(engine).__name__ == "OpenVINOEngine"
 
 
 def test_answers_are_the_evaluation_s_by_a_network_with_a_layer_of_its_own(museum, run, tmp_path):

@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -52,6 +53,71 @@ def enlarged(museum):
 @pytest.fixture(scope="module", params=["timm/test_resnet", "timm/test_efficientnet"])
 def backbone(request):
     return build_backbone(request.param, "random")
+
+
+class Twice(nn.Module):
+    """A convolution in two places, with a norm at each: no pair of it can be joined."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norms = nn.Conv2d(64, 64, 3, padding=1), nn.ModuleList([nn.BatchNorm2d(64), nn.BatchNorm2d(64)])
+
+    def forward(self, maps):
+        for norm in self.norms:
+            maps = norm(self.conv(maps))
+        return maps
+
+
+class Elsewhere(nn.Module):
+    """A convolution whose map is wanted before its norm, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64)
+
+    def forward(self, maps):
+        maps = self.conv(maps)
+        return maps + self.norm(maps)
+
+
+def with_statistics(backbone):
+    """Those of a trained network's norms; of a new one's they change next to nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for norm in backbone.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for values in (norm.weight.data, norm.running_var):
+                values.uniform_(0.5, 1.5, generator=generator)
+            for values in (norm.bias.data, norm.running_mean):
+                values.uniform_(-0.2, 0.2, generator=generator)
+    return backbone.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "has_others"),  # norms that are not behind a single convolution
+    [("timm/test_resnet", False), ("timm/test_efficientnet", False), ("r18_in", False), ("timm/mixnet_s", True)],
+)
+@torch.inference_mode()
+def test_what_is_folded_has_the_same_features_with_fewer_norms_at_work(name, has_others):
+    backbone = with_statistics(build_backbone(name, "random"))
+    folded = engines.folded(backbone)
+    for shape in SHAPES:
+        expected = backbone(images(*shape)).map
+        n_norms = sum(isinstance(part, nn.BatchNorm2d) for part in backbone.modules())
+        with mock.patch.object(F, "batch_norm", wraps=F.batch_norm) as norm:
+            found = folded(images(*shape)).map
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        assert norm.call_count < n_norms and (norm.call_count > 0) == has_others
+
+
+@pytest.mark.parametrize("part", [Twice, Elsewhere])
+@torch.inference_mode()
+def test_what_cannot_be_folded_stays_as_it_is(part):
+    backbone = build_backbone("r18_in", "random")
+    backbone.model.layer1 = part()
+    backbone = with_statistics(backbone)
+    assert engines.folded(backbone) is backbone
+    no_norms = build_backbone("timm/test_convnext", "random")
+    assert engines.folded(no_norms) is no_norms
 
 
 @torch.inference_mode()
