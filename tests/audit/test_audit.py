@@ -188,26 +188,38 @@ def test_the_page_is_filtered_and_fits_the_window(made, found, browser, width):
     page.close()
 
 
-def test_an_interrupted_audit_continues_and_says_the_same(faulty, made, found, monkeypatch, tmp_path):
-    monkeypatch.chdir(made.parent)
+def test_an_interrupted_audit_continues_and_says_the_same(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    database = [{"path": f"MET/{i}/0.jpg", "id": i} for i in range(4)]
+    photos = {split: [{"path": f"test_met/{split}{i}.jpg", "MET_id": i} for i in range(2)] for split in ("val", "test")}
+    for row in [*database, *photos["val"], *photos["test"]]:
+        file = tmp_path / "museum/images" / row["path"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        of = row.get("id", row.get("MET_id"))
+        picture(of).resize((360 - 40 * ("MET_id" in row), 300)).save(file)
+    root = write_ground_truth(tmp_path / "museum", database, photos["val"], photos["test"], database)
     compared, likeness = [], groups.likeness
 
+    def audited(output: str, compare) -> dict:
+        monkeypatch.setattr(groups, "likeness", compare)
+        with pytest.raises(SystemExit):
+            main(["audit", str(root), *MODEL, "--copy_similarity", "0.3", "--output", output])
+        file = Path(output) / "audit.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
     def interrupted(*pair):
-        if len(compared) == 20:
+        if len(compared) == 4:
             raise KeyboardInterrupt
+        return noted(*pair)
+
+    def noted(*pair):
         compared.append(pair)
         return likeness(*pair)
 
-    options = [*MODEL, "--copy_similarity", "0.5", "--output", str(tmp_path / "out")]
-    monkeypatch.setattr(groups, "likeness", interrupted)
-    with pytest.raises(SystemExit):
-        main(["audit", str(faulty), *options])
-    monkeypatch.setattr(groups, "likeness", lambda *pair: (compared.append(pair), likeness(*pair))[1])
-    with pytest.raises(SystemExit):
-        main(["audit", str(faulty), *options])
-    assert json.loads((tmp_path / "out/audit.json").read_text()) == found.model_dump(by_alias=True, mode="json")
-    known = next(made.glob("work-*")) / "pairs.jsonl"
-    assert len(compared) == known.read_text().count("\n")
+    assert audited("out", interrupted) == {} and len(compared) == 4
+    continued, n_compared = audited("out", noted), len(compared)
+    assert continued["counts"]["leak"] == 2  # each a photo in val, one in test and their exhibit
+    assert audited("whole", noted) == continued and len(compared) == 2 * n_compared > 8
 
 
 def test_a_line_that_a_kill_cut_off_is_found_anew(tmp_path):

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -345,26 +344,21 @@ def test_the_command_serves_until_it_is_interrupted(indexed, forks, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_workers_answer_and_count_together_and_end_together(indexed):
+def test_workers_answer_and_count_together_and_end_together(indexed, forks, tmp_path):
     photo = (indexed / "museum" / "9" / "2.jpg").read_bytes()
-    command = [sys.executable, "-m", "metilr", *serve_options(indexed), "--workers", "2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            port = port_in(process.stdout.readline())
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client, ThreadPoolExecutor(4) as pool:
-                answers = [*pool.map(lambda _: send(client, photo).json(), range(8))]
-                assert {answer["matches"][0]["exhibit"] for answer in answers} == {"9"}
-                for _ in range(4):  # whoever is asked
-                    assert 'metilr_photos_total{decision="undecided"} 8.0' in client.get("/metrics").text
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            workers = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
-            assert len(workers) == 2
-            os.kill(int(workers[1]), signal.SIGKILL)
-            _, error = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert process.returncode == 2 and "a process of the server has ended" in error
+    started = forks.start(tmp_path / "serve", [*serve_options(indexed), "--workers", "2"])
+    port = port_of(started)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client, ThreadPoolExecutor(4) as pool:
+        answers = [*pool.map(lambda _: send(client, photo).json(), range(8))]
+        assert {answer["matches"][0]["exhibit"] for answer in answers} == {"9"}
+        for _ in range(4):  # whoever is asked
+            assert 'metilr_photos_total{decision="undecided"} 8.0' in client.get("/metrics").text
+    children = Path(f"/proc/{started[0]}/task/{started[0]}/children").read_text().split()
+    workers = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    ended = forks.wait(started)
+    assert ended.status == 2 and "a process of the server has ended" in ended.printed
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 

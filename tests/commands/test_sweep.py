@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -230,17 +229,16 @@ def test_a_row_killed_after_its_results_is_finished_and_so_is_one_that_finished_
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux for a process's children")
-def test_a_killed_sweep_s_row_ends_and_the_same_command_finishes_it(tiny_museum, tmp_path, monkeypatch):
+def test_a_killed_sweep_s_row_ends_and_the_same_command_finishes_it(tiny_museum, tmp_path, monkeypatch, forks):
     monkeypatch.chdir(tmp_path)
-    command = [sys.executable, "-m", "metilr", "sweep", str(CONFIGS / "r18_in.yaml"), "--root", str(tiny_museum)]
-    command += ["--options", *CHEAP]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as first:
-        children = Path(f"/proc/{first.pid}/task/{first.pid}/children")
-        while not (child := children.read_text().split()):
-            time.sleep(0.01)
-        first.kill()
+    command = ["sweep", str(CONFIGS / "r18_in.yaml"), "--root", str(tiny_museum), "--options", *CHEAP]
+    started = forks.start(tmp_path, command)
+    children = Path(f"/proc/{started[0]}/task/{started[0]}/children")
+    while not (child := children.read_text().split()):
+        time.sleep(0.01)
+    os.kill(started[0], signal.SIGKILL)
     while Path(f"/proc/{child[0]}").exists() and "\nState:\tZ" not in Path(f"/proc/{child[0]}/status").read_text():
         time.sleep(0.1)
-    assert not Path("runs/sweep/r18_in/results.json").exists()
-    main(command[3:])
+    assert forks.wait(started).status == -signal.SIGKILL and not Path("runs/sweep/r18_in/results.json").exists()
+    main(command)
     assert Path("runs/sweep/r18_in/results.json").exists()
