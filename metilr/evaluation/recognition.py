@@ -187,18 +187,13 @@ def figures_of(recognition: Recognition, ground_truth: GroundTruth) -> dict[str,
         units = resampling_units(target, ground_truth.photographers.get(split, np.full(len(target), NOT_NAMED)))
         drawn = {name: intervals(*case, unit, seed=SEED, level=LEVEL) for name, unit in units.items()}
         figures[split] = {
-            "gap": gap(*case),
-            "gap_minus": gap_minus(*case),
-            "acc": acc(*case),
-            "ranking": _ranking(recognition.ranks[split]),
-            "gap_least": least,
-            "gap_greatest": greatest,
-            "n_queries": len(target),
-            "n_met": ground_truth.n_met(split),
+            "gap": gap(*case), "gap_minus": gap_minus(*case), "acc": acc(*case),
+            "ranking": _ranking(recognition.ranks[split]), "gap_least": least, "gap_greatest": greatest,
+            "n_queries": len(target), "n_met": ground_truth.n_met(split),
             "n_skipped": int((predicted == DISTRACTOR).sum()),
             "intervals": {name: {metric: [*ends] for metric, ends in of.items()} for name, of in drawn.items()},
             "open_set": open_set_figures(*case, ground_truth.kinds(split), ground_truth.class_sizes()),
-        }
+        }  # fmt: skip
     point = decision_point(*cases["val"], MIN_PRECISION, recognition.calibration is not None)
     threshold = {
         "min_precision": MIN_PRECISION,

@@ -35,8 +35,10 @@ def in_parts(embedder: Embedder, images: Tensor) -> Tensor:
         whole: Tensor = embedder(images)
         return whole
 
+    joined = joined_weights(backbone)
+
     def embed(part: Tensor) -> Tensor:
-        with fused(backbone):
+        with fused(joined):
             embeddings: Tensor = embedder(part)
         return embeddings
 
@@ -57,20 +59,30 @@ def in_parts(embedder: Embedder, images: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def fused(backbone: Backbone) -> Iterator[None]:
-    """While it holds, an EfficientNet's convolutions apply the BatchNorm and ReLU6 behind them, in one step.
-
-    In eval mode BatchNorm is a linear map of each channel, so the convolution with weights w · γ/σ and bias β − μ · γ/σ
-    is the same function, of γ and β too, and one map is kept where there were two. Other networks stay as they are.
-    """
-    pairs = pairs_of(backbone)
-    for convolution, norm in pairs:
-        convolution.forward, norm.forward = partial(_convolve, convolution, norm), _unchanged
+def fused(joined: list[tuple[Any, Any, Tensor, Tensor]]) -> Iterator[None]:
+    """While it holds, convolutions apply the BatchNorm and ReLU6 behind them, in one step, by their joined weights."""
+    for convolution, norm, weight, bias in joined:
+        convolution.forward, norm.forward = partial(_convolve, convolution, norm, weight, bias), _unchanged
     try:
         yield
     finally:
-        for convolution, norm in pairs:
+        for convolution, norm, _, _ in joined:
             del convolution.forward, norm.forward
+
+
+def joined_weights(backbone: Backbone) -> list[tuple[Any, Any, Tensor, Tensor]]:
+    """The pairs of an EfficientNet with weights and bias for both, in float32; none of other networks.
+
+    In eval mode BatchNorm is a linear map of each channel, so the convolution with weights w · γ/σ and bias β − μ · γ/σ
+    is the same function, of γ and β too, and one map is kept where there were two.
+    """
+    joined = []
+    with torch.autocast("cpu", enabled=False):
+        for convolution, norm in pairs_of(backbone):
+            scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+            weight, bias = convolution.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+            joined.append((convolution, norm, weight, bias))
+    return joined
 
 
 def pairs_of(backbone: Backbone) -> list[tuple[Any, Any]]:
@@ -93,10 +105,8 @@ def _unchanged(maps: Tensor) -> Tensor:
     return maps
 
 
-def _convolve(convolution: nn.Conv2d, norm: Any, images: Tensor) -> Tensor:
+def _convolve(convolution: nn.Conv2d, norm: Any, weight: Tensor, bias: Tensor, images: Tensor) -> Tensor:
     """Convolve, normalise and clamp ``(B, C, H, W)``, in autocast's precision."""
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    weight, bias = convolution.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
     padded: Any = convolution.padding
     if isinstance(convolution, Conv2dSame):
         images, padded = padding.pad_same(images, [*convolution.kernel_size], [*convolution.stride]), (0, 0)

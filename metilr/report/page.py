@@ -82,20 +82,13 @@ def write_report(
     plots = draw_plots(results, ground_truth, recognition)
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(templates), autoescape=True)
     page = environment.get_template("index.html").render(
-        results=results,
-        splits=list(QUERY_FILES),
-        unit=results.unit,
-        example_id=int(ground_truth.exhibit_ids[0]),
-        plots={name: Markup(as_svg(plot, name)) for name, plot in plots.items()},
-        n_missing=n_missing,
-        few_accepted=FEW_ACCEPTED,
-        chosen=chosen(results.knn),
-        interval=interval_in_words(results),
+        results=results, splits=list(QUERY_FILES), unit=results.unit, example_id=int(ground_truth.exhibit_ids[0]),
+        plots={name: Markup(as_svg(plot, name)) for name, plot in plots.items()}, n_missing=n_missing,
+        few_accepted=FEW_ACCEPTED, chosen=chosen(results.knn), interval=interval_in_words(results),
         calibrated=results.confidence and calibrated(results.confidence).removeprefix("confidence: "),
-        features=FEATURES,
-        ranking={name: label for name, label in RANKING.items() if name in results.test.ranking},
+        features=FEATURES, ranking={name: label for name, label in RANKING.items() if name in results.test.ranking},
         kinds=sorted({kind for figures in results.splits.values() for kind in figures.open_set["by_kind"]}),
-    )
+    )  # fmt: skip
     for name in ("style.css", "gallery_page.js"):
         shutil.copy(templates / name, folder / name)
     (folder / "index.html").write_text(page, encoding="utf-8")

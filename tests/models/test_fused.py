@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from metilr.models import fused as fusing
 from metilr.models.backbone import build_backbone
 from metilr.models.embedder import Embedder, build_embedder
-from metilr.models.fused import FusedConvolution, fused, in_parts
+from metilr.models.fused import FusedConvolution, fused, in_parts, joined_weights
 from metilr.models.pooling import Pooling
 
 
@@ -114,11 +114,11 @@ def test_a_network_that_saves_memory_its_own_way_does_so():
 
 def test_what_is_fused_has_one_layer_less_of_each_kind():
     embedder, n_norms = embedder_of("timm/tf_efficientnet_lite0"), 49
-    with fused(embedder.backbone):
+    with fused(joined_weights(embedder.backbone)):
         patched = [module for module in embedder.modules() if "forward" in vars(module)]
     assert len(patched) == 2 * n_norms
     silu = embedder_of("timm/test_efficientnet")  # only what has no activation behind it
-    with fused(silu.backbone):
+    with fused(joined_weights(silu.backbone)):
         assert 0 < len([module for module in silu.modules() if "forward" in vars(module)]) < 2 * n_norms
 
 
