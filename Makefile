@@ -25,7 +25,7 @@ export OMP_WAIT_POLICY := passive
 # Or each of the tests' many processes would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 # Processes of a thread each, one more than cores: many tests wait for a process that they have started.
-PARALLEL := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 8 --dist loadfile
+PARALLEL := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test lint coverage docs milvus test-lowest release-check lock audit clean
 demo: $(VENV)/.installed-demo

@@ -1,4 +1,5 @@
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +52,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     hub.use(monkeypatch, tmp_path / "hub_cache")
     yield hub
     hub.stop()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files right here, of few long tests, then those of most tests: several workers end together."""
+    n_tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.parent != Path(__file__).parent, -n_tests[item.path]))
 
 
 FORKS = pytest.StashKey[Forks]()
