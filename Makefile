@@ -83,12 +83,13 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(call install,$(DEV))
 	@touch $@ $(VENV)/.installed-demo
 
-# LOCK=.ci/lock.txt installs what stands there (Linux, x86_64, Python 3.11), file by file, by its digest; what is imported
-# is compiled then, a fraction of it.
+# LOCK=.ci/lock.txt installs what stands there (Linux, x86_64, Python 3.11), file by file, by its digest; pip would
+# compile it on one core.
 ifneq ($(LOCK),)
 define install
 $(BIN)/python -m pip install -q --no-compile --require-hashes -r $(LOCK)
-$(BIN)/python -m pip install -q --no-compile --no-deps --no-build-isolation -e .
+$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+$(BIN)/python -m compileall -qq -j0 $(VENV)/lib || true
 endef
 else ifeq ($(CPU),)
 install = $(INSTALL) -q -e '.[$(1)]'
@@ -106,7 +107,7 @@ endif
 	@touch $@
 
 .venv-milvus/.installed: | .venv-milvus/bin/python
-	.venv-milvus/bin/python -m pip install -q $(if $(LOCK),--no-compile --require-hashes -r .ci/lock-milvus.txt,$(MILVUS))
+	.venv-milvus/bin/python -m pip install -q $(if $(LOCK),--require-hashes -r .ci/lock-milvus.txt,$(MILVUS))
 	@touch $@
 
 .venv-tools/.installed: | .venv-tools/bin/python

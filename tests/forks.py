@@ -115,20 +115,26 @@ class Forks:
 
 
 class Popen:
-    """Runs what ``subprocess.Popen`` would as Python's ``evaluate.py``: in a fork, in the working folder."""
+    """Runs what ``subprocess.Popen`` would as Python's ``evaluate.py``, or ``-m metilr``: in a fork, here."""
 
     def __init__(self, forks: Forks, command: Sequence[str], **_: object) -> None:
-        assert command[:2] == [sys.executable, str(REPOSITORY / "evaluate.py")]
+        is_evaluation = command[:2] == [sys.executable, str(REPOSITORY / "evaluate.py")]
+        assert is_evaluation or command[:3] == [sys.executable, "-m", "metilr"], command
         self._forks = forks
         self.returncode: int | None = None
-        self.pid, self._log = forks.start(Path.cwd(), ["evaluate", *command[2:]])
+        self.stderr = Path(os.devnull).open()
+        self.pid, self._log = forks.start(Path.cwd(), ["evaluate", *command[2:]] if is_evaluation else command[3:])
 
     def __enter__(self) -> "Popen":
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.stderr.close()
         if self.returncode is None:
-            self.returncode = self._forks.wait((self.pid, self._log)).status
+            self.wait()
+
+    def wait(self) -> None:
+        self.returncode = self._forks.wait((self.pid, self._log)).status
 
     def poll(self) -> int | None:
         self.returncode = self._forks.ended(self.pid)
@@ -150,6 +156,7 @@ def _serve() -> None:
     import metilr.training.run  # noqa: F401
     from tests import faults  # noqa: F401
 
+    sys.dont_write_bytecode = True  # what else is compiled is no file of a run's
     # A fork that ends as a process of its own does would remove the libraries' folders, which all share.
     folders = [each for each in gc.get_objects() if type(each) is tempfile.TemporaryDirectory]
     for folder in folders:

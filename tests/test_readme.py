@@ -5,7 +5,9 @@ import runpy
 import shlex
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +17,7 @@ from metilr.commands import evaluate as evaluation
 from metilr.demo import MuseumSize, make_demo, museum as demo_museum
 from metilr.training import datamodule as pair_datamodule
 from tests import small_runs
+from tests.forks import Popen
 from tests.hub import TOKEN
 from tests.mirror import UNKNOWN, serve
 
@@ -133,7 +136,7 @@ def test_train_command(workplace, line):
 
 
 @pytest.mark.parametrize("line", METILR)
-def test_metilr_command(workplace, line, monkeypatch, capsys, server, hub):
+def test_metilr_command(workplace, line, monkeypatch, capsys, server, hub, forks):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     arguments = shlex.split(line)[1:]
     arguments = ["DIR/images/MET" if argument == "FOLDER" else argument for argument in arguments]
@@ -158,6 +161,7 @@ def test_metilr_command(workplace, line, monkeypatch, capsys, server, hub):
         capsys.readouterr()
     if arguments[0] == "sweep":
         arguments.remove("3")  # a row is a process
+        monkeypatch.setattr("metilr.commands.sweep.subprocess", SimpleNamespace(Popen=partial(Popen, forks), PIPE=-1))
         arguments += ["--root", "DIR", "--options", "backbone=timm/test_resnet", "weights=random", "accelerator=cpu"]
     if arguments[0] == "download":
         serve(Path("DIR"), server)

@@ -277,11 +277,11 @@ def test_options_that_fit(options, n_classes):
 def test_published_mini_set_at_its_real_scale(met_root):
     truth = load_ground_truth(met_root, "mini")
     rng = np.random.default_rng(0)
-    rows = {split: rng.standard_normal((len(of), 128), dtype=np.float32) for split, of in truth.paths.items()}
+    rows = {split: rng.standard_normal((len(of), 32), dtype=np.float32) for split, of in truth.paths.items()}
     first = truth.first_images()
     for split in ("val", "test"):  # the first 40 met queries are near an image of their class
         near = np.flatnonzero(truth.labels[split] >= 0)[:40]
-        noise = 0.1 * rng.standard_normal((40, 128), dtype=np.float32)
+        noise = 0.1 * rng.standard_normal((40, 32), dtype=np.float32)
         rows[split][near] = rows["database"][first[truth.labels[split][near]]] + noise
     made = {split: np.ones(len(x), dtype=bool) for split, x in rows.items()}
     cases = recognise(Descriptors({s: [x] for s, x in rows.items()}, made, [{}]), truth).cases(truth)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from metilr.errors import UserError
 
@@ -53,7 +54,7 @@ def watched(folder: Path) -> Iterator[None]:
     _broken.clear()
     try:
         _folder = folder.resolve()
-        with _little_memory():
+        with _little_memory(), mock.patch.object(sys, "dont_write_bytecode", True):  # of what a case imports first
             yield
     finally:
         signal.signal(signal.SIGPROF, before)
