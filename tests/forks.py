@@ -122,7 +122,7 @@ class Popen:
         assert is_evaluation or command[:3] == [sys.executable, "-m", "metilr"], command
         self._forks = forks
         self.returncode: int | None = None
-        self.stderr = Path(os.devnull).open()
+        self.stderr = Path(os.devnull).open()  # noqa: SIM115
         self.pid, self._log = forks.start(Path.cwd(), ["evaluate", *command[2:]] if is_evaluation else command[3:])
 
     def __enter__(self) -> "Popen":
