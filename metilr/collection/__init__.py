@@ -198,16 +198,13 @@ class Identified:
             said = {"exhibit": match.exhibit, "similarity": match.similarity, **inliers, "path": path}
             matches.append({**said, **_about(match)})
         return {
-            "decision": self.decision,
-            "exhibit": answer.exhibit,
-            **_about(answer),
+            "decision": self.decision, "exhibit": answer.exhibit, **_about(answer),
             "log_confidence": answer.log_confidence,
             **({"confidence": math.exp(answer.log_confidence)} if self.has_val else {}),
             "similarity": answer.similarity,
             **({} if answer.above_background is None else {"above_background": answer.above_background}),
-            "matches": matches,
-            "reduced": self.reduced,
-        }
+            "matches": matches, "reduced": self.reduced,
+        }  # fmt: skip
 
 
 def collection_document(collection: "Collection") -> dict[str, Any]:

@@ -28,8 +28,9 @@ from metilr.files import regular, replaced_file
 from metilr.geometry.evidence import OFF, Gate
 from metilr.geometry.verify import LocalFeatures, matching_picture, verify
 from metilr.models import SCALES, UnfitSizeError
+from metilr.models.backbone import Backbone
 from metilr.models.embedder import BFLOAT16_LEAST_SIDE, Embedder, features_of, keep_float32_exact
-from metilr.models.engines import folded
+from metilr.models.engines import folded, map_of
 from metilr.models.weights import tensors_sha256
 from metilr.progress import tracked
 from metilr.retrieval.knn import NO_ROW
@@ -56,7 +57,6 @@ class LocalFeatureExtractor:
         self.embedder = embedder
         self.scales = tuple(float(scale) for scale in scales)
         self.n_features = n_features
-        self.backbone = folded(embedder.backbone)
         model = embedder.backbone.model
         strides = [stage["reduction"] for stage in getattr(model, "feature_info", [])]
         self._index: int | None = None  # in timm's ``feature_info``; None is the pooled map
@@ -65,6 +65,7 @@ class LocalFeatureExtractor:
         if hasattr(model, "forward_intermediates") and stride in strides and len(set(strides)) > 1:
             self._index, self.stride = len(strides) - 1 - strides[::-1].index(stride), stride
         self.tolerance = TOLERANCE * self.stride  # what ``verify`` is to be given, in px
+        self.backbone = folded(embedder.backbone, self._map_of)
 
     @torch.inference_mode()
     def extract(self, image: Tensor) -> LocalFeatures:
@@ -134,16 +135,15 @@ class LocalFeatureExtractor:
     def _map(self, images: Tensor) -> Tensor:
         is_small = min(images.shape[-2:]) < BFLOAT16_LEAST_SIDE
         with torch.autocast("cpu", enabled=False) if is_small else contextlib.nullcontext():
-            return features_of(images, self.backbone, self._map_of)
+            return features_of(images, self.backbone, partial(self._map_of, self.backbone))
 
-    def _map_of(self, images: Tensor) -> Tensor:
+    def _map_of(self, backbone: Backbone, images: Tensor) -> Tensor:
         if self._index is None:
-            features: Tensor = self.backbone(images).map
-        else:
-            [features] = self.backbone.model.forward_intermediates(
-                images, indices=[self._index], stop_early=True, intermediates_only=True
-            )
-        return features
+            return map_of(backbone, images)
+        features: list[Tensor] = backbone.model.forward_intermediates(
+            images, indices=[self._index], stop_early=True, intermediates_only=True
+        )
+        return features[0]
 
 
 def cell_centres(n_rows: int, n_columns: int, height: int, width: int) -> np.ndarray:

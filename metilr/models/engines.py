@@ -41,28 +41,34 @@ def fastest_engine(backbone: Backbone, device: str, precision: str) -> Engine:
 
 def start_engine(
     engine: Engine, backbone: Backbone, precision: str, n_streams: int = 1
-) -> Callable[[Tensor], Features]:
+) -> Callable[[Tensor], Features] | None:
     """Make an engine ready to compute the features of a backbone on its device, for ``Embedder.engine``.
 
-    `metilr.models.check_engine` says whether it runs here. The last two are OpenVINO's: others take the precision,
-    ``32`` or ``bf16-mixed``, from autocast. ``n_streams`` threads may call it at a time.
+    `metilr.models.check_engine` says whether it runs here; None is the backbone itself. ``n_streams`` threads may call
+    OpenVINO's at a time; others take the precision, ``32`` or ``bf16-mixed``, from autocast.
     """
     if engine == "torch":
-        return folded(backbone).forward
+        network = folded(backbone) if precision == "32" else backbone
+        return None if network is backbone else network.forward
     return compiled(backbone) if engine == "compile" else OpenVINOEngine(backbone, precision, n_streams)
 
 
-@torch.no_grad()
-@torch.autocast("cpu", enabled=False)
-def folded(backbone: Backbone) -> Backbone:
+def map_of(backbone: Backbone, images: Tensor) -> Tensor:
+    """Compute the map alone of normalised images, ``(B, C, h, w)``."""
+    features: Features = backbone(images)
+    return features.map
+
+
+def folded(backbone: Backbone, compute: Callable[[Backbone, Tensor], Tensor] = map_of) -> Backbone:
     """Return a copy, on a CPU, whose convolutions do what the BatchNorm behind them does; without any, the backbone.
 
     In eval mode that is a linear map of each channel: the same features up to rounding, and a map less to make. Joined
-    is what hands on the very tensor, and a copy taken if a random image has the same features: a network may use a
+    is what hands on the very tensor, and a copy taken if it computes the same of a random image: a network may use a
     convolution twice, or its map elsewhere too. On a GPU the gain is not known.
     """
     has_any = any(isinstance(part, nn.BatchNorm2d) for part in backbone.modules())
-    if backbone.patch > 1 or not has_any or next(backbone.parameters()).device.type != "cpu":
+    weight = next(backbone.parameters())
+    if backbone.patch > 1 or not has_any or weight.device.type != "cpu":
         return backbone
     copied = copy.deepcopy(backbone)
     made: list[tuple[nn.Module, Tensor]] = []
@@ -76,16 +82,18 @@ def folded(backbone: Backbone) -> Backbone:
 
     kinds = (nn.Conv2d, Conv2dSame, nn.BatchNorm2d, BatchNormAct2d)
     hooks = [part.register_forward_hook(note) for part in copied.modules() if type(part) in kinds]
-    probe = torch.randn(1, 3, *TRIED, generator=torch.Generator().manual_seed(0))
-    expected = copied(probe).map
-    for hook in hooks:
-        hook.remove()
-    for convolution, norm in pairs:
-        statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        weights = fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics)
-        convolution.weight, convolution.bias = weights
-        norm.forward = nn.Sequential(norm.drop, norm.act).forward if hasattr(norm, "act") else nn.Identity().forward
-    is_same = pairs and (copied(probe).map - expected).abs().max() <= 1e-3 * expected.abs().max()
+    probe = torch.randn(1, 3, *TRIED, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        expected = compute(copied, probe)
+        for hook in hooks:
+            hook.remove()
+        for convolution, norm in pairs:
+            statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            weights = fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics)
+            convolution.weight, convolution.bias = weights
+            rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+            norm.forward = rest.forward
+        is_same = pairs and (compute(copied, probe) - expected).abs().max() <= 1e-3 * expected.abs().max()
     return copied if is_same else backbone
 
 
@@ -197,8 +205,7 @@ class _MapOf(nn.Module):
         self.backbone = backbone
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Features = self.backbone(images)
-        return features.map
+        return map_of(self.backbone, images)
 
 
 def _converted(module: nn.Module, example: Tensor, name: str) -> Any:

@@ -6,6 +6,7 @@ import http.client
 import io
 import os
 import re
+import runpy
 import signal
 import socket
 import sys
@@ -328,9 +329,11 @@ def port_in(line: str) -> int:
 def port_of(started) -> int:
     """Where the command that a fork runs serves, as soon as it says so."""
     said = Path(f"{started[1]}.out")
-    while not (said.exists() and "/ (" in said.read_text()):
+    for _ in range(12_000):
+        if said.exists() and "/ (" in said.read_text():
+            return port_in(said.read_text())
         time.sleep(0.01)
-    return port_in(said.read_text())
+    raise AssertionError(f"says no address: {said.read_text()}")
 
 
 def test_the_command_serves_until_it_is_interrupted(indexed, forks, tmp_path):
@@ -356,6 +359,7 @@ def test_workers_answer_and_count_together_and_end_together(indexed, forks, tmp_
     children = Path(f"/proc/{started[0]}/task/{started[0]}/children").read_text().split()
     workers = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
     assert len(workers) == 2
+    runpy.run_module("metilr.__main__", run_name="__mp_main__")  # what a worker of the command itself begins with
     os.kill(int(workers[1]), signal.SIGKILL)
     ended = forks.wait(started)
     assert ended.status == 2 and "a process of the server has ended" in ended.printed

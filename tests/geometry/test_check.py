@@ -26,6 +26,7 @@ from metilr.geometry.check import (
 from metilr.geometry.verify import LocalFeatures, verify
 from metilr.models.embedder import Embedder, build_embedder
 from metilr.retrieval.knn import NO_ROW
+from tests.small_models import with_statistics
 
 SIZE = MuseumSize(exhibits=6, mini_exhibits=5, val=(6, 2, 1), test=(2, 1, 1), longest_side=200)
 
@@ -43,8 +44,9 @@ def noise(height: int = 96, width: int = 160) -> torch.Tensor:
     return torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def test_features_are_those_of_a_plain_composition(embedder: Embedder) -> None:
-    image = noise()
+def test_features_are_those_of_a_plain_composition() -> None:
+    embedder, image = embedder_of("r18_in"), noise()
+    with_statistics(embedder.backbone)
     found = LocalFeatureExtractor(embedder, scales=(1.0, 0.5), n_features=10_000).extract(image)
 
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -65,6 +67,19 @@ def test_features_are_those_of_a_plain_composition(embedder: Embedder) -> None:
     np.testing.assert_allclose(found.positions, positions, atol=1e-4)
     np.testing.assert_allclose(found.descriptors, F.normalize(standard, dim=1), atol=5e-4)  # float16
     assert found.positions.dtype == found.descriptors.dtype == np.float32
+
+
+def test_a_map_that_its_own_norm_would_change_stays_as_it_is() -> None:
+    """Behind it comes a norm that works in place: joined to it, the last map is right and this one is not."""
+    extractor = LocalFeatureExtractor(embedder_of("timm/xception41p"))
+    network, images = (
+        extractor.embedder.backbone,
+        torch.randn(1, 3, 96, 160, generator=torch.Generator().manual_seed(0)),
+    )
+    assert extractor.stride == 8
+    with torch.inference_mode():
+        expected = extractor._map_of(network, images)
+        assert torch.equal(extractor._map(images), expected) and expected.min() < 0
 
 
 def test_the_strongest_are_kept_in_order(embedder: Embedder) -> None:

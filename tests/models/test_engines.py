@@ -28,6 +28,7 @@ from metilr.models import check_engine, engines
 from metilr.models.backbone import Features, build_backbone
 from metilr.models.embedder import build_embedder
 from metilr.models.engines import start_engine
+from tests.small_models import with_statistics
 
 NEW_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)  # 2.10 makes more graphs; between is untried
 openvino = pytest.importorskip("openvino", reason="needs metilr[openvino]")
@@ -80,18 +81,6 @@ class Elsewhere(nn.Module):
         return maps + self.norm(maps)
 
 
-def with_statistics(backbone):
-    """Those of a trained network's norms; of a new one's they change next to nothing."""
-    generator = torch.Generator().manual_seed(0)
-    for norm in backbone.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            for values in (norm.weight.data, norm.running_var):
-                values.uniform_(0.5, 1.5, generator=generator)
-            for values in (norm.bias.data, norm.running_mean):
-                values.uniform_(-0.2, 0.2, generator=generator)
-    return backbone.eval()
-
-
 @pytest.mark.parametrize(
     ("name", "has_others"),  # norms that are not behind a single convolution
     [("timm/test_resnet", False), ("timm/test_efficientnet", False), ("r18_in", False), ("timm/mixnet_s", True)],
@@ -107,6 +96,15 @@ def test_what_is_folded_has_the_same_features_with_fewer_norms_at_work(name, has
             found = folded(images(*shape)).map
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
         assert norm.call_count < n_norms and (norm.call_count > 0) == has_others
+
+
+def test_what_is_folded_is_for_float32_alone_and_leaves_its_backbone_as_it_is():
+    backbone = build_backbone("timm/test_efficientnet", "random")
+    before = {name: values.clone() for name, values in backbone.state_dict().items()}
+    assert start_engine("torch", backbone, "32") and start_engine("torch", backbone, "bf16-mixed") is None
+    assert engines.folded(backbone.double()).model.conv_stem.bias.dtype == torch.float64
+    after = backbone.float().state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("part", [Twice, Elsewhere])
