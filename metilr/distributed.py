@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from metilr.errors import UserError, one_line
 if TYPE_CHECKING:  # seconds to import, and a command's --help needs none of it
     import pytorch_lightning as pl
     from torch import Tensor
+
+POOL = threading.Lock()
 
 
 def has_launcher() -> bool:
@@ -209,6 +212,21 @@ def quieten_lightning() -> None:
         logging.getLogger(module).setLevel(logging.WARNING)
     for hint in HINTS:
         warnings.filterwarnings("ignore", message=f".*{hint}")
+
+
+@contextlib.contextmanager
+def pool_of(n_threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads for what is one thread's work each, PyTorch's too; of several callers one has them at a time."""
+    import torch
+
+    with POOL:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(n_threads) as pool:
+                yield pool
+        finally:
+            torch.set_num_threads(before)
 
 
 def default_workers(n_processes: int) -> int:

@@ -19,6 +19,7 @@ from metilr.data.exhibit import Exhibit
 from metilr.data.ground_truth import GroundTruth
 from metilr.data.pixels import ImageSize
 from metilr.data.views import CentreCrops
+from metilr.distributed import pool_of
 from metilr.errors import UserError
 from metilr.evaluation.calibration import gather_evidence
 from metilr.evaluation.database import Searchable, as_compared
@@ -26,7 +27,7 @@ from metilr.evaluation.options import MethodOptions
 from metilr.extraction.module import DescriptorModule
 from metilr.extraction.options import ExtractionOptions
 from metilr.extraction.store import has_unit_length
-from metilr.geometry.check import GeometricCheck, pool_of
+from metilr.geometry.check import GeometricCheck
 from metilr.geometry.evidence import Checked, apply_evidence
 from metilr.geometry.verify import LocalFeatures
 from metilr.models import UnfitSizeError

@@ -6,9 +6,7 @@ Features are computed when they are first needed, on a store too, and kept in a 
 import contextlib
 import hashlib
 import math
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,7 @@ from torchvision.transforms.v2.functional import InterpolationMode, rotate
 
 from metilr.data.decode import NO_FILE, BadImageError, load_image
 from metilr.data.pixels import ImageSize
-from metilr.distributed import default_workers
+from metilr.distributed import default_workers, pool_of
 from metilr.extraction.store import settings_fingerprint
 from metilr.files import regular, replaced_file
 from metilr.geometry.evidence import OFF, Gate
@@ -40,7 +38,6 @@ STRIDE = 8  # px; on val nearly as good as 16 at twice the image size, for a six
 N_FEATURES = 1200  # of 4200 in 480 x 320 px; 600 do worse on val, 2000 take twice the time for a match or more
 TOLERANCE = 1.5  # strides: a position is known to half a cell of the coarsest scale (2 strides) in either image
 LEAST_SPREAD = 1e-5  # of a channel, relative to its largest value: below it is rounding
-POOL = threading.Lock()
 RECIPE = 2  # to be raised with any change here that changes features
 
 
@@ -231,19 +228,6 @@ def geometric_check_of(
     extractor = LocalFeatureExtractor(embedder)
     kept = folder / settings_fingerprint({"features": extractor.settings(), "image_size": image_size})
     return GeometricCheck(extractor, kept, image_size, candidates, reorder, turns, boost, gate)
-
-
-@contextlib.contextmanager
-def pool_of(n_threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads for what is one thread's work each, PyTorch's too; of several callers one has them at a time."""
-    with POOL:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(n_threads) as pool:
-                yield pool
-        finally:
-            torch.set_num_threads(before)
 
 
 def count_inliers(

@@ -1,7 +1,9 @@
 """Gradients of a backbone on a CPU, in bounded memory: a few images at a time, by fused convolutions."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import operator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -15,73 +17,112 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from metilr.distributed import pool_of
 from metilr.models.backbone import Backbone
 from metilr.models.embedder import Embedder
+from metilr.provenance import has_bfloat16
 
-KEPT = 1_000_000_000  # bytes of a call's maps: with all else that a training holds, less than 3 GB
+KEPT = 1_000_000_000  # bytes of a batch's maps: with all else that a training holds, less than 3 GB on two cores
 
 
 def in_parts(embedder: Embedder, images: Tensor) -> Tensor:
     """Embed normalised images ``(B, 3, H, W)`` on the CPU as the embedder does, ``(B, dim)``, to train an EfficientNet.
 
-    A few images at a time, since half of a step's time goes into getting the pages of large maps from the kernel. Maps
-    of as many as ``KEPT`` holds are kept for the backward pass, those of others computed again. Each row depends on its
-    image alone. Other networks, for which this takes longer, frozen ones, and those that save memory their own way are
-    computed whole.
+    Two at a time by each of PyTorch's threads, which share cores better so than within a convolution, and memory that
+    malloc keeps. Maps of as many as ``KEPT`` holds are kept for the backward pass, those of others computed again. Each
+    row depends on its image alone, and gradients are added up in the images' order, whatever the number of threads.
+    Other networks, for which this takes longer, frozen ones, and those that save memory their own way are computed
+    whole.
     """
     backbone, images = embedder.backbone, images.contiguous(memory_format=torch.channels_last)
-    is_trained = any(parameter.requires_grad for parameter in backbone.parameters())
-    if not is_trained or not pairs_of(backbone) or backbone.model.grad_checkpointing:
+    pairs, is_trained = pairs_of(backbone), any(parameter.requires_grad for parameter in backbone.parameters())
+    if not is_trained or not pairs or backbone.model.grad_checkpointing:
         whole: Tensor = embedder(images)
         return whole
 
-    joined = joined_weights(backbone)
+    has_gradients, dtype = torch.is_grad_enabled(), torch.get_autocast_dtype("cpu")
+    has_autocast = torch.is_autocast_enabled("cpu")
 
-    def embed(part: Tensor) -> Tensor:
-        with fused(joined):
+    def embed(part: Tensor) -> Tensor:  # in another thread, which has settings of its own
+        with torch.set_grad_enabled(has_gradients), torch.autocast("cpu", dtype, enabled=has_autocast):
             embeddings: Tensor = embedder(part)
         return embeddings
 
-    sizes: dict[int, int] = {}  # of what the first part keeps, by address
+    joined = {id(parameter) for pair in pairs for layer in pair for parameter in layer.parameters()}
+    others = [parameter for parameter in embedder.parameters() if id(parameter) not in joined]
+    embeddings: Tensor = SideBySide.apply(embed, images, pairs, *joined_weights(pairs), *others)
+    return embeddings
 
-    def counted(tensor: Tensor) -> Tensor:
-        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # itself would be a ring that nobody breaks without a backward pass
 
-    n_images = 4 if torch.is_autocast_enabled("cpu") else 2  # of 320 px: no map takes 32 MB, which malloc hands back
-    first, *others = images.split(n_images)
-    with torch.autograd.graph.saved_tensors_hooks(counted, _unchanged):
-        made = [embed(first)]
-    n_kept = max(0, KEPT // max(1, sum(sizes.values())) - 1)  # of the others
-    made += [embed(part) for part in others[:n_kept]]
-    again = partial(checkpoint, embed, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([*made, *map(again, others[n_kept:])])
+class SideBySide(torch.autograd.Function):
+    """Embeddings of images, and their gradients, two images at a time, each pair by one thread."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, embed: Callable[[Tensor], Tensor], images: Tensor, pairs: list[tuple[Any, Any]], *weights: Tensor
+    ) -> Tensor:
+        """Embed ``(B, 3, H, W)`` with the joined weights of the pairs, and all other weights: ``(B, dim)``."""
+        n, sizes = 2 * len(pairs), {}  # of what the first part keeps, by address
+        ctx.weights = [each.detach().requires_grad_(each.requires_grad) for each in weights[:n]] + [*weights[n:]]
+        ctx.fused = partial(fused, pairs, ctx.weights[:n])
+
+        def counted(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor.detach()  # itself would be a ring that nobody breaks without a backward pass
+
+        def embed_first(part: Tensor) -> Tensor:
+            with torch.autograd.graph.saved_tensors_hooks(counted, _unchanged):
+                return embed(part)
+
+        first, *others = images.split(2)
+        n_threads = torch.get_num_threads()
+        with ctx.fused(), pool_of(n_threads) as pool:
+            ctx.made = [pool.submit(embed_first, first).result()]
+            n_kept = max(0, KEPT // max(1, sum(sizes.values())) - n_threads)  # beside those at work
+            again = partial(checkpoint, embed, use_reentrant=False, preserve_rng_state=False)
+            ctx.made += pool.map(operator.call, [embed] * n_kept + [again] * len(others), others)
+        return torch.cat([part.detach() for part in ctx.made])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """Give the gradients of all weights."""
+        trained = [weight for weight in ctx.weights if weight.requires_grad]
+
+        def gradients(embeddings: Tensor, given: Tensor) -> Any:  # None of a weight that is not used
+            return torch.autograd.grad(embeddings, trained, given, allow_unused=True)
+
+        def added(some: Any, more: Any) -> Any:
+            return [None if one is None else one + other for one, other in zip(some, more, strict=True)]
+
+        with ctx.fused(), pool_of(torch.get_num_threads()) as pool:
+            sums = iter(functools.reduce(added, pool.map(gradients, ctx.made, gradient.split(2))))
+        ctx.made = None
+        return None, None, None, *(next(sums) if weight.requires_grad else None for weight in ctx.weights)
 
 
 @contextlib.contextmanager
-def fused(joined: list[tuple[Any, Any, Tensor, Tensor]]) -> Iterator[None]:
+def fused(pairs: list[tuple[Any, Any]], joined: list[Tensor]) -> Iterator[None]:
     """While it holds, convolutions apply the BatchNorm and ReLU6 behind them, in one step, by their joined weights."""
-    for convolution, norm, weight, bias in joined:
+    for (convolution, norm), weight, bias in zip(pairs, joined[::2], joined[1::2], strict=True):
         convolution.forward, norm.forward = partial(_convolve, convolution, norm, weight, bias), _unchanged
     try:
         yield
     finally:
-        for convolution, norm, _, _ in joined:
+        for convolution, norm in pairs:
             del convolution.forward, norm.forward
 
 
-def joined_weights(backbone: Backbone) -> list[tuple[Any, Any, Tensor, Tensor]]:
-    """The pairs of an EfficientNet with weights and bias for both, in float32; none of other networks.
+def joined_weights(pairs: list[tuple[Any, Any]]) -> list[Tensor]:
+    """Weights and bias for convolution and BatchNorm of each pair, one behind the other, float32.
 
     In eval mode BatchNorm is a linear map of each channel, so the convolution with weights w · γ/σ and bias β − μ · γ/σ
     is the same function, of γ and β too, and one map is kept where there were two.
     """
     joined = []
     with torch.autocast("cpu", enabled=False):
-        for convolution, norm in pairs_of(backbone):
+        for convolution, norm in pairs:
             scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-            weight, bias = convolution.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
-            joined.append((convolution, norm, weight, bias))
+            joined += [convolution.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale]
     return joined
 
 
@@ -107,14 +148,43 @@ def _unchanged(maps: Tensor) -> Tensor:
 
 def _convolve(convolution: nn.Conv2d, norm: Any, weight: Tensor, bias: Tensor, images: Tensor) -> Tensor:
     """Convolve, normalise and clamp ``(B, C, H, W)``, in autocast's precision."""
-    padded: Any = convolution.padding
-    if isinstance(convolution, Conv2dSame):
-        images, padded = padding.pad_same(images, [*convolution.kernel_size], [*convolution.stride]), (0, 0)
     if torch.is_autocast_enabled("cpu"):
         images, weight, bias = (each.to(torch.get_autocast_dtype("cpu")) for each in (images, weight, bias))
-    settings = convolution.stride, padded, convolution.groups, isinstance(norm.act, nn.ReLU6)
-    maps: Tensor = FusedConvolution.apply(images, weight, bias, *settings)
+    zeros, is_clamped = zeros_around(convolution, images), isinstance(norm.act, nn.ReLU6)
+    maps: Tensor = FusedConvolution.apply(
+        images, weight, bias, convolution.stride, zeros, convolution.groups, is_clamped
+    )
     return maps
+
+
+def zeros_around(convolution: nn.Conv2d, images: Tensor) -> list[int]:
+    """How many zeros a convolution puts around maps, in height and in width: half of them, rounded down, before."""
+    if not isinstance(convolution, Conv2dSame):
+        return [2 * int(n) for n in convolution.padding]
+    sides = zip(images.shape[2:], convolution.kernel_size, convolution.stride, strict=True)
+    return [padding.get_same_padding(*side, 1) for side in sides]
+
+
+def convolved(
+    images: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, zeros: list[int], groups: int, is_clamped: bool
+) -> Tensor:
+    """Convolve ``(B, C, H, W)`` on a CPU and clamp to [0, 6] if asked for, in one step where oneDNN can.
+
+    An odd zero comes behind. A depthwise kernel gets one before instead, which costs less than a larger map.
+    """
+    before, odd = [n // 2 for n in zeros], [n % 2 for n in zeros]
+    if any(odd) and groups > 1:
+        weight, before = F.pad(weight, (odd[1], 0, odd[0], 0)), [n + more for n, more in zip(before, odd, strict=True)]
+    elif any(odd):
+        images = F.pad(images, (0, odd[1], 0, odd[0]))
+    if images.dtype == torch.float32 or (images.dtype == torch.bfloat16 and has_bfloat16()):
+        kind, bounds = ("hardtanh", [0.0, 6.0]) if is_clamped else ("none", [])
+        maps: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            images, weight, bias, before, stride, (1, 1), groups, kind, bounds, ""
+        )
+        return maps
+    maps = F.conv2d(images, weight, bias, stride, before, 1, groups)
+    return maps.clamp_(0, 6) if is_clamped else maps
 
 
 class FusedConvolution(torch.autograd.Function):
@@ -127,31 +197,37 @@ class FusedConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, images: Tensor, weight: Tensor, bias: Tensor, stride: Any, padded: Any, groups: int, is_clamped: bool
-    ) -> Tensor:
+        ctx: Any, images: Tensor, weight: Tensor, bias: Tensor, stride: Any, zeros: list[int], groups: int,
+        is_clamped: bool,
+    ) -> Tensor:  # fmt: skip
         """Compute the maps ``(B, C', H', W')``, of which the clamped ones are kept instead of what they were before."""
-        maps = F.conv2d(images, weight, bias, stride, padded, 1, groups)
-        maps = maps.clamp_(0, 6) if is_clamped else maps
+        maps = convolved(images, weight, bias, stride, zeros, groups, is_clamped)
         ctx.save_for_backward(images, weight, maps if is_clamped else None)
-        ctx.settings = stride, padded, groups
+        ctx.settings = stride, zeros, groups
         return maps
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """Give the gradients of images, weight and bias."""
         images, weight, maps = ctx.saved_tensors
-        stride, padded, groups = ctx.settings
+        stride, zeros, groups = ctx.settings
         if maps is not None:
             gradient = torch.ops.aten.hardtanh_backward(gradient, maps, 0, 6)
-        if weight.shape[2:] == (1, 1) and stride == (1, 1):  # matrix products, quicker than oneDNN's convolutions
+        if weight.shape[2:] == stride == (1, 1) and not any(
+            zeros
+        ):  # matrix products, quicker than oneDNN's convolutions
             given, images = (each.permute(0, 2, 3, 1) for each in (gradient, images))  # BxCxHxW to BxHxWxC
             rows = given.flatten(0, 2)
             by_weight = (rows.T @ images.flatten(0, 2))[:, :, None, None]
             return (given @ weight.flatten(1)).permute(0, 3, 1, 2), by_weight, rows.sum(0), *[None] * 4
 
+        before, odd, (_, _, n_rows, n_columns) = [n // 2 for n in zeros], [n % 2 for n in zeros], images.shape
+        if any(odd):
+            images = F.pad(images, (0, odd[1], 0, odd[0]))
+
         def gradients(wanted: tuple[bool, bool, bool], dtype: torch.dtype) -> Any:
             inputs = (each.to(dtype) for each in (gradient, images, weight))
-            options = [len(weight)], stride, padded, (1, 1), False, (0, 0), groups, wanted
+            options = [len(weight)], stride, before, (1, 1), False, (0, 0), groups, wanted
             return torch.ops.aten.convolution_backward(*inputs, *options)
 
         (height, width), dtype = weight.shape[-2:], weight.dtype
@@ -161,10 +237,12 @@ class FusedConvolution(torch.autograd.Function):
         by_images, by_weight, by_bias = gradients((ctx.needs_input_grad[0], is_one, is_one), of_images)
         if is_correlated:
             correlated = [
-                F.conv2d(image[None], of_image[:, None], None, 1, padded, stride, groups)[0, :, None, :height, :width]
+                F.conv2d(image[None], of_image[:, None], None, 1, before, stride, groups)[0, :, None, :height, :width]
                 for image, of_image in zip(images, gradient, strict=True)
             ]
             by_weight, by_bias = torch.stack(correlated).sum(0), gradient.sum((0, 2, 3))
         elif not is_one:
             _, by_weight, by_bias = gradients((False, True, True), dtype)
-        return None if by_images is None else by_images.to(dtype), by_weight, by_bias, *[None] * 4
+        if by_images is not None:
+            by_images = by_images[:, :, :n_rows, :n_columns].to(dtype)
+        return by_images, by_weight, by_bias, *[None] * 4

@@ -14,6 +14,7 @@ from metilr.data.decode import load_image
 from metilr.data.ground_truth import GroundTruth, load_ground_truth
 from metilr.data.pixels import ImageSize
 from metilr.demo import MuseumSize, make_demo
+from metilr.distributed import pool_of
 from metilr.errors import UserError
 from metilr.geometry.check import (
     GeometricCheck,
@@ -21,7 +22,6 @@ from metilr.geometry.check import (
     cell_centres,
     count_inliers,
     geometric_check_of,
-    pool_of,
 )
 from metilr.geometry.verify import LocalFeatures, verify
 from metilr.models.embedder import Embedder, build_embedder

@@ -24,17 +24,22 @@ def close(a, b, tolerance=2e-5):
 @pytest.mark.parametrize("is_clamped", [True, False])
 @pytest.mark.parametrize("side", [9, 12])
 @pytest.mark.parametrize(
-    ("kernel", "stride", "padded", "groups"),
-    [(1, 1, 0, 1), (3, 2, 0, 1), (3, 1, 1, 8), (3, 2, 0, 8), (5, 1, 2, 8), (5, 2, 0, 8), (5, 2, 2, 8)],
+    ("kernel", "stride", "zeros", "groups"),
+    [
+        *[(1, 1, 0, 1), (3, 2, 0, 1), (3, 2, 1, 1), (3, 1, 2, 8), (3, 2, 0, 8), (3, 2, 1, 8)],
+        *[(5, 1, 4, 8), (5, 2, 0, 8), (5, 2, 3, 8), (5, 2, 4, 8)],
+    ],
 )
-def test_gradients_of_each_kind_of_convolution(kernel, stride, padded, groups, side, is_clamped):
+def test_gradients_of_each_kind_of_convolution(kernel, stride, zeros, groups, side, is_clamped):
     generator = torch.Generator().manual_seed(0)
     shapes = (3, 8, side, side + 2), (8, 8 // groups, kernel, kernel), (8,)
     plain = [3 * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     ours = [each.float().contiguous().requires_grad_() for each in plain]
-    expected = F.conv2d(*(each.requires_grad_() for each in plain), stride, padded, 1, groups)
+    images, weight, bias = (each.requires_grad_() for each in plain)
+    images = F.pad(images, (zeros // 2, zeros - zeros // 2, 1, 1))  # an odd zero comes behind
+    expected = F.conv2d(images, weight, bias, stride, 0, 1, groups)
     expected = expected.clamp(0, 6) if is_clamped else expected
-    maps = FusedConvolution.apply(*ours, (stride, stride), (padded, padded), groups, is_clamped)
+    maps = FusedConvolution.apply(*ours, (stride, stride), [2, zeros], groups, is_clamped)
     assert close(maps, expected)
     weights = torch.randn(maps.shape, generator=generator)
     (maps * weights).sum().backward()
@@ -114,11 +119,13 @@ def test_a_network_that_saves_memory_its_own_way_does_so():
 
 def test_what_is_fused_has_one_layer_less_of_each_kind():
     embedder, n_norms = embedder_of("timm/tf_efficientnet_lite0"), 49
-    with fused(joined_weights(embedder.backbone)):
+    pairs = fusing.pairs_of(embedder.backbone)
+    with fused(pairs, joined_weights(pairs)):
         patched = [module for module in embedder.modules() if "forward" in vars(module)]
     assert len(patched) == 2 * n_norms
     silu = embedder_of("timm/test_efficientnet")  # only what has no activation behind it
-    with fused(joined_weights(silu.backbone)):
+    pairs = fusing.pairs_of(silu.backbone)
+    with fused(pairs, joined_weights(pairs)):
         assert 0 < len([module for module in silu.modules() if "forward" in vars(module)]) < 2 * n_norms
 
 
