@@ -5,6 +5,7 @@ import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def _train(parser: Any, args: Sequence[str]) -> None:
     from metilr.training.run import check_trainer_options, run, usual_precision
 
     refuse_unknown(parser, args)
-    for arg, following in zip(args, (*args[1:], ""), strict=True):
+    for arg, following in pairwise([*args, ""]):
         option, _, file = arg.partition("=")
         if option in ("-c", "--config") and (file or following):
             check_config(file or following)
