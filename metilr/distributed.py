@@ -1,6 +1,7 @@
 """Processes: which one this is, how several fail and gather together, and the workers that decode."""
 
 import contextlib
+import functools
 import logging
 import multiprocessing.queues
 import os
@@ -216,17 +217,27 @@ def quieten_lightning() -> None:
 
 @contextlib.contextmanager
 def pool_of(n_threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads for what is one thread's work each, PyTorch's too; of several callers one has them at a time."""
+    """Threads for what is one thread's work each, PyTorch's too; of several callers one has them at a time.
+
+    They are kept, since malloc keeps memory for each thread that ever was.
+    """
     import torch
 
     with POOL:
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            with ThreadPoolExecutor(n_threads) as pool:
-                yield pool
+            yield _threads(n_threads)
         finally:
             torch.set_num_threads(before)
+
+
+@functools.cache
+def _threads(n: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n)
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # a forked process has none of them
 
 
 def default_workers(n_processes: int) -> int:
