@@ -78,9 +78,10 @@ class SideBySide(torch.autograd.Function):
         n_threads = torch.get_num_threads()
         with ctx.fused(), pool_of(n_threads) as pool:
             ctx.made = [pool.submit(embed_first, first).result()]
-            n_kept = max(0, KEPT // max(1, sum(sizes.values())) - n_threads)  # beside those at work
+            n_kept = KEPT // max(1, sum(sizes.values())) - n_threads  # beside those at work
             again = partial(checkpoint, embed, use_reentrant=False, preserve_rng_state=False)
-            ctx.made += pool.map(operator.call, [embed] * n_kept + [again] * len(others), others)
+            ways = [embed if i < n_kept else again for i in range(len(others))]
+            ctx.made += pool.map(operator.call, ways, others)
         return torch.cat([part.detach() for part in ctx.made])
 
     @staticmethod
