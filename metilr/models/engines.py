@@ -6,6 +6,7 @@ import importlib.util
 import queue
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -21,6 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from metilr.errors import UserError, one_line
 from metilr.models import Engine
 from metilr.models.backbone import TRIED, Backbone, Features
+from metilr.models.fused import can_fuse, convolve, unchanged
 
 MOST_GRAPHS = 16  # what is compiled for a backbone comes to less
 PROBE_SHAPE = (1, 3, 301, 267)  # odd, and beyond 256: bfloat16 cannot count further in steps of 1
@@ -90,6 +92,9 @@ def folded(backbone: Backbone, compute: Callable[[Backbone, Tensor], Tensor] = m
         for convolution, norm in pairs:
             statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             weights = fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics)
+            if can_fuse(convolution, norm):
+                convolution.forward, norm.forward = partial(convolve, convolution, norm, *weights), unchanged
+                continue
             convolution.weight, convolution.bias = weights
             rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
             norm.forward = rest.forward

@@ -71,7 +71,7 @@ class SideBySide(torch.autograd.Function):
             return tensor.detach()  # itself would be a ring that nobody breaks without a backward pass
 
         def embed_first(part: Tensor) -> Tensor:
-            with torch.autograd.graph.saved_tensors_hooks(counted, _unchanged):
+            with torch.autograd.graph.saved_tensors_hooks(counted, unchanged):
                 return embed(part)
 
         first, *others = images.split(2)
@@ -105,7 +105,7 @@ class SideBySide(torch.autograd.Function):
 def fused(pairs: list[tuple[Any, Any]], joined: list[Tensor]) -> Iterator[None]:
     """While it holds, convolutions apply the BatchNorm and ReLU6 behind them, in one step, by their joined weights."""
     for (convolution, norm), weight, bias in zip(pairs, joined[::2], joined[1::2], strict=True):
-        convolution.forward, norm.forward = partial(_convolve, convolution, norm, weight, bias), _unchanged
+        convolution.forward, norm.forward = partial(convolve, convolution, norm, weight, bias), unchanged
     try:
         yield
     finally:
@@ -130,10 +130,11 @@ def joined_weights(pairs: list[tuple[Any, Any]]) -> list[Tensor]:
 def pairs_of(backbone: Backbone) -> list[tuple[Any, Any]]:
     """An EfficientNet's convolutions, plain or depthwise, with the BatchNorm behind each; none of other networks."""
     layers = [each for each in backbone.model.modules() if isinstance(each, (nn.Conv2d, BatchNormAct2d))]
-    return [pair for pair in pairwise(layers) if isinstance(backbone.model, EfficientNet) and _can_fuse(*pair)]
+    return [pair for pair in pairwise(layers) if isinstance(backbone.model, EfficientNet) and can_fuse(*pair)]
 
 
-def _can_fuse(convolution: Any, norm: Any) -> bool:
+def can_fuse(convolution: Any, norm: Any) -> bool:
+    """Whether `convolve` can do what a convolution and the BatchNorm behind it do."""
     if type(convolution) not in (nn.Conv2d, Conv2dSame) or not isinstance(norm, BatchNormAct2d) or norm.training:
         return False
     is_depthwise = convolution.groups == convolution.in_channels == convolution.out_channels
@@ -143,11 +144,12 @@ def _can_fuse(convolution: Any, norm: Any) -> bool:
     return is_plain and is_followed and not has_more and isinstance(norm.act, (nn.ReLU6, nn.Identity))
 
 
-def _unchanged(maps: Tensor) -> Tensor:
+def unchanged(maps: Tensor) -> Tensor:
+    """Return what is given: the step of a norm that was joined to its convolution."""
     return maps
 
 
-def _convolve(convolution: nn.Conv2d, norm: Any, weight: Tensor, bias: Tensor, images: Tensor) -> Tensor:
+def convolve(convolution: nn.Conv2d, norm: Any, weight: Tensor, bias: Tensor, images: Tensor) -> Tensor:
     """Convolve, normalise and clamp ``(B, C, H, W)``, in autocast's precision."""
     if torch.is_autocast_enabled("cpu"):
         images, weight, bias = (each.to(torch.get_autocast_dtype("cpu")) for each in (images, weight, bias))

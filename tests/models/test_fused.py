@@ -94,14 +94,14 @@ def test_a_network_in_parts_is_the_network(name, monkeypatch):
 
 
 def test_maps_are_let_go_where_no_backward_pass_follows(monkeypatch):
-    embedder, maps, convolve = embedder_of("timm/test_efficientnet"), [], fusing._convolve
+    embedder, maps, convolve = embedder_of("timm/test_efficientnet"), [], fusing.convolve
 
     def followed(*of):
         made = convolve(*of)
         maps.append(weakref.ref(made))
         return made
 
-    monkeypatch.setattr(fusing, "_convolve", followed)
+    monkeypatch.setattr(fusing, "convolve", followed)
     embeddings = in_parts(embedder, torch.randn(5, 3, 64, 64))
     assert maps and embeddings.requires_grad
     del embeddings
