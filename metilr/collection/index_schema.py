@@ -15,7 +15,7 @@ from metilr.data.ground_truth import is_place_below
 from metilr.data.pixels import ImageSize
 from metilr.data.tables import as_csv
 from metilr.errors import UserError
-from metilr.evaluation.options import DELETED, MethodOptions, method_of_elements
+from metilr.evaluation.options import DELETED, MethodOptions, elements_of, method_of_elements
 from metilr.evaluation.results import Count, Part, Positive, Text, Vote, read_json, why
 from metilr.extraction.options import ExtractionOptions, Precision
 from metilr.extraction.store import DescriptorStore
@@ -184,15 +184,7 @@ def describe_index(
         model=Model(**described_by),
         image_size=extraction.resize_to,
         whitening=whitened,
-        elements=Elements.model_validate(
-            {
-                "visits": method.n_visits,
-                "database_views": method.database_views,
-                "database_rows": method.database_rows,
-                "query_crops": list(method.query_crops),
-                "seed": model.seed,
-            }
-        ),
+        elements=Elements.model_validate({**elements_of(method), "seed": model.seed}),
         knn=Vote.model_validate({"k": method.k, "tau": method.tau}),
         background=strangers,
         versions=dict(library_versions()),

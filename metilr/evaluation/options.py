@@ -187,6 +187,12 @@ def without_deleted(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in DELETED}
 
 
+def elements_of(method: ComparisonOptions) -> dict[str, Any]:
+    """What results and an index record of a method beyond the recipe, which ``method_of_elements`` reads."""
+    database = {"database_views": method.database_views, "database_rows": method.database_rows}
+    return {"visits": method.n_visits, **database, "query_crops": [*method.query_crops]}
+
+
 def method_of_elements(elements: Mapping[str, Any]) -> MethodOptions:
     """How recorded ``elements`` compare descriptors that are whitened already."""
     kept = without_deleted(elements)

@@ -15,6 +15,7 @@ from metilr.data.decode import BadImageError, load_image
 from metilr.data.ground_truth import QUERY_FILES, GroundTruth
 from metilr.data.tables import as_csv
 from metilr.errors import UserError, amount
+from metilr.evaluation.options import MethodOptions, elements_of
 from metilr.evaluation.results import PREDICTION_COLUMNS, SCHEMA_VERSION, SIZES, Results
 from metilr.extraction.store import differing_settings
 from metilr.files import alone_in, named, remove_leftovers, write_atomically
@@ -24,7 +25,6 @@ from metilr.provenance import command, commit, library_versions, machine, peak_m
 from metilr.retrieval.whitening import DEFAULT_DIM, LearnedWhitening, PCAWhitening
 
 if TYPE_CHECKING:
-    from metilr.evaluation.options import MethodOptions
     from metilr.evaluation.recognition import Recognition
     from metilr.extraction.descriptors import Descriptors
     from metilr.geometry.check import GeometricCheck
@@ -96,7 +96,7 @@ def summarise(
     ground_truth: GroundTruth,
     recognition: "Recognition",
     opened: "Descriptors",
-    method: "MethodOptions",
+    method: MethodOptions,
     check: "GeometricCheck | None",
     fit: "Fit | None" = None,
     *,
@@ -115,12 +115,6 @@ def summarise(
     tuning, geometry, n_rows = recognition.tuning, None, sum(map(len, opened.is_valid.values()))
     weights = recognition.classifier
     grid = tuning and {"k": [*tuning.k_grid], "tau": [*tuning.tau_grid], "val_gap": tuning.surface.tolist()}
-    elements = {
-        "visits": method.n_visits,
-        "database_views": method.database_views,
-        "database_rows": method.database_rows,
-        "query_crops": [*method.query_crops],
-    }
     if check is not None:
         geometry = {name: getattr(check, name) for name in ("candidates", "reorder", "turns", "boost")}
         geometry |= {"gate": dataclasses.asdict(check.gate), "tuned_on": "val", "features": check.extractor.settings()}
@@ -144,7 +138,7 @@ def summarise(
             },
             "model": _model(opened.origins),
             "whitening": _whitening(recognition.whitening, method.whitening),
-            "elements": elements,
+            "elements": elements_of(method),
             "geometric_check": geometry,
             **_confidence(method, fit, recognition, ground_truth),
             **({} if weights is None else {"classifier": {"sha256": weights.sha256(), "rows": len(weights.rows)}}),
@@ -159,7 +153,7 @@ def summarise(
 
 
 def _confidence(
-    method: "MethodOptions", fit: "Fit | None", recognition: "Recognition", ground_truth: GroundTruth
+    method: MethodOptions, fit: "Fit | None", recognition: "Recognition", ground_truth: GroundTruth
 ) -> dict[str, Any]:
     """What became of the wish for a calibrated confidence; nothing without it."""
     if method.confidence != "calibrated":
