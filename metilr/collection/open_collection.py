@@ -1,8 +1,6 @@
 """Collections from what earlier commands wrote: the folder of an evaluation, or an index."""
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,7 +25,7 @@ from metilr.evaluation.runs import RUNS
 from metilr.extraction.describe import store_settings
 from metilr.extraction.descriptors import open_descriptors
 from metilr.extraction.options import Accelerator, ExtractionOptions
-from metilr.extraction.store import DescriptorStore, differing_settings
+from metilr.extraction.store import DescriptorStore, differing_settings, settings_fingerprint
 from metilr.geometry.check import geometric_check_of
 from metilr.geometry.evidence import Gate
 from metilr.models import RANDOM, ModelOptions, is_on_hub
@@ -73,8 +71,7 @@ def open_collection(
         catalogue = read_catalogue(path)
         sizes = [file_size(catalogue.folder / path) for path in catalogue.paths]  # an image exchanged for another
         content = [str(catalogue.folder), catalogue.paths, catalogue.exhibits, sizes, str(ckpt)]
-        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        images, path = path, RUNS / "indexes" / f"{catalogue.folder.name}-{digest[:12]}"
+        images, path = path, RUNS / "indexes" / f"{catalogue.folder.name}-{settings_fingerprint(content)}"
         if not (path / "index.json").exists():
             index(images, path, model=ModelOptions(ckpt=ckpt), extraction=ExtractionOptions(accelerator=accelerator))
     return _assemble(_of_index(path, ckpt, accelerator))

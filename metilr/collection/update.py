@@ -1,7 +1,6 @@
 """Descriptors of an index's images: those that earlier ones already have are taken over, by the images' content."""
 
 import contextlib
-import hashlib
 import json
 import re
 import shutil
@@ -16,7 +15,7 @@ from metilr.distributed import launched_as_first
 from metilr.extraction.describe import describe_images, image_sizes, store_settings
 from metilr.extraction.descriptors import views_store
 from metilr.extraction.options import ExtractionOptions
-from metilr.extraction.store import DescriptorStore
+from metilr.extraction.store import DescriptorStore, settings_fingerprint
 from metilr.files import read_json, write_atomically
 from metilr.models.embedder import Embedder
 from metilr.sources.catalogue import Catalogue
@@ -40,8 +39,7 @@ def describe_catalogue(
         console: Is told what is done.
         views: Of each image.
     """
-    state = json.dumps([catalogue.paths, catalogue.exhibits, catalogue.sha256])
-    path = output / f"{kind}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
+    path = output / f"{kind}-{settings_fingerprint([catalogue.paths, catalogue.exhibits, catalogue.sha256])}"
     truth, store = catalogue.ground_truth(), DescriptorStore(path)
     if launched_as_first() and not (store.exists and store.is_complete):
         settings = store_settings(embedder, truth, extraction.resize_to, extraction.precision, extraction.engine)

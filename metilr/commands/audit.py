@@ -1,7 +1,6 @@
 """``metilr audit``: whether a data set is honest, and a collection clean."""
 
 import functools
-import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from metilr.distributed import has_launcher, quieten_lightning
 from metilr.errors import UserError, amount
 from metilr.evaluation.runs import RUNS
 from metilr.extraction.options import ExtractionOptions
+from metilr.extraction.store import settings_fingerprint
 from metilr.files import alone_in, write_atomically
 from metilr.models import ModelOptions
 from metilr.progress import make_console, printable
@@ -81,8 +81,7 @@ def audit(
         subject, cases = _of_root(source, database, model, extraction, progress)
     if len(subject.truth.paths["database"]) < 2:
         raise UserError(f"{source}: has one database image, and so nothing to compare it with; add others")
-    content = json.dumps(subject.descriptors.origins, sort_keys=True, default=str)
-    digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+    digest = settings_fingerprint(subject.descriptors.origins)
     folder = AUDITS / f"{subject.name}-{digest}" if output is None else Path(output)
     _make(folder)
     from metilr.auditing.page import write_page

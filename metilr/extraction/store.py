@@ -265,7 +265,7 @@ def row_chunks(arrays: Sequence[np.ndarray], keep: np.ndarray, chunk_rows: int =
             yield np.concatenate([np.asarray(a[part][keep[part]], dtype=np.float32) for a in arrays], axis=1)
 
 
-def settings_fingerprint(settings: Mapping[str, Any]) -> str:
+def settings_fingerprint(settings: Mapping[str, Any] | Sequence[Any]) -> str:
     """Twelve hex digits that change with any setting."""
     return hashlib.sha256(json.dumps(_as_json(settings), sort_keys=True).encode()).hexdigest()[:12]
 
@@ -283,6 +283,6 @@ def _differing(found: Any, wanted: Any, name: str) -> list[str]:
     return [] if found == wanted else [f"{name[:40]}: {there} there, {now} now"]
 
 
-def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _as_json(settings: Mapping[str, Any] | Sequence[Any]) -> Any:
     """What comes back when the settings are read from a file: tuples are lists, paths are strings."""
     return json.loads(json.dumps(settings))
