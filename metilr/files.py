@@ -51,20 +51,34 @@ def write_atomically(file: Path, text: str) -> None:
         stream.write(text.encode())
 
 
-@contextlib.contextmanager
-def replaced_file(file: Path) -> Iterator[IO[bytes]]:
+def replaced_file(file: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
     """Open a file to write that takes the old one's place when the block ends well, on disk by then.
 
     Raises:
         OSError: If it cannot be written; names it.
     """
-    temporary = _temporary(file)
+    return _beside(file, Path.replace)
+
+
+def new_file(file: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """Open a file to write that gets its name when the block ends well, and never takes another file's place.
+
+    Raises:
+        FileExistsError: At the block's end, if somebody else has put a file there.
+    """
+    return _beside(file, _link)
+
+
+@contextlib.contextmanager
+def _beside(file: Path, put: Callable[[Path, Path], object]) -> Iterator[IO[bytes]]:
+    """Open a file beside another, and ``put`` it in its place when the block ends well."""
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
         with named(file), temporary.open("xb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(file)
+        put(temporary, file)
     except OSError as error:
         if error.filename == str(temporary):  # a name that the user has never seen
             error.filename, error.filename2 = str(file), None
@@ -73,36 +87,22 @@ def replaced_file(file: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def _link(temporary: Path, file: Path) -> None:
+    try:
+        os.link(temporary, file)
+    except FileExistsError:
+        raise
+    except (OSError, AttributeError):  # no hard links here: claim the name, then replace what is ours
+        file.open("xb").close()
+        temporary.replace(file)
+
+
 def write_picture(file: Path, save: Callable[[IO[bytes]], object]) -> None:
     """Write a picture whole or not at all: by way of memory, since encoders overlook that a disk is full."""
     content = io.BytesIO()
     save(content)
     with replaced_file(file) as stream:
         stream.write(content.getbuffer())
-
-
-@contextlib.contextmanager
-def new_file(file: Path) -> Iterator[IO[bytes]]:
-    """Open a file to write that gets its name when the block ends well, and never takes another file's place.
-
-    Raises:
-        FileExistsError: At the block's end, if somebody else has put a file there.
-    """
-    temporary = _temporary(file)
-    try:
-        with temporary.open("xb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        try:
-            os.link(temporary, file)
-        except FileExistsError:
-            raise
-        except (OSError, AttributeError):  # no hard links here: claim the name, then replace what is ours
-            file.open("xb").close()
-            temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -165,10 +165,6 @@ def _allocate(descriptor: int, n_bytes: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot promise space
             raise
-
-
-def _temporary(file: Path) -> Path:
-    return file.with_name(f".{file.name}.{uuid.uuid4().hex}")
 
 
 def refuse_compressed(file: Path) -> None:
