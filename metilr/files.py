@@ -153,18 +153,13 @@ def reserve_array(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
                 stream, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
             )
             stream.truncate(stream.tell() + int(np.prod(shape)) * dtype.itemsize)
-    with file.open("r+b") as stream:
-        _allocate(stream.fileno(), os.fstat(stream.fileno()).st_size)
-
-
-def _allocate(descriptor: int, n_bytes: int) -> None:
-    if not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(descriptor, 0, n_bytes)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot promise space
-            raise
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as stream:
+            try:
+                os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot promise space
+                    raise
 
 
 def refuse_compressed(file: Path) -> None:
