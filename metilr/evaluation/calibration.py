@@ -21,7 +21,7 @@ from metilr.retrieval.confidence import (
     feature_names,
     fit_calibration,
 )
-from metilr.retrieval.knn import Matches, Predictions
+from metilr.retrieval.knn import Matches, Predictions, spread
 from metilr.retrieval.whitening import PCAWhitening
 
 if TYPE_CHECKING:
@@ -50,15 +50,13 @@ def calibrate_recognition(
     evidence = {}
     for split, views in queries.items():
         of_views = (background_similarities if split == "val" else nearest_similarities)(views, photographs)
-        similarities = np.zeros((len(is_valid[split]), of_views.shape[1]))
-        similarities[is_valid[split]] = of_views
         evidence[split] = gather_evidence(
             recognition.answers[split],
             recognition.matches[split],
             ground_truth.labels["database"],
             recognition.most_similar[split],
             None if recognition.checked is None else recognition.checked[split],
-            similarities,
+            spread(of_views, is_valid[split], 0),
             is_same if split == "val" else None,
         )
     groups = np.where(target == DISTRACTOR, copies, len(target) + target)  # copies of one photo, or of one exhibit

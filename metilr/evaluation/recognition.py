@@ -130,13 +130,10 @@ def recognise(
         predictions = knn.classify(of_split, database.labels, n_classes, tuning.k, tuning.tau)
         in_database = np.where(predictions.nearest == knn.NO_ROW, knn.NO_ROW, database.images[predictions.nearest])
         answers[split] = knn.with_skipped(replace(predictions, nearest=in_database), ~is_valid[split])
-        nearest_exhibits = database.matches(queries[split], of_split, n_matches, device)
-        shape = (len(is_valid[split]), nearest_exhibits.rows.shape[1])
-        matches[split] = knn.Matches(np.full(shape, knn.NO_ROW, dtype=np.int64), np.full(shape, np.nan))
-        matches[split].rows[is_valid[split]] = database.images[nearest_exhibits.rows]
-        matches[split].similarities[is_valid[split]] = nearest_exhibits.similarities
-        most_similar[split] = np.full((len(is_valid[split]), min(NEAREST, n_rows)), np.nan)
-        most_similar[split][is_valid[split]] = of_split.similarities[:, :NEAREST]
+        exhibits = database.matches(queries[split], of_split, n_matches, device)
+        rows = knn.spread(database.images[exhibits.rows], is_valid[split], knn.NO_ROW)
+        matches[split] = knn.Matches(rows, knn.spread(exhibits.similarities, is_valid[split], np.nan))
+        most_similar[split] = knn.spread(of_split.similarities[:, :NEAREST], is_valid[split], np.nan)
         ranks[split] = np.where(ground_truth.labels[split] == DISTRACTOR, np.nan, np.inf)
         target = ground_truth.labels[split][is_valid[split]]
         ranks[split][is_valid[split]] = class_ranks(database.rows, queries[split], database.labels, target)

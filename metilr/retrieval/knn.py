@@ -73,16 +73,15 @@ def with_skipped(predictions: Predictions, skipped: np.ndarray) -> Predictions:
     """Add the queries that have no descriptor (``skipped``, bool, of all queries): never right, less sure than all."""
     if (~skipped).sum() != len(predictions.labels):
         raise ValueError(f"{(~skipped).sum()} queries were not skipped, but {len(predictions.labels)} answered")
+    fills = {"labels": NO_LABEL, "log_confidence": -np.inf, "similarity": np.nan, "nearest": NO_ROW}
+    return Predictions(**{name: spread(getattr(predictions, name), ~skipped, fill) for name, fill in fills.items()})
 
-    def spread(answered: np.ndarray, fill: float) -> np.ndarray:
-        column = np.full(len(skipped), fill, dtype=answered.dtype)
-        column[~skipped] = answered
-        return column
 
-    return Predictions(
-        spread(predictions.labels, NO_LABEL), spread(predictions.log_confidence, -np.inf),
-        spread(predictions.similarity, np.nan), spread(predictions.nearest, NO_ROW),
-    )  # fmt: skip
+def spread(rows: np.ndarray, is_there: np.ndarray, fill: float) -> np.ndarray:
+    """Put rows ``(n, ...)`` where ``is_there``, bool ``(Q,)``, says so, and ``fill`` elsewhere: ``(Q, ...)``."""
+    whole = np.full((len(is_there), *rows.shape[1:]), fill, dtype=rows.dtype)
+    whole[is_there] = rows
+    return whole
 
 
 def tune(
