@@ -14,7 +14,7 @@ from metilr.extraction.store import CHUNK_ROWS, row_chunks
 from metilr.models import is_on_hub
 from metilr.progress import counted
 from metilr.retrieval.knn import NO_ROW, Matches, top_matches
-from metilr.retrieval.search import Neighbours, SearchDevice, device_for, search
+from metilr.retrieval.search import Neighbours, SearchDevice, device_for, ranked, search
 from metilr.retrieval.whitening import PCAWhitening, fit_learned_whitening, fit_pca_whitening, whitening_from_parts
 
 if TYPE_CHECKING:
@@ -171,8 +171,7 @@ def _best_of_views(neighbours: Neighbours, n_views: int, k: int) -> Neighbours:
     order = np.lexsort((-similarities, rows), axis=1)  # each row's greatest similarity first
     rows, similarities = (np.take_along_axis(values, order, axis=1) for values in (rows, similarities))
     similarities[:, 1:][rows[:, 1:] == rows[:, :-1]] = -np.inf
-    order = np.lexsort((rows, -similarities), axis=1)[:, :k]
-    return Neighbours(np.take_along_axis(similarities, order, axis=1), np.take_along_axis(rows, order, axis=1))
+    return ranked(similarities, rows, k)
 
 
 def build_searchable(

@@ -128,12 +128,10 @@ def top_matches(neighbours: Neighbours, database_labels: np.ndarray, n: int = N_
     is_first = _first_of_class(database_labels[neighbours.rows])
     places = np.argsort(~is_first, axis=1, kind="stable")[:, :n]  # the nearest of each exhibit first, in their order
     is_match = np.take_along_axis(is_first, places, axis=1)
-    rows = np.full((len(places), n), NO_ROW, dtype=np.int64)
-    similarities = np.full((len(places), n), np.nan)
-    width = places.shape[1]
-    rows[:, :width] = np.where(is_match, np.take_along_axis(neighbours.rows, places, axis=1), NO_ROW)
-    similarities[:, :width] = np.where(is_match, np.take_along_axis(neighbours.similarities, places, axis=1), np.nan)
-    return Matches(rows, similarities)
+    rows = np.where(is_match, np.take_along_axis(neighbours.rows, places, axis=1), NO_ROW)
+    similarities = np.where(is_match, np.take_along_axis(neighbours.similarities, places, axis=1), np.nan)
+    beyond = ((0, 0), (0, n - places.shape[1]))  # where there are fewer neighbours
+    return Matches(np.pad(rows, beyond, constant_values=NO_ROW), np.pad(similarities, beyond, constant_values=np.nan))
 
 
 def log_confidence(behind: np.ndarray, n_absent: np.ndarray, best: np.ndarray, tau: float) -> np.ndarray:
