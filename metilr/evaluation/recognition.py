@@ -182,10 +182,12 @@ def figures_of(recognition: Recognition, ground_truth: GroundTruth) -> dict[str,
         _, predicted, target = case
         least, greatest = gap_bounds(*case)
         units = resampling_units(target, ground_truth.photographers.get(split, np.full(len(target), NOT_NAMED)))
+        ranks = recognition.ranks[split]
+        recalls = {f"recall@{k}": recall_at(ranks, k) for k in (1, 5, 10)}
         drawn = {name: intervals(*case, unit, seed=SEED, level=LEVEL) for name, unit in units.items()}
         figures[split] = {
             "gap": gap(*case), "gap_minus": gap_minus(*case), "acc": acc(*case),
-            "ranking": _ranking(recognition.ranks[split]), "gap_least": least, "gap_greatest": greatest,
+            "ranking": {**recalls, "map": mean_average_precision(ranks)}, "gap_least": least, "gap_greatest": greatest,
             "n_queries": len(target), "n_met": ground_truth.n_met(split),
             "n_skipped": int((predicted == DISTRACTOR).sum()),
             "intervals": {name: {metric: [*ends] for metric, ends in of.items()} for name, of in drawn.items()},
@@ -199,10 +201,6 @@ def figures_of(recognition: Recognition, ground_truth: GroundTruth) -> dict[str,
         "splits": {split: None if point is None else _at(point.threshold, *cases[split]) for split in QUERY_FILES},
     }
     return {"bootstrap": {"resamples": N_RESAMPLES, "level": LEVEL, "seed": SEED}, "threshold": threshold, **figures}
-
-
-def _ranking(ranks: np.ndarray) -> dict[str, float]:
-    return {**{f"recall@{k}": recall_at(ranks, k) for k in (1, 5, 10)}, "map": mean_average_precision(ranks)}
 
 
 def _at(threshold: float, log_confidence: np.ndarray, predicted: np.ndarray, target: np.ndarray) -> dict[str, Any]:
