@@ -24,6 +24,7 @@ from metilr.errors import UserError
 from metilr.evaluation.calibration import gather_evidence
 from metilr.evaluation.database import Searchable, as_compared
 from metilr.evaluation.options import MethodOptions
+from metilr.extraction.datamodule import same_shape_batches
 from metilr.extraction.module import DescriptorModule
 from metilr.extraction.options import ExtractionOptions
 from metilr.extraction.store import has_unit_length
@@ -37,8 +38,7 @@ from metilr.retrieval.knn import N_MATCHES, N_NEIGHBOURS, Matches, classify
 from metilr.retrieval.whitening import PCAWhitening
 
 SIDE_OF_LOST_IMAGES = 1024  # px, where the images that tell are gone
-MOST_AT_ONCE = 8  # photos of one shape in the network; beyond, a CPU gains nothing and memory grows
-PIXELS_AT_ONCE = MOST_AT_ONCE * 500 * 500  # of larger photos fewer
+MOST_AT_ONCE = 8  # photos of one shape in the network, large ones fewer; beyond, a CPU gains nothing and memory grows
 MAX_HEADERS = 5000  # of images, read for the largest size: about a second
 
 
@@ -84,17 +84,11 @@ class Describer:
             For each a descriptor, float32 ``(D,)`` of unit length, or why there is none.
         """
         described: list[np.ndarray | BadPhotoError] = [BadPhotoError("")] * len(images)
-        by_shape: dict[torch.Size, list[int]] = {}
-        for i, image in enumerate(images):
-            by_shape.setdefault(image.shape, []).append(i)
-        for alike in by_shape.values():
-            height, width = images[alike[0]].shape[1:]
-            n = max(1, min(self.most_at_once, PIXELS_AT_ONCE // max(1, height * width)))
-            for start in range(0, len(alike), n):
-                some = alike[start : start + n]
-                batch = torch.stack([images[i] for i in some]).to(self.module.device)
-                for i, made in zip(some, self._describe(batch), strict=True):
-                    described[i] = made
+        shapes = np.array([image.shape[1:] for image in images], dtype=np.int64).reshape(-1, 2)
+        for some in same_shape_batches(shapes, self.most_at_once, MOST_AT_ONCE):
+            batch = torch.stack([images[i] for i in some]).to(self.module.device)
+            for i, made in zip(some, self._describe(batch), strict=True):
+                described[i] = made
         return described
 
     def _describe(self, batch: Tensor) -> list[np.ndarray | BadPhotoError]:

@@ -41,7 +41,8 @@ def same_shape_batches(shapes: np.ndarray, batch_size: int, n_full: int | None =
     members = np.split(by_kind, np.cumsum(np.bincount(kind_of.reshape(-1)))[:-1])
     batches = []
     for kind in np.argsort(-kinds.prod(axis=1), kind="stable"):
-        size = max(1, min(batch_size, (n_full or batch_size) * FULL_BATCH_PIXELS // int(kinds[kind].prod())))
+        n_pixels = max(1, int(kinds[kind].prod()))
+        size = max(1, min(batch_size, (n_full or batch_size) * FULL_BATCH_PIXELS // n_pixels))
         batches += [members[kind][i : i + size] for i in range(0, len(members[kind]), size)]
     return batches
 
