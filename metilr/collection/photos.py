@@ -138,7 +138,8 @@ def _decode(pipe: Connection) -> None:
     end_with_parent()
     import torch  # noqa: F401  # before time and memory are counted
 
-    taken = _address_space()
+    statm = Path("/proc/self/statm")  # the address space, in pages; there is no limit where the system does not tell it
+    taken = int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else None
     pipe.send(True)
     with contextlib.suppress(EOFError):
         while True:
@@ -147,9 +148,9 @@ def _decode(pipe: Connection) -> None:
 
 
 def _made(n_bytes: int, taken: int | None, function: Callable[..., object], arguments: tuple[Any, ...]) -> object:
-    """What a function returns or raises within so many bytes of memory."""
+    """What a function returns or raises within so many bytes of memory besides those ``taken``, if they are known."""
     try:
-        with _limited(None if taken is None else taken + n_bytes):
+        with contextlib.nullcontext() if taken is None else _limited(taken + n_bytes):
             return function(*arguments)
     except MemoryError:
         return BadPhotoError(f"takes more than {n_bytes / 2**30:.1f} GB of memory to decode")
@@ -171,18 +172,9 @@ def _thumbnail(file: Path, limit: int) -> bytes:
     return jpeg_of(decode.load_image(file, limit=limit))
 
 
-def _address_space() -> int | None:
-    """Bytes of address space that this process takes; None where the system does not tell, and then limits none."""
-    file = Path("/proc/self/statm")
-    return int(file.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") if file.exists() else None
-
-
 @contextlib.contextmanager
-def _limited(n_bytes: int | None) -> Iterator[None]:
+def _limited(n_bytes: int) -> Iterator[None]:
     """Let this process have so much address space."""
-    if n_bytes is None:
-        yield
-        return
     import resource  # not there on each system
 
     before = resource.getrlimit(resource.RLIMIT_AS)
