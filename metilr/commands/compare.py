@@ -173,11 +173,13 @@ def _figures_table(title: str, runs: Mapping[str, Run], known: Mapping[str, Sequ
     for name, run in runs.items():
         knn, splits = run.results.knn, run.results.splits
         rows.append([name, str(knn.k), f"{knn.tau:g}", *(cell for split in splits.values() for cell in _cells(split))])
-        for row, label in zip(known[name], _labels(known[name]), strict=True):
+        of_splits = [row.split for row in known[name]]
+        for row in known[name]:
+            source = f", {row.source}" if of_splits.count(row.split) > 1 else ""  # where several are of one split
             quiet.append(len(rows))
             figures = [cell for split in splits for cell in (_cells(row) if split == row.split else [""] * 3)]
             k_and_tau = ["" if value is None else f"{value:g}" for value in (row.k, row.tau)]
-            rows.append([label, *k_and_tau, *figures])
+            rows.append([f"published ({row.split}{source})", *k_and_tau, *figures])
         confidence = run.results.confidence
         notes = [] if confidence is None else [calibrated(confidence)]
         for note in (f"{chosen(knn, with_values=False)}; test scored once", *notes, *run.results.notes):
@@ -195,12 +197,6 @@ def _figures_table(title: str, runs: Mapping[str, Run], known: Mapping[str, Sequ
     spans = [("", 3), *((split, len(METRICS)) for split in QUERY_FILES)]
     header = ["run", "k", "τ", *METRICS.values(), *METRICS.values()]
     return TextTable(title, spans, header, rows, frozenset(quiet), notes)
-
-
-def _labels(rows: Sequence[Published]) -> list[str]:
-    """What tells published rows apart: the split, with the source where several are of one."""
-    splits = [row.split for row in rows]
-    return [f"published ({row.split}{f', {row.source}' * (splits.count(row.split) > 1)})" for row in rows]
 
 
 def _cells(figures: Figures | Published) -> list[str]:
