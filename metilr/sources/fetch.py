@@ -11,7 +11,7 @@ import socket
 import time
 import uuid
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,13 +162,16 @@ class Downloads:
     ) -> dict[str, str] | None:  # fmt: skip
         """Ask until there is an answer that stays; its validators, or None if the file that is there is current."""
         server, reason = _server_of(address), ""
+        names = {"etag": "If-None-Match", "modified": "If-Modified-Since"}
+        headers = {header: known[name] for name, header in names.items() if name in known}
+        how: dict[str, Any] = {"headers": headers, "max_redirects": MOST_REDIRECTS, "proxy": self.options.proxy}
         for attempt in range(TRIES):
             if self._unreachable.get(server, 0) >= GIVE_UP:
                 raise NoAnswerError("its server no longer answers")
             await self._turn(server)
             pause = FIRST_WAIT * 2**attempt
             try:
-                async with self._asked(address, known) as answer:
+                async with self._session.get(address, **how) as answer:
                     if answer.status not in PASSING:
                         self._unreachable[server] = 0
                     if answer.status == 304 and known:
@@ -195,14 +198,6 @@ class Downloads:
             self._not_before[server] = max(self._not_before.get(server, 0), time.monotonic() + pause)
         self._unreachable[server] = self._unreachable.get(server, 0) + 1
         raise NoAnswerError(f"{reason}, {TRIES} times")
-
-    @contextlib.asynccontextmanager
-    async def _asked(self, address: str, known: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
-        names = {"etag": "If-None-Match", "modified": "If-Modified-Since"}
-        headers = {header: known[name] for name, header in names.items() if name in known}
-        how: dict[str, Any] = {"max_redirects": MOST_REDIRECTS, "proxy": self.options.proxy}
-        async with self._session.get(address, headers=headers, **how) as answer:
-            yield answer
 
     async def _turn(self, server: str) -> None:
         """Wait until the next request may begin."""

@@ -62,7 +62,9 @@ async def _downloaded(
     source: str, folder: Path, options: DownloadOptions, side: int | None, language: str, ask_again: bool, quiet: bool
 ) -> Catalogue:
     async with Downloads(folder, options, ask_again) as downloads:
-        file = await downloads.file(source, _nothing, is_source=True) if is_address(source) else Path(source)
+        file = Path(source)
+        if is_address(source):
+            file = await downloads.file(source, lambda file: None, is_source=True)
         if _is_json(file, source):
             try:
                 document = read_json(file)
@@ -152,7 +154,3 @@ def _check_image(file: Path) -> None:
             load_image(file)
     except BadImageError as error:
         raise DownloadError(f"cannot be decoded ({error.reason})") from None
-
-
-def _nothing(file: Path) -> None:
-    """No check."""
