@@ -289,12 +289,8 @@ def _load_file(model: Any, spec: BackboneSpec | None, file: Path, source: str) -
 
 def _check_any_size(backbone: Backbone) -> None:
     """Refuse a model that cannot take images of any size: try a small odd one, and a long one of its smallest side."""
-    _refuse_fault_at(backbone, *TRIED)
-    _refuse_fault_at(backbone, backbone.least_side, LONG_SIDE)
-
-
-def _refuse_fault_at(backbone: Backbone, height: int, width: int) -> None:
-    height, width = (max(side // backbone.patch, 1) * backbone.patch for side in (height, width))
-    if fault := backbone.fault_at(height, width):
-        problem = f"it gives no feature map for a {height}x{width} image ({fault}), and images have any size"
-        raise UserError(f"{backbone.name}: {problem}; choose a convolutional network or a plain ViT", "backbone")
+    for sides in (TRIED, (backbone.least_side, LONG_SIDE)):
+        height, width = (max(side // backbone.patch, 1) * backbone.patch for side in sides)
+        if fault := backbone.fault_at(height, width):
+            problem = f"it gives no feature map for a {height}x{width} image ({fault}), and images have any size"
+            raise UserError(f"{backbone.name}: {problem}; choose a convolutional network or a plain ViT", "backbone")
