@@ -15,6 +15,7 @@ from metilr.data.exhibit import Exhibit
 from metilr.data.pixels import ImageSize
 from metilr.errors import UserError, amount
 from metilr.extraction.options import ImageShape, size_of
+from metilr.files import file_sha256, replaced_file
 from metilr.models import ModelOptions
 from metilr.models.zoo import BACKBONES
 from metilr.progress import make_console
@@ -76,8 +77,10 @@ def export(
     whitening = exported.whitening
     arrays = None if whitening is None else (whitening.mean, whitening.projection)
     notes = export_onnx(exported.embedder, output, exported.image_size, arrays)
-    if exported.index is not None:
-        _write_descriptors(exported.index, output)
+    if (index := exported.index) is not None:  # what photos are compared with, as metilr.onnx_embedder reads it
+        names = np.array([index.exhibits[label] for label in index.database.labels.tolist()])
+        with replaced_file(output.with_suffix(".npz")) as stream:
+            np.savez(stream, descriptors=index.database.rows, names=names, model=np.array(file_sha256(output)))
     written = " and ".join(escape(str(file)) for file in files)
     sides = f"{notes['least_side']} to {notes['most_side']:,} px"
     make_console().print(
@@ -96,8 +99,6 @@ def write_table(exported: Exported, output: Path) -> int:
         from pyarrow import parquet
     except ModuleNotFoundError:
         raise UserError(f"{output}: needs pyarrow: pip install 'metilr[parquet]'", "output") from None
-    from metilr.files import replaced_file
-
     index = exported.index
     assert index is not None
     exhibits = [index.exhibits[label] for label in index.database.labels.tolist()]
@@ -154,12 +155,3 @@ def _of_index(folder: Path, parts: ModelOptions, size: ImageSize | None) -> Expo
     if module.precision != "32":
         raise UserError(f"{folder}: was described in {module.precision}, the file computes in float32; index in 32")
     return Exported(module.embedder, index.image_size, index.whitening, index)
-
-
-def _write_descriptors(index: "Collection", output: Path) -> None:
-    """Write what photos are compared with, as ``metilr.onnx_embedder`` reads it."""
-    from metilr.files import file_sha256, replaced_file
-
-    names = np.array([index.exhibits[label] for label in index.database.labels.tolist()])
-    with replaced_file(output.with_suffix(".npz")) as stream:
-        np.savez(stream, descriptors=index.database.rows, names=names, model=np.array(file_sha256(output)))
