@@ -49,11 +49,7 @@ def resampling_units(labels: np.ndarray, photographers: np.ndarray) -> dict[str,
     labels, photographers = np.asarray(labels), np.asarray(photographers)
     schemes = {"queries": np.arange(len(labels)), "classes": labels, "photographers": photographers}
     is_met = labels != DISTRACTOR
-
-    def n_named(units: np.ndarray) -> int:
-        return len(np.unique(units[is_met & (units >= 0)]))
-
-    return {scheme: units for scheme, units in schemes.items() if n_named(units) > 1}
+    return {scheme: units for scheme, units in schemes.items() if len(np.unique(units[is_met & (units >= 0)])) > 1}
 
 
 def intervals(

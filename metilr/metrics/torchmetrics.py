@@ -12,6 +12,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from metilr.errors import UserError
 from metilr.metrics import functional
 
+DTYPES = {"log_confidence": torch.float64, **dict.fromkeys(("predicted", "target", "index"), torch.int64)}  # of states
 UNNUMBERED = -(2**62)  # from here on answers without positions are counted, in every batch
 
 
@@ -33,17 +34,11 @@ class AnswerMetric(Metric):
     predicted: list[Tensor] | Tensor
     target: list[Tensor] | Tensor
     index: list[Tensor] | Tensor
-    _dtypes = {  # noqa: RUF012 (read only)
-        "log_confidence": torch.float64,
-        "predicted": torch.int64,
-        "target": torch.int64,
-        "index": torch.int64,
-    }
     _score: Callable[[Any, Any, Any], float]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name in self._dtypes:
+        for name in DTYPES:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, log_confidence: Tensor, predicted: Tensor, target: Tensor, index: Tensor | None = None) -> None:
@@ -55,15 +50,13 @@ class AnswerMetric(Metric):
             shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in batch.items())
             raise ValueError(f"answers of a batch must be 1-D and of one length, not {shapes}")
         for name, values in batch.items():
-            getattr(self, name).append(values.detach().to(self.device, self._dtypes[name]))
+            getattr(self, name).append(values.detach().to(self.device, DTYPES[name]))
 
     def compute(self) -> Tensor:
         """Return the metric over all distinct queries, a float64 scalar in [0, 1]."""
         self._fill_empty_states()
-        index, log_confidence, predicted, target = (
-            dim_zero_cat(getattr(self, name)).cpu().numpy()
-            for name in ("index", "log_confidence", "predicted", "target")
-        )
+        states = [dim_zero_cat(getattr(self, name)).cpu().numpy() for name in DTYPES]
+        log_confidence, predicted, target, index = states
         distinct, first = np.unique(index, return_index=True)
         is_numbered = index >= 0
         if not is_numbered.all() and (is_numbered.any() or len(distinct) < len(index)):
@@ -83,7 +76,7 @@ class AnswerMetric(Metric):
         super().sync(*args, **kwargs)
 
     def _fill_empty_states(self) -> None:
-        for name, dtype in self._dtypes.items():
+        for name, dtype in DTYPES.items():
             state = getattr(self, name)
             if isinstance(state, list) and not state:
                 state.append(torch.empty(0, dtype=dtype, device=self.device))
