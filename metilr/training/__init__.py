@@ -141,15 +141,11 @@ class FineTuningOptions:
         if has_classifier and self.loss is not None and not self.contrastive_weight:
             raise UserError("has no effect beside a classifier without contrastive_weight; give it a weight", "loss")
         defaults = {field.name: field.default for field in fields(self)}
-        for name, has_effect in (
-            ("lr_classifier", has_classifier),
-            ("classifier_start", has_classifier),
-            ("classifier_scale", has_classifier),
-            ("classes_per_step", has_classifier),
-            ("contrastive_weight", has_classifier),
-            ("classifier_margin", self.classifier in ("arcface", "subcenter")),
-        ):
-            if getattr(self, name) != defaults[name] and not has_effect:
+        of_any = ("lr_classifier", "classifier_start", "classifier_scale", "classes_per_step", "contrastive_weight")
+        idle = [] if has_classifier else [*of_any]
+        idle += [] if self.classifier in ("arcface", "subcenter") else ["classifier_margin"]
+        for name in idle:
+            if getattr(self, name) != defaults[name]:
                 needed = "arcface or subcenter" if name == "classifier_margin" else "such as cosine"
                 raise UserError(f"has no effect without a classifier {needed}; leave it out", name)
         if not 0 < self.classifier_margin < 180:

@@ -63,10 +63,8 @@ def positives(
         fellows = members[members != anchors[i]]
         if "closest" in pairing:
             assert descriptors is not None
-            similarities = np.asarray(descriptors[fellows], np.float64) @ np.asarray(
-                descriptors[anchors[i]], np.float64
-            )
-            fellows = [anchors[i], fellows[np.argmax(similarities)]]
+            theirs, own = (np.asarray(descriptors[each], np.float64) for each in (fellows, anchors[i]))
+            fellows = [anchors[i], fellows[np.argmax(theirs @ own)]]
         chosen[i] = rng.choice(fellows)
     return chosen
 
