@@ -48,7 +48,8 @@ class MilvusSearch:
         """Open a collection; UserError if the server cannot be asked, or has not all of its rows."""
         client = connect(uri)
         with _asking(uri):
-            if not is_whole(client, name, n_rows, width):
+            is_there = client.has_collection(name) and _width(client, name) == width
+            if not is_there or _count(client, name) != n_rows:
                 reason = f"has no collection {name} of {amount(n_rows, 'row')} of width {width}, or not all of it"
                 raise UserError(f"{uri}: {reason}: run metilr index with this address again", "milvus")
             client.load_collection(name)
@@ -118,11 +119,6 @@ def connect(uri: str) -> "MilvusClient":
     logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # a traceback for each error, which is told below
     with _asking(uri):
         return MilvusClient(uri=uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=_SECONDS)
-
-
-def is_whole(client: "MilvusClient", name: str, n_rows: int, width: int) -> bool:
-    """Whether a server has a collection with all its rows, ``n_rows`` of width ``width``."""
-    return client.has_collection(name) and _width(client, name) == width and _count(client, name) == n_rows
 
 
 def write_rows(
