@@ -162,35 +162,27 @@ def leakage_of(case: Case, is_leaked: np.ndarray, seed: int = 0) -> Leakage:
     The interval draws queries with replacement, those that show an exhibit and the others apart, and takes both
     figures of each draw.
     """
-    target = case[2]
-    is_met, rng = target != DISTRACTOR, np.random.default_rng(seed)
-    kept = ~is_leaked
-    difference = None
-    if is_leaked.any() and (kept & is_met).any():
+    is_met, rng = case[2] != DISTRACTOR, np.random.default_rng(seed)
+    kept, difference = ~is_leaked, None
+    figures = _figures(case, np.arange(len(is_met)))
+    without = _figures(case, np.flatnonzero(kept)) if (kept & is_met).any() else None
+    if is_leaked.any() and without is not None:
         draws = []
         for _ in range(N_RESAMPLES):
             drawn = np.concatenate([rng.choice(part, len(part)) for part in map(np.flatnonzero, (is_met, ~is_met))])
             left = drawn[kept[drawn]]
             if is_met[left].any():
-                draws.append([a - b for a, b in zip(_figures(case, drawn), _figures(case, left), strict=True)])
-        both = zip(_figures(case, np.arange(len(target))), _figures(case, np.flatnonzero(kept)), strict=True)
-        ends = np.quantile(draws, [0.025, 0.975], axis=0)
-        difference = {name: (a - b, float(low), float(high)) for name, (a, b), low, high in zip(
-            Figures.model_fields, both, *ends, strict=True)}  # fmt: skip
-    without = _said(case, np.flatnonzero(kept)) if (kept & is_met).any() else None
-    return Leakage(
-        n_queries=len(target),
-        n_leaked=int(is_leaked.sum()),
-        with_leaked=_said(case, np.arange(len(target))),
-        without=without,
-        difference=difference,
-    )
+                draws.append(_less(_figures(case, drawn), _figures(case, left)))
+        values, ends = _less(figures, without), np.quantile(draws, [0.025, 0.975], axis=0).tolist()
+        difference = dict(zip(Figures.model_fields, zip(values, *ends, strict=True), strict=True))
+    n_queries, n_leaked = len(is_met), int(is_leaked.sum())
+    return Leakage(n_queries=n_queries, n_leaked=n_leaked, with_leaked=figures, without=without, difference=difference)
 
 
-def _figures(case: Case, queries: np.ndarray) -> list[float]:
+def _figures(case: Case, queries: np.ndarray) -> Figures:
     some = [each[queries] for each in case]
-    return [gap(*some), gap_minus(*some), acc(*some)]
+    return Figures(gap=gap(*some), gap_minus=gap_minus(*some), acc=acc(*some))
 
 
-def _said(case: Case, queries: np.ndarray) -> Figures:
-    return Figures(**dict(zip(Figures.model_fields, _figures(case, queries), strict=True)))
+def _less(some: Figures, others: Figures) -> list[float]:
+    return [a - b for (_, a), (_, b) in zip(some, others, strict=True)]
