@@ -173,10 +173,8 @@ def _agreement(transformation: np.ndarray, first: Sketch, second: Sketch) -> flo
     inner = cv2.erode(seen, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0) > 0
     if share < LEAST_SHARE or inner.sum() < BLOCK**2:
         return 0.0
-    x, y = (
-        _standard(cv2.warpAffine(_detail(first.grey), transformation, size), inner),
-        _standard(_detail(second.grey), inner),
-    )
+    x = _standard(cv2.warpAffine(_detail(first.grey), transformation, size), inner)
+    y = _standard(_detail(second.grey), inner)
     in_block = cv2.blur(inner.astype(np.float32), (BLOCK, BLOCK))
     apart, usual = (
         cv2.blur(each, (BLOCK, BLOCK)) / np.maximum(in_block, 0.5) for each in ((x - y) ** 2, (x**2 + y**2) / 2)

@@ -57,12 +57,9 @@ class Subject:
 
     def said(self, image: int) -> Image:
         """An image as the document names it."""
-        return Image(split=self.splits[self.split_of[image]], path=self.paths[image], exhibit=self.exhibit(image))
-
-    def exhibit(self, image: int) -> str | None:
-        """Name of an image's exhibit."""
         label = int(self.labels[image])
-        return None if label == DISTRACTOR else self.names[label]
+        exhibit = None if label == DISTRACTOR else self.names[label]
+        return Image(split=self.splits[self.split_of[image]], path=self.paths[image], exhibit=exhibit)
 
     def rows(self, file: Path) -> np.ndarray:
         """Descriptors of unit length, float32 ``(n, D)``, zeros where there is none; in a file, not in memory."""

@@ -189,7 +189,7 @@ def _cells(photo: Identified) -> list[object]:
         said |= {"decision": photo.decision, "exhibit": answer.exhibit, **answer.about.model_dump(exclude={"more"})}
         said["more"] = dumps(answer.about.more, ensure_ascii=False) if answer.about.more else None
         said |= {"similarity": answer.similarity, "log_confidence": answer.log_confidence, "confidence": confidence}
-    return ["" if said.get(name) is None else said[name] for name in COLUMNS]
+    return [said.get(name) for name in COLUMNS]
 
 
 def write_page(file: Path, collection: "Collection", threshold: Threshold, photos: Sequence[Identified]) -> None:

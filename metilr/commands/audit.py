@@ -198,5 +198,4 @@ def write_lists(folder: Path, found: Audit) -> None:
         "coverage": (("exhibit", "images", "own", "other", "nearest_exhibit", "path", "nearest_path"), coverage),
     }  # fmt: skip
     for name, (header, rows) in lists.items():
-        cells = [["" if cell is None else cell for cell in row] for row in rows]
-        write_atomically(folder / f"{name}.csv", as_csv([header, *cells]))
+        write_atomically(folder / f"{name}.csv", as_csv([header, *rows]))

@@ -23,7 +23,7 @@ EXHIBIT_NAMES = ("exhibit", "exhibitid", "objectid", "id", "accessionnumber", "i
 
 
 def as_csv(rows: Iterable[Iterable[object]]) -> str:
-    """Write rows as CSV, risky text behind an apostrophe as OWASP advises; numbers stay as they are."""
+    """Write rows as CSV, risky text behind an apostrophe as OWASP advises; numbers stay as they are, None is empty."""
     text = io.StringIO()
     writer = csv.writer(text)  # lines end in CR LF: with LF alone it would leave a CR within a cell unquoted
     writer.writerows(
