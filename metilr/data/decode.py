@@ -74,9 +74,6 @@ class BadImageError(UserError):
 class TooManyPixels(ValueError):
     """An image beyond the limit, which its header tells before anything is decoded."""
 
-    def __init__(self, max_pixels: int) -> None:
-        super().__init__(f"more than {max_pixels / 10**6:g} megapixels")
-
 
 def pixels_of(max_megapixels: float) -> int:
     """Megapixels as pixels; UserError if they are no positive number."""
@@ -150,6 +147,7 @@ def open_image(file: Path | IO[bytes], max_pixels: int) -> Iterator[Image.Image]
             file = stack.enter_context(regular(file).open("rb"))
         if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
             Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit, which would refuse what is allowed here
+        too_many = TooManyPixels(f"more than {max_pixels / 10**6:g} megapixels")
         bounded: Any = _Bounded(file)
         tags = tiff_tags(bounded)
         if tags is not None:
@@ -159,9 +157,9 @@ def open_image(file: Path | IO[bytes], max_pixels: int) -> Iterator[Image.Image]
         except UnidentifiedImageError:
             raise ValueError(_unread_kind(bounded, tags)) from None
         except Image.DecompressionBombError:
-            raise TooManyPixels(max_pixels) from None
+            raise too_many from None
         if image.width * image.height > max_pixels:
-            raise TooManyPixels(max_pixels)
+            raise too_many
         yield image
 
 

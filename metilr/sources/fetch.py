@@ -79,9 +79,6 @@ class NoAnswerError(DownloadError):
 class PrivateAddressError(OSError):
     """A server in a private network, which is not to be asked."""
 
-    def __init__(self) -> None:
-        super().__init__(errno.EACCES, "lies in a private network; allow_private true asks it all the same")
-
 
 class Downloads:
     """A folder of downloads, with an asynchronous way to fill it.
@@ -211,7 +208,8 @@ class Downloads:
         """Make the socket of a connection, unless it is one into a private network, whatever name led there."""
         family, kind, protocol, _, (host, *_) = address
         if not self.options.allow_private and self.options.proxy is None and not is_public(host):
-            raise PrivateAddressError
+            reason = "lies in a private network; allow_private true asks it all the same"
+            raise PrivateAddressError(errno.EACCES, reason)
         return socket.socket(family, kind, protocol)
 
 
