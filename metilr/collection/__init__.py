@@ -129,20 +129,12 @@ def choose_threshold(run: Run | None, options: PhotoOptions) -> Threshold:
         return Threshold(None, f"no threshold reaches a precision of {min_precision:g} on val; lower it, or give one")
     figures = {**point._asdict(), "min_precision": min_precision, "n_queries": len(val.paths)}
     del figures["threshold"]
-    how = (
-        "the probability to be right, fitted"
-        if is_calibrated
-        else f"the lowest with a precision of at least {min_precision:g}"
-    )
-    n_right = round(point.precision * point.n_accepted)
+    lowest = f"the lowest with a precision of at least {min_precision:g}"
+    how = "the probability to be right, fitted" if is_calibrated else lowest
     shaky = ", so few that it may be far off" if point.n_accepted < FEW_ACCEPTED else ""
-    return Threshold(
-        point.threshold,
-        f"{how} on val: right are {n_right:,} of "
-        f"{amount(point.n_accepted, 'accepted answer')}{shaky}, recall {point.recall:.3f}, "
-        f"{amount(len(val.paths), 'photo')}",
-        figures,
-    )
+    accepted = f"{amount(point.n_accepted, 'accepted answer')}{shaky}"
+    right = f"right are {round(point.precision * point.n_accepted):,} of {accepted}, recall {point.recall:.3f}"
+    return Threshold(point.threshold, f"{how} on val: {right}, {amount(len(val.paths), 'photo')}", figures)
 
 
 def named(answer: "Answer | Match") -> str:

@@ -1,5 +1,6 @@
 """What is said of an index's exhibits: a file of JSON lines, one each, in the order of their names."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +22,10 @@ class Labels:
         """What is said of a label's exhibit; UserError if the file is not of this index."""
         if self._lines is None:
             return Exhibit()
-        try:
+        with contextlib.suppress(ValueError, LookupError, AttributeError, TypeError, RecursionError):
             said = json.loads(self._lines[label])
             if said.pop("exhibit") == self.names[label]:
                 return Exhibit.model_validate(said)
-        except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
-            pass
         raise UserError(f"{self.file}: is not of this index; run the metilr index that made it again")
 
     @staticmethod

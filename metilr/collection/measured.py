@@ -16,8 +16,7 @@ class Meters:
     """What is counted, for one server."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        registry = self.registry
+        registry = self.registry = CollectorRegistry()
         self.requests = Counter("metilr_requests", "Requests answered.", ["path", "status"], registry=registry)
         self.photos = Counter("metilr_photos", "Photos answered, by what was said.", ["decision"], registry=registry)
         self.seconds = Histogram(

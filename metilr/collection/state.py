@@ -44,8 +44,9 @@ def is_current(
     output: Path, before: Index | None, catalogue: Catalogue, strangers: Catalogue | None, milvus: str | None
 ) -> bool:
     """Whether an index is of just these images and what is said of them, undamaged, and in Milvus if it is to be."""
-    labels = None if before is None else output / before.labels
-    if before is None or labels is None or not labels.exists() or labels.read_bytes() != Labels.content(catalogue):
+    if before is None or not (labels := output / before.labels).exists():
+        return False
+    if labels.read_bytes() != Labels.content(catalogue):
         return False
     is_same = _is_of(output / before.store, before.catalogue, catalogue) and _has_visits(output, before)
     if is_same and milvus is not None:
