@@ -22,10 +22,8 @@ def library_versions() -> dict[str, str]:
     """Versions of metilr, Python and the installed libraries that numbers can depend on."""
     found = {"metilr": __version__, "python": platform.python_version()}
     for library in LIBRARIES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):  # faiss comes as one of two packages
             found[library] = version(library)
-        except PackageNotFoundError:  # faiss comes as one of two packages
-            continue
     return found
 
 

@@ -86,11 +86,10 @@ def is_in_milvus(output: Path, index: Index, uri: str) -> bool:
     whitening = PCAWhitening.load(output / "whitening.npz") if index.whitening else None
     made_from = digest_of_database(store, index.method, index.elements.seed, whitening, index.labels)
     milvus.connect(uri)
-    try:
+    with contextlib.suppress(UserError):
         open_in_milvus(output / MILVUS, uri, made_from, store.manifest().width if whitening is None else whitening.dim)
-    except UserError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _collection(made_from: str) -> str:

@@ -250,10 +250,8 @@ def check_scans(stream: IO[bytes]) -> None:
 
 def _orientation(image: Image.Image) -> Any:
     """How EXIF says that the stored picture lies; damaged EXIF says nothing."""
-    try:
+    with contextlib.suppress(Exception):  # of many types
         return image.getexif().get(EXIF_ORIENTATION)
-    except Exception:  # of many types
-        return None
 
 
 @contextlib.contextmanager
