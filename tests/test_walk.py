@@ -77,11 +77,17 @@ def test_from_a_collection_to_answers_and_back_to_date(museum, tmp_path, monkeyp
     main(make_index)
     assert "finished already" in capsys.readouterr().out
 
-    main([*commands(museum, "metilr export")[1]])
-    names = np.load("model.npz")["names"].tolist()
+
+def test_an_index_goes_to_where_there_is_no_pytorch(museum, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_index = commands(museum, "metilr index https")[0]
+    main([*make_index, *MODEL, *LOCAL, "--image_size", "96"])
+    main(commands(museum, "metilr export")[1])
+    picture(11, 300, 225).save("photo.jpg")
     embedder = OnnxEmbedder("model.onnx")
     [(name, _)] = embedder.search(embedder.describe("photo.jpg"), "model.npz", 1)
-    assert name == f"{museum.server.url}object/new52" and len(names) == 27
+    names = np.load("model.npz")["names"].tolist()
+    assert name == f"{museum.server.url}object/o11" and len(names) == len(museum.pictures)
 
 
 def test_an_index_goes_into_a_database_and_is_searched_there(museum, tmp_path, monkeypatch, capsys):

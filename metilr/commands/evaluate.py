@@ -77,6 +77,8 @@ def evaluate(
         What results.json says; None in the processes of a launcher other than the first.
     """
     end_if_unguarded()
+    if parent := os.environ.pop(PARENT_VARIABLE, None):
+        end_with_parent(int(parent))
     from metilr.demo import DEMO, make_demo  # these draw, or load torch, which --help need not
     from metilr.extraction.describe import describe_images
     from metilr.geometry.check import geometric_check_of
@@ -84,8 +86,6 @@ def evaluate(
     from metilr.models.hub import LOOKED_FOR, pin
 
     started = time.perf_counter()
-    if parent := os.environ.pop(PARENT_VARIABLE, None):
-        end_with_parent(int(parent))
     model, extraction = model or ModelOptions(), extraction or ExtractionOptions()
     method, report = method or MethodOptions(), report or ReportOptions()
     root, output, store = (None if folder is None else Path(folder) for folder in (root, output, store))

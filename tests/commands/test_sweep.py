@@ -6,7 +6,9 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +20,7 @@ from metilr.errors import UserError
 from metilr.report.published import PUBLISHED
 from tests.commands.test_compare import write_museum_files, write_run
 from tests.commands.test_evaluate import REPOSITORY
+from tests.forks import Popen
 
 CONFIGS = REPOSITORY / "configs" / "eval"
 FAILS = [sys.executable, "-c", "raise SystemExit('p -1 is wrong')"]
@@ -240,5 +243,6 @@ def test_a_killed_sweep_s_row_ends_and_the_same_command_finishes_it(tiny_museum,
     while Path(f"/proc/{child[0]}").exists() and "\nState:\tZ" not in Path(f"/proc/{child[0]}/status").read_text():
         time.sleep(0.1)
     assert forks.wait(started).status == -signal.SIGKILL and not Path("runs/sweep/r18_in/results.json").exists()
+    monkeypatch.setattr(sweep_module, "subprocess", SimpleNamespace(Popen=partial(Popen, forks), PIPE=-1))
     main(command)
     assert Path("runs/sweep/r18_in/results.json").exists()
