@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from metilr.distributed import pool_of
 from metilr.models.backbone import Backbone
 from metilr.models.embedder import Embedder
-from metilr.provenance import has_bfloat16
 
 KEPT = 1_000_000_000  # bytes of a batch's maps: with all else that a training holds, less than 3 GB on two cores
 
@@ -180,7 +179,7 @@ def convolved(
         weight, before = F.pad(weight, (odd[1], 0, odd[0], 0)), [n + more for n, more in zip(before, odd, strict=True)]
     elif any(odd):
         images = F.pad(images, (0, odd[1], 0, odd[0]))
-    if images.dtype == torch.float32 or (images.dtype == torch.bfloat16 and has_bfloat16()):
+    if _has_onednn(images.dtype):
         kind, bounds = ("hardtanh", [0.0, 6.0]) if is_clamped else ("none", [])
         maps: Tensor = torch.ops.mkldnn._convolution_pointwise(
             images, weight, bias, before, stride, (1, 1), groups, kind, bounds, ""
@@ -188,6 +187,12 @@ def convolved(
         return maps
     maps = F.conv2d(images, weight, bias, stride, before, 1, groups)
     return maps.clamp_(0, 6) if is_clamped else maps
+
+
+def _has_onednn(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class FusedConvolution(torch.autograd.Function):

@@ -21,6 +21,7 @@ def close(a, b, tolerance=2e-5):
     return (a.double() - b.double()).abs().max() <= tolerance * b.abs().max()
 
 
+@pytest.mark.parametrize("has_onednn", [True, False])
 @pytest.mark.parametrize("is_clamped", [True, False])
 @pytest.mark.parametrize("side", [9, 12])
 @pytest.mark.parametrize(
@@ -30,7 +31,11 @@ def close(a, b, tolerance=2e-5):
         *[(5, 1, 4, 8), (5, 2, 0, 8), (5, 2, 3, 8), (5, 2, 4, 8)],
     ],
 )
-def test_gradients_of_each_kind_of_convolution(kernel, stride, zeros, groups, side, is_clamped):
+def test_gradients_of_each_kind_of_convolution(
+    kernel, stride, zeros, groups, side, is_clamped, has_onednn, monkeypatch
+):
+    if not has_onednn:  # as on processors for which PyTorch is built without
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     generator = torch.Generator().manual_seed(0)
     shapes = (3, 8, side, side + 2), (8, 8 // groups, kernel, kernel), (8,)
     plain = [3 * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
