@@ -26,7 +26,7 @@ from metilr.extraction.store import DescriptorStore
 from metilr.models.checkpoints import load_class_weights
 from metilr.models.embedder import build_embedder
 from metilr.retrieval.whitening import fit_learned_whitening
-from metilr.training import FineTuningOptions, PairOptions
+from metilr.training import FineTuningOptions, PairOptions, RunOptions
 from metilr.training.augmentations import RandomCrop, SimulatedVisit
 from metilr.training.classifier import Classifier
 from metilr.training.datamodule import PairDataModule
@@ -554,6 +554,15 @@ def test_without_options_is_the_demo_config(capsys):
         return yaml.safe_load(capsys.readouterr().out)
 
     assert resolved("--config", str(REPOSITORY / "configs/train/demo.yaml")) == resolved()
+
+
+def test_no_option_at_all_begins_the_demo_s_training(monkeypatch):
+    begun = []
+    monkeypatch.setattr("metilr.training.run.run", lambda *given: begun.append(given[:3]))
+    run_main("metilr.training.cli:train", [], prog="train.py")
+    [(options, model, data)] = begun
+    assert options == RunOptions(logger=["wandb"])  # a list, as a command line gives it
+    assert model.options == FineTuningOptions() and data.options == PairOptions()
 
 
 def test_lightning_loads_the_checkpoint_of_a_run(trained):
