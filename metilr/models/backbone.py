@@ -93,7 +93,7 @@ class Backbone(nn.Module):
                 images, indices=[self._index], stop_early=True, intermediates_only=True, **options
             )
             return Features(features[0], features[1][:, 0]) if self.has_cls else Features(features, None)
-        if self.sensitive is not None and not self.model.grad_checkpointing:  # which would have to keep these maps
+        if self.sensitive is not None and not torch.is_grad_enabled():  # to train, autocast's precision does
             with torch.autocast(images.device.type, enabled=False):
                 early = self.sensitive(images)
             return Features(self.rest(early), None)
@@ -121,7 +121,7 @@ class Backbone(nn.Module):
 
     @property
     def sensitive(self) -> nn.Sequential | None:
-        """What runs in float32 whatever the precision, before ``rest``: an EfficientNet's stem and first stages.
+        """What describes in float32 whatever the precision, before ``rest``: an EfficientNet's stem and first stages.
 
         In bfloat16 they would make most of what it changes in a descriptor, and save little on CPUs without AMX.
         """

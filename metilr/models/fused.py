@@ -66,7 +66,7 @@ class SideBySide(torch.autograd.Function):
         ctx.fused = partial(fused, pairs, ctx.weights[:n])
 
         def counted(tensor: Tensor) -> Tensor:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.nbytes  # not the whole batch behind its images
             return tensor.detach()  # itself would be a ring that nobody breaks without a backward pass
 
         def embed_first(part: Tensor) -> Tensor:
