@@ -21,7 +21,7 @@ from metilr.distributed import pool_of
 from metilr.models.backbone import Backbone
 from metilr.models.embedder import Embedder
 
-KEPT = 1_000_000_000  # bytes of a batch's maps: with all else that a training holds, less than 3 GB on two cores
+KEPT = 800_000_000  # bytes of a batch's maps: with all else that a training holds, less than 3 GB on two cores
 
 
 def in_parts(embedder: Embedder, images: Tensor) -> Tensor:
