@@ -228,6 +228,10 @@ def pool_of(n_threads: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(1)
         try:
             yield _threads(n_threads)
+        except BaseException:  # the next caller must not meet what this one has left
+            _threads(n_threads).shutdown(cancel_futures=True)
+            _threads.cache_clear()
+            raise
         finally:
             torch.set_num_threads(before)
 
@@ -237,7 +241,8 @@ def _threads(n: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n)
 
 
-os.register_at_fork(after_in_child=_threads.cache_clear)  # a forked process has none of them
+if hasattr(os, "register_at_fork"):  # a forked process has none of them
+    os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def default_workers(n_processes: int) -> int:

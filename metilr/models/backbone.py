@@ -29,7 +29,7 @@ from metilr.models.hub import WEIGHTS, locate, verify_hub_file
 from metilr.models.weights import Provenance
 from metilr.models.zoo import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, first_timm, version
 
-FLOAT32_STAGES = 4  # of an EfficientNet, whatever the precision
+FLOAT32_STAGES = 4  # of an EfficientNet that describes, whatever the precision
 TIMM = "timm/"  # the prefix that asks for one of timm's models
 TRIED = (97, 130)  # px, odd: a network that does not take such an image is refused
 LONG_SIDE = 777  # px, more than any network's own size
@@ -86,17 +86,21 @@ class Backbone(nn.Module):
         self.has_cls = self.has_cls and "return_prefix_tokens" in options
 
     def forward(self, images: Tensor) -> Features:
-        """Compute the features of normalised images ``(B, 3, H, W)``; for a ViT, H and W as ``fit_size`` gives them."""
+        """Compute the features of normalised images ``(B, 3, H, W)``; for a ViT, H and W as ``fit_size`` gives them.
+
+        ``sensitive`` is computed in float32, but in autocast's precision while gradients of it are recorded.
+        """
         if self.stage is not None:
             options = {"return_prefix_tokens": True} if self.has_cls else {}
             [features] = self.model.forward_intermediates(
                 images, indices=[self._index], stop_early=True, intermediates_only=True, **options
             )
             return Features(features[0], features[1][:, 0]) if self.has_cls else Features(features, None)
-        if self.sensitive is not None and not torch.is_grad_enabled():  # to train, autocast's precision does
+        early = self.sensitive
+        if early is not None and not (torch.is_grad_enabled() and any(p.requires_grad for p in early.parameters())):
             with torch.autocast(images.device.type, enabled=False):
-                early = self.sensitive(images)
-            return Features(self.rest(early), None)
+                maps = early(images)
+            return Features(self.rest(maps), None)
         if hasattr(self.model, "forward_intermediates"):
             output, [last_map] = self.model.forward_intermediates(images, indices=1)
         else:  # some convolutional families of older timm

@@ -2,10 +2,10 @@
 
 import contextlib
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from metilr.distributed import pool_of
 from metilr.models.backbone import Backbone
 from metilr.models.embedder import Embedder
 
-KEPT = 800_000_000  # bytes of a batch's maps: with all else that a training holds, less than 3 GB on two cores
+KEPT = 800_000_000  # bytes of a call's maps: with all else that a training holds, less than 3 GB on two cores
+MOST = 1e9  # of a weight: beyond, sums of maps could leave float32, and oneDNN clamps what is not a number to 0
 
 
 def in_parts(embedder: Embedder, images: Tensor) -> Tensor:
@@ -30,12 +31,16 @@ def in_parts(embedder: Embedder, images: Tensor) -> Tensor:
     Two at a time by each of PyTorch's threads, which share cores better so than within a convolution, and memory that
     malloc keeps. Maps of as many as ``KEPT`` holds are kept for the backward pass, those of others computed again. Each
     row depends on its image alone, and gradients are added up in the images' order, whatever the number of threads.
-    Other networks, for which this takes longer, frozen ones, and those that save memory their own way are computed
-    whole.
+    Other networks, for which this takes longer, frozen ones, those that save memory their own way, and weights that a
+    training has lost are computed whole. Until the backward pass is done, no other thread may use the embedder.
     """
     backbone, images = embedder.backbone, images.contiguous(memory_format=torch.channels_last)
     pairs, is_trained = pairs_of(backbone), any(parameter.requires_grad for parameter in backbone.parameters())
-    if not is_trained or not pairs or backbone.model.grad_checkpointing:
+    in_pairs = {id(parameter) for pair in pairs for layer in pair for parameter in layer.parameters()}
+    others = [parameter for parameter in embedder.parameters() if id(parameter) not in in_pairs]
+    weights = [*joined_weights(pairs), *others]
+    is_plain = bool(pairs) and not backbone.model.grad_checkpointing and not images.requires_grad
+    if not (is_trained and is_plain) or not all(bool(weight.detach().abs().max() < MOST) for weight in weights):
         whole: Tensor = embedder(images)
         return whole
 
@@ -47,9 +52,7 @@ def in_parts(embedder: Embedder, images: Tensor) -> Tensor:
             embeddings: Tensor = embedder(part)
         return embeddings
 
-    joined = {id(parameter) for pair in pairs for layer in pair for parameter in layer.parameters()}
-    others = [parameter for parameter in embedder.parameters() if id(parameter) not in joined]
-    embeddings: Tensor = SideBySide.apply(embed, images, pairs, *joined_weights(pairs), *others)
+    embeddings: Tensor = SideBySide.apply(embed, images, pairs, *weights)
     return embeddings
 
 
@@ -75,7 +78,7 @@ class SideBySide(torch.autograd.Function):
 
         first, *others = images.split(2)
         n_threads = torch.get_num_threads()
-        with ctx.fused(), pool_of(n_threads) as pool:
+        with pool_of(n_threads) as pool, ctx.fused():
             ctx.made = [pool.submit(embed_first, first).result()]
             n_kept = KEPT // max(1, sum(sizes.values())) - n_threads  # beside those at work
             again = partial(checkpoint, embed, use_reentrant=False, preserve_rng_state=False)
@@ -84,6 +87,7 @@ class SideBySide(torch.autograd.Function):
         return torch.cat([part.detach() for part in ctx.made])
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """Give the gradients of all weights."""
         trained = [weight for weight in ctx.weights if weight.requires_grad]
@@ -94,7 +98,7 @@ class SideBySide(torch.autograd.Function):
         def added(some: Any, more: Any) -> Any:
             return [None if one is None else one + other for one, other in zip(some, more, strict=True)]
 
-        with ctx.fused(), pool_of(torch.get_num_threads()) as pool:
+        with pool_of(torch.get_num_threads()) as pool, ctx.fused():
             sums = iter(functools.reduce(added, pool.map(gradients, ctx.made, gradient.split(2))))
         ctx.made = None
         return None, None, None, *(next(sums) if weight.requires_grad else None for weight in ctx.weights)
@@ -103,13 +107,13 @@ class SideBySide(torch.autograd.Function):
 @contextlib.contextmanager
 def fused(pairs: list[tuple[Any, Any]], joined: list[Tensor]) -> Iterator[None]:
     """While it holds, convolutions apply the BatchNorm and ReLU6 behind them, in one step, by their joined weights."""
-    for (convolution, norm), weight, bias in zip(pairs, joined[::2], joined[1::2], strict=True):
-        convolution.forward, norm.forward = partial(convolve, convolution, norm, weight, bias), unchanged
     try:
+        for (convolution, norm), weight, bias in zip(pairs, joined[::2], joined[1::2], strict=True):
+            convolution.forward, norm.forward = partial(convolve, convolution, norm, weight, bias), unchanged
         yield
     finally:
-        for convolution, norm in pairs:
-            del convolution.forward, norm.forward
+        for layer in itertools.chain(*pairs):
+            vars(layer).pop("forward", None)
 
 
 def joined_weights(pairs: list[tuple[Any, Any]]) -> list[Tensor]:
@@ -129,7 +133,7 @@ def joined_weights(pairs: list[tuple[Any, Any]]) -> list[Tensor]:
 def pairs_of(backbone: Backbone) -> list[tuple[Any, Any]]:
     """An EfficientNet's convolutions, plain or depthwise, with the BatchNorm behind each; none of other networks."""
     layers = [each for each in backbone.model.modules() if isinstance(each, (nn.Conv2d, BatchNormAct2d))]
-    return [pair for pair in pairwise(layers) if isinstance(backbone.model, EfficientNet) and can_fuse(*pair)]
+    return [pair for pair in itertools.pairwise(layers) if isinstance(backbone.model, EfficientNet) and can_fuse(*pair)]
 
 
 def can_fuse(convolution: Any, norm: Any) -> bool:

