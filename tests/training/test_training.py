@@ -168,7 +168,7 @@ def test_the_same_command_gives_the_same_weights_with_any_number_of_decoding_pro
 
 
 def test_two_processes_give_the_losses_and_weights_of_one(run_apart):
-    network = "timm/tf_efficientnet_lite0"  # whose batch is computed in parts
+    network = "timm/test_efficientnet"  # whose batch is computed in parts
     options = ["--data.pairing", "syn+real+neg", "--model.lr", "1e-4", "--model.warmup_steps", "0", *NTXENT]
     options += ["--model.backbone", network]
     run("--output", "one", *options)
