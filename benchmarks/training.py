@@ -1,6 +1,6 @@
 """How much time and memory a step of fine-tuning takes, and how much by PyTorch's plain composition.
 
-    python benchmarks/training.py --root DIR [--steps 3] [--pairs 24] [--size 320] [--threads N]
+    python benchmarks/training.py --root DIR [--steps 4] [--pairs 24] [--size 320] [--threads N]
 
 Trains ``lite0_in`` as configs/train/small_museum.yaml does, on pairs of a data root, with a constant learning rate, by
 each way in turn in one run: plain (all maps of a batch kept, BatchNorm on its own) in float32, fused and in parts in
@@ -30,7 +30,7 @@ def main() -> None:
     """Train each way, compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--size", type=int, default=320)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
