@@ -4,7 +4,7 @@ from timm.layers.hybrid_embed import HybridEmbed
 from torch import nn
 
 from metilr.errors import UserError
-from metilr.models.backbone import Backbone, Features, build_backbone
+from metilr.models.backbone import FLOAT32_STAGES, Backbone, Features, build_backbone
 
 
 @pytest.fixture
@@ -193,3 +193,25 @@ def test_a_hybrid_whose_stem_rounds_down_as_timm_counts_takes_any_size(padding: 
 def test_a_network_that_takes_no_long_image_is_refused(quick_start: None) -> None:
     with pytest.raises(UserError, match=r"timm/mvitv2_tiny: it gives no .* for a 1x777 image \(IndexError.*; choose a"):
         build_backbone("timm/mvitv2_tiny", weights="random")
+
+
+def test_first_stages_keep_float32_unless_they_are_trained() -> None:
+    """What a frozen network's maps train is then compared with maps that were computed without gradients."""
+    backbone = build_backbone("timm/test_efficientnet", "random").eval()
+    batch = images(97, 130)
+
+    def early() -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        hook = backbone.model.blocks[FLOAT32_STAGES - 1].register_forward_hook(lambda *made: seen.append(made[2]))
+        with torch.autocast("cpu", torch.bfloat16):
+            backbone(batch)
+        hook.remove()
+        return seen[0]
+
+    trained = early()
+    with torch.no_grad():
+        described = early()
+    backbone.requires_grad_(False)
+    frozen = early()
+    assert (described.dtype, trained.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(frozen, described)
