@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import repeat, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, cast
 
@@ -263,7 +263,8 @@ class Collection:
         """Count the inliers of each candidate as the evaluation does."""
         files = [[self.image(row) for row in rows[: check.candidates].tolist()] for rows in matches.rows]
         with pool_of(torch.get_num_threads()) as pool:
-            counts = [[*pool.map(check.count, repeat(of), some)] for of, some in zip(features, files, strict=True)]
+            pairs = zip(features, files, strict=True)
+            counts = [check.count(of, pool.map(check.features, some), pool.map) for of, some in pairs]
         labels = self.ground_truth.labels["database"]
         return Checked(matches, np.array(counts).max(axis=2), labels, len(self.exhibits), self.tau)
 

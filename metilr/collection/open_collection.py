@@ -172,6 +172,9 @@ def _assemble(made: Recorded) -> Collection:
         database = load_searchable(approximate, digest_of_database(store, method, seed, made.whitening))
     else:
         visits = [view for view in views_of(method, seed) if method.database_views != "none" and "visits" in view.of]
+        for recorded in (made.described or {}).get("views", ()):
+            for drawn in [view.settings() for view in visits if view.settings()["kind"] == recorded.get("kind")]:
+                _refuse_another_model(made.path, {name: recorded.get(name) for name in drawn}, drawn)
         descriptors = open_descriptors([store.path], ground_truth, visits)
         classifier = class_weights_of(method, made.model.ckpt, ground_truth)
         if classifier is not None and classifier.sha256() != (made.classifier or {}).get("sha256"):

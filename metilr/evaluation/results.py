@@ -87,6 +87,7 @@ class Model(Part):
     engine: Engine = "torch"
     store: Text | None = None
     made_with: list[Session] = []
+    views: list[dict[str, Any]] = []
     concatenated: list[dict[str, Any]] = []
 
 

@@ -6,9 +6,10 @@ Features are computed when they are first needed, on a store too, and kept in a 
 import contextlib
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,11 @@ STRIDE = 8  # px; on val nearly as good as 16 at twice the image size, for a six
 N_FEATURES = 1200  # of 4200 in 480 x 320 px; 600 do worse on val, 2000 take twice the time for a match or more
 TOLERANCE = 1.5  # strides: a position is known to half a cell of the coarsest scale (2 strides) in either image
 LEAST_SPREAD = 1e-5  # of a channel, relative to its largest value: below it is rounding
+SURE = 40  # inliers: wrong pairs of the shared photographs had 27 at most, in 8 turns
 RECIPE = 2  # to be raised with any change here that changes features
+
+
+Map = Callable[..., Iterable[Any]]  # ``map``, or that of a pool
 
 
 class LocalFeatureExtractor:
@@ -194,15 +199,22 @@ class GeometricCheck:
             return [self.extractor.extract(query)]
         return [features for each in degrees if (features := self.features(query, each)) is not None]
 
-    def count(self, query: Sequence[LocalFeatures], candidate: Path) -> np.ndarray:
-        """Count the matches of each turn of a query with an image that agree about one transform, int64 ``(T,)``.
+    def count(
+        self, query: Sequence[LocalFeatures], candidates: Iterable[LocalFeatures | None], each: Map = map
+    ) -> np.ndarray:
+        """Count the matches of each turn of a query with each image that agree about one transform, int64 ``(M, T)``.
 
-        They are 0 without either.
+        They are 0 without either. Once an image has ``SURE``, those behind are counted upright and in its turn alone.
         """
-        others, counts = self.features(candidate), np.zeros(self.turns, dtype=np.int64)
-        if others is not None and query:
-            counts[:] = [verify(turned, others, self.extractor.tolerance).n_inliers for turned in query]
-        return counts
+        counts, turns = [], [*range(len(query))]
+        for others in candidates:
+            counts.append(np.zeros(self.turns, dtype=np.int64))
+            if others is not None:
+                found = each(verify, [query[i] for i in turns], repeat(others), repeat(self.extractor.tolerance))
+                counts[-1][turns] = [verified.n_inliers for verified in found]
+            if counts[-1].max() >= SURE and len(turns) == self.turns:
+                turns = sorted({0, int(counts[-1].argmax())})
+        return np.array(counts, dtype=np.int64).reshape(len(counts), self.turns)
 
     def draw(self, photo: Path | Tensor, query: Sequence[LocalFeatures], candidate: Path) -> bytes | None:
         """Draw what a photo, a file or uint8 ``(3, H, W)``, and an image share, as a JPEG; None if that is nothing."""
@@ -236,12 +248,12 @@ def count_inliers(
     """Count the matches of each query with each candidate that agree about one transform, by turn, int64 ``(Q, M, T)``.
 
     ``candidates`` are rows of ``database``, int64 ``(Q, M)``; where there is none, NO_ROW, or an image cannot be
-    decoded, the count is 0. Each pair is verified on its own, so neither order nor company changes a count.
+    decoded, the count is 0. Queries do not change each other's counts.
     """
 
     def of_query(i: int) -> np.ndarray:
-        query, nothing = check.query_features(queries[i]), np.zeros(check.turns, dtype=np.int64)
-        return np.array([nothing if j == NO_ROW else check.count(query, database[j]) for j in candidates[i]])
+        images = (None if j == NO_ROW else check.features(database[j]) for j in candidates[i])
+        return check.count(check.query_features(queries[i]), images)
 
     with pool_of(default_workers(1)) as pool:
         done = pool.map(of_query, range(len(queries)))

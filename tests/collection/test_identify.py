@@ -106,6 +106,11 @@ def test_answers_are_the_evaluation_s_with_all_elements(museum, run, tmp_path):
     itself = collection.answer(load_image(collection.image(3)), n_matches=2, draw=True)
     assert itself.matches[0].row == 3 and itself.matches[0].inliers > 20 and len(itself.matches) == 2
     assert itself.regions is not None and itself.regions.startswith(b"\xff\xd8")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    results["model"]["views"][0]["recipe"] -= 1  # of a metilr that drew them otherwise
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match=r"another model .*recipe: \d there, \d now"):
+        open_collection(tmp_path / "run")
 
 
 def test_photos_are_turned_as_the_evaluation_s_queries(museum, tmp_path):

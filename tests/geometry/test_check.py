@@ -288,6 +288,21 @@ def test_an_image_that_lies_on_its_side_is_found_by_turns_alone(museum, tmp_path
     assert drawn.startswith(b"\xff\xd8") and drawn == turned.draw(side, features[3:], image)
 
 
+def test_once_an_image_agrees_those_behind_it_are_seen_in_its_turn_and_upright(museum, tmp_path) -> None:
+    check = check_at(tmp_path / "kept", LocalFeatureExtractor(build_embedder("lite0_in")), turns=4)
+    image, other = files(museum, "database")[:2]
+    quarters = [tmp_path / "0.png", tmp_path / "1.png", tmp_path / "2.png"]
+    for i, file in enumerate(quarters):
+        Image.open(image).rotate(90 * i, expand=True).save(file)
+    database, each = [other, image, *quarters], np.arange(5)
+    alone = np.concatenate([count_inliers(check, [quarters[1]], np.array([[i]]), database)[0] for i in each])
+    assert alone[0].max() < 40 < 300 < alone[1:].max(axis=1).min() and alone[:, 0].argmax() == 3
+    counts = count_inliers(check, [quarters[1]], each[None], database)[0]
+    assert counts[:2].tolist() == alone[:2].tolist() and alone[1].argmax() == alone[2].argmax() == 3
+    assert counts[2:, [0, 3]].tolist() == alone[2:, [0, 3]].tolist()
+    assert alone[4].argmax() == 1 and not counts[2:, [1, 2]].any()
+
+
 def test_features_of_squares_are_kept_apart(museum, extractor, tmp_path) -> None:
     file = next(file for file in files(museum, "val") if len({*load_image(file, 64).shape[1:]}) == 2)
     kept, square = check_at(tmp_path, extractor, 64), check_at(tmp_path, extractor, (64, 64))
