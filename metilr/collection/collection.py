@@ -73,7 +73,6 @@ class Describer:
         # Compiling takes a minute, a photo in plain PyTorch less than a second, with the same rows up to rounding.
         engine = "torch" if options.engine == "compile" else options.engine
         self.most_at_once = 1 if engine == "openvino" else MOST_AT_ONCE
-        embedder.engine = None
         self.module = DescriptorModule(embedder, engine, options.precision).to(options.device).eval()
         self.module.on_predict_start()
 

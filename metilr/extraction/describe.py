@@ -84,22 +84,19 @@ def describe_images(
         path = STORES / f"{embedder.backbone.name.replace('/', '_')}-{settings_fingerprint(settings)}"
     store = DescriptorStore(path)
     images = images_of(ground_truth, options.resize_to)
-    embedder.engine = None  # what it described with before can be of another precision
-    try:
-        if options.engine == "openvino" and launched_as_first() and not store.exists:  # what it refuses leaves no store
-            engine = start_engine(options.engine, embedder.backbone, options.precision, options.n_streams)
-            embedder.engine = engine if options.n_processes == 1 or has_launcher() else None  # others start their own
-            del engine
-        name = f"[bold]descriptors[/]  {escape(str(path))}"
-        store.n_made = _fill(store, name, settings, embedder, images, sizes, options, console)
-        for view in views:
-            name = f"[bold]views[/]        {view.settings()['kind']}, {view.n} an image"
-            of_view, settings = views_store(store, view)
-            viewed = {split: dataclasses.replace(images[source], view=view) for split, source in view.of.items()}
-            repeated = {split: np.repeat(sizes[source], view.n) for split, source in view.of.items()}
-            store.n_made += _fill(of_view, name, settings, embedder, viewed, repeated, options, console)
-    finally:
-        embedder.engine = None
+    module = DescriptorModule(embedder, options.engine, options.precision, options.n_streams)
+    if options.engine == "openvino" and launched_as_first() and not store.exists:  # what it refuses leaves no store
+        module.compute = start_engine(options.engine, embedder.backbone, options.precision, options.n_streams)
+        if options.n_processes > 1 and not has_launcher():
+            module.compute = None  # others start their own
+    name = f"[bold]descriptors[/]  {escape(str(path))}"
+    store.n_made = _fill(store, name, settings, module, images, sizes, options, console)
+    for view in views:
+        name = f"[bold]views[/]        {view.settings()['kind']}, {view.n} an image"
+        of_view, settings = views_store(store, view)
+        viewed = {split: dataclasses.replace(images[source], view=view) for split, source in view.of.items()}
+        repeated = {split: np.repeat(sizes[source], view.n) for split, source in view.of.items()}
+        store.n_made += _fill(of_view, name, settings, module, viewed, repeated, options, console)
     return store
 
 
@@ -118,7 +115,6 @@ def describe_in_training(trainer: pl.Trainer, embedder: Embedder, data: ImageDat
     mine = data.share(trainer.global_rank, trainer.world_size)
     with agree(trainer):
         if mine:
-            embedder.engine = None
             module = DescriptorModule(embedder).to(device)
             module.on_predict_start()
             n = sum(len(batch.rows) for batch in mine)
@@ -187,7 +183,7 @@ def _fill(
     store: DescriptorStore,
     name: str,
     settings: Mapping[str, Any],
-    embedder: Embedder,
+    module: DescriptorModule,
     images: Mapping[str, Images],
     sizes: Mapping[str, np.ndarray],
     options: ExtractionOptions,
@@ -197,6 +193,7 @@ def _fill(
 
     One run at a time fills it.
     """
+    embedder = module.embedder
     store.prepare(settings, {split: len(part) for split, part in images.items()}, embedder.dim)
     num_workers = default_workers(options.n_processes) if options.num_workers is None else options.num_workers
     # OpenVINO gains nothing from batches, which take memory, and each number of images would be a new shape.
@@ -228,7 +225,7 @@ def _fill(
             weights_from = embedder.describe_settings()["provenance"]
             made_with = {"weights_from": weights_from, "device": device, "processor": processor()}
             store.begin({**made_with, "versions": library_versions()})
-        _predict(embedder, data, options)
+        _predict(module, data, options)
         if launched_as_first():
             _finish(data)
     return n_pending
@@ -245,7 +242,7 @@ def _finish(data: ImageDataModule) -> None:
     data.store.finish()
 
 
-def _predict(embedder: Embedder, data: ImageDataModule, options: ExtractionOptions) -> None:
+def _predict(module: DescriptorModule, data: ImageDataModule, options: ExtractionOptions) -> None:
     """Fill in what a prepared store lacks, in one process or several."""
     strategy: str | Strategy = "auto"
     if has_launcher():
@@ -258,7 +255,6 @@ def _predict(embedder: Embedder, data: ImageDataModule, options: ExtractionOptio
         use_distributed_sampler=False,  # it would pad the last batch with images counted twice
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    module = DescriptorModule(embedder, options.engine, options.precision, options.n_streams)
     try:
         with process_as_before(), faults_in_one_line("a smaller batch_size or image_size, or fewer scales"):
             trainer.predict(module, datamodule=data, return_predictions=False)

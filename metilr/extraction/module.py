@@ -20,6 +20,7 @@ from metilr.distributed import end_with_parent, has_launcher, quieten_lightning
 from metilr.extraction.datamodule import ImageBatch, ImageDataModule
 from metilr.extraction.store import RowWriter
 from metilr.models import Engine, UnfitSizeError
+from metilr.models.backbone import Features
 from metilr.models.embedder import Embedder, keep_float32_exact
 from metilr.models.engines import start_engine
 from metilr.progress import counted, make_console
@@ -55,13 +56,15 @@ class DescriptorModule(pl.LightningModule):
     """Multi-scale descriptors of a batch of images.
 
     With ``n_streams`` OpenVINO describes so many batches side by side: what one core alone can do for a new image shape
-    then leaves the others at work. Beyond 1, a step returns the descriptors' future.
+    then leaves the others at work. Beyond 1, a step returns the descriptors' future. What is predicted later is by the
+    ``compute`` of before.
     """
 
     def __init__(self, embedder: Embedder, engine: Engine = "torch", precision: str = "32", n_streams: int = 1) -> None:
         super().__init__()
         self.embedder = embedder
         self.engine: Engine = engine
+        self.compute: Callable[[Tensor], Features] | None = None  # in the backbone's place
         self.precision, self.n_streams = precision, n_streams
         self.streams: ThreadPoolExecutor | None = None
         self.memory_format = torch.contiguous_format
@@ -78,8 +81,8 @@ class DescriptorModule(pl.LightningModule):
         if self.engine != "openvino" and (self.device.type == "cpu" or self.precision != "32"):
             self.memory_format = torch.channels_last
             self.embedder.to(memory_format=torch.channels_last)
-        if self.embedder.engine is None:
-            self.embedder.engine = start_engine(self.engine, self.embedder.backbone, self.precision, self.n_streams)
+        if self.compute is None:
+            self.compute = start_engine(self.engine, self.embedder.backbone, self.precision, self.n_streams)
         if self.n_streams > 1:
             self.n_threads = torch.get_num_threads()
             torch.set_num_threads(max(1, self.n_threads // self.n_streams))
@@ -112,7 +115,7 @@ class DescriptorModule(pl.LightningModule):
         dtype = torch.float16 if self.precision == "16-mixed" else torch.bfloat16
         with torch.autocast(images.device.type, dtype=dtype, enabled=self.precision != "32"):
             normalised = self.embedder.normalise(images)
-            return self.embedder.describe(normalised.contiguous(memory_format=self.memory_format))
+            return self.embedder.describe(normalised.contiguous(memory_format=self.memory_format), self.compute)
 
     @override
     def teardown(self, stage: str) -> None:

@@ -61,10 +61,9 @@ class Embedder(nn.Module):
     """Images to descriptors: f(x) = L2(projector(L2(pooling(backbone(x))))), summed over scales, L2 again.
 
     Without a projector the normalisation after it is left out, too; a zero vector stays zero. A backbone's ``head``
-    comes right behind the pooling. The backbone runs in the precision of the caller's autocast, by ``engine`` if one is
-    set, but by PyTorch in float32 on the CPU where a scaled image has a side below ``BFLOAT16_LEAST_SIDE``; all else
-    runs in float32. ``embed`` resizes images to ``image_size``, that of those that it was trained with (see
-    ``load_image``); None: as they are.
+    comes right behind the pooling. The backbone runs in the precision of the caller's autocast, but in float32 on the
+    CPU where a scaled image has a side below ``BFLOAT16_LEAST_SIDE``; all else runs in float32. ``embed`` resizes to
+    ``image_size``, that of the images that it was trained with (see ``load_image``); None: as they are.
     """
 
     mean: Tensor
@@ -87,7 +86,6 @@ class Embedder(nn.Module):
         self.backbone, self.pooling, self.projector = backbone, pooling, projector
         self.scales = tuple(float(scale) for scale in scales)
         self.image_size = image_size
-        self.engine: Callable[[Tensor], Features] | None = None  # in the backbone's place
         self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(backbone.std).view(3, 1, 1))
 
@@ -167,14 +165,17 @@ class Embedder(nn.Module):
         """Embed normalised images ``(B, 3, H, W)`` at their own size: ``(B, dim)``, unit length, float32."""
         return self._embed(self._resize(images, 1.0))
 
-    def describe(self, images: Tensor) -> Tensor:
-        """Describe normalised images: the sum of their embeddings over the scales, L2-normalised, ``(B, dim)``."""
-        embeddings = [self._embed(self._resize(images, scale)) for scale in self.scales]
+    def describe(self, images: Tensor, engine: Callable[[Tensor], Features] | None = None) -> Tensor:
+        """Describe normalised images: the sum of their embeddings over the scales, L2-normalised, ``(B, dim)``.
+
+        An engine of ``start_engine`` computes in the backbone's place, but for the small images.
+        """
+        embeddings = [self._embed(self._resize(images, scale), engine) for scale in self.scales]
         return F.normalize(torch.stack(embeddings).sum(dim=0), dim=1)
 
-    def _embed(self, images: Tensor) -> Tensor:
+    def _embed(self, images: Tensor, engine: Callable[[Tensor], Features] | None = None) -> Tensor:
         if images.device.type != "cpu" or min(images.shape[-2:]) >= BFLOAT16_LEAST_SIDE:
-            features = features_of(images, self.backbone, self.engine or self.backbone)
+            features = features_of(images, self.backbone, engine or self.backbone)
         else:  # other engines are not safe there either: OpenVINO averages wrongly a map smaller than the window
             with torch.autocast("cpu", enabled=False):
                 features = features_of(images, self.backbone, self.backbone)

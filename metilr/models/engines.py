@@ -44,7 +44,7 @@ def fastest_engine(backbone: Backbone, device: str, precision: str) -> Engine:
 def start_engine(
     engine: Engine, backbone: Backbone, precision: str, n_streams: int = 1
 ) -> Callable[[Tensor], Features] | None:
-    """Make an engine ready to compute the features of a backbone on its device, for ``Embedder.engine``.
+    """Make an engine ready to compute the features of a backbone on its device, for ``Embedder.describe``.
 
     `metilr.models.check_engine` says whether it runs here; None is the backbone itself. ``n_streams`` threads may call
     OpenVINO's at a time; others take the precision, ``32`` or ``bf16-mixed``, from autocast.

@@ -43,7 +43,7 @@ def export_onnx(
     ``image_size`` is a square, they are its own. The notes are JSON, under the key "metilr" of the file's metadata.
 
     The network computes in float32, the whitening in float64. What is written agrees with PyTorch on images of several
-    shapes. The embedder is left on the CPU, in eval mode, without an engine.
+    shapes. The embedder is left on the CPU, in eval mode.
 
     Raises:
         UserError: If a library is missing, the weights are too many for one file, PyTorch cannot export the network, or
@@ -58,7 +58,6 @@ def export_onnx(
     if sum(tensor.nbytes for tensor in embedder.state_dict().values()) > MOST_BYTES:
         raise UserError(f"{name}: has more than 2 GB of weights, too many for one ONNX file; take a smaller backbone")
     embedder.to("cpu").to(memory_format=torch.contiguous_format).eval()
-    embedder.engine = None
     embedder.check_image_size(image_size)
     least, most = image_size if isinstance(image_size, tuple) else (_least_side(embedder), MAX_IMAGE_SIZE)
     if isinstance(image_size, int) and image_size < least:

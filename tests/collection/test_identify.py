@@ -81,7 +81,7 @@ def test_known_queries_give_the_evaluation_s_answers(run):
 def test_answers_are_the_evaluation_s_by_openvino(museum, tmp_path):
     options = {"engine": "openvino", "image_size": 160}  # small images, as the museum's, are left to PyTorch
     evaluate(museum, store=tmp_path / "store", output=tmp_path / "run", report=False, **UNTRAINED, **options)
-    engine = same_answers(tmp_path / "run", "test", 1e-3).describer.module.embedder.engine
+    engine = same_answers(tmp_path / "run", "test", 1e-3).describer.module.compute
     assert type(engine).__name__ == "OpenVINOEngine"
 
 
