@@ -9,16 +9,7 @@ from pydantic import Field
 
 from metilr.data.ground_truth import QUERY_FILES
 from metilr.data.tables import original, read_csv
-from metilr.evaluation.results import (
-    PREDICTION_COLUMNS,
-    Count,
-    Part,
-    Positive,
-    Results,
-    Text,
-    read_results,
-    readable,
-)
+from metilr.evaluation.results import PREDICTION_COLUMNS, Count, Part, Positive, Results, Text, read_results, readable
 from metilr.files import read_yaml
 from metilr.metrics import DISTRACTOR
 from metilr.models import PatchRounding, PoolingName

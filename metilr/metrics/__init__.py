@@ -6,15 +6,7 @@ the confidence is good for: `metilr.metrics.open_set`.
 
 from typing import TYPE_CHECKING, Any
 
-from metilr.metrics.functional import (
-    DISTRACTOR,
-    acc,
-    gap,
-    gap_bounds,
-    gap_minus,
-    mean_average_precision,
-    recall_at,
-)
+from metilr.metrics.functional import DISTRACTOR, acc, gap, gap_bounds, gap_minus, mean_average_precision, recall_at
 
 if TYPE_CHECKING:
     from metilr.metrics.torchmetrics import ACC, GAP, GAPMinus
