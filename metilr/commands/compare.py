@@ -22,17 +22,10 @@ from metilr.progress import make_console, printable, tracked
 from metilr.report.published import Published, published
 from metilr.report.tables import DRAWN, METRICS, TextTable, calibrated, chosen
 
-OF_RUNS = (
-    "data",
-    "notes",
-    "elements",
-    "geometric_check",
-    "confidence",
-    "seconds",
-    "rows",
-    "peak_memory_gb",
+OF_RUNS = (  # in the JSON
+    *("data", "notes", "elements", "geometric_check", "confidence", "seconds", "rows", "peak_memory_gb"),
     *QUERY_FILES,
-)  # in the JSON
+)
 CSV_COLUMNS = ("run", "kind", "split", *FIGURES, "k", "tau", "database", "fingerprint", "source")
 DIFFERENT_DATA = "runs on other data are in a table of their own: figures of different tables do not compare"
 
@@ -243,9 +236,8 @@ def _differences_table(
         if left_out:
             true_of[f"left out, {left_out}"].append(name)
         elif runs[name].results.data.fingerprint != baseline.results.data.fingerprint:
-            true_of[f"of another data set than {base_name} (its database, or the queries of another split)"].append(
-                name
-            )
+            other = f"of another data set than {base_name} (its database, or the queries of another split)"
+            true_of[other].append(name)
     drawn = f"draw, with repeats, {' or '.join(DRAWN[unit] for unit in units)}, and single distractors"
     within = f"the difference of {100 * LEVEL:g} of 100 resamples, the same of both runs, lies within; they {drawn}"
     explained = [f"in points, in brackets {100 * LEVEL:g}% intervals: {within}"] if rows else []

@@ -94,10 +94,7 @@ def _frozen() -> Iterator[Published]:
         yield Published(f"timm/{name}", "full", "test", source, k, tau, gap, gap_minus, acc, pooling, size)
 
 
-PUBLISHED = (
-    *(row for line in _ROWS.strip().splitlines() for row in _published(line)),
-    *_frozen(),
-)
+PUBLISHED = (*(row for line in _ROWS.strip().splitlines() for row in _published(line)), *_frozen())
 
 
 def published(results: Results) -> tuple[Published, ...]:
