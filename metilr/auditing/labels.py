@@ -97,20 +97,18 @@ def own_similarities(subject: Subject, rows: np.ndarray) -> np.ndarray:
 
 def unlike_images(subject: Subject, near: Neighbours, own: np.ndarray) -> list[Label]:
     """Images that are more similar to another exhibit than to any of their own, by how much; the most first."""
-    doubts = []
-    for i, image, similarity in _nearest_others(subject, near):
-        ahead = similarity - float(own[i])
-        if ahead > 0:  # not where it is alone
-            doubts.append(
-                Label(
-                    kind="unlike",
-                    image=subject.said(i),
-                    seen=subject.names[subject.labels[image]],
-                    nearest=subject.said(image),
-                    similarity=similarity,
-                    confidence=min(1.0, ahead),
-                )
-            )
+    doubts = [
+        Label(
+            kind="unlike",
+            image=subject.said(i),
+            seen=subject.names[subject.labels[image]],
+            nearest=subject.said(image),
+            similarity=similarity,
+            confidence=min(1.0, ahead),
+        )
+        for i, image, similarity in _nearest_others(subject, near)
+        if (ahead := similarity - float(own[i])) > 0  # not where it is alone
+    ]
     return sorted(doubts, key=lambda doubt: -doubt.confidence)
 
 
@@ -128,23 +126,20 @@ def confused_exhibits(subject: Subject, near: Neighbours, own: np.ndarray) -> li
         worst[label] = max(worst.get(label, (-np.inf, i, image)), (similarity, i, image))
         if np.isfinite(own[i]):
             least[label] = min(least.get(label, np.inf), float(own[i]))
-    order = sorted(worst, key=lambda label: least.get(label, usual) - worst[label][0])
-    sizes, listed = subject.truth.class_sizes(), []
-    for label in order[:LISTED]:
-        similarity, i, image = worst[label]
-        if similarity <= least.get(label, usual):
-            continue
-        listed.append(
-            Coverage(
-                exhibit=subject.names[label],
-                n_images=int(sizes[label]),
-                own=least.get(label),
-                other=similarity,
-                nearest_exhibit=subject.names[subject.labels[image]],
-                images=(subject.said(i), subject.said(image)),
-            )
+    order = sorted(worst.items(), key=lambda each: least.get(each[0], usual) - each[1][0])
+    sizes = subject.truth.class_sizes()
+    return [
+        Coverage(
+            exhibit=subject.names[label],
+            n_images=int(sizes[label]),
+            own=least.get(label),
+            other=similarity,
+            nearest_exhibit=subject.names[subject.labels[image]],
+            images=(subject.said(i), subject.said(image)),
         )
-    return listed
+        for label, (similarity, i, image) in order[:LISTED]
+        if similarity > least.get(label, usual)
+    ]
 
 
 def _nearest_others(subject: Subject, near: Neighbours) -> Iterator[tuple[int, int, float]]:
