@@ -41,8 +41,7 @@ def gap_minus(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike
     Source: Ypsilantis et al., The Met Dataset, NeurIPS 2021.
     """
     confidence, right, is_met = checked(log_confidence, predicted, target)
-    order = np.argsort(-confidence[is_met], kind="stable")
-    return _average_precision(right[is_met][order], is_met.sum())
+    return _average_precision(right[is_met][np.argsort(-confidence[is_met], kind="stable")], is_met.sum())
 
 
 def acc(log_confidence: ArrayLike, predicted: ArrayLike, target: ArrayLike) -> float:
@@ -106,10 +105,8 @@ def checked(
     confidence = np.asarray(log_confidence, dtype=np.float64)
     answers, truth = np.asarray(predicted), np.asarray(target)
     if confidence.ndim != 1 or not confidence.shape == answers.shape == truth.shape:
-        raise UserError(
-            "log_confidence, predicted and target must be 1-D and of one length, not "
-            f"{confidence.shape}, {answers.shape} and {truth.shape}"
-        )
+        shapes = f"{confidence.shape}, {answers.shape} and {truth.shape}"
+        raise UserError(f"log_confidence, predicted and target must be 1-D and of one length, not {shapes}")
     if np.isnan(confidence).any():
         raise UserError(f"the log-confidence of query {int(np.isnan(confidence).argmax())} is NaN")
     is_met = truth != DISTRACTOR

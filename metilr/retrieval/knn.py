@@ -100,11 +100,8 @@ def tune(
     k_tried = tuple(sorted({k for k in k_grid if k <= len(database_labels)}))
     tau_tried = tuple(sorted(set(tau_grid)))
     if not k_tried or not tau_tried:
-        raise UserError(
-            f"{list(k_grid)}: no grid point to try with tau from {list(tau_grid)} and {len(database_labels)} database "
-            "images; name a smaller k",
-            "k",
-        )
+        where = f"with tau from {list(tau_grid)} and {len(database_labels)} database images"
+        raise UserError(f"{list(k_grid)}: no grid point to try {where}; name a smaller k", "k")
     for tau in tau_tried:
         check_tau(tau)
     for k in (k_tried[0], k_tried[-1]):

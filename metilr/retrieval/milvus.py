@@ -193,7 +193,5 @@ def _asking(uri: str) -> Iterator[None]:
     try:
         yield
     except MilvusException as error:
-        reason = one_line(Exception(error.message))
-        raise UserError(
-            f"{uri}: Milvus does not answer as it should ({reason}); see that it runs there", "milvus"
-        ) from None
+        reason = f"Milvus does not answer as it should ({one_line(Exception(error.message))})"
+        raise UserError(f"{uri}: {reason}; see that it runs there", "milvus") from None

@@ -59,10 +59,8 @@ class PCAWhitening:
         is never copied whole. A descriptor equal to the mean has no direction and stays zero.
         """
         if x.ndim != 2 or x.shape[1] != len(self.mean):
-            raise UserError(
-                f"descriptors have shape {x.shape}, but the whitening was learned on width {len(self.mean)}: learn it "
-                "on descriptors of the same model, or do without"
-            )
+            fault = f"descriptors have shape {x.shape}, but the whitening was learned on width {len(self.mean)}"
+            raise UserError(f"{fault}: learn it on descriptors of the same model, or do without")
         whitened = np.empty((len(x), self.dim), dtype=np.float32)
         for start, block in _row_blocks(x):
             projected = (block - self.mean) @ self.projection
@@ -216,10 +214,8 @@ def _mean_and_covariance(
     shift = total = scatter = np.empty(0)
     for chunk in chunks:
         if chunk.ndim != 2 or (n > 0 and chunk.shape[1] != len(shift)):
-            raise UserError(
-                f"descriptors to whiten come in shapes {chunk.shape} and (n, {len(shift)}): "
-                "take stores of one model and size"
-            )
+            shapes = f"{chunk.shape} and (n, {len(shift)})"
+            raise UserError(f"descriptors to whiten come in shapes {shapes}: take stores of one model and size")
         for _, block in _row_blocks(chunk):
             if not np.isfinite(block).all():
                 row = n + int(np.argmin(np.isfinite(block).all(axis=1)))
