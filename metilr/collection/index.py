@@ -93,9 +93,8 @@ def index(
     model, extraction, given = model or ModelOptions(), extraction or ExtractionOptions(), method or ComparisonOptions()
     downloads = downloads or DownloadOptions()
     if isinstance(source, str) and "@" in source.split("/")[2]:
-        raise UserError(
-            f"{source.split('@')[-1]}: its address has a password in it, which an index would keep", "source"
-        )
+        address = source.split("@")[-1]
+        raise UserError(f"{address}: its address has a password in it, which an index would keep", "source")
     _check(source, output, MethodOptions(**vars(given)), approximate)
     if milvus is not None:
         connect(milvus)

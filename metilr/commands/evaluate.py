@@ -200,15 +200,13 @@ def _leave_behind(
 def _refuse_idle(options: Mapping[str, Any]) -> None:
     """Refuse options that would be ignored with descriptors: recorded all the same, they would lie."""
     if options["descriptors"] and options["database_rows"] == "classifier":
-        raise UserError(
-            "classifier: needs a ckpt, which goes without descriptors; choose images or prototypes", "database_rows"
-        )
+        reason = "needs a ckpt, which goes without descriptors; choose images or prototypes"
+        raise UserError(f"classifier: {reason}", "database_rows")
     defaults = flat_defaults(evaluate)
     for name in (*OF_THE_IMAGES, "geometric_check") if options["descriptors"] else ():
         if options[name] != defaults[name]:
-            raise UserError(
-                "needs images, but descriptors are given, which were made before; leave one of the two out", name
-            )
+            reason = "needs images, but descriptors are given, which were made before"
+            raise UserError(f"{reason}; leave one of the two out", name)
 
 
 def _data_line(ground_truth: GroundTruth, synthetic: bool) -> str:

@@ -98,10 +98,8 @@ def unpack(file: Path, archive: Archive, folder: Path, report: Callable[[int], N
                 if rest.strip(b"\0"):
                     raise tarfile.ReadError("damaged before its end")
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError) as error:
-        raise UserError(
-            f"{file}: cannot be unpacked ({' '.join(str(error).split())[:200]}); delete it, and the same command "
-            "downloads it again"
-        ) from None
+        fault = f"cannot be unpacked ({' '.join(str(error).split())[:200]})"
+        raise UserError(f"{file}: {fault}; delete it, and the same command downloads it again") from None
     return n_files
 
 

@@ -73,9 +73,8 @@ def check_method(method: MethodOptions, n_database: int, width: int, n_classes: 
     n_rows = n_database * method.rows_per_image
     if method.k is not None and not 1 <= method.k <= n_rows:
         rows = f" and {n_rows:,} rows" if method.rows_per_image > 1 else ""
-        raise UserError(
-            f"{method.k}: the database has {amount(n_database, 'image')}{rows}; choose k from 1 to {n_rows}", "k"
-        )
+        there = f"{amount(n_database, 'image')}{rows}"
+        raise UserError(f"{method.k}: the database has {there}; choose k from 1 to {n_rows}", "k")
     check_device(method.search_device or "cpu", method.k or max(knn.K_GRID))
 
 

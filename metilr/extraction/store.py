@@ -130,10 +130,8 @@ class DescriptorStore:
         except FileNotFoundError:
             raise UserError(f"{self.path}: not a descriptor store (it has no manifest.json)") from None
         except ValueError as error:
-            reason = one_line(error)
-            raise UserError(
-                f"{file}: not of the form {SCHEMA} ({reason}); delete {self.path} to make it again"
-            ) from None
+            fault = f"not of the form {SCHEMA} ({one_line(error)})"
+            raise UserError(f"{file}: {fault}; delete {self.path} to make it again") from None
 
     def descriptors(self, split: str) -> np.memmap:
         """Descriptors of a split, float32 ``(n, D)``, memory-mapped, read-only."""

@@ -84,11 +84,8 @@ def check_loss(loss: nn.Module, dim: int, data: PairDataModule) -> None:
     """Refuse a loss that some batch leaves no negative, or whose own weights do not fit, by trying a copy of it."""
     if lacks_negatives(loss, data.n_pairs // data.n_batches):
         what = f"{data.n_pairs} pairs in {data.n_batches} batches leave one with a single pair"
-        remedy = "choose 2 or more, or one that leaves more"
-        raise UserError(
-            f"{data.options.batch_pairs}: {what}, in which {type(loss).__name__} has no negative; {remedy}",
-            "batch_pairs",
-        )
+        why = f"in which {type(loss).__name__} has no negative; choose 2 or more, or one that leaves more"
+        raise UserError(f"{data.options.batch_pairs}: {what}, {why}", "batch_pairs")
     if isinstance(loss, ContrastiveLoss):
         return
     n_classes = data.ground_truth.n_classes

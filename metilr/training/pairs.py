@@ -131,10 +131,8 @@ def deal_batches(n_pairs: int, batch_size: int, rank: int, world_size: int) -> l
     """
     n_batches = max(1, -(-n_pairs // batch_size))
     if n_pairs // n_batches < world_size:
-        raise UserError(
-            f"{batch_size}: {n_pairs} pairs in {n_batches} batches leave a process of {world_size} without a pair; "
-            "use fewer processes or larger batches", "batch_pairs"
-        )  # fmt: skip
+        fault = f"{n_pairs} pairs in {n_batches} batches leave a process of {world_size} without a pair"
+        raise UserError(f"{batch_size}: {fault}; use fewer processes or larger batches", "batch_pairs")
     batches = np.array_split(np.arange(n_pairs), n_batches)
     return [np.array_split(batch, world_size)[rank] for batch in batches]
 
