@@ -125,8 +125,7 @@ def background_means(similarities: np.ndarray, left_out: np.ndarray) -> np.ndarr
 
 def above_background(similarity: np.ndarray, background: np.ndarray) -> np.ndarray:
     """Return similarity − 0.5 · mean similarity to the 5 nearest photographs, ``(Q,)``, where no val can weigh them."""
-    means = background_means(background, np.zeros(background.shape, dtype=bool))
-    return similarity - BACKGROUND_WEIGHT * means[:, 1]
+    return similarity - BACKGROUND_WEIGHT * background_means(background, np.zeros(background.shape, dtype=bool))[:, 1]
 
 
 @dataclass(frozen=True)
@@ -200,8 +199,7 @@ def held_out_parts(
         part_of_group[shuffled[np.argsort(-n_right[shuffled], kind="stable")]] = np.arange(len(names)) % FOLDS
         part = part_of_group[group]
         parts += [(places[part != i], places[part == i]) for i in range(FOLDS)]
-    can_fit = all(0 < is_right[fitted].sum() < len(fitted) for fitted, _ in parts)
-    return parts if can_fit else None
+    return parts if all(0 < is_right[fitted].sum() < len(fitted) for fitted, _ in parts) else None
 
 
 def _scaled(model: Calibration, worth: Calibration) -> Calibration:

@@ -109,8 +109,7 @@ class SimulatedVisit(Augmentation):
 
         from metilr.data.visits import derive_seed, simulate_visit, strengths_between
 
-        share = derive_seed(seed, "strength", 0) / 2**63
-        strengths = strengths_between(self.weakest, self.strongest, share)
+        strengths = strengths_between(self.weakest, self.strongest, derive_seed(seed, "strength", 0) / 2**63)
         height, width = image.shape[1:]
         zoom = 2 * self.size / max(height, width)
         if zoom < 1:  # the view cannot show all its pixels, and a visit's cost goes with them

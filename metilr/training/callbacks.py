@@ -79,9 +79,8 @@ class TrainingLines(Callback):
             f"epoch is {amount(data.n_pairs, 'pair')} in {amount(data.n_batches, 'batch', 'es')}", flush=True,
         )  # fmt: skip
         if data.options.image_size is not None:
-            print_rank_zero(
-                "note: image_size is that of mining and validation; views have sizes of their own", flush=True
-            )
+            note = "image_size is that of mining and validation; views have sizes of their own"
+            print_rank_zero(f"note: {note}", flush=True)
 
     @override
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:

@@ -42,8 +42,7 @@ class Classifier(nn.Module):
         self.scale, self.classes_per_step = options.classifier_scale, options.classes_per_step
         self.margin = 0.0 if options.classifier == "cosine" else math.radians(options.classifier_margin)
         self.centres = SUB_CENTRES if options.classifier == "subcenter" else 1
-        generator = torch.Generator().manual_seed(seed)
-        weight = torch.randn(n_classes * self.centres, dim, generator=generator)
+        weight = torch.randn(n_classes * self.centres, dim, generator=torch.Generator().manual_seed(seed))
         # Short: only directions count, and shorter weights turn sooner; of unit length the network turned instead.
         self.weight = nn.Parameter(0.01 * weight)
 

@@ -53,8 +53,7 @@ def make_parser(prog: str, for_help: bool = False) -> Any:
     parser.add_class_arguments(WithLoss, "model", fail_untyped=False)
     _add_run(parser)
     parser.add_class_arguments(Trainer, "trainer", fail_untyped=False, instantiate=False)
-    defaults = {"max_epochs": 2, "log_every_n_steps": 1}
-    parser.set_defaults({f"trainer.{name}": value for name, value in defaults.items()})
+    parser.set_defaults({"trainer.max_epochs": 2, "trainer.log_every_n_steps": 1})
     return parser
 
 

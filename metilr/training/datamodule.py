@@ -138,8 +138,7 @@ class PairDataModule(pl.LightningDataModule):
         if rows is not None:
             database, labels = (each[np.isin(rows[1], labels)] for each in rows)
         neighbours = search(database, self.descriptors["val"][positions[is_valid]], 1)
-        predictions = classify(neighbours, labels, self.ground_truth.n_classes, k=1, tau=1.0)
-        return with_skipped(predictions, ~is_valid)
+        return with_skipped(classify(neighbours, labels, self.ground_truth.n_classes, k=1, tau=1.0), ~is_valid)
 
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
         """Descriptors of the database images that have one, and their labels."""

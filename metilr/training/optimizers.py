@@ -34,8 +34,7 @@ def optimizers_of(
         parameters = [each for part in group["params"] if part is not None for each in part.parameters()]
         group["params"] = [each for each in parameters if each.requires_grad]
     kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
-    used = [group for group in groups if group["params"]]
-    optimizer = kind(used, lr=options.lr, weight_decay=options.weight_decay)
+    optimizer = kind([each for each in groups if each["params"]], lr=options.lr, weight_decay=options.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate_factor, options, steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
