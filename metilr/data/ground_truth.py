@@ -83,10 +83,9 @@ class GroundTruth:
     def kinds(self, split: str) -> list[str]:
         """What each query shows: ``MET``, or the kind of distractor, which its first folder tells."""
         folders = (PurePosixPath(path).parts[:-1] for path in self.paths[split])
-        labels = self.labels[split].tolist()
         return [
             MET if label != DISTRACTOR else DISTRACTOR_KINDS.get(folder[0], nfc(folder[0])) if folder else "distractor"
-            for label, folder in zip(labels, folders, strict=True)
+            for label, folder in zip(self.labels[split].tolist(), folders, strict=True)
         ]
 
     def class_sizes(self) -> np.ndarray:

@@ -8,9 +8,8 @@ import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 from pydantic import AfterValidator, Field
 
-MAX_STRIPS = (
-    100_000  # of a TIFF, or tiles: Pillow takes half a second and 40 MB for so many; large scans have some thousand
-)
+# Strips or tiles of a TIFF: Pillow takes half a second and 40 MB for so many; large scans have some thousand.
+MAX_STRIPS = 100_000
 MAX_TAGS = 65_535  # of a BigTIFF: as many as any other TIFF can have
 
 BITS, COMPRESSION, PHOTOMETRIC, PLANAR, PALETTE, EXTRA, SAMPLE_FORMAT = 258, 259, 262, 284, 320, 338, 339

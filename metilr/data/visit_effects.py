@@ -213,6 +213,5 @@ def compress(image: np.ndarray, strength: float, stream: Stream) -> np.ndarray:
     """Compress as JPEG; uint8, ``(H, W, 3)``, blue first as OpenCV has it, before and after."""
     if strength == 0:
         return image
-    quality = round(95 - 85 * stream.effect(strength))
-    _, file = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    _, file = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, round(95 - 85 * stream.effect(strength))])
     return np.asarray(cv2.imdecode(file, cv2.IMREAD_COLOR))

@@ -88,8 +88,7 @@ class Work:
         if self.kind != "vessel" and self.kind not in _SCENES:
             return _visit(self.draw(), strengths, seed)
         rng = np.random.default_rng(seed)
-        turn = rng.uniform(-0.9, 0.9) * strengths.perspective
-        view = _pick_view(rng, turn, saturation=(0, 0.3), value=(0.2, 0.9))
+        view = _pick_view(rng, rng.uniform(-0.9, 0.9) * strengths.perspective, saturation=(0, 0.3), value=(0.2, 0.9))
         # What stands free has neither frame nor wall around it, and nothing flat is seen from the side.
         strengths = dataclasses.replace(strengths, frame=0, wall=0, perspective=0.3 * strengths.perspective)
         return _visit(self.draw(view), strengths, seed)

@@ -130,8 +130,7 @@ def _from_folder(folder: Path) -> Catalogue:
         if len(path.parts) == 1 and taken.setdefault(exhibit, path) != path:
             remedy = f"put {path} into a sub-folder, or name exhibits by a csv"
             raise UserError(f"{folder}: {taken[exhibit]} and {path} both make an exhibit {exhibit}; {remedy}")
-    names = tuple(path.as_posix() for path in paths)
-    return Catalogue(folder, names, tuple(exhibits), left_aside=images.left_aside)
+    return Catalogue(folder, tuple(path.as_posix() for path in paths), tuple(exhibits), left_aside=images.left_aside)
 
 
 @dataclass(frozen=True)
@@ -209,8 +208,7 @@ def with_images(table: Path | str, rows: list[Row]) -> list[Row]:
 def about_rows(rows: list[Row]) -> dict[str, Exhibit]:
     """What a table says of its exhibits: of several rows the first counts."""
     first = {row.exhibit: row for row in reversed(rows)}
-    about = {name: row.about() for name, row in first.items()}
-    return {name: exhibit for name, exhibit in about.items() if exhibit != Exhibit()}
+    return {name: about for name, row in first.items() if (about := row.about()) != Exhibit()}
 
 
 def _told_about(catalogue: Catalogue, rows: list[Row]) -> Catalogue:
