@@ -189,8 +189,7 @@ class Parser(ArgumentParser):
 
 
 def _parser(function: Callable[..., Any], prog: str | None = None) -> Any:
-    description = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
-    parser: Any = Parser(prog=prog, description=description)
+    parser: Any = Parser(prog=prog, description=(inspect.getdoc(function) or "").partition("\n\nArgs:")[0])
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -1e-5 for an option
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; later ones win.")
     groups = _groups(function)

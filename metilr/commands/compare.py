@@ -193,8 +193,7 @@ def _figures_table(title: str, runs: Mapping[str, Run], known: Mapping[str, Sequ
 
 
 def _cells(figures: Figures | Published) -> list[str]:
-    values = [getattr(figures, metric) for metric in METRICS]
-    return ["" if value is None else f"{100 * value:.2f}" for value in values]
+    return ["" if (value := getattr(figures, metric)) is None else f"{100 * value:.2f}" for metric in METRICS]
 
 
 def _costs_table(title: str, runs: Mapping[str, Run]) -> TextTable:

@@ -146,8 +146,7 @@ def _plot_class_sizes(sizes: np.ndarray, file: Path) -> None:
     axes.set(xlim=(edges[0], edges[-1]), yscale="log", ylim=(0.7, 2 * n.max()))  # from below 1: one exhibit is seen
     axes.spines[["top", "right"]].set_visible(False)
     axes.set(xlabel="images of an exhibit", ylabel="exhibits (log scale)")
-    share = 100 * (sizes == 1).mean()
-    axes.set_title(f"{len(sizes):,} exhibits, {share:.1f}% with one image", loc="left", fontsize=11)
+    axes.set_title(f"{len(sizes):,} exhibits, {(sizes == 1).mean():.1%} with one image", loc="left", fontsize=11)
     write_picture(file, partial(figure.savefig, format="png"))
 
 

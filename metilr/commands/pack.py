@@ -27,8 +27,7 @@ def pack(run: Path, output: Path) -> None:
         raise UserError(f"{output}: name a file that ends in {' or '.join(CHECKPOINTS)}", "output")
     if output.exists():
         raise UserError(f"{output}: is there already; name another file, or delete it", "output")
-    finished = read_run(Path(run))
-    content = packed(finished)
+    content = packed(read_run(Path(run)))
     if not content["metilr"].keys() & {"whitening", "classifier"}:
         raise UserError(f"{run}: was evaluated without whitening; there is none to pack")
     from metilr.models.checkpoints import write_checkpoint

@@ -274,9 +274,8 @@ def _unit_rows(
     descriptors: "Descriptors", splits: Sequence[str], whitening: PCAWhitening | None, quiet: bool
 ) -> np.ndarray:
     """Rows of splits one after another as they are compared, float32 ``(n valid, D)``, of unit length."""
-    width = descriptors.width if whitening is None else whitening.dim
     n_rows, start = sum(int(descriptors.is_valid[split].sum()) for split in splits), 0
-    ready = np.empty((n_rows, width), dtype=np.float32)
+    ready = np.empty((n_rows, descriptors.width if whitening is None else whitening.dim), dtype=np.float32)
     with counted(f"whitening {' and '.join(splits)}", n_rows, "rows", quiet) as done:
         for split in splits:
             for chunk in _chunks(descriptors, split, done):

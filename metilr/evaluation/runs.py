@@ -224,8 +224,7 @@ def skipped_images(opened: "Descriptors", ground_truth: GroundTruth) -> list[dic
     for split, paths in ground_truth.paths.items():
         for i in np.flatnonzero(~opened.is_valid[split]):
             file = ground_truth.image(paths[i])
-            when = "when its descriptor was to be made"
-            reason = f"{file}: was too small for the model, or could not be decoded, {when}"
+            reason = f"{file}: was too small for the model, or could not be decoded, when its descriptor was to be made"
             try:
                 load_image(file)
             except BadImageError as error:

@@ -222,8 +222,7 @@ def backbone_shapes(name: str) -> dict[str, torch.Size]:
     if name not in BACKBONES:
         _timm_config(name)
     # Older timm asks for this function's values, of the layers' drop rates.
-    on_cpu = functools.partial(torch.linspace, device="cpu")
-    with torch.device("meta"), mock.patch.object(torch, "linspace", on_cpu):
+    with torch.device("meta"), mock.patch.object(torch, "linspace", functools.partial(torch.linspace, device="cpu")):
         model = _create(name)
     return {key: value.shape for key, value in model.state_dict().items()}
 

@@ -121,9 +121,8 @@ def load_class_weights(ckpt: str | Path, also_untrained: bool = False) -> ClassW
         if not is_whole or weights.shape[0] != len(ids) or not weights.dtype.is_floating_point:
             raise ValueError("weights and exhibits do not belong together")
         rows = weights.float().contiguous()
-        untrained = classifier.get("untrained", torch.empty(0, dtype=torch.int64))
         if not also_untrained:
-            kept = ~torch.isin(ids, untrained)
+            kept = ~torch.isin(ids, classifier.get("untrained", torch.empty(0, dtype=torch.int64)))
             ids, rows = ids[kept], rows[kept]
         if not (torch.isfinite(rows).all() and (rows.norm(dim=1) > 0).all()):
             raise ValueError("a weight is not finite, or all of a class are 0")

@@ -109,8 +109,7 @@ def print_table(console: Console, results: Results, metrics: Sequence[str] = tup
     kind = "SYNTHETIC demo museum" if results.data.synthetic else escape(results.data.root)
     is_wide = len(metrics) > len(METRICS)  # then in two lines a cell, to fit 80 columns
     how: Any = {"padding": (0, 1, 0, 0), "show_edge": False} if is_wide else {}
-    title = f"{kind}, {results.data.database} database"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, **how)
+    table = Table(title=f"{kind}, {results.data.database} database", title_justify="left", box=SIMPLE_HEAD, **how)
     names = [{**METRICS, **RANKING}[metric] for metric in metrics]
     for column in ("split", "met of all", *(name.replace("@", "\n@") if is_wide else name for name in names)):
         table.add_column(column, justify="left" if column == "split" else "right", no_wrap=column != "met of all")
