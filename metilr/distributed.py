@@ -43,8 +43,7 @@ def is_first_process() -> bool:
     """Whether this process speaks for all, those that Lightning itself starts included."""
     from lightning_utilities.core import rank_zero
 
-    only: Any = rank_zero.rank_zero_only
-    return int(getattr(only, "rank", 0) or 0) == 0
+    return int(getattr(rank_zero.rank_zero_only, "rank", 0) or 0) == 0
 
 
 @contextlib.contextmanager
