@@ -5,6 +5,7 @@ import contextlib
 import faulthandler
 import gc
 import json
+import multiprocessing.util
 import os
 import signal
 import socket
@@ -142,6 +143,36 @@ class Popen:
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
+
+
+def spawn_by_forks() -> None:
+    """Let this process fork itself where multiprocessing would spawn another, which would take seconds to import.
+
+    What is handed over is the same, and the forks are named ``spawned``.
+    """
+    spawn = multiprocessing.util.spawnv_passfds
+
+    def fork(path: bytes, arguments: list[str], kept: list[int]) -> int:
+        program = arguments[arguments.index("-c") + 1]
+        if "spawn_main" not in program:  # a helper of multiprocessing itself
+            return spawn(path, arguments, kept)
+        pid = os.fork()
+        if pid == 0:
+            code: Any = 1
+            try:
+                Path("/proc/self/comm").write_text("spawned")
+                for descriptor in {int(each.name) for each in Path("/proc/self/fd").iterdir()} - {0, 1, 2, *kept}:
+                    with contextlib.suppress(OSError):
+                        os.close(descriptor)
+                sys.argv = ["-c", "--multiprocessing-fork"]
+                exec(program, {})
+            except SystemExit as stop:
+                code = stop.code
+            finally:
+                os._exit(code or 0)
+        return pid
+
+    multiprocessing.util.spawnv_passfds = fork
 
 
 def _serve() -> None:
