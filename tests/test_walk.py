@@ -54,7 +54,7 @@ def test_from_a_collection_to_answers_and_back_to_date(museum, decoder, tmp_path
     assert "12 images of 12 exhibits" in " ".join(capsys.readouterr().out.split())
     assert set(museum.asked) == {f"{i}/full/96,/0/default.jpg" for i in range(12)}
 
-    main(audit)
+    main([*audit, "--copy_neighbours", "1"])
     assert "database 12 images, 12 exhibits" in " ".join(capsys.readouterr().out.split())
     assert list(Path("runs/audits").glob("*/audit.html"))
 
