@@ -105,29 +105,13 @@ def test_extraction(run, tiny_museum, monkeypatch):
     assert min(record["peak_bytes"].values()) > 0
 
 
-# Programs that a benchmark starts, as its own forks: they are really waited for and watched.
+# The programs that a benchmark starts are forks, which are really waited for and watched.
 FORKS_ITS_PROGRAMS = f"""
-import os, runpy, subprocess, sys
-from types import SimpleNamespace
-
-def program(command, cwd, env, stdout, stderr):
-    pid = os.fork()
-    if pid == 0:
-        status, subprocess.Popen = 1, popen
-        try:
-            os.dup2(stdout.fileno(), 1)
-            os.chdir(cwd)
-            os.environ.update(env)
-            sys.argv = command[1:]
-            runpy.run_path(command[1], run_name="__main__")
-            sys.stdout.flush()
-            status = 0
-        finally:
-            os._exit(status)
-    return SimpleNamespace(pid=pid)
+import subprocess, sys
+from tests.forks import Script
 
 sys.path.insert(0, {str(BENCHMARKS)!r})
-popen, subprocess.Popen = subprocess.Popen, program
+subprocess.Popen = Script
 """
 
 
