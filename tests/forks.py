@@ -135,7 +135,8 @@ class Popen:
         self._forks = forks
         self.returncode: int | None = None
         self.stderr = Path(os.devnull).open()  # noqa: SIM115
-        self.pid, self._log = forks.start(Path.cwd(), ["evaluate", *command[2:]] if is_evaluation else command[3:])
+        asked, argv = (["evaluate", *command[2:]], command[1:]) if is_evaluation else (command[3:], command[2:])
+        self.pid, self._log = forks.start(Path.cwd(), asked, f"import sys; sys.argv = {list(argv)!r}")
 
     def __enter__(self) -> "Popen":
         return self
