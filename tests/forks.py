@@ -5,7 +5,9 @@ import contextlib
 import faulthandler
 import gc
 import json
+import multiprocessing.util
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -13,11 +15,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+POPEN = subprocess.Popen
 HANGS = 300  # seconds after which a run counts as hanging; it says where
 
 
@@ -47,17 +50,24 @@ class Forks:
 
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled"}
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.forks"], cwd=REPOSITORY, env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
         )  # fmt: skip
 
+    def errors(self) -> str:
+        """What the forking process itself, which has imported everything, has printed."""
+        self._errors.seek(0)
+        return self._errors.read().decode()
+
     def run(self, folder: Path, command: Sequence[object], setup: str = "", **fault: Any) -> Outcome:
-        """Run ``evaluate.py``, ``train.py`` or another subcommand of ``metilr`` with options in a folder.
+        """Run ``evaluate.py``, ``train.py``, another subcommand of ``metilr`` or a script with options in a folder.
 
         Args:
             folder: Where to.
-            command: ``"evaluate"``, ``"train"`` or another subcommand, and options.
+            command: ``"evaluate"``, ``"train"`` or another subcommand, and options; or ``"python"``, a script, which
+                imports metilr anew, and options.
             setup: Python to be executed before.
             fault: See ``tests.faults.Operations``; without any no fault, and operations are not counted.
         """
@@ -111,7 +121,9 @@ class Forks:
     def _ask(self, job: dict[str, Any]) -> Any:
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps(job), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        assert answer, self.errors()
+        return json.loads(answer)
 
 
 class Popen:
@@ -123,7 +135,8 @@ class Popen:
         self._forks = forks
         self.returncode: int | None = None
         self.stderr = Path(os.devnull).open()  # noqa: SIM115
-        self.pid, self._log = forks.start(Path.cwd(), ["evaluate", *command[2:]] if is_evaluation else command[3:])
+        asked, argv = (["evaluate", *command[2:]], command[1:]) if is_evaluation else (command[3:], command[2:])
+        self.pid, self._log = forks.start(Path.cwd(), asked, f"import sys; sys.argv = {list(argv)!r}")
 
     def __enter__(self) -> "Popen":
         return self
@@ -142,6 +155,63 @@ class Popen:
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
+
+
+class Script:
+    """Runs what ``subprocess.Popen`` would as Python's script, in a fork of this process; other programs it leaves."""
+
+    def __new__(cls, command: Sequence[str], *args: Any, **options: Any) -> Any:
+        is_script = command[0] == sys.executable and command[1].endswith(".py")
+        return super().__new__(cls) if is_script else POPEN(command, *args, **options)
+
+    def __init__(
+        self, command: Sequence[str], cwd: Path | None = None, env: dict[str, str] | None = None, stdout: Any = None,
+        **_: object,
+    ) -> None:  # fmt: skip
+        def run() -> None:
+            if stdout is not None:
+                os.dup2(stdout.fileno(), 1)
+            os.chdir(cwd or Path.cwd())
+            os.environ.update(env or {})
+            _take_rank("LOCAL_RANK")
+            _run_script(*command[1:])
+
+        self.pid = _in_fork(run)
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            found, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if found else None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def spawn_by_forks() -> None:
+    """Let this process fork itself where multiprocessing would spawn another, which would take seconds to import.
+
+    What is handed over is the same, and the forks are named ``spawned``.
+    """
+    spawn = multiprocessing.util.spawnv_passfds
+
+    def fork(path: bytes, arguments: list[str], kept: list[int]) -> int:
+        program = arguments[arguments.index("-c") + 1]
+
+        def run() -> None:
+            Path("/proc/self/comm").write_text("spawned")
+            for descriptor in {int(each.name) for each in Path("/proc/self/fd").iterdir()} - {0, 1, 2, *kept}:
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+            sys.argv = ["-c", "--multiprocessing-fork"]
+            exec(program, {})
+
+        # The other is a helper of multiprocessing itself.
+        return _in_fork(run) if "spawn_main" in program else spawn(path, arguments, kept)
+
+    multiprocessing.util.spawnv_passfds = fork
 
 
 def _serve() -> None:
@@ -183,18 +253,37 @@ def _serve() -> None:
         folder.cleanup()
 
 
-def _fork(job: dict[str, Any]) -> int:
+def _in_fork(run: Callable[[], object]) -> int:
+    """Let a fork of this process run a function, or until that raises SystemExit, and end; its number."""
     pid = os.fork()
     if pid == 0:
-        os.setsid()
         code = 1
         try:
-            with _output_to(Path(f"{job['log']}.out")):
-                faulthandler.dump_traceback_later(HANGS - 30)
-                code = _run(job)
+            try:
+                run()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return pid
+
+
+def _fork(job: dict[str, Any]) -> int:
+    def run() -> None:
+        os.setsid()
+        printed = os.open(f"{job['log']}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(printed, 1)
+        os.dup2(printed, 2)
+        faulthandler.dump_traceback_later(HANGS - 30)
+        _run(job)
+
+    return _in_fork(run)
 
 
 def _wait(pid: int, since: str | None) -> tuple[int | None, float]:
@@ -214,46 +303,40 @@ def _wait(pid: int, since: str | None) -> tuple[int | None, float]:
     return None, seconds
 
 
-def _run(job: dict[str, Any]) -> int:
-    from lightning_utilities.core import rank_zero
-
+def _run(job: dict[str, Any]) -> None:
     from metilr.cli import main, run_command, run_main
     from tests.faults import Operations
 
     os.chdir(job["cwd"])
     os.environ.update(job["env"])
-    rank_zero.rank_zero_only.rank = int(os.environ.get("RANK", 0))  # Lightning has read it before the fork
+    _take_rank("RANK")
     if job["fault"]:
         log = Path(f"{job['log']}.operations")
         Operations(Path(job["cwd"]).parent, log, **job["fault"]).install()
-    try:
-        exec(job["setup"], {})
-        name, *options = job["command"]
-        if name == "train":
-            run_main("metilr.training.cli:train", options, prog="train.py")
-        elif name == "evaluate":
-            run_command("metilr.commands.evaluate:evaluate", options, prog="evaluate.py")
-        else:
-            main([name, *options])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
+    exec(job["setup"], {})
+    name, *options = job["command"]
+    if name == "python":
+        _run_script(*options)
+    elif name == "train":
+        run_main("metilr.training.cli:train", options, prog="train.py")
+    elif name == "evaluate":
+        run_command("metilr.commands.evaluate:evaluate", options, prog="evaluate.py")
+    else:
+        main([name, *options])
 
 
-@contextlib.contextmanager
-def _output_to(file: Path) -> Iterator[None]:
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    with os.fdopen(0, closefd=False):
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+def _run_script(file: str, *options: str) -> None:
+    for module in [each for each in sys.modules if each.partition(".")[0] == "metilr"]:
+        del sys.modules[module]
+    sys.argv = [file, *options]
+    runpy.run_path(file, run_name="__main__")
+
+
+def _take_rank(variable: str) -> None:
+    """Lightning has read it before the fork."""
+    from lightning_utilities.core import rank_zero
+
+    rank_zero.rank_zero_only.rank = int(os.environ.get(variable, 0))
 
 
 if __name__ == "__main__":

@@ -290,8 +290,8 @@ VISION = {"torchvision", "timm", "pytorch_lightning", "matplotlib", "wandb", "op
 HEAVY = {*VISION, "torch", "faiss", "sklearn"}
 
 
-def imported_by(*commands: str, cwd: Path | None = None, setup: str = "") -> set[str]:
-    """Top-level modules that a process has imported after some command lines, each to its end."""
+def imported_by(*commands: str, cwd: Path | None = None, setup: str = "") -> list[set[str]]:
+    """Top-level modules that a process has imported after each of some command lines."""
     code = f"""
 import sys
 {setup}
@@ -301,17 +301,18 @@ for args in {[command.split() for command in commands]!r}:
         main(args)
     except SystemExit:
         pass
-print("imported", *sys.modules)
+    print("\\nimported", *sys.modules)
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=True)
-    return {name.split(".")[0] for name in run.stdout.rpartition("imported ")[2].split()}
+    lines = [line for line in run.stdout.splitlines() if line.startswith("imported ")]
+    return [{name.split(".")[0] for name in line.split()[1:]} for line in lines]
 
 
 def test_help_and_mistakes_import_nothing_that_takes_seconds():
     helps = [f"{name} --help" for name in SUBCOMMANDS]
-    imported = imported_by("--help", "--version", "nonsense", "evaluate --bakbone x", *helps)
+    *_, imported = imported_by("--help", "--version", "nonsense", "evaluate --bakbone x", *helps)
     assert "metilr" in imported and not imported & HEAVY
 
 
@@ -335,7 +336,7 @@ def test_a_path_that_is_not_there_is_named_in_one_line_before_anything_is_loaded
         printed = capsys.readouterr()
         assert stop.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
         assert ("nosuch" in printed.err or "photos: no images inside" in printed.err) and ".json:" not in printed.err
-    assert not imported_by(*GONE[:-1], cwd=tmp_path) & HEAVY  # an index's options ask PyTorch for devices
+    assert not imported_by(*GONE[:-1], cwd=tmp_path)[-1] & HEAVY  # an index's options ask PyTorch for devices
 
 
 def test_what_looks_at_files_alone_imports_no_network_library(tiny_museum, tmp_path, server):
@@ -344,12 +345,11 @@ def test_what_looks_at_files_alone_imports_no_network_library(tiny_museum, tmp_p
     (tmp_path / "config.yaml").write_text("weights: nowhere.pth")
     commands = (
         f"verify {tiny_museum} --decode", f"download --mirror {server.url} --queries",
-        f"sweep config.yaml --root {tiny_museum}",
+        f"sweep config.yaml --root {tiny_museum}", f"describe {tiny_museum}", f"compare {first}",
     )  # fmt: skip
     rows = "from metilr.commands import sweep; sweep._command = lambda row: ['true']"
-    assert not imported_by(*commands, cwd=tmp_path, setup=rows) & VISION
-    drawing = imported_by(f"describe {tiny_museum}", f"compare {first}", cwd=tmp_path)
-    assert "matplotlib" in drawing and not drawing & (VISION - {"matplotlib"})
+    *_, sweeping, _, drawing = imported_by(*commands, cwd=tmp_path, setup=rows)
+    assert not sweeping & VISION and "matplotlib" in drawing and not drawing & (VISION - {"matplotlib"})
 
 
 @dataclasses.dataclass

@@ -1,9 +1,7 @@
 """The examples run as a reader runs them, in a folder of their own."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,8 +9,7 @@ import pytest
 
 from tests.collection.conftest import write_images
 
-ROOT = Path(__file__).parents[1]
-EXAMPLES = ROOT / "examples"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ["--backbone", "timm/test_resnet", "--weights", "random"]
 
 
@@ -29,13 +26,11 @@ def run(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_one_s_own_training_loop(tmp_path):
-    """In a process of its own, which has imported nothing before."""
-    command = [sys.executable, str(EXAMPLES / "own_training_loop.py"), *SMALL, "--epochs", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
-    lines = ran.stdout.splitlines()
+def test_one_s_own_training_loop(forks, tmp_path):
+    """In a process of its own, which has imported nothing of metilr before."""
+    ran = forks.run(tmp_path, ["python", EXAMPLES / "own_training_loop.py", *SMALL, "--epochs", "1"])
+    assert ran.status == 0, ran.printed
+    lines = ran.printed.splitlines()
     [loss] = [float(line.split()[1]) for line in lines if line.startswith("loss ")]
     assert loss > 0 and lines[-1].startswith("True (4, ") and (tmp_path / "own.ckpt").is_file()
 

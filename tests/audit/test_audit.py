@@ -32,6 +32,7 @@ from tests.small_runs import evaluate, index
 
 MODEL = ["--backbone", "timm/test_resnet", "--weights", "random", "--accelerator", "cpu", "--num_workers", "0"]
 MODEL += ["--scales", "1", "--quiet", "true"]
+NEAR = ["--copy_similarity", "0.5", "--copy_neighbours", "2"]
 N = 10  # exhibits, of one image each but for what is planted
 
 
@@ -91,7 +92,7 @@ def made(faulty) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(faulty.parent)
         with pytest.raises(SystemExit) as stop:
-            main(["audit", str(faulty), *MODEL, "--copy_similarity", "0.5", "--output", "out"])
+            main(["audit", str(faulty), *MODEL, *NEAR, "--output", "out"])
     assert stop.value.code == 1
     return faulty.parent / "out"
 
@@ -282,7 +283,7 @@ def test_a_data_root_is_described_at_the_size_that_a_checkpoint_was_trained_with
     evaluate(tiny_museum, output=Path("run"), store=Path("store"), image_size=48, report=False, **model)
     main(["pack", "run", "model.ckpt"])
     with contextlib.suppress(SystemExit):  # of what the audit finds
-        main(["audit", str(tiny_museum), "--ckpt", "model.ckpt", *MODEL[4:]])
+        main(["audit", str(tiny_museum), "--ckpt", "model.ckpt", *MODEL[4:], "--copy_neighbours", "1"])
     [store] = Path("runs/descriptors").iterdir()
     assert DescriptorStore(store).manifest().settings["image_size"] == 48
 

@@ -346,10 +346,18 @@ def test_the_command_serves_until_it_is_interrupted(indexed, forks, tmp_path):
     assert ended.status == 0 and serving.startswith("serving ") and others == ["ended"], ended.printed
 
 
+FORKS_ITS_WORKERS = """
+import metilr.collection.open_collection, fastapi, uvicorn
+from tests.forks import spawn_by_forks
+
+spawn_by_forks()
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_workers_answer_and_count_together_and_end_together(indexed, forks, tmp_path):
     photo = (indexed / "museum" / "9" / "2.jpg").read_bytes()
-    started = forks.start(tmp_path / "serve", [*serve_options(indexed), "--workers", "2"])
+    started = forks.start(tmp_path / "serve", [*serve_options(indexed), "--workers", "2"], FORKS_ITS_WORKERS)
     port = port_of(started)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client, ThreadPoolExecutor(4) as pool:
         answers = [*pool.map(lambda _: send(client, photo).json(), range(8))]
@@ -357,7 +365,7 @@ def test_workers_answer_and_count_together_and_end_together(indexed, forks, tmp_
         for _ in range(4):  # whoever is asked
             assert 'metilr_photos_total{decision="undecided"} 8.0' in client.get("/metrics").text
     children = Path(f"/proc/{started[0]}/task/{started[0]}/children").read_text().split()
-    workers = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    workers = [child for child in children if Path(f"/proc/{child}/comm").read_text() == "spawned\n"]
     assert len(workers) == 2
     runpy.run_module("metilr.__main__", run_name="__mp_main__")  # what a worker of the command itself begins with
     os.kill(int(workers[1]), signal.SIGKILL)

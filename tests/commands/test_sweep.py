@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -98,9 +99,16 @@ def test_options_that_change_no_figure_exist():
     assert not {"root", "p", "precision", "bad_images", "seed", "descriptors"} & CHANGE_NO_FIGURE
 
 
-def test_a_failing_row_does_not_stop_the_others_and_finished_rows_are_kept(tiny_museum, tmp_path, monkeypatch, capfd):
+def test_a_failing_row_does_not_stop_the_others_and_finished_rows_are_kept(
+    tiny_museum, tmp_path, monkeypatch, capfd, forks
+):
     """One row fails, one is finished; the second time only the failed one is tried again."""
     monkeypatch.chdir(tmp_path)
+
+    def popen(command, **options):
+        return subprocess.Popen(command, **options) if command == FAILS else Popen(forks, command)
+
+    monkeypatch.setattr(sweep_module, "subprocess", SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE))
     real = sweep_module._command
     monkeypatch.setattr(sweep_module, "_command", lambda row: FAILS if "p=-1" in row.name else real(row))
     command = ["sweep", str(CONFIGS / "r18_in.yaml"), "--root", str(tiny_museum), "--vary", "p", "--values"]

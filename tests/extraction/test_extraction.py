@@ -1,6 +1,6 @@
 """The extraction loop: what batch size 1 gives, for any batching, number of processes and interruptions."""
 
-import multiprocessing
+import pickle
 import re
 import signal
 import subprocess
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pytorch_lightning.strategies import DDPStrategy
 from rich.console import Console
 
 from metilr.data import views as images
@@ -29,7 +28,7 @@ from metilr.extraction.store import SPLITS, DescriptorStore
 from metilr.models.backbone import Features, build_backbone
 from metilr.models.embedder import Embedder
 from metilr.models.pooling import Pooling
-from tests.test_launch import state_of_process
+from tests.forks import Outcome
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIZE = MuseumSize(exhibits=10, mini_exhibits=8, val=(4, 3, 2), test=(4, 3, 2), longest_side=72)
@@ -67,17 +66,35 @@ def one_by_one(embedder, museum, split) -> np.ndarray:
     return np.stack(rows)
 
 
-@pytest.fixture
-def forked(monkeypatch) -> None:
-    """Has several processes forked from one that has imported everything, where each new one takes seconds to.
+# In a process that computes nothing before it forks; its arguments lie in a file.
+DESCRIBES_BY_FORKS = """
+import os, pickle, sys
+from tests.extraction.test_extraction import describe
+from tests.forks import spawn_by_forks
+from tests.test_launch import state_of_process
 
-    They are handed what spawned ones are; that those are spawned, tests/test_distributed.py sees.
-    """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["metilr.extraction.describe"])
-    monkeypatch.setattr(
-        "metilr.extraction.describe.DDPStrategy",
-        lambda **options: DDPStrategy(**{**options, "start_method": "forkserver"}),
-    )
+spawn_by_forks()
+os.environ.pop("OMP_NUM_THREADS")  # then Lightning sets it, and the number of threads
+with open("arguments", "rb") as stream:
+    arguments = pickle.load(stream)
+before = state_of_process()
+describe(*arguments)
+assert state_of_process() == before
+sys.exit(0)
+"""
+
+
+@pytest.fixture
+def by_forks(forks, tmp_path):
+    """Describes as ``describe`` does, with forks in place of spawned processes; its end and the store."""
+
+    def by_forks(embedder, museum, path, options, views=()) -> tuple[Outcome, DescriptorStore]:
+        folder = tmp_path / "by_forks"
+        folder.mkdir()
+        (folder / "arguments").write_bytes(pickle.dumps((embedder, museum, path, options, views)))
+        return forks.run(folder, [], DESCRIBES_BY_FORKS), DescriptorStore(path)
+
+    return by_forks
 
 
 def n_made(store: DescriptorStore) -> int:
@@ -108,16 +125,12 @@ def test_decoding_processes_change_no_byte_and_threads_no_more_than_rounding(emb
         np.testing.assert_allclose(threads.descriptors(split), plain.descriptors(split), atol=1e-5)
 
 
-def test_two_processes_give_the_rows_of_one_and_each_view_is_described_as_alone(
-    embedder, museum, tmp_path, monkeypatch, forked
-):
+def test_two_processes_give_the_rows_of_one_and_each_view_is_described_as_alone(embedder, museum, tmp_path, by_forks):
     kinds = [SimulatedVisits(4, seed=3), CentreCrops((0.8, 0.5))]
     one = describe(embedder, museum, tmp_path / "one", views=kinds)
     options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=32)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # then Lightning sets it, and the number of threads
-    before = state_of_process()
-    two = describe(embedder, museum, tmp_path / "two", options, kinds)
-    assert state_of_process() == before
+    ended, two = by_forks(embedder, museum, tmp_path / "two", options, kinds)
+    assert ended.status == 0, ended.printed
     for split in SPLITS:
         np.testing.assert_allclose(two.descriptors(split), one.descriptors(split), atol=1e-5)
         assert two.is_valid(split).all()
@@ -163,13 +176,13 @@ def test_a_bad_image_has_no_views(embedder, museum, tmp_path):
         open_descriptors([store.path], museum, [SimulatedVisits(4)])
 
 
-def test_a_bad_image_ends_two_processes_with_one_line(embedder, museum, tmp_path, forked):
+def test_a_bad_image_ends_two_processes_with_one_line(embedder, museum, tmp_path, by_forks):
     path = museum.image(museum.paths["val"][1])
     path.write_bytes(path.read_bytes()[:-200])
     options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=4)
-    with pytest.raises(UserError, match="bad_images skip") as error:
-        describe(embedder, museum, tmp_path / "store", options)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    ended, _ = by_forks(embedder, museum, tmp_path / "store", options)
+    line = ended.printed.splitlines()[-1]
+    assert line.startswith("metilr.errors.UserError: ") and str(path) in line and "bad_images skip" in line
 
 
 def test_an_extraction_says_where_its_time_went_and_a_second_one_describes_nothing(embedder, museum, tmp_path, capsys):
@@ -338,12 +351,12 @@ def test_skipped_images_are_left_out_and_a_mended_one_is_described(embedder, mus
         describe(embedder, museum, tmp_path / "store")
 
 
-def test_an_exchanged_image_alone_is_described_anew_also_by_two_processes(embedder, museum, tmp_path, forked):
+def test_an_exchanged_image_alone_is_described_anew_also_by_two_processes(embedder, museum, tmp_path, by_forks):
     before = np.array(describe(embedder, museum, tmp_path / "store").descriptors("database"))
     path = museum.image(museum.paths["database"][5])
     Image.effect_noise((72, 60), 80).convert("RGB").save(path)
     options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=4)
-    after = describe(embedder, museum, tmp_path / "store", options).descriptors("database")
+    after = by_forks(embedder, museum, tmp_path / "store", options)[1].descriptors("database")
     assert np.flatnonzero((before != after).any(axis=1)).tolist() == [5]
     np.testing.assert_allclose(after, one_by_one(embedder, museum, "database"), atol=1e-5)
 

@@ -64,12 +64,20 @@ def run(*options: object) -> None:
 
 @pytest.fixture
 def run_apart(forks, museum):
-    """Runs in a process of its own: several, which Lightning starts with the command line of the first, or W&B's."""
+    """Runs in a process of its own: several, which Lightning starts with the command line of the first, or W&B's.
+
+    Those are forks of the first.
+    """
 
     def run_apart(*options: object, setup: str = "") -> Outcome:
         command = [*TINY, *map(str, options)]
         argv = [str(REPOSITORY / "train.py"), *command]
-        as_script = f"import sys, __main__; sys.argv, __main__.__spec__ = {argv!r}, None\n"
+        as_script = f"""
+import subprocess, sys, __main__
+from tests.forks import Script
+
+sys.argv, __main__.__spec__, subprocess.Popen = {argv!r}, None, Script
+"""
         return forks.run(Path.cwd(), ["train", *command], as_script + setup)
 
     return run_apart
