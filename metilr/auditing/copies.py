@@ -59,12 +59,17 @@ def sketch(image: np.ndarray) -> Sketch:
     return _described(grey, (width, height))
 
 
-def likeness(first: Sketch, second: Sketch) -> Likeness:
-    """Compare two images as they are, and with the second mirrored."""
+def mirrored(image: Sketch) -> Sketch:
+    """Reduce what a mirror shows of an image."""
+    return _described(np.ascontiguousarray(image.grey[:, ::-1]), image.size)
+
+
+def likeness(first: Sketch, second: Sketch, in_mirror: Sketch | None = None) -> Likeness:
+    """Compare two images as they are, and with the second mirrored, which may be given."""
     if min(first.grey.std(), second.grey.std()) < FLAT:
         return Likeness(0.0)
-    mirrored = _described(np.ascontiguousarray(second.grey[:, ::-1]), second.size)
-    found = [*_under_each(first, second, False), *_under_each(first, mirrored, True), Likeness(0.0)]
+    in_mirror = in_mirror or mirrored(second)
+    found = [*_under_each(first, second, False), *_under_each(first, in_mirror, True), Likeness(0.0)]
     return max(found, key=lambda each: each.score)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metilr.auditing.copies import RECIPE, Likeness, Sketch, likeness, sketch
+from metilr.auditing.copies import RECIPE, Likeness, Sketch, likeness, mirrored, sketch
 from metilr.auditing.looks import Facts
 from metilr.auditing.schema import Copies, Group, Member, Same, Threshold
 from metilr.auditing.subject import Found, Subject
@@ -20,7 +20,7 @@ from metilr.progress import counted, tracked
 from metilr.retrieval.search import Neighbours, search
 
 BLOCK = 4096  # images searched at a time, and kept
-SKETCHES = 1000  # in memory: 0.3 MB each
+SKETCHES = 1000  # in memory, and so many mirrored ones: 0.3 MB each
 SEVERAL = 3  # exhibits that share a picture of none
 SCORES = (0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.99)  # of the curve
 
@@ -107,6 +107,7 @@ class Pictures:
             return sketch(load_image(subject.file(i)).permute(1, 2, 0).numpy())
 
         self.sketch: Callable[[int], Sketch] = functools.lru_cache(SKETCHES)(of)
+        self.mirrored: Callable[[int], Sketch] = functools.lru_cache(SKETCHES)(lambda i: mirrored(self.sketch(i)))
 
 
 def compare(
@@ -120,7 +121,7 @@ def compare(
             continue
         key = key_of(facts[a], facts[b])
         if key not in found.known:
-            found.add(key, [*likeness(pictures.sketch(a), pictures.sketch(b))])
+            found.add(key, [*likeness(pictures.sketch(a), pictures.sketch(b), pictures.mirrored(b))])
         compared[a, b] = Likeness(*found.known[key])
     return compared
 
