@@ -79,9 +79,7 @@ def evaluate(
     end_if_unguarded()
     if parent := os.environ.pop(PARENT_VARIABLE, None):
         end_with_parent(int(parent))
-    from metilr.demo import DEMO, make_demo  # these draw, or load torch, which --help need not
-    from metilr.extraction.describe import describe_images
-    from metilr.geometry.check import geometric_check_of
+    from metilr.extraction.describe import describe_images  # these load torch, which --help need not
     from metilr.models.checkpoints import build_model
     from metilr.models.hub import LOOKED_FOR, pin
 
@@ -105,7 +103,10 @@ def evaluate(
         has_gpu = extraction.device == "cuda" and faiss.get_num_gpus()
         method = replace(method, search_device="gpu" if has_gpu else "cpu")
 
-    root = make_demo(DEMO, progress=not quiet) if root is None else root
+    if root is None:
+        from metilr.demo import DEMO, make_demo  # what draws needs OpenCV, as the geometric check does
+
+        root = make_demo(DEMO, progress=not quiet)
     synthetic = (root / "demo.json").exists()
     ground_truth = load_ground_truth(root, database)
     model, method = pin(model), pin(method)
@@ -135,6 +136,8 @@ def evaluate(
         opened = open_descriptors(descriptors, ground_truth, views)
         recognition, check = recognise(opened, ground_truth, method, progress.print, quiet, classifier), None
         if method.geometric_check:
+            from metilr.geometry.check import geometric_check_of
+
             assert embedder is not None
             embedder, n = embedder.to(extraction.device), method.geometric_check
             progress.print(f"[bold]geometry[/]     {min(n, ground_truth.n_classes)} candidates a query, in float32")
