@@ -17,7 +17,7 @@ MIN_INLIERS = 5  # an affine map goes through any three matches: two more must a
 MAX_SCALE = 6.0  # a catalogue image of 500 px against an exhibit 80 px wide
 MAX_STRETCH = 3.0  # beyond a plane seen at about 70 degrees
 NEAR = 3.0  # tolerances: how far a steep view may bend what one affine map explains
-ROBUST: dict[str, Any] = {"maxIters": 2000, "confidence": 0.999}  # finds a share of 15 % inliers
+RANSAC: dict[str, Any] = {"method": cv2.RANSAC, "maxIters": 2000, "confidence": 0.999}  # finds a share of 15 % inliers
 BLOCK = 128  # features whose similarities are made at a time: they stay in the processor's cache
 
 SIDE = 260  # px of each of the two in a picture
@@ -75,9 +75,9 @@ def verify(first: LocalFeatures, second: LocalFeatures, tolerance: float) -> Ver
 
     A match agrees if the transform puts the first position within ``tolerance``, in px of the second image, of the
     second one. RANSAC, with OpenCV's fixed seed, fits an affine map first: chance agrees less often with three matches
-    than with four. A homography is then fitted to the matches near that map, by RANSAC with local optimisation, and
-    taken if more agree with it. Nothing is found if those lie in fewer than ``MIN_INLIERS`` squares of the tolerance's
-    size in either image, or the transform is not plausible.
+    than with four. A homography is then fitted to the matches near that map, and taken if more agree with it. Nothing
+    is found if those lie in fewer than ``MIN_INLIERS`` squares of the tolerance's size in either image, or the
+    transform is not plausible.
 
     Source: Fischler and Bolles, Random Sample Consensus, 1981; to check retrieved images: Philbin et al., Object
     Retrieval with Large Vocabularies and Fast Spatial Matching, CVPR 2007.
@@ -86,14 +86,14 @@ def verify(first: LocalFeatures, second: LocalFeatures, tolerance: float) -> Ver
     if len(matches) < MIN_INLIERS:
         return NOTHING_IN_COMMON
     here, there = first.positions[matches[:, 0]], second.positions[matches[:, 1]]
-    affine, _ = cv2.estimateAffine2D(here, there, ransacReprojThreshold=tolerance, **ROBUST)
+    affine, _ = cv2.estimateAffine2D(here, there, ransacReprojThreshold=tolerance, **RANSAC)
     if affine is None:
         return NOTHING_IN_COMMON
     transform = np.vstack([affine, [0.0, 0.0, 1.0]])
     errors = _errors(transform, here, there)
     agrees, near = errors <= tolerance, errors <= NEAR * tolerance
     if near.sum() >= MIN_INLIERS:
-        refined, _ = cv2.findHomography(here[near], there[near], cv2.USAC_DEFAULT, tolerance, **ROBUST)
+        refined, _ = cv2.findHomography(here[near], there[near], ransacReprojThreshold=tolerance, **RANSAC)
         if refined is not None and refined.any():
             agrees_refined = _errors(refined, here, there) <= tolerance
             if agrees_refined.sum() > agrees.sum() and is_plausible(refined, here[agrees_refined]):
