@@ -166,11 +166,13 @@ class Script:
 
     def __init__(
         self, command: Sequence[str], cwd: Path | None = None, env: dict[str, str] | None = None, stdout: Any = None,
-        **_: object,
+        stderr: Any = None, **_: object,
     ) -> None:  # fmt: skip
         def run() -> None:
             if stdout is not None:
                 os.dup2(stdout.fileno(), 1)
+            if stderr == subprocess.STDOUT:
+                os.dup2(1, 2)
             os.chdir(cwd or Path.cwd())
             os.environ.update(env or {})
             _take_rank("LOCAL_RANK")
@@ -266,7 +268,9 @@ def _in_fork(run: Callable[[], object]) -> int:
                 sys.stderr.flush()
             code = 0
         except SystemExit as stop:
-            code = int(stop.code or 0)
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr, flush=True)
+            code = 1 if isinstance(stop.code, str) else int(stop.code or 0)
         except BaseException:
             traceback.print_exc()
         finally:

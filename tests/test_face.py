@@ -53,6 +53,7 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.St
     metilr.index("museum", "silent", model=SMALL, extraction=replace(SILENT, quiet=False))
     answer = metilr.open_collection("silent", accelerator="cpu").answer({str(find_images(place / "museum").files[0])!r})
 print(answer.exhibit)
+import atexit; atexit._run_exitfuncs()  # a fork leaves without
 """
     (place / "program.py").write_text(program)
     errors = "import os; os.dup2(os.open('errors', os.O_WRONLY | os.O_CREAT), 2)"

@@ -106,8 +106,9 @@ class Pictures:
         def of(i: int) -> Sketch:
             return sketch(load_image(subject.file(i)).permute(1, 2, 0).numpy())
 
-        self.sketch: Callable[[int], Sketch] = functools.lru_cache(SKETCHES)(of)
-        self.mirrored: Callable[[int], Sketch] = functools.lru_cache(SKETCHES)(lambda i: mirrored(self.sketch(i)))
+        known: Callable[[int], Sketch] = functools.lru_cache(SKETCHES)(of)
+        self.sketch = known
+        self.mirrored: Callable[[int], Sketch] = functools.lru_cache(SKETCHES)(lambda i: mirrored(known(i)))
 
 
 def compare(

@@ -120,7 +120,7 @@ class MethodOptions(ComparisonOptions):
         geometric_reorder: With geometric_check: let agreeing local features decide between the exhibits, as far as val
             gains by it.
         geometric_turns: With geometric_check: look at each query turned, too, in so many steps of a full circle, such
-            as 8, where val gains by it: for photographs at any angle; it takes as many times as long.
+            as 8, where val gains by it: for photographs at any angle; it takes up to as many times as long.
         confidence: softmax is that of the classifier; calibrated is the probability that the answer is right, fitted on
             val, which also sees how similar a photo is to val's distractors. It is kept only where cross-validation on
             val sees it rank better.

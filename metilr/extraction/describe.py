@@ -97,6 +97,7 @@ def describe_images(
         viewed = {split: dataclasses.replace(images[source], view=view) for split, source in view.of.items()}
         repeated = {split: np.repeat(sizes[source], view.n) for split, source in view.of.items()}
         store.n_made += _fill(of_view, name, settings, module, viewed, repeated, options, console)
+    module.compute = None  # its trainer refers to it, and it to its trainer
     return store
 
 

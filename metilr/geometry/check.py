@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -206,14 +205,20 @@ class GeometricCheck:
 
         They are 0 without either. Once an image has ``SURE``, those behind are counted upright and in its turn alone.
         """
-        counts, turns = [], [*range(len(query))]
-        for others in candidates:
-            counts.append(np.zeros(self.turns, dtype=np.int64))
+
+        def agreeing(others: LocalFeatures | None, turns: Sequence[int]) -> np.ndarray:
+            counts = np.zeros(self.turns, dtype=np.int64)
             if others is not None:
-                found = each(verify, [query[i] for i in turns], repeat(others), repeat(self.extractor.tolerance))
-                counts[-1][turns] = [verified.n_inliers for verified in found]
-            if counts[-1].max() >= SURE and len(turns) == self.turns:
+                counts[turns] = [verify(query[i], others, self.extractor.tolerance).n_inliers for i in turns]
+            return counts
+
+        turns, rest, counts = [*range(len(query))], iter(candidates), []
+        for others in rest if len(turns) > 2 else ():
+            counts.append(np.sum([*each(partial(agreeing, others), [[i] for i in turns])], axis=0))
+            if counts[-1].max() >= SURE:
                 turns = sorted({0, int(counts[-1].argmax())})
+                break
+        counts += each(lambda others: agreeing(others, turns), rest)
         return np.array(counts, dtype=np.int64).reshape(len(counts), self.turns)
 
     def draw(self, photo: Path | Tensor, query: Sequence[LocalFeatures], candidate: Path) -> bytes | None:

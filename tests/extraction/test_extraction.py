@@ -1,9 +1,11 @@
 """The extraction loop: what batch size 1 gives, for any batching, number of processes and interruptions."""
 
+import multiprocessing
 import pickle
 import re
 import signal
 import subprocess
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytorch_lightning.strategies import DDPStrategy
 from rich.console import Console
 
 from metilr.data import views as images
@@ -149,17 +152,19 @@ def test_two_processes_give_the_rows_of_one_and_each_view_is_described_as_alone(
             np.testing.assert_allclose(by_two.descriptors(split), views.descriptors(split), atol=1e-5)
 
 
-def test_openvino_s_engine_is_made_once_for_images_and_views(embedder, museum, tmp_path, monkeypatch):
+def test_openvino_s_engine_is_made_once_for_images_and_views_and_not_kept(embedder, museum, tmp_path, monkeypatch):
     pytest.importorskip("openvino", reason="needs metilr[openvino]")
     from metilr.models.engines import OpenVINOEngine
 
     made, start = [], OpenVINOEngine.__init__
-    monkeypatch.setattr(OpenVINOEngine, "__init__", lambda *of: (made.append(of[2]), start(*of))[1])
+    monkeypatch.setattr(
+        OpenVINOEngine, "__init__", lambda *of: (made.append((of[2], weakref.ref(of[0]))), start(*of))[1]
+    )
     kinds, options = [SimulatedVisits(1, seed=3)], replace(ON_CPU, engine="openvino")
     store = describe(embedder, museum, tmp_path / "store", options, kinds)
-    assert made == ["32"]
+    assert [precision for precision, _ in made] == ["32"] and made[0][1]() is None
     describe(embedder, museum, tmp_path / "store", options, [*kinds, CentreCrops((0.8,))])
-    assert made == ["32"] * 2
+    assert [precision for precision, _ in made] == ["32"] * 2 and made[1][1]() is None
     np.testing.assert_allclose(store.descriptors("val"), one_by_one(embedder, museum, "val"), atol=1e-5)
 
 
@@ -351,12 +356,18 @@ def test_skipped_images_are_left_out_and_a_mended_one_is_described(embedder, mus
         describe(embedder, museum, tmp_path / "store")
 
 
-def test_an_exchanged_image_alone_is_described_anew_also_by_two_processes(embedder, museum, tmp_path, by_forks):
+def test_an_exchanged_image_alone_is_described_anew_also_by_two_processes(embedder, museum, tmp_path, monkeypatch):
+    """Here these begin as spawned ones do, with nothing but what they are handed."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["metilr.extraction.describe"])
+    monkeypatch.setattr(
+        "metilr.extraction.describe.DDPStrategy",
+        lambda **options: DDPStrategy(**{**options, "start_method": "forkserver"}),
+    )
     before = np.array(describe(embedder, museum, tmp_path / "store").descriptors("database"))
     path = museum.image(museum.paths["database"][5])
     Image.effect_noise((72, 60), 80).convert("RGB").save(path)
     options = ExtractionOptions(accelerator="cpu", devices=2, num_workers=0, batch_size=4)
-    after = by_forks(embedder, museum, tmp_path / "store", options)[1].descriptors("database")
+    after = describe(embedder, museum, tmp_path / "store", options).descriptors("database")
     assert np.flatnonzero((before != after).any(axis=1)).tolist() == [5]
     np.testing.assert_allclose(after, one_by_one(embedder, museum, "database"), atol=1e-5)
 
