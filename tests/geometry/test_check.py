@@ -3,6 +3,7 @@
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -301,6 +302,24 @@ def test_once_an_image_agrees_those_behind_it_are_seen_in_its_turn_and_upright(m
     assert counts[:2].tolist() == alone[:2].tolist() and alone[1].argmax() == alone[2].argmax() == 3
     assert counts[2:, [0, 3]].tolist() == alone[2:, [0, 3]].tolist()
     assert alone[4].argmax() == 1 and not counts[2:, [1, 2]].any()
+
+
+@pytest.mark.parametrize(
+    ("n_turns", "expected"),
+    [
+        (1, [[3], [0], [50], [2]]), (2, [[3, 60], [0, 0], [50, 4], [2, 70]]),  # all that there is, whoever is sure
+        (3, [[3, 60, 1], [0, 0, 0], [50, 4, 0], [2, 70, 0]]),
+    ],
+)  # fmt: skip
+def test_the_first_image_that_agrees_tells_the_turn_and_no_later_one(n_turns, expected, monkeypatch) -> None:
+    of_turns = {"first": (3, 60, 1), "upright": (50, 4, 2), "third": (2, 70, 90)}
+    count = lambda turn, image, _: SimpleNamespace(n_inliers=of_turns[image][turn])  # noqa: E731
+    monkeypatch.setattr("metilr.geometry.check.verify", count)
+    check = GeometricCheck(OfKept(), Path(), None, 4, False, n_turns)
+    images = ["first", None, "upright", "third"]
+    with ThreadPoolExecutor(2) as pool:
+        assert check.count(range(n_turns), images, pool.map).tolist() == expected
+    assert check.count(range(n_turns), images).tolist() == expected
 
 
 def test_features_of_squares_are_kept_apart(museum, extractor, tmp_path) -> None:
